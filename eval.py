@@ -1,0 +1,14 @@
+import hydra
+from omegaconf import DictConfig
+
+from tcopilot.run import evaluate
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="eval")
+def main(cfg: DictConfig) -> float:
+    """Evaluate an exported run; see configs/eval.yaml."""
+    return evaluate(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""From a composed config to objects: the one place where config keys meet constructors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning import Callback, Trainer
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tcopilot.callbacks import MistakeLogCallback
+from tcopilot.checks import ConfigError, config_problems, data_problems
+from tcopilot.copilot import Copilot
+from tcopilot.data.benchmarks import DataError
+from tcopilot.data.module import TCopilotDataModule
+from tcopilot.families import UnsupportedFamilyError, decoder_depth
+from tcopilot.mistake_log import MistakeLog
+from tcopilot.modeling import TCopilotConfig, TCopilotModel, fused_class
+from tcopilot.module import Learner, TCopilotModule
+from tcopilot.pilot import ModelSource, ModelSourceError
+
+
+@dataclass
+class Prepared:
+    """What is known before any weights load."""
+
+    pilot: ModelSource
+    donor: ModelSource | None
+    tokenizer: PreTrainedTokenizerBase
+    data: TCopilotDataModule
+    log: MistakeLog | None
+
+
+def prepare(cfg: DictConfig) -> Prepared:
+    """Check the config, read and check the data, size the log; no weights are loaded.
+
+    Raises:
+        ConfigError: with every problem found in config and data.
+    """
+    pilot = model_source(cfg.pilot, "pilot")
+    donor = model_source(cfg.copilot, "copilot") if cfg.copilot.enabled and cfg.copilot.path else None
+    problems, data, log = [], None, None
+    try:
+        problems += config_problems(cfg, pilot, donor)
+    except ModelSourceError as error:
+        problems.append(str(error))
+    if cfg.copilot.enabled:
+        log = _attempt(problems, lambda: instantiate(cfg.mistake_log.log, _convert_="all"))
+    tokenizer = None
+    data = _attempt(problems, lambda: instantiate(cfg.data))
+    if data is not None:
+        tokenizer = _attempt(problems, lambda: pilot.tokenizer(data.vocabulary))
+    if tokenizer is not None:
+        _attempt(problems, lambda: data.prepare(tokenizer, pilot.source_side))
+    if not problems:
+        problems += data_problems(cfg, pilot, data, log)
+    if problems:
+        raise ConfigError(problems)
+    return Prepared(pilot, donor, tokenizer, data, log)
+
+
+def prepare_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, source_side: str) -> TCopilotDataModule:
+    """Read and check the data of a config for a tokenizer that is at hand."""
+    problems: list[str] = []
+    data = _attempt(problems, lambda: instantiate(cfg.data))
+    if data is not None:
+        _attempt(problems, lambda: data.prepare(tokenizer, source_side))
+    if problems:
+        raise ConfigError(problems)
+    return data
+
+
+def model_source(node: DictConfig, key: str) -> ModelSource:
+    """Where the Pilot, or the checkpoint that a Copilot starts from, comes from."""
+    values = OmegaConf.to_container(node, resolve=True)
+    names = ("path", "config", "dtype", "revision")
+    return ModelSource(**{name: values[name] for name in names if name in values}, key=key)
+
+
+def fused_model(cfg: DictConfig, prepared: Prepared) -> TCopilotModel:
+    """Load the Pilot, build its Copilot, inject adapters."""
+    pilot = prepared.pilot.load(prepared.tokenizer)
+    copilot = None
+    if cfg.copilot.enabled:
+        donor = None if prepared.donor is None else prepared.donor.load(prepared.tokenizer)
+        copilot = Copilot.from_pilot(
+            pilot,
+            layers=copilot_layers(cfg.copilot.layers, decoder_depth((donor or pilot).config)),
+            donor=donor,
+            **{
+                name: cfg.copilot[name]
+                for name in (
+                    "head", "pattern", "pooling", "context", "positions", "error_input", "train_error_input",
+                )
+            },
+        )  # fmt: skip
+    _adapt(cfg.pilot, pilot)
+    if copilot is not None:
+        _adapt(cfg.copilot, copilot.body)
+    fusion = {"fusion": cfg.fusion.space, "feedback": cfg.fusion.feedback, "weight": training_weight(cfg)}
+    config = TCopilotConfig(pilot.config, None if copilot is None else copilot.config, **fusion)
+    return fused_class(prepared.pilot.is_encoder_decoder)(config, pilot, copilot)
+
+
+def copilot_layers(layers: int | float | None, depth: int) -> int | None:
+    """A depth as it is, or a share of the Pilot's (0.5 is half, at least one layer).
+
+    >>> copilot_layers(0.5, 12), copilot_layers(3, 12), copilot_layers(None, 12)
+    (6, 3, None)
+    """
+    return max(1, round(layers * depth)) if isinstance(layers, float) else layers
+
+
+def training_weight(cfg: DictConfig) -> float:
+    """λ at which validation reports the fused likelihood while training runs: 1, or the only value given."""
+    weight = cfg.fusion.weight
+    return float(weight) if isinstance(weight, int | float) else 1.0
+
+
+def evaluation_weights(weight: Any) -> list[float] | None:
+    """The λ to evaluate; None stands for λ* in closed form (`auto`)."""
+    if weight == "auto":
+        return None
+    return [float(weight)] if isinstance(weight, int | float) else [float(value) for value in weight]
+
+
+def training_module(cfg: DictConfig, model: TCopilotModel, rounds: int) -> TCopilotModule:
+    """The LightningModule with both learners."""
+    if cfg.pilot.gradient_checkpointing:
+        model.pilot.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.copilot.enabled and cfg.copilot.gradient_checkpointing:
+        model.copilot.body.gradient_checkpointing_enable({"use_reentrant": False})
+    options: dict[str, Any] = {}
+    if cfg.copilot.enabled:
+        options = {
+            "objective": instantiate(cfg.objective),
+            "copilot_batch_size": cfg.copilot.batch_size,
+            "steps_per_round": cfg.copilot.steps_per_round,
+            "own_feedback": cfg.copilot.own_feedback,
+        }
+    return TCopilotModule(
+        model,
+        pilot=None if cfg.pilot.frozen else learner(cfg.pilot),
+        copilot=learner(cfg.copilot) if cfg.copilot.enabled else None,
+        rounds=rounds,
+        micro_batch_size=cfg.pilot.micro_batch_size,
+        **options,
+    )
+
+
+def learner(node: DictConfig) -> Learner:
+    """Optimiser, schedule and clipping of one model."""
+    return Learner(
+        instantiate(node.optimizer, _convert_="all"), instantiate(node.scheduler, _convert_="all"), node.clip
+    )
+
+
+def trainer(cfg: DictConfig, callbacks: list[Callback], log: MistakeLog | None) -> Trainer:
+    """The Lightning Trainer, with the log's owner among its callbacks."""
+    if log is not None:
+        callbacks = [MistakeLogCallback(log, cfg.mistake_log.every_n_rounds), *callbacks]
+    loggers = [instantiate(node) for node in cfg.logger.values()]
+    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, default_root_dir=cfg.paths.run_dir)
+
+
+def callbacks(cfg: DictConfig) -> list[Callback]:
+    """The callbacks of the config, in its order."""
+    return [instantiate(node) for node in cfg.callbacks.values() if node is not None]
+
+
+def parameter_counts(model: TCopilotModel) -> dict[str, int]:
+    """Parameters of both models, all and trainable."""
+    counts = {}
+    for name in ("pilot", "copilot"):
+        part: nn.Module | None = getattr(model, name)
+        parameters = [] if part is None else list(part.parameters())
+        counts[name] = sum(p.numel() for p in parameters)
+        counts[f"{name}_trainable"] = sum(p.numel() for p in parameters if p.requires_grad)
+    return counts
+
+
+def export(model: TCopilotModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write the fused model and its tokenizer as a folder that `from_pretrained` loads."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _adapt(node: DictConfig, module: PreTrainedModel | nn.Module) -> None:
+    if node.adapter is not None and "_target_" in node.adapter:
+        instantiate(node.adapter, _convert_="all")(module)
+
+
+def _attempt(problems: list[str], make: Any) -> Any:
+    """Run a step of the preparation and collect what it complains of, Hydra's wrapping taken off."""
+    try:
+        return make()
+    except Exception as error:
+        cause = error.__cause__ if error.__cause__ is not None else error
+        for candidate in (cause, error):
+            if isinstance(candidate, DataError | ModelSourceError | UnsupportedFamilyError | ValueError | TypeError):
+                problems += str(candidate).splitlines()
+                return None
+        raise

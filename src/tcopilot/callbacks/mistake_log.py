@@ -1,0 +1,49 @@
+"""The callback that owns the evolving Mistake Log: creates it, reports it, checkpoints it."""
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from tcopilot.mistake_log import MistakeLog
+
+
+class MistakeLogCallback(Callback):
+    """Owns the log that the module's rounds fill and read.
+
+    Args:
+        log: the log of this rank.
+        every_n_rounds: how often its statistics are logged, under `log/`.
+    """
+
+    def __init__(self, log: MistakeLog, every_n_rounds: int = 50) -> None:
+        self.mistake_log = log  # Lightning replaces an attribute named `log`
+        self.every_n_rounds = every_n_rounds
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Hand the log to the module."""
+        pl_module.mistake_log = self.mistake_log
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Log size, bytes, age, mean ‖ℓ‖² and share of repeated records."""
+        if len(self.mistake_log) and (pl_module.round + 1) % self.every_n_rounds == 0:
+            pl_module.log_dict({f"log/{name}": value for name, value in self.mistake_log.statistics().items()})
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the log's error energy beside the validation's: the ratio tells whether the log is still worth reading."""
+        held_out = trainer.callback_metrics.get("val/error_energy")
+        if len(self.mistake_log) and held_out is not None and trainer.logger is not None and not trainer.sanity_checking:
+            energy = self.mistake_log.statistics()["error_energy"]
+            figures = {
+                "log/error_energy": energy,
+                "log/energy_ratio_to_validation": energy / max(float(held_out), 1e-12),
+            }
+            for logger in trainer.loggers:
+                logger.log_metrics(figures, step=pl_module.round)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The log, as tensors and plain values."""
+        return self.mistake_log.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the log."""
+        self.mistake_log.load_state_dict(state_dict)

@@ -1,0 +1,40 @@
+"""Ctrl-C finishes the round, saves the state and keeps everything computed so far."""
+
+import signal
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class CleanStop(Callback):
+    """Turns the first SIGINT or SIGTERM into a stop after the current round; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen while rounds run."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._request)
+            except ValueError:  # not in the main thread, where nobody can press Ctrl-C either
+                return
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Stop after this round."""
+        if self.requested:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _request(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        rank_zero_info("Stopping after this round; press Ctrl-C again to stop at once.")

@@ -1,0 +1,278 @@
+"""The Copilot: the Pilot family's own decoder, reading the Mistake Log and estimating the Pilot's token errors.
+
+Shapes: B batch, M source length, N target length, K past targets, P Pilot width, C Copilot width, V vocabulary,
+S rows of the log (null row, X̃, h̄).
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from tcopilot import families
+from tcopilot.functional import shift_right
+from tcopilot.heads import HEADS
+from tcopilot.log_attention import CONTEXTS, additive, causal_mask, log_mask, log_positions
+from tcopilot.states import StatePooler
+
+PATTERNS = {1: ("even", "all"), 2: ("every", "all"), 3: ("even", "first_half"), 4: ("even", "second_half")}
+"""The paper's insertion patterns (Section F.4): which decoder-only layers, counted from 1, become log attention, and
+over which of the Pilot's layers h is pooled. An encoder-decoder's layers all have cross-attention: 1 and 2 coincide."""
+POSITIONS = ("pilot", "none")
+
+
+@dataclass
+class CopilotConfig:
+    """Everything that defines a Copilot's architecture; saved beside its weights.
+
+    Attributes:
+        body: config of the family's decoder, as a dictionary.
+        pilot_width: P, width of the Pilot that it reads.
+        vocab_size: V, shared by Pilot and Copilot.
+        head: `linear` (the paper's) or `soft`.
+        pattern: insertion pattern 1 to 4 of the paper.
+        pooling: `mean`, `max` or `sum` over the Pilot's layers.
+        context: `strict` (target i reads h_{<i}, the paper's) or `inclusive` (h_{≤i}).
+        positions: `pilot` (the Pilot's own positions) or `none` (the paper's).
+        tied: the soft head reads the error input's matrix as its unembedding.
+    """
+
+    body: dict[str, Any]
+    pilot_width: int
+    vocab_size: int
+    head: str = "linear"
+    pattern: int = 1
+    pooling: str = "mean"
+    context: str = "strict"
+    positions: str = "pilot"
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        allowed = {"head": HEADS, "pattern": PATTERNS, "context": CONTEXTS, "positions": POSITIONS}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"copilot.{name}={getattr(self, name)!r} is not one of {', '.join(map(str, values))}")
+        self.pooler  # refuses an unknown pooling
+
+    @property
+    def pooler(self) -> StatePooler:
+        """How the Pilot's states are pooled for this Copilot."""
+        return StatePooler(self.pooling, PATTERNS[self.pattern][1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary for `config.json`."""
+        return asdict(self)
+
+
+@dataclass
+class CopilotState:
+    """What the Copilot carries from one decoding step to the next; the batch dimension comes first everywhere.
+
+    Attributes:
+        cache: keys and values of errors and log.
+        open_BS: which rows of the log in the cache may be read.
+        position_B1: position of the next target.
+        pending_B1P: the newest h̄, not yet in the log (strict context).
+        feedback_BV: the last p̂ (observed feedback) or the last f^C (own feedback).
+    """
+
+    cache: Cache
+    open_BS: Tensor
+    position_B1: Tensor
+    pending_B1P: Tensor
+    feedback_BV: Tensor | None = None
+
+    def apply(self, rearrange: Any) -> None:
+        """Apply a function to every batch-first tensor outside the cache."""
+        for name in ("open_BS", "position_B1", "pending_B1P", "feedback_BV"):
+            if getattr(self, name) is not None:
+                setattr(self, name, rearrange(getattr(self, name)))
+
+
+class Copilot(nn.Module):
+    """Reads (ℓ_{<i}, X̃, h) and estimates ℓ_i (Section 3.1). A new Copilot outputs 0: the fused model is the Pilot."""
+
+    def __init__(self, config: CopilotConfig) -> None:
+        super().__init__()
+        self.config = config
+        body_config = families.body_config_from_dict(config.body)
+        self.body = families.build_body(body_config)
+        width, vocab = body_config.hidden_size, config.vocab_size
+        if not families.is_cross_attending(self.body):
+            families.install_log_attention(self.body, self._log_layers())
+        if config.positions == "none":
+            families.remove_positions(self.body)
+        self.error_in = nn.Parameter(torch.randn(vocab, width))
+        self.start = nn.Parameter(torch.zeros(width))
+        self.null = nn.Parameter(torch.zeros(width))
+        self.source_in = _LogInput(config.pilot_width, width)
+        self.states_in = _LogInput(config.pilot_width, width)
+        self.head = HEADS[config.head](width, vocab)
+        if config.head == "soft" and not config.tied:
+            self.unembedding = nn.Parameter(torch.zeros(vocab, width), requires_grad=False)
+
+    @classmethod
+    def from_pilot(
+        cls,
+        pilot: PreTrainedModel,
+        layers: int | None = None,
+        donor: PreTrainedModel | None = None,
+        error_input: str = "embedding",
+        train_error_input: bool = True,
+        **options: Any,
+    ) -> "Copilot":
+        """Build a Copilot for a Pilot, from the Pilot's own decoder or from another checkpoint of its family.
+
+        Args:
+            pilot: the Pilot, before adapters are injected.
+            layers: depth; the donor's first layers are copied. Default: all of them.
+            donor: another model of the family with the same vocabulary, of any width (the paper's small Copilots).
+            error_input: start of the map that reads ℓ: `embedding` (Eᵀℓ) or `normal` (N(0, 1)).
+            train_error_input: whether that map is trained. Keep it frozen with LoRA.
+            **options: fields of `CopilotConfig`.
+
+        Raises:
+            ValueError: if the vocabularies differ, the depth does not fit or an option is unknown.
+            UnsupportedFamilyError: if the family's decoder cannot carry log attention.
+        """
+        donor = pilot if donor is None else donor
+        families.check_family(donor.config)
+        vocab, donor_vocab = (m.get_input_embeddings().num_embeddings for m in (pilot, donor))
+        if vocab != donor_vocab or donor.config.model_type != pilot.config.model_type:
+            raise ValueError(
+                f"Pilot ({pilot.config.model_type}, {vocab} tokens) and Copilot ({donor.config.model_type}, "
+                f"{donor_vocab} tokens) must be of one family and share the vocabulary; choose another copilot.path"
+            )
+        if error_input not in ("embedding", "normal"):
+            raise ValueError(f"copilot.error_input={error_input!r} is neither 'embedding' nor 'normal'")
+        body_config = families.decoder_config(donor.config, layers)
+        tied = bool(getattr(donor.config, "tie_word_embeddings", True)) and not train_error_input
+        config = CopilotConfig(
+            body={**body_config.to_dict(), "model_type": body_config.model_type},
+            pilot_width=pilot.config.hidden_size,
+            vocab_size=vocab,
+            tied=tied and error_input == "embedding",
+            **options,
+        )
+        copilot = cls(config)
+        copilot._load_decoder(donor, body_config)
+        with torch.no_grad():
+            if error_input == "embedding":
+                copilot.error_in.copy_(families.input_embeddings(donor))
+            if hasattr(copilot, "unembedding"):
+                copilot.unembedding.copy_(donor.get_output_embeddings().weight)
+        copilot.error_in.requires_grad_(train_error_input)
+        return copilot
+
+    @property
+    def pooler(self) -> StatePooler:
+        """How the Pilot's states are pooled for this Copilot."""
+        return self.config.pooler
+
+    def inputs(self, past_errors_BKV: Tensor) -> Tensor:
+        """Embed past errors as Eᵀℓ and shift them right: the inputs [B, K + 1, C] of targets 0 … K."""
+        past_BKC = past_errors_BKV.to(self.error_in.dtype) @ self.error_in
+        return shift_right(past_BKC, self.start)
+
+    def forward(
+        self, inputs_BNC: Tensor, source_BMP: Tensor, source_mask_BM: Tensor, states_BNP: Tensor, keep: bool = False
+    ) -> tuple[Tensor, CopilotState | None]:
+        """Run all N targets at once, from their inputs and the log.
+
+        Args:
+            inputs_BNC: from `inputs`; teacher-forced in training, observed or own errors in inference.
+            source_BMP: X̃.
+            source_mask_BM: True on prompt tokens.
+            states_BNP: h̄ of the N targets.
+            keep: also return the state from which `step` goes on.
+
+        Returns:
+            Hidden states [B, N, C] for `correct`, and the state (None unless `keep`).
+        """
+        targets = inputs_BNC.shape[1]
+        readable = states_BNP[:, :-1] if self.config.context == "strict" else states_BNP
+        null_B1C = self.null.to(inputs_BNC.dtype).expand(inputs_BNC.shape[0], 1, -1)
+        log_BSC = torch.cat([null_B1C, self.source_in(source_BMP), self.states_in(readable)], dim=1)
+        rows = log_BSC.shape[1]
+        log_at_BS, targets_at_BN = log_positions(source_mask_BM, targets)
+        visible_BNS = log_mask(source_mask_BM, targets, self.config.context)[..., :rows]
+        cache = families.new_cache(self.body) if keep else None
+        hidden_BNC = families.run_body(
+            self.body,
+            inputs_BNC,
+            additive(causal_mask(targets, inputs_BNC.device), inputs_BNC.dtype),
+            self._positions(targets_at_BN),
+            log_BSC,
+            additive(visible_BNS, inputs_BNC.dtype),
+            self._positions(log_at_BS[:, :rows]),
+            cache,
+        )
+        if not keep:
+            return hidden_BNC, None
+        return hidden_BNC, CopilotState(cache, visible_BNS[:, -1], targets_at_BN[:, -1:] + 1, states_BNP[:, -1:])
+
+    def step(self, inputs_B1C: Tensor, states_B1P: Tensor, state: CopilotState) -> Tensor:
+        """Run one more target, from its input and the state; the state moves on in place. Returns [B, 1, C]."""
+        strict = self.config.context == "strict"
+        log_B1C = self.states_in(state.pending_B1P if strict else states_B1P)
+        state.open_BS = torch.cat([state.open_BS, state.open_BS.new_ones(len(inputs_B1C), 1)], dim=1)
+        past = state.cache.get_seq_length()
+        hidden_B1C = families.run_body(
+            self.body,
+            inputs_B1C,
+            inputs_B1C.new_zeros(1, 1, 1, past + 1),
+            self._positions(state.position_B1),
+            log_B1C,
+            additive(state.open_BS[:, None], inputs_B1C.dtype),
+            self._positions(state.position_B1 - int(strict)),
+            state.cache,
+        )
+        state.position_B1 = state.position_B1 + 1
+        state.pending_B1P = states_B1P
+        return hidden_B1C
+
+    def correct(self, hidden_BNC: Tensor, log_probs_BNV: Tensor) -> Tensor:
+        """Return the corrections f^C [B, N, V], float32, for the Pilot's log p̂ at the same positions."""
+        return self.head(hidden_BNC, log_probs_BNV, self.unembedding_VC)
+
+    @property
+    def unembedding_VC(self) -> Tensor | None:
+        """The frozen matrix that the soft head reads, stored once; None for a linear head."""
+        if self.config.head != "soft":
+            return None
+        return self.error_in if self.config.tied else self.unembedding
+
+    def _positions(self, positions: Tensor) -> Tensor:
+        return torch.zeros_like(positions) if self.config.positions == "none" else positions
+
+    def _log_layers(self) -> list[int]:
+        depth = len(self.body.layers)
+        layers = list(range(depth)) if PATTERNS[self.config.pattern][0] == "every" else list(range(1, depth, 2))
+        if not layers:
+            raise ValueError(
+                f"copilot layers={depth} with pattern {self.config.pattern}: the first layer keeps self-attention, so "
+                f"no layer would read the log; use copilot.layers=2 or more, or copilot.pattern=2"
+            )
+        return layers
+
+    def _load_decoder(self, donor: PreTrainedModel, body_config: Any) -> None:
+        plain = families.build_body(body_config)
+        families.load_decoder_weights(plain, donor)
+        own = {name.replace(".attention.", "."): name for name in self.body.state_dict()}
+        given = {own[name]: value for name, value in plain.state_dict().items() if name in own}
+        self.body.load_state_dict(given)
+
+
+class _LogInput(nn.Module):
+    """Brings X̃ or h̄ to one scale and to the Copilot's width before keys and values are taken."""
+
+    def __init__(self, pilot_width: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(pilot_width, eps=1e-6)
+        self.project = nn.Identity() if pilot_width == width else nn.Linear(pilot_width, width, bias=False)
+
+    def forward(self, rows_BSP: Tensor) -> Tensor:
+        return self.project(self.norm(rows_BSP.to(self.norm.weight.dtype)))

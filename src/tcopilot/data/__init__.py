@@ -1,0 +1,23 @@
+"""Data: benchmarks and built-in tasks, their rows as batches, and the answers in generated text."""
+
+from tcopilot.data.batch import Batch
+from tcopilot.data.benchmarks import Benchmark, DataError, ExactMatch, Example, MultipleChoice, NumberAnswer
+from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.data.module import TCopilotDataModule
+from tcopilot.data.tasks import GeneratedTask
+from tcopilot.data.tokenizers import byte_tokenizer, word_tokenizer
+
+__all__ = [
+    "Batch",
+    "Benchmark",
+    "DataError",
+    "ExactMatch",
+    "Example",
+    "GeneratedTask",
+    "MultipleChoice",
+    "NumberAnswer",
+    "PromptTargetCollator",
+    "TCopilotDataModule",
+    "byte_tokenizer",
+    "word_tokenizer",
+]

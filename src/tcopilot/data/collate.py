@@ -1,0 +1,68 @@
+"""From tokenised rows to a :class:`Batch`. Shape letters: ``B`` batch, ``M`` source length, ``N`` target length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tcopilot.data.batch import Batch
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class PromptTargetCollator:
+    """Pad prompts on ``source_side`` and targets on the right.
+
+    Decoder-only Pilots want ``"left"``, so that prompt and target are neighbours; encoder-decoders want ``"right"``.
+
+    >>> rows = [
+    ...     {"source_ids": [5, 6, 7], "target_ids": [8, 1], "id": 40, "benchmark": 0},
+    ...     {"source_ids": [5], "target_ids": [8, 9, 1], "id": 41, "benchmark": 1},
+    ... ]
+    >>> batch = PromptTargetCollator(pad_token_id=1, source_side="left")(rows)
+    >>> batch.source_ids_BM
+    tensor([[5, 6, 7],
+            [1, 1, 5]])
+    >>> batch.target_ids_BN
+    tensor([[8, 1, 1],
+            [8, 9, 1]])
+    >>> batch.target_mask_BN
+    tensor([[ True,  True, False],
+            [ True,  True,  True]])
+    """
+
+    pad_token_id: int
+    source_side: Side
+
+    def __post_init__(self) -> None:
+        if self.source_side not in ("left", "right"):
+            raise ValueError(f"source_side is 'left' or 'right', got {self.source_side!r}")
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """Collate rows that have ``source_ids``, ``target_ids``, ``id`` and ``benchmark``; other keys are ignored."""
+        source_ids_BM, source_mask_BM = self._pad([row["source_ids"] for row in rows], self.source_side)
+        target_ids_BN, target_mask_BN = self._pad([row["target_ids"] for row in rows], "right")
+        return Batch(
+            source_ids_BM=source_ids_BM,
+            source_mask_BM=source_mask_BM,
+            target_ids_BN=target_ids_BN,
+            target_mask_BN=target_mask_BN,
+            ids_B=torch.tensor([row["id"] for row in rows], dtype=torch.int64),
+            benchmark_B=torch.tensor([row["benchmark"] for row in rows], dtype=torch.int64),
+        )
+
+    def _pad(self, sequences: Sequence[Sequence[int]], side: Side) -> tuple[Tensor, Tensor]:
+        """Return ids and mask, both [rows, longest]; the mask comes from the lengths."""
+        longest = max(map(len, sequences))
+        ids = torch.full((len(sequences), longest), self.pad_token_id, dtype=torch.int64)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for row, sequence in enumerate(sequences):
+            start = longest - len(sequence) if side == "left" else 0
+            ids[row, start : start + len(sequence)] = torch.as_tensor(sequence, dtype=torch.int64)
+            mask[row, start : start + len(sequence)] = True
+        return ids, mask

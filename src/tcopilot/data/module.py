@@ -1,0 +1,270 @@
+"""The data module: benchmarks in, batches of a round and rows of an evaluation out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from lightning import LightningDataModule
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transformers import PreTrainedTokenizerBase
+
+from tcopilot.data.benchmarks import Benchmark, DataError
+from tcopilot.data.collate import PromptTargetCollator, Side
+from tcopilot.data.prepare import Overflow, RowPreparer
+from tcopilot.data.rounds import RoundSampler, StreamRounds
+from tcopilot.data.splits import SplitReader
+from tcopilot.data.streams import as_stream, mixture
+
+log = logging.getLogger(__name__)
+SHOWN = 3  # complaints about one split that are printed in full
+
+PreparedRow = dict[str, Any]
+
+
+class TCopilotDataModule(LightningDataModule):
+    """Serve a mixture of benchmarks: one Lightning epoch is the whole budget of rounds.
+
+    Call ``prepare`` before anything else. Give the Trainer ``use_distributed_sampler=False``: the batches are divided
+    among ranks here.
+
+    Args:
+        benchmarks: Name to benchmark, in the order in which ``Batch.benchmark_B`` counts them.
+        path: Folder with local copies; None reads the Hub. Built-in tasks ignore it.
+        weights: Benchmark name to relative frequency in training; None takes every row once a pass.
+        streaming: Read training rows while they are used. Evaluation rows are always kept in memory.
+        batch_size: Training rows of a round, over all processes.
+        eval_batch_size: Validation rows of a batch, per process.
+        rounds: Training budget in batches; wins over ``epochs``.
+        epochs: Training budget in passes over the training rows; a pass is rounded up to whole rounds.
+        validation_size: Where a benchmark has no validation split: share (float) or number (int) of its train rows
+            that become one. A stream gives its first rows, so it needs a number.
+        max_train_rows: Seeded subsample of each benchmark's train rows; of a stream, its first rows. None is all.
+        max_eval_rows: Seeded subsample of each benchmark's validation and of its test rows. None is all.
+        max_source_length: Longest prompt in tokens; None is no limit.
+        max_target_length: Longest target in tokens, end token included; None is no limit.
+        overflow: ``error``, ``drop`` or ``truncate``; see :class:`RowPreparer`.
+        group_by_length: Batch rows of similar length. Not for streams.
+        num_workers: Loader processes; a stream uses one at most, which keeps its order.
+        shuffle_buffer: Rows among which a stream draws the next one.
+        seed: Seed of the order, the mixture, the carved validation split and the subsamples.
+
+    Raises:
+        DataError: If the settings contradict each other.
+    """
+
+    def __init__(
+        self,
+        benchmarks: dict[str, Benchmark],
+        path: str | Path | None = None,
+        weights: dict[str, float] | None = None,
+        streaming: bool = False,
+        batch_size: int = 64,
+        eval_batch_size: int = 64,
+        rounds: int | None = None,
+        epochs: float | None = None,
+        validation_size: float | int = 0.1,
+        max_train_rows: int | None = None,
+        max_eval_rows: int | None = None,
+        max_source_length: int | None = None,
+        max_target_length: int | None = None,
+        overflow: Overflow = "error",
+        group_by_length: bool = True,
+        num_workers: int = 0,
+        shuffle_buffer: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.benchmarks, self.weights, self.streaming = benchmarks, weights, streaming
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.rounds, self.epochs = rounds, epochs
+        self._reader = SplitReader(path, streaming, validation_size, max_train_rows, max_eval_rows, seed)
+        self.limits = (max_source_length, max_target_length, overflow)
+        self.group_by_length, self.num_workers, self.shuffle_buffer = group_by_length, num_workers, shuffle_buffer
+        self.seed = seed
+        self._check_settings()
+        self._train: datasets.Dataset | datasets.IterableDataset | None = None
+        self._evaluation: dict[tuple[str, str], list[PreparedRow]] = {}
+        self._summary: dict[str, dict[str, float]] = {}
+
+    # What is known before the tokenizer is -------------------------------------------------------------------------
+
+    @property
+    def benchmark_names(self) -> list[str]:
+        """List the benchmarks in the order of ``Batch.benchmark_B``."""
+        return list(self.benchmarks)
+
+    @property
+    def vocabulary(self) -> list[str] | None:
+        """List the words of all tasks, each once; None unless every benchmark has a closed vocabulary."""
+        words = [getattr(benchmark, "vocabulary", None) for benchmark in self.benchmarks.values()]
+        return None if None in words else list(dict.fromkeys(word for part in words for word in part))
+
+    # Preparation ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, source_side: Side) -> None:
+        """Load, render, tokenise and check all rows; needs no model. A stream's rows are checked as they are read.
+
+        Args:
+            tokenizer: The Pilot's. Without a pad token its end token pads, which the masks make harmless.
+            source_side: ``left`` for decoder-only Pilots, ``right`` for encoder-decoders.
+
+        Raises:
+            DataError: With every problem found, one a line.
+        """
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        preparer = RowPreparer(tokenizer, source_side, *self.limits)
+        self._collate = PromptTargetCollator(pad, source_side)
+        self._evaluation, self._summary, self._digest = {}, {}, hashlib.sha256()
+        train: list[datasets.Dataset | datasets.IterableDataset] = []
+        problems: list[str] = []
+        for index, (name, benchmark) in enumerate(self.benchmarks.items()):
+            splits, found = self._reader(benchmark)
+            problems += found
+            for split, part in splits.items():
+                training = split == "train"
+                prepare = partial(preparer, part.rows, benchmark, index, len(self.benchmarks), training)
+                if training and self.streaming:
+                    train.append(as_stream(partial(prepare, partial(_complain, f"{name}, {part.where}, "))))
+                    continue
+                preparer.dropped = 0
+                complaints: list[str] = []
+                rows = list(prepare(complaints.append))
+                problems += [f"{name}, {part.where}, {text}" for text in _shortened(complaints, rows)]
+                self._note(name, split, rows, preparer.dropped)
+                if training:
+                    train.append(datasets.Dataset.from_list(rows))
+                else:
+                    self._evaluation[split, name] = rows
+        if problems:
+            raise DataError("\n".join(problems))
+        weights = None if self.weights is None else [self.weights[name] for name in self.benchmarks]
+        self._train = mixture(train, weights, self.seed)
+        self._lengths = None if self.streaming or not self.group_by_length else self._train["length"][:]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Check that ``prepare`` was called; Lightning calls this."""
+        if self._train is None:
+            raise DataError("call prepare(tokenizer, source_side) first: the rows depend on the Pilot's tokenizer")
+
+    # What is known after it ------------------------------------------------------------------------------------------
+
+    @property
+    def train_rows(self) -> int | None:
+        """Count the training rows of a pass, repeats from ``weights`` included; None for a stream."""
+        self.setup()
+        return None if self.streaming else len(self._train)
+
+    @property
+    def total_rounds(self) -> int:
+        """Count the batches of ``train_dataloader``.
+
+        Raises:
+            DataError: If neither ``rounds`` nor ``epochs`` is given.
+        """
+        if self.rounds is not None:
+            return self.rounds
+        if self.epochs is None:
+            raise DataError("training needs a budget: give data.rounds or data.epochs")
+        return math.ceil(self.epochs * math.ceil(self.train_rows / self.batch_size))
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        """Return exactly ``total_rounds`` batches; its ``state_dict`` resumes at the next batch.
+
+        Raises:
+            DataError: If ``batch_size`` does not divide by the number of processes.
+        """
+        self.setup()
+        rank, world_size = self._place
+        shared = {"collate_fn": self._collate, "pin_memory": torch.cuda.is_available()}
+        if self.streaming:
+            stream = self._train.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
+            rounds = StreamRounds(stream, self.batch_size, self.total_rounds, rank, world_size)
+            return StatefulDataLoader(rounds, batch_size=None, num_workers=min(self.num_workers, 1), **shared)
+        sampler = RoundSampler(
+            len(self._train), self.batch_size, self.total_rounds, self.seed, self._lengths, rank, world_size
+        )
+        return StatefulDataLoader(self._train, batch_sampler=sampler, num_workers=self.num_workers, **shared)
+
+    def val_dataloader(self) -> StatefulDataLoader:
+        """Return the validation rows of all benchmarks in fixed order; ranks take every ``world_size``-th row."""
+        self.setup()
+        rank, world_size = self._place
+        rows = [row for name in self.benchmarks for row in self._evaluation.get(("validation", name), [])]
+        return StatefulDataLoader(rows[rank::world_size], batch_size=self.eval_batch_size, collate_fn=self._collate)
+
+    def evaluation_rows(self, split: str, benchmark_name: str) -> list[PreparedRow]:
+        """Return the rows to score.
+
+        Their keys are ``source_ids``, ``target_ids``, ``id``, ``benchmark``, ``prompt``, ``target`` and ``answer``.
+
+        Args:
+            split: ``validation`` or ``test``.
+            benchmark_name: One of ``benchmark_names``.
+
+        Raises:
+            DataError: If there are none.
+        """
+        self.setup()
+        rows = self._evaluation.get((split, benchmark_name))
+        if rows is None:
+            there = ", ".join(f"{name} {split}" for split, name in self._evaluation)
+            raise DataError(f"no rows of {benchmark_name} {split} to evaluate; there are {there}")
+        return rows
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Return counts and token lengths (mean, max) for each ``<benchmark>/<split>``; not of a streamed train."""
+        self.setup()
+        return self._summary
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that change whenever a prepared row does. A stream's train rows are not covered."""
+        self.setup()
+        return self._digest.hexdigest()[:16]
+
+    # Details -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """Return rank and number of processes."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _check_settings(self) -> None:
+        if not self.benchmarks:
+            raise DataError("data.benchmarks is empty; name at least one benchmark")
+        for name, benchmark in self.benchmarks.items():
+            if name != benchmark.name:
+                raise DataError(f"data.benchmarks.{name}.name is {benchmark.name!r}; it must equal its key")
+        if self.weights is not None and set(self.weights) != set(self.benchmarks):
+            raise DataError(f"data.weights names {sorted(self.weights)}, the benchmarks are {sorted(self.benchmarks)}")
+        if self.streaming and self.rounds is None and self.epochs is not None:
+            raise DataError("data.epochs needs a known number of rows; give data.rounds when data.streaming=true")
+
+    def _note(self, name: str, split: str, rows: list[PreparedRow], dropped: int) -> None:
+        sources, targets = ([len(row[key]) for row in rows] for key in ("source_ids", "target_ids"))
+        self._summary[f"{name}/{split}"] = {"rows": len(rows), "dropped": dropped} | {
+            f"{what}_{kind}": value
+            for what, lengths in (("source", sources), ("target", targets))
+            for kind, value in (("mean", sum(lengths) / max(1, len(lengths))), ("max", max(lengths, default=0)))
+        }
+        for row in rows:
+            self._digest.update(repr((name, split, row["id"], row["source_ids"], row["target_ids"])).encode())
+        if dropped:
+            log.info("%s/%s: dropped %d of %d rows as too long", name, split, dropped, dropped + len(rows))
+
+
+def _shortened(complaints: list[str], rows: list[PreparedRow]) -> list[str]:
+    """Return the first complaints and the number of the others; one if there are neither rows nor complaints."""
+    if len(complaints) > SHOWN:
+        return [*complaints[:SHOWN], f"and {len(complaints) - SHOWN} more such problems"]
+    return complaints if complaints or rows else ["no row is left: all were dropped as too long"]
+
+
+def _complain(where: str, text: str) -> None:
+    raise DataError(where + text)

@@ -1,0 +1,171 @@
+"""Where rows come from: a built-in task, a local folder of JSON lines, or the Hugging Face Hub; and their mixture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+
+from tcopilot.data.benchmarks import Benchmark, DataError
+
+Stream = TypeVar("Stream", datasets.Dataset, datasets.IterableDataset)
+
+
+class HubError(DataError):
+    """Say that the Hub could not be read; other splits would fail likewise, after the same wait."""
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """Iterate over the raw rows of one split, as often as wanted, and check each row on its way.
+
+    Raises while iterating:
+        DataError: If there is no row, or a row lacks a column that the benchmark reads.
+
+    Attributes:
+        where: File, Hub id or task, for messages.
+        benchmark: Whose columns are checked.
+        rows: What is iterated.
+    """
+
+    where: str
+    benchmark: Benchmark
+    rows: Iterable[dict[str, Any]]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        columns, number = self.benchmark.columns, 0
+        for number, row in enumerate(self.rows, start=1):
+            missing = [column for column in columns if column not in row]
+            if missing:
+                raise DataError(
+                    f"{self.where}: row {number} has no column {', '.join(map(repr, missing))}; it has "
+                    f"{', '.join(map(repr, row))}. Rename it there, or name the right columns in "
+                    f"data.benchmarks.{self.benchmark.name}."
+                )
+            yield row
+        if not number:
+            raise DataError(f"{self.where}: no rows. Every split needs at least one.")
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """Read a file of JSON objects, one a line; blank lines are skipped.
+
+    Raises while iterating:
+        DataError: At a line that is not a JSON object, with file and line number.
+    """
+
+    file: Path
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        with self.file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
+                    raise DataError(f"{self.file}, line {number}: not JSON ({error}). Mend or remove it.") from error
+                if not isinstance(row, dict):
+                    raise DataError(f"{self.file}, line {number}: expected an object {{…}}, got {line[:40]!r}.")
+                yield row
+
+
+def open_split(benchmark: Benchmark, split: str, path: str | Path | None, streaming: bool = False) -> RowSource | None:
+    """Find the rows of a split.
+
+    A built-in task brings its own. With ``path`` they are in ``<path>/<folder>/<split>.jsonl`` if that folder exists,
+    else in ``<path>/<split>.jsonl``, under our split names. Otherwise the Hub's copy is loaded.
+
+    Args:
+        benchmark: What to open.
+        split: ``train``, ``validation`` or ``test``.
+        path: Local root, or None.
+        streaming: Read the Hub's files while they are used instead of downloading them first.
+
+    Returns:
+        The rows; None for a validation split that does not exist, or a test split left out of ``benchmark.splits``.
+
+    Raises:
+        DataError: If a required file is missing.
+        HubError: If the Hub cannot be read.
+    """
+    rows = benchmark.builtin_rows(split)
+    if rows is not None:
+        return RowSource(f"built-in task {benchmark.name}, {split}", benchmark, rows)
+    if path is not None:
+        return _open_local(benchmark, split, Path(path))
+    if split not in benchmark.splits:
+        return None
+    if benchmark.hub is None:
+        raise DataError(f"{benchmark.name}: no place to read {split} from. Give data.path=<folder of {split}.jsonl>.")
+    return _open_hub(benchmark, split, streaming)
+
+
+def mixture(parts: Sequence[Stream], weights: Sequence[float] | None = None, seed: int = 0) -> Stream:
+    """Join data sets into one.
+
+    Args:
+        parts: All map-style or all streaming.
+        weights: Relative frequency of each part, any positive scale. Rows are then drawn part by part until each part
+            was used up at least once, so small parts repeat. None keeps every row exactly once.
+        seed: Seed of the draw.
+
+    Raises:
+        DataError: If a weight is not positive.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if weights is None:
+        return datasets.concatenate_datasets(list(parts))
+    if min(weights) <= 0:
+        raise DataError(f"data.weights must be positive, got {list(weights)}; leave out a benchmark to drop it.")
+    probabilities = [weight / sum(weights) for weight in weights]
+    return datasets.interleave_datasets(
+        list(parts), probabilities=probabilities, seed=seed, stopping_strategy="all_exhausted"
+    )
+
+
+def as_stream(rows: Callable[[], Iterator[dict[str, Any]]]) -> datasets.IterableDataset:
+    """Make a streaming data set of a function that starts a new pass over its rows whenever it is called."""
+    return datasets.IterableDataset.from_generator(_call, gen_kwargs={"rows": rows})
+
+
+def _call(rows: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    yield from rows()
+
+
+def _open_local(benchmark: Benchmark, split: str, root: Path) -> RowSource | None:
+    folder = root / (benchmark.folder or benchmark.name)
+    file = (folder if folder.is_dir() else root) / f"{split}.jsonl"
+    if file.is_file():
+        return RowSource(str(file), benchmark, JsonLines(file))
+    if split == "validation" or split not in benchmark.splits:
+        return None
+    there = sorted(path.name for path in file.parent.glob("*"))[:10] if file.parent.is_dir() else "no such folder"
+    raise DataError(
+        f"{benchmark.name}: {file} does not exist (found: {there}). data.path is the folder that holds train.jsonl "
+        f"and test.jsonl, or one that holds a folder {folder.name!r} with them."
+    )
+
+
+def _open_hub(benchmark: Benchmark, split: str, streaming: bool) -> RowSource:
+    where = f"Hub data set {benchmark.hub}, config {benchmark.config}, split {benchmark.splits[split]}"
+    try:
+        rows = datasets.load_dataset(
+            benchmark.hub,
+            benchmark.config,
+            revision=benchmark.revision,
+            split=benchmark.splits[split],
+            streaming=streaming,
+        )
+    except Exception as error:  # the Hub's clients raise many unrelated types: no network, offline mode, no such name
+        raise HubError(
+            f"{where} could not be read ({type(error).__name__}: {error}). Without network, give "
+            f"data.path=<folder> with a local copy: train.jsonl and test.jsonl, or {benchmark.name}/train.jsonl."
+        ) from error
+    return RowSource(where, benchmark, rows)

@@ -1,0 +1,178 @@
+"""Built-in tasks: generated from a seed, closed vocabulary, no download.
+
+Every task is a :class:`Benchmark`, so the rest of the code does not know that its rows are made up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from random import Random
+from typing import NamedTuple
+
+from tcopilot.data.benchmarks import DataError, ExactMatch
+
+# Word problems ---------------------------------------------------------------------------------------------------
+
+NAMES = ("amy", "ben", "carl", "dora", "nina", "omar", "paul", "rosa")
+THINGS = ("apples", "books", "coins", "eggs", "pens", "stamps", "cards", "shells")
+SUMS = (
+    "{a} has {x} {o} and {b} has {y} {o} . how many {o} do they have in all ?",
+    "{a} had {x} {o} and found {y} more . how many {o} does {a} have now ?",
+    "there are {x} {o} on the table and {y} in the box . how many {o} are there in all ?",
+)
+DIFFERENCES = (
+    "{a} had {x} {o} and gave {y} to {b} . how many {o} does {a} have left ?",
+    "{a} has {x} {o} and {b} has {y} . how many more {o} does {a} have than {b} ?",
+    "{a} needs {x} {o} and has {y} . how many more {o} does {a} need ?",
+)
+
+
+def _word_problem(random: Random) -> tuple[str, str]:
+    template = random.choice(SUMS + DIFFERENCES)
+    a, b = random.sample(NAMES, 2)
+    x, y = random.randint(2, 20), random.randint(2, 20)
+    if template in DIFFERENCES:
+        x, y = max(x, y), min(x, y)
+    answer = x - y if template in DIFFERENCES else x + y
+    return template.format(a=a, b=b, o=random.choice(THINGS), x=x, y=y), str(answer)
+
+
+def _word_problem_words() -> list[str]:
+    fixed = [word for template in SUMS + DIFFERENCES for word in template.split() if "{" not in word]
+    return [*dict.fromkeys(fixed), *NAMES, *THINGS, *map(str, range(41))]
+
+
+# Multiple choice -------------------------------------------------------------------------------------------------
+
+ENTITIES, RELATIONS, CLASSES, VALUES = 60, 6, 6, 24
+
+
+def _world() -> list[list[int]]:
+    """Return value[entity][relation]: that of the entity's class, but for one fact in four a value of its own."""
+    random = Random("world")
+    rule = [[random.randrange(VALUES) for _ in range(RELATIONS)] for _ in range(CLASSES)]
+    return [
+        [random.randrange(VALUES) if random.random() < 0.25 else value for value in rule[entity % CLASSES]]
+        for entity in range(ENTITIES)
+    ]
+
+
+WORLD = _world()
+
+
+def _choice(random: Random) -> tuple[str, str]:
+    entity, relation = random.randrange(ENTITIES), random.randrange(RELATIONS)
+    gold = WORLD[entity][relation]
+    options = [gold, *random.sample([value for value in range(VALUES) if value != gold], 2)]
+    random.shuffle(options)
+    return f"what is r{relation} of e{entity} ? " + " ".join(f"v{v}" for v in options), f"answer : v{gold}"
+
+
+def _choice_words() -> list[str]:
+    return [
+        *("what", "is", "of", "?", "answer", ":"),
+        *(f"r{i}" for i in range(RELATIONS)),
+        *(f"e{i}" for i in range(ENTITIES)),
+        *(f"v{i}" for i in range(VALUES)),
+    ]
+
+
+# Next item -------------------------------------------------------------------------------------------------------
+
+ITEMS, TASTES, HISTORY = 120, 12, 8
+ITEMS_PER_TASTE = ITEMS // TASTES
+
+
+def _next_item(random: Random) -> tuple[str, str]:
+    """Follow a user of two tastes: each step picks one and moves on in it by 1 (70 %), by 3 (20 %), or anywhere."""
+    tastes = random.sample(range(TASTES), 2)
+    places = [random.randrange(ITEMS_PER_TASTE) for _ in tastes]
+    items = []
+    for _ in range(HISTORY + 1):
+        which, luck = random.randrange(2), random.random()
+        if luck < 0.9:
+            places[which] = (places[which] + (1 if luck < 0.7 else 3)) % ITEMS_PER_TASTE
+            items.append(tastes[which] * ITEMS_PER_TASTE + places[which])
+        else:
+            items.append(random.randrange(ITEMS))
+    *history, target = (f"i{item}" for item in items)
+    return " ".join(history), target
+
+
+class Kind(NamedTuple):
+    """One family of tasks: ``draw`` makes a (prompt, target), ``words`` lists every word that it may use."""
+
+    draw: Callable[[Random], tuple[str, str]]
+    words: Callable[[], list[str]]
+
+
+KINDS = {
+    "word_problems": Kind(_word_problem, _word_problem_words),
+    "multiple_choice": Kind(_choice, _choice_words),
+    "next_item": Kind(_next_item, lambda: [f"i{item}" for item in range(ITEMS)]),
+}
+
+
+@dataclass(kw_only=True)
+class GeneratedTask(ExactMatch):
+    """Generate the rows of a task; equal settings give equal rows.
+
+    Test, then validation, are drawn first and hold no prompt twice; a train row never has a prompt of either.
+    Prompts may repeat within train. The target starts with a space for the sake of byte and subword tokenizers.
+
+    Attributes:
+        kind: ``word_problems``, ``multiple_choice`` or ``next_item``.
+        train: Number of train rows.
+        validation: Number of validation rows.
+        test: Number of test rows.
+        seed: Seed of the draw. The world of ``multiple_choice`` is the same for every seed.
+    """
+
+    target: str = " {target}"
+    max_new_tokens: int = 16
+    splits: dict[str, str] = field(default_factory=lambda: {s: s for s in ("train", "validation", "test")})
+    kind: str
+    train: int = 32_000
+    validation: int = 1_000
+    test: int = 2_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind not in KINDS:
+            raise DataError(f"{self.name}: unknown kind {self.kind!r}; the known ones are {', '.join(KINDS)}")
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """List every word of prompts and targets, in an order that does not depend on the seed."""
+        return KINDS[self.kind].words()
+
+    def builtin_rows(self, split: str) -> list[dict[str, str]]:
+        """Return the rows of a split; all splits are drawn once, at the first call."""
+        return self._rows[split]
+
+    @cached_property
+    def _rows(self) -> dict[str, list[dict[str, str]]]:
+        random = Random(f"{self.kind} {self.seed}")
+        held: set[str] = set()
+        rows = {split: self._draw(random, getattr(self, split), held, keep=True) for split in ("test", "validation")}
+        return rows | {"train": self._draw(random, self.train, held, keep=False)}
+
+    def _draw(self, random: Random, count: int, held: set[str], keep: bool) -> list[dict[str, str]]:
+        """Draw rows whose prompts are not in ``held``; ``keep`` adds theirs to it.
+
+        Raises:
+            DataError: If prompts run out, recognised by far more draws than rows.
+        """
+        rows: list[dict[str, str]] = []
+        for _ in range(20 * count + 1000):
+            if len(rows) == count:
+                return rows
+            prompt, target = KINDS[self.kind].draw(random)
+            if prompt not in held:
+                rows.append({"prompt": prompt, "target": target})
+                if keep:
+                    held.add(prompt)
+        raise DataError(f"{self.name}: {count} rows asked for, but prompts ran out at {len(rows)}; ask for fewer")

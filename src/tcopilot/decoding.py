@@ -1,0 +1,81 @@
+"""Algorithm 2, one target after another: the Copilot's corrections along a text that is being written or scored.
+
+Feedback is what stands in for the teacher's error ℓ_{<i} when the right answer is unknown: `observed` takes
+onehot(emitted token) − p̂, `own` takes the Copilot's earlier outputs f^C_{<i} as the paper writes it.
+
+Shapes: B batch, M source length, N targets, P Pilot width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from tcopilot.copilot import Copilot, CopilotState
+from tcopilot.functional import token_errors
+
+FEEDBACKS = ("observed", "own")
+
+
+def correct_text(
+    copilot: Copilot,
+    feedback: str,
+    log_probs_BNV: Tensor,
+    tokens_BK: Tensor,
+    source_BMP: Tensor,
+    source_mask_BM: Tensor,
+    states_BNP: Tensor,
+    keep: bool = False,
+) -> tuple[Tensor, CopilotState | None]:
+    """Correct N targets of which the first K = N − 1 tokens are known.
+
+    With observed feedback this is one parallel pass, since the errors follow from p̂ and the tokens. With own feedback
+    each correction is an input of the next, so the targets are visited in order.
+
+    Args:
+        copilot: the Copilot.
+        feedback: `observed` or `own`.
+        log_probs_BNV: log p̂ of the N targets, float32.
+        tokens_BK: the tokens at targets 0 … N − 2.
+        source_BMP: X̃.
+        source_mask_BM: True on prompt tokens.
+        states_BNP: h̄ of the N targets.
+        keep: also return the state from which `correct_next` goes on.
+
+    Returns:
+        Corrections f^C [B, N, V], float32, and the state (None unless `keep`).
+    """
+    if feedback == "observed":
+        errors_BKV = token_errors(log_probs_BNV[:, :-1].exp(), tokens_BK)
+        hidden, state = copilot(copilot.inputs(errors_BKV), source_BMP, source_mask_BM, states_BNP, keep)
+        corrections_BNV = copilot.correct(hidden, log_probs_BNV)
+        if state is not None:
+            state.feedback_BV = log_probs_BNV[:, -1].exp()
+        return corrections_BNV, state
+
+    none_B0V = log_probs_BNV[:, :0]
+    hidden, state = copilot(copilot.inputs(none_B0V), source_BMP, source_mask_BM, states_BNP[:, :1], keep=True)
+    corrections = [copilot.correct(hidden, log_probs_BNV[:, :1])]
+    state.feedback_BV = corrections[0][:, 0]
+    for i in range(1, log_probs_BNV.shape[1]):
+        here = slice(i, i + 1)
+        token_B1 = tokens_BK[:, i - 1 : i]
+        corrections.append(
+            correct_next(copilot, feedback, log_probs_BNV[:, here], token_B1, states_BNP[:, here], state)
+        )
+    return torch.cat(corrections, dim=1), state if keep else None
+
+
+def correct_next(
+    copilot: Copilot, feedback: str, log_probs_B1V: Tensor, token_B1: Tensor, states_B1P: Tensor, state: CopilotState
+) -> Tensor:
+    """Correct the next target, after `token_B1` was emitted at the last one; the state moves on in place.
+
+    Returns:
+        Correction f^C [B, 1, V], float32.
+    """
+    error_B1V = state.feedback_BV[:, None]
+    if feedback == "observed":
+        error_B1V = token_errors(error_B1V, token_B1)
+    hidden_B1C = copilot.step(copilot.inputs(error_B1V)[:, 1:], states_B1P, state)
+    correction_B1V = copilot.correct(hidden_B1C, log_probs_B1V)
+    state.feedback_BV = (log_probs_B1V.exp() if feedback == "observed" else correction_B1V)[:, 0]
+    return correction_B1V

@@ -1,0 +1,83 @@
+"""Does f^C estimate ℓ on rows that neither model was trained on? Error ratio, λ*, cosine and fused likelihood.
+
+A Copilot that has collapsed to 0, or has memorised its log, looks fine on its training loss; it does not look fine here.
+
+Shapes: B batch, N target length, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tcopilot.functional import best_weight, token_errors
+from tcopilot.fusion import build_fusion
+
+
+class ErrorStatistics:
+    """Sums over target tokens, from teacher-forced passes, of what Theorem 4.1 speaks of.
+
+    Args:
+        weights: the λ at which the fused likelihood is wanted.
+        fusion: `probability` or `logits`.
+    """
+
+    def __init__(self, weights: Sequence[float], fusion: str = "probability") -> None:
+        self.weights = list(weights)
+        self._fuse = build_fusion(fusion)
+        self._sums: Tensor | None = None
+
+    @torch.no_grad()
+    def update(
+        self, log_probs_BNV: Tensor, corrections_BNV: Tensor | None, targets_BN: Tensor, mask_BN: Tensor
+    ) -> None:
+        """Add a batch; `corrections_BNV` None stands for a bare Pilot."""
+        errors_BNV = token_errors(log_probs_BNV.exp(), targets_BN)
+        index = targets_BN.unsqueeze(-1)
+        no_correction = torch.zeros_like(errors_BNV) if corrections_BNV is None else corrections_BNV
+        per_token = [
+            torch.ones_like(mask_BN, dtype=torch.float64),
+            errors_BNV.square().sum(-1),
+            no_correction.square().sum(-1),
+            (errors_BNV * no_correction).sum(-1),
+            -log_probs_BNV.gather(-1, index).squeeze(-1),
+        ]
+        for weight in self.weights:
+            fused = log_probs_BNV if weight == 0 else self._fuse(log_probs_BNV, no_correction, weight)
+            per_token.append(-fused.gather(-1, index).squeeze(-1))
+        sums = torch.stack([(value.double() * mask_BN).sum() for value in per_token])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Add up the sums of all ranks."""
+        if self._sums is not None:
+            self._sums = sum_over_ranks(self._sums)
+
+    def nll(self) -> dict[float, float]:
+        """Mean −log p̃_y per target token, in nats, for each λ."""
+        return dict(zip(self.weights, (self._sums[5:] / self._sums[0]).tolist(), strict=True))
+
+    @property
+    def best_weight(self) -> float:
+        """λ* in closed form (Theorem 4.1)."""
+        return best_weight(self._sums[3].item(), self._sums[2].item())
+
+    def summary(self) -> dict[str, float]:
+        """Means per target token.
+
+        Returns:
+            `pilot_nll` (nats), `error_energy` E‖ℓ‖², `correction_energy` E‖f^C‖², `error_ratio` E‖f^C−ℓ‖² / E‖ℓ‖²
+            (below 1: the Copilot knows something), `cosine` of f^C with ℓ, `best_weight` λ*, and `fused_nll` at the
+            first λ.
+        """
+        tokens, energy, correction, inner, pilot_nll = self._sums[:5].tolist()
+        norm = (energy * correction) ** 0.5
+        return {
+            "pilot_nll": pilot_nll / tokens,
+            "fused_nll": self._sums[5].item() / tokens,
+            "error_energy": energy / tokens,
+            "correction_energy": correction / tokens,
+            "error_ratio": (energy - 2 * inner + correction) / energy if energy else 1.0,
+            "cosine": inner / norm if norm else 0.0,
+            "best_weight": self.best_weight,
+        }

@@ -1,0 +1,275 @@
+"""`results.json`: what a run found, in the one form that tables, tests and dashboards read.
+
+Values are stored in the unit of their metric: fractions for accuracy and its like, nats per target token for `nll`.
+Only the tables speak of percent and points.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from rich.table import Table
+
+from tcopilot.evaluation.significance import Comparison, Interval, direction
+
+VERSION = 1
+LOSSES = frozenset({"nll", "perplexity", "rmse"})  # not fractions: printed as plain numbers, and lower is better
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of the fused model on one split at one λ; `weight` 0 is the Pilot."""
+
+    benchmark: str
+    split: str
+    metric: str
+    weight: float
+    value: float
+    n: int
+    ci95: Interval
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Pilot against Pilot + Copilot at the selected λ, paired over the rows of the test split."""
+
+    benchmark: str
+    metric: str
+    pilot: float
+    fused: float
+    difference: float
+    ci95: Interval
+    fixed: int
+    broken: int
+    p_value: float
+
+    @classmethod
+    def of(cls, benchmark: str, metric: str, comparison: Comparison) -> Self:
+        """Name a comparison by what was compared."""
+        found = comparison._asdict()
+        return cls(benchmark, metric, **{name: found[name] for name in cls.__dataclass_fields__ if name in found})
+
+
+@dataclass(frozen=True)
+class Control:
+    """Another model on the same rows, such as the Pilot trained for the wall time of the joint run.
+
+    `rounds` are Pilot updates and `train_seconds` wall time: what the model cost to train.
+    """
+
+    name: str
+    benchmark: str
+    split: str
+    metric: str
+    value: float
+    n: int
+    ci95: Interval
+    rounds: int
+    train_seconds: float
+
+
+@dataclass(kw_only=True)
+class Results:
+    """All figures of one run.
+
+    Attributes:
+        version: Version of this layout.
+        seed: Seed of the run.
+        git: Revision of the code, see `git_revision`.
+        config: Path of the resolved config, relative to the run directory.
+        params: Parameter counts by name.
+        rounds: Pilot updates made.
+        train_seconds: Wall time of training.
+        selected_weight: λ of `gain`; a mapping if it was chosen for each benchmark.
+        selected_on: Split on which λ was chosen, never the test split.
+        rows: Every metric at every λ evaluated.
+        gain: The comparison with the Pilot, one per benchmark and metric.
+        controls: Other models on the same rows.
+        notes: Remarks a reader of the figures needs, one sentence each.
+    """
+
+    version: int = VERSION
+    seed: int
+    git: str
+    config: str
+    params: dict[str, int]
+    rounds: int
+    train_seconds: float
+    selected_weight: float | dict[str, float]
+    selected_on: str
+    rows: list[Row]
+    gain: list[Gain]
+    controls: list[Control] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def weight_of(self, benchmark: str) -> float | None:
+        """Return the λ selected for a benchmark, or None if none was."""
+        selected = self.selected_weight
+        return selected.get(benchmark) if isinstance(selected, Mapping) else selected
+
+    def find(self, benchmark: str, metric: str, split: str, weight: float | None) -> Row | None:
+        """Return the row of this benchmark, metric, split and λ, or None."""
+        key = (benchmark, metric, split, weight)
+        return next((row for row in self.rows if (row.benchmark, row.metric, row.split, row.weight) == key), None)
+
+    def save(self, path: str | Path) -> None:
+        """Write the file so that a reader sees the old one or the new one, never half of it.
+
+        Raises:
+            TypeError: If a figure is not a plain Python value (a tensor, a numpy integer).
+            ValueError: If a figure is nan or infinite, which JSON cannot hold.
+        """
+        path = Path(path)
+        text = json.dumps(asdict(self), indent=2, allow_nan=False, ensure_ascii=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")  # same folder: a rename is atomic on one disk only
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file written by `save`.
+
+        Keys this version does not know are ignored, so that others may add theirs.
+
+        Raises:
+            ValueError: If it is not JSON, is of another version, or lacks a key; the message names file and key.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from error
+        version = data.get("version") if isinstance(data, dict) else None
+        if version != VERSION:
+            raise ValueError(f"{path}: 'version' is {version!r}, this code reads {VERSION}")
+        parts = {"rows": Row, "gain": Gain, "controls": Control}
+        lists = {
+            name: [_build(kind, item, f"{path}: {name}[{i}]") for i, item in enumerate(data[name])]
+            for name, kind in parts.items()
+            if name in data
+        }
+        return _build(cls, data | lists, str(path))
+
+
+def gain_table(results: Results) -> Table:
+    """Lay out what the Copilot gained on the test rows, and beneath it what each control reached.
+
+    Differences are in percentage points, or in the metric's own unit where it is not a fraction. A control's
+    difference to the Pilot comes without an interval, as its rows are not paired here.
+    """
+    table = Table(
+        *("benchmark", "metric", "Pilot", "Pilot + Copilot", "difference [95 %]"),
+        *("fixed / broken", "p", "n", "λ", "verdict"),
+        title="Gain of the Copilot",
+        caption=f"{results.rounds} rounds, {results.train_seconds:.0f} s; λ chosen on {results.selected_on}",
+    )
+    for column in table.columns[2:9]:
+        column.justify = "right"
+    for gain in results.gain:
+        metric, weight, test = gain.metric, results.weight_of(gain.benchmark), _test_row(results, gain)
+        low, high = (_step(metric, bound) for bound in gain.ci95)
+        table.add_row(
+            *(gain.benchmark, metric, _value(metric, gain.pilot), _value(metric, gain.fused)),
+            f"{_step(metric, gain.difference)} [{low}, {high}]",
+            f"{gain.fixed} / {gain.broken}",
+            f"{gain.p_value:.2g}",
+            str(test.n) if test else "",
+            "" if weight is None else f"{weight:g}",
+            direction(gain.difference, gain.ci95, gain.p_value, lower_is_better=metric in LOSSES),
+        )
+    if results.controls:
+        table.add_section()
+        table.add_row(
+            *("benchmark", "metric", "Pilot", "control", "difference", "rounds", "seconds", "n", "", "model"),
+            style="bold",
+        )
+    for control in results.controls:
+        metric, pilot = control.metric, results.find(control.benchmark, control.metric, control.split, 0.0)
+        table.add_row(
+            *(control.benchmark, metric, _value(metric, pilot.value) if pilot else "", _value(metric, control.value)),
+            _step(metric, control.value - pilot.value) if pilot else "",
+            *(str(control.rounds), f"{control.train_seconds:.0f}", str(control.n), "", control.name),
+        )
+    return table
+
+
+def weight_table(results: Results) -> Table:
+    """Lay out every metric over λ, one line per λ; the selected one is marked."""
+    curves: dict[tuple[str, str, str], dict[float, Row]] = {}
+    for row in results.rows:
+        curves.setdefault((row.benchmark, row.split, row.metric), {})[row.weight] = row
+    table = Table("λ", title="Metrics over λ", caption=f"λ chosen on {results.selected_on}")
+    for benchmark, split, metric in curves:
+        table.add_column(f"{benchmark}/{split}\n{metric}", justify="right")
+    for weight in sorted({row.weight for row in results.rows}):
+        mark = _mark(results.selected_weight, weight)
+        cells = [_value(key[2], curve[weight].value) if weight in curve else "" for key, curve in curves.items()]
+        table.add_row(f"{weight:g}{mark}", *cells, style="bold" if mark else None)
+    return table
+
+
+def git_revision(folder: str | Path | None = None) -> str:
+    """Return the commit of the code in `folder`, by default the folder of this package.
+
+    Never raises: a run must not die of a missing git.
+
+    Returns:
+        The full hash, with `-dirty` if tracked files differ from it; "unknown" outside a repository or without git.
+    """
+    git = ["git", "--no-optional-locks", "-C", str(folder or Path(__file__).parent)]  # reading must not block a commit
+    asked = {"capture_output": True, "text": True, "check": True, "timeout": 30}
+    try:
+        revision = subprocess.run([*git, "rev-parse", "HEAD"], **asked).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **asked).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return f"{revision}-dirty" if changes else revision
+
+
+def _build(kind: type[T], data: Mapping[str, Any], where: str) -> T:
+    """Fill a dataclass from parsed JSON; `where` names the place in the error."""
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where}: expected an object, found {data!r}")
+    required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in required if name not in data]:
+        raise ValueError(f"{where}: missing {', '.join(map(repr, missing))}")
+    known = {f.name: data[f.name] for f in fields(kind) if f.name in data}
+    if "ci95" in known:
+        known["ci95"] = tuple(known["ci95"])
+    return kind(**known)
+
+
+def _test_row(results: Results, gain: Gain) -> Row | None:
+    """Return the fused row that a gain was computed from: the selected λ, on the split λ was not chosen on."""
+    weight = results.weight_of(gain.benchmark)
+    splits = dict.fromkeys(row.split for row in results.rows if row.split != results.selected_on)
+    found = (results.find(gain.benchmark, gain.metric, split, weight) for split in splits)
+    return next(filter(None, found), None)
+
+
+def _mark(selected: float | Mapping[str, float], weight: float) -> str:
+    """Say for whom λ was selected: "" for nobody, the benchmarks' names if it was chosen for each."""
+    if not isinstance(selected, Mapping):
+        return " (selected)" if weight == selected else ""
+    names = [name for name, chosen in selected.items() if chosen == weight]
+    return f" ({', '.join(names)})" if names else ""
+
+
+def _value(metric: str, value: float) -> str:
+    return f"{value:.4f}" if metric in LOSSES else f"{100 * value:.2f} %"
+
+
+def _step(metric: str, value: float) -> str:
+    return f"{value:+.4f}" if metric in LOSSES else f"{100 * value:+.2f}"

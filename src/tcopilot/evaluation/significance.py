@@ -1,0 +1,261 @@
+"""How much of a score, and of a gain, is chance.
+
+Pilot and Pilot + Copilot answer the same rows, so every comparison here is paired: rows on which both agree carry no
+information about the difference, and dropping their variance is what makes a gain of one point visible at all.
+Everything is in the unit of the metric (a fraction for accuracy), never in percent.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+Interval = tuple[float, float]
+Direction = Literal["better", "worse", "not distinguishable"]
+
+ALPHA = 0.05  # two-sided, the level that belongs to the 95 % intervals
+BATCH_VALUES = 10_000_000  # float64 values drawn at once when resampling: 80 MB, whatever the number of rows
+
+
+def wilson_interval(correct: int, n: int, level: float = 0.95) -> Interval:
+    """Bound the true rate behind `correct` hits in `n` independent rows.
+
+    Wilson's interval, because the usual normal one collapses to zero width at 0 % and 100 % and leaves [0, 1] near
+    them, which is where small models score.
+
+    Args:
+        correct: Rows answered correctly.
+        n: Rows asked.
+        level: Coverage of the interval.
+
+    Returns:
+        Lower and upper bound as fractions in [0, 1].
+
+    Raises:
+        ValueError: If `n` is not positive or `correct` lies outside [0, n].
+
+    Example:
+        >>> low, high = wilson_interval(8, 10)
+        >>> print(f"{low:.4f} {high:.4f}")
+        0.4902 0.9433
+    """
+    if n < 1:
+        raise ValueError(f"an interval needs at least one row, got n = {n}")
+    low, high = stats.binomtest(correct, n).proportion_ci(level, method="wilson")
+    return float(low), float(high)
+
+
+def paired_bootstrap(
+    before: Sequence[bool | float],
+    after: Sequence[bool | float],
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Bound the mean of `after - before` by resampling rows, the percentile bootstrap.
+
+    If every difference is -1, 0 or 1, a resample is fully described by how often each of the three occurs. Those
+    counts are multinomial, so they are drawn directly: the same distribution as drawing rows, at a cost that does not
+    grow with the number of rows. Other values are resampled row by row.
+
+    Args:
+        before: One value per row, as the first model scored it.
+        after: The same rows in the same order, as the second model scored them.
+        level: Coverage of the interval.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the resampling; the same seed gives the same interval.
+
+    Returns:
+        Lower and upper bound of the mean difference, in the unit of the values.
+
+    Raises:
+        ValueError: If the sequences are empty, differ in length or hold a value that is not finite.
+
+    Example:
+        >>> paired_bootstrap([0, 0, 1, 1], [0, 0, 1, 1])
+        (0.0, 0.0)
+        >>> paired_bootstrap([1.5, 2.5], [1.75, 2.75])
+        (0.25, 0.25)
+    """
+    difference = np.subtract(*_paired(after, before))
+    n, rng = len(difference), np.random.default_rng(seed)
+    if _is_ternary(difference):
+        shares = [np.mean(difference == step) for step in (-1, 0, 1)]
+        means = rng.multinomial(n, shares, size=resamples) @ (-1, 0, 1) / n
+    else:
+        size = max(1, BATCH_VALUES // n)
+        batches = [min(size, resamples - start) for start in range(0, resamples, size)]
+        means = np.concatenate([rng.choice(difference, (batch, n)).mean(axis=1) for batch in batches])
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def mcnemar(fixed: int, broken: int) -> float:
+    """Test whether as many rows were fixed as broken, by McNemar's exact test.
+
+    Given the rows on which the two models disagree, either direction is a fair coin under the null hypothesis. The
+    exact binomial form, not the chi-square approximation, because a small Copilot often changes fewer than 25 answers.
+
+    Args:
+        fixed: Rows wrong before and right after.
+        broken: Rows right before and wrong after.
+
+    Returns:
+        Two-sided p-value; 1.0 if no row changed.
+
+    Raises:
+        ValueError: If a count is negative.
+
+    Example:
+        >>> mcnemar(0, 0)
+        1.0
+        >>> round(mcnemar(8, 1), 6)
+        0.039062
+    """
+    if min(fixed, broken) < 0:
+        raise ValueError(f"counts of rows cannot be negative, got fixed = {fixed}, broken = {broken}")
+    return float(stats.binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
+
+
+def direction(difference: float, ci95: Interval, p_value: float, *, lower_is_better: bool = False) -> Direction:
+    """Judge a paired difference, demanding that test and interval agree.
+
+    Asking for both is deliberate: the bootstrap is optimistic on few changed rows, and a p-value alone says nothing
+    about size.
+
+    Example:
+        >>> direction(0.02, (0.01, 0.03), 0.001)
+        'better'
+        >>> direction(0.02, (0.01, 0.03), 0.001, lower_is_better=True)
+        'worse'
+        >>> direction(0.02, (0.00, 0.04), 0.04)
+        'not distinguishable'
+    """
+    low, high = ci95
+    if p_value >= ALPHA or low <= 0 <= high:
+        return "not distinguishable"
+    return "better" if (difference > 0) != lower_is_better else "worse"
+
+
+class Comparison(NamedTuple):
+    """Two models on the same rows: `pilot`, `fused` and `difference` are means in the unit of the metric."""
+
+    pilot: float
+    fused: float
+    difference: float
+    ci95: Interval
+    fixed: int
+    broken: int
+    p_value: float
+    n: int
+    lower_is_better: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """The comparison as one sentence, fit for a log line."""
+        judged = direction(self.difference, self.ci95, self.p_value, lower_is_better=self.lower_is_better)
+        if judged == "not distinguishable":
+            return f"not distinguishable at n = {self.n}"
+        return f"fused is {judged} (p = {self.p_value:.2g}, n = {self.n})"
+
+
+def compare(
+    before: Sequence[bool | float], after: Sequence[bool | float], *, lower_is_better: bool = False, seed: int = 0
+) -> Comparison:
+    """Compare the Pilot (`before`) with Pilot + Copilot (`after`) on the same rows.
+
+    The p-value is that of the sign-flip test of the mean: had the Copilot no effect, each row's difference could as
+    well have had the other sign. For right/wrong answers that test has a closed form, McNemar's; for graded values
+    (NDCG, nats) it is enumerated up to 13 changed rows and sampled beyond, where its p-value is never below 2e-4.
+
+    Args:
+        before: One value per row from the Pilot alone.
+        after: The same rows in the same order from the fused model.
+        lower_is_better: Whether a falling value is the improvement, as for `nll`. Decides what counts as fixed.
+        seed: Seed of the resampling.
+
+    Returns:
+        Means, their difference with a 95 % interval, rows improved (`fixed`) and worsened (`broken`), and the p-value.
+
+    Raises:
+        ValueError: If the sequences are empty, differ in length or hold a value that is not finite.
+
+    Example:
+        >>> result = compare([0, 0, 1, 0], [1, 1, 0, 0])
+        >>> result.difference, result.fixed, result.broken, result.p_value
+        (0.25, 2, 1, 1.0)
+        >>> result.verdict
+        'not distinguishable at n = 4'
+        >>> compare([False] * 10, [True] * 10).verdict
+        'fused is better (p = 0.002, n = 10)'
+    """
+    pilot, fused = _paired(before, after)
+    difference = fused - pilot
+    rose, fell = int((difference > 0).sum()), int((difference < 0).sum())
+    fixed, broken = (fell, rose) if lower_is_better else (rose, fell)
+    return Comparison(
+        pilot=float(pilot.mean()),
+        fused=float(fused.mean()),
+        difference=float(difference.mean()),
+        ci95=paired_bootstrap(before, after, seed=seed),
+        fixed=fixed,
+        broken=broken,
+        p_value=mcnemar(fixed, broken) if _is_ternary(difference) else _sign_flip(difference, seed),
+        n=len(difference),
+        lower_is_better=lower_is_better,
+    )
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float]:
+    """Summarise one figure over the seeds of an experiment.
+
+    Returns:
+        Mean and sample standard deviation (n - 1) in the unit of `values`. The deviation is 0.0 for a single seed, so
+        that tables stay free of nan: read it as "unknown", not as "none".
+
+    Raises:
+        ValueError: If there is no value.
+
+    Example:
+        >>> over_seeds([1.0, 2.0, 3.0])
+        (2.0, 1.0)
+        >>> over_seeds([0.5])
+        (0.5, 0.0)
+    """
+    if len(values) == 0:
+        raise ValueError("no seed to average over")
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def _paired(first: Sequence[bool | float], second: Sequence[bool | float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return both as float64 vectors, or say why they are not two scores of the same rows."""
+    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if first.shape != second.shape or first.ndim != 1:
+        raise ValueError(f"paired rows need two vectors of one length, got shapes {first.shape} and {second.shape}")
+    if first.size == 0:
+        raise ValueError("there are no rows to compare")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise ValueError("paired rows must be finite: nan or inf in a score")
+    return first, second
+
+
+def _is_ternary(difference: np.ndarray) -> bool:
+    """Tell whether the differences are those of right/wrong answers."""
+    return bool(np.isin(difference, (-1, 0, 1)).all())
+
+
+def _sign_flip(difference: np.ndarray, seed: int) -> float:
+    """Two-sided p-value of the mean difference over random signs of the rows; rows that did not change are skipped."""
+    changed = difference[difference != 0]
+    if len(changed) < 2:
+        return 1.0  # one coin cannot surprise; scipy refuses to toss it
+    test = stats.permutation_test(
+        (changed,),
+        lambda values, axis: values.sum(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        batch=max(1, BATCH_VALUES // len(changed)),
+        rng=np.random.default_rng(seed),
+    )
+    return float(test.pvalue)

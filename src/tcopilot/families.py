@@ -1,0 +1,200 @@
+"""What differs between model families, in one place: how a family's stock decoder becomes the body of a Copilot.
+
+No layer of a family is rewritten. An encoder-decoder's cross-attention already reads any memory; a decoder-only layer
+gets its self-attention wrapped by `LogAttention`, which uses the family's own projections and attention kernel.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+from tcopilot.log_attention import LogAttention, is_wrappable
+
+SUPPORTED = ("t5", "bart", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
+"""Families that the tests run through training, cached decoding, saving and loading."""
+
+
+class UnsupportedFamilyError(ValueError):
+    """The family's decoder cannot be reached through its stock arguments."""
+
+
+def check_family(config: PreTrainedConfig) -> None:
+    """Refuse a family whose decoder cannot carry log attention, from its config alone, before any weights load.
+
+    Raises:
+        UnsupportedFamilyError: naming the model type and what is supported.
+    """
+    if config.model_type not in SUPPORTED:
+        raise UnsupportedFamilyError(
+            f"pilot model type {config.model_type!r} is not supported: a Copilot needs a decoder with cross-attention, "
+            f"or separate q, k, v projections and one rotary embedding. Supported: {', '.join(SUPPORTED)}"
+        )
+
+
+def decoder_config(config: PreTrainedConfig, layers: int | None = None) -> PreTrainedConfig:
+    """Return the config of the family's decoder alone, cut to its first `layers` layers."""
+    decoder = _skeleton(config).get_decoder()
+    body = copy.deepcopy(decoder.config)
+    body.model_type = config.model_type
+    depth = decoder_depth(body)
+    layers = depth if layers is None else layers
+    if not 1 <= layers <= depth:
+        raise ValueError(f"copilot layers={layers}: the {config.model_type} decoder has {depth}; choose 1 to {depth}")
+    for name in ("num_hidden_layers", "num_layers", "num_decoder_layers", "decoder_layers"):
+        if hasattr(body, name):
+            setattr(body, name, layers)
+    if getattr(body, "layer_types", None):
+        body.layer_types = list(body.layer_types[:layers])
+    if hasattr(body, "decoder_layerdrop"):
+        body.decoder_layerdrop = 0.0
+    return body
+
+
+def decoder_depth(config: PreTrainedConfig) -> int:
+    """Number of decoder layers of a full or decoder-only config."""
+    for name in ("num_decoder_layers", "decoder_layers", "num_hidden_layers"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    raise UnsupportedFamilyError(f"{config.model_type}: the config does not say how many decoder layers there are")
+
+
+def build_body(config: PreTrainedConfig) -> nn.Module:
+    """Build the family's stock decoder, without its token embedding (the Copilot feeds embedded errors)."""
+    body = type(_skeleton(config).get_decoder())(copy.deepcopy(config))
+    body.embed_tokens = None
+    return body
+
+
+def load_decoder_weights(body: nn.Module, donor: PreTrainedModel) -> None:
+    """Copy the donor's first decoder layers into `body`, before any wrapping or adapter changes names.
+
+    Raises:
+        ValueError: if a weight of the body is missing in the donor, as in a donor that carries LoRA adapters.
+    """
+    own = body.state_dict()
+    given = donor.get_decoder().state_dict()
+    missing = sorted(set(own) - set(given))
+    if missing:
+        raise ValueError(
+            f"the donor's decoder has no weights {missing[:3]} ({len(missing)} in all). Build the Copilot before "
+            f"adapters are injected into the model that it starts from"
+        )
+    body.load_state_dict({name: given[name] for name in own})
+
+
+def install_log_attention(body: nn.Module, layers: list[int]) -> None:
+    """Replace the self-attention of decoder-only layers (0-based) by log attention (Eq. 5–6).
+
+    Raises:
+        UnsupportedFamilyError: if a layer's attention has no separate q, k, v and output projections.
+    """
+    for index in layers:
+        attention = body.layers[index].self_attn
+        if not is_wrappable(attention):
+            raise UnsupportedFamilyError(
+                f"{type(attention).__name__} has no separate q_proj, k_proj, v_proj and o_proj; log attention needs them"
+            )
+        body.layers[index].self_attn = LogAttention(attention)
+
+
+def remove_positions(body: nn.Module) -> None:
+    """Take the learned positions out of an encoder-decoder's decoder (`positions: none`).
+
+    Rotary families need nothing here: their rotation is the identity when every position is 0.
+    """
+    for module in body.modules():
+        if getattr(module, "has_relative_attention_bias", False):  # T5: block 0 owns the bias of all blocks
+            module.has_relative_attention_bias = False
+            del module.relative_attention_bias
+    if hasattr(body, "embed_positions"):  # BART
+        body.embed_positions = _NoPositions()
+
+
+def run_body(
+    body: nn.Module,
+    inputs_BNC: Tensor,
+    self_mask_B1NK: Tensor,
+    positions_BN: Tensor,
+    log_BSC: Tensor,
+    log_mask_B1NS: Tensor,
+    log_positions_BS: Tensor,
+    cache: Cache | None,
+) -> Tensor:
+    """Run the stock decoder on embedded errors, with the log as the memory that it attends to.
+
+    Args:
+        body: a decoder from `build_body`.
+        inputs_BNC: embedded errors.
+        self_mask_B1NK: additive mask of the self-attention over past and present errors.
+        positions_BN: rotary positions of the queries (ignored by encoder-decoders).
+        log_BSC: the rows of the log that are new in this call.
+        log_mask_B1NS: additive mask over all rows of the log, those in the cache included.
+        log_positions_BS: rotary positions of the new rows.
+        cache: from `new_cache`; None recomputes everything.
+
+    Returns:
+        The decoder's last hidden state, [B, N, C].
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        for layer in cache.is_updated:  # let the stock cross-attention append the new rows instead of reusing
+            cache.is_updated[layer] = False
+    shared: dict[str, Any] = {
+        "inputs_embeds": inputs_BNC,
+        "attention_mask": self_mask_B1NK,
+        "past_key_values": cache,
+        "use_cache": cache is not None,
+    }
+    if is_cross_attending(body):
+        return body(encoder_hidden_states=log_BSC, encoder_attention_mask=log_mask_B1NS, **shared).last_hidden_state
+    return body(
+        position_ids=positions_BN,
+        log_BSC=log_BSC,
+        log_mask=log_mask_B1NS,
+        log_rotary=body.rotary_emb(log_BSC, position_ids=log_positions_BS),
+        **shared,
+    ).last_hidden_state
+
+
+def is_cross_attending(body: nn.Module) -> bool:
+    """Whether the decoder reads its memory by cross-attention (T5, BART) rather than by `LogAttention`."""
+    return not hasattr(body, "rotary_emb")
+
+
+def new_cache(body: nn.Module) -> Cache:
+    """An empty cache for `run_body`. Built without a config, so that sliding windows never truncate the log."""
+    return EncoderDecoderCache(DynamicCache(), DynamicCache()) if is_cross_attending(body) else DynamicCache()
+
+
+def input_embeddings(model: PreTrainedModel) -> Tensor:
+    """The matrix [V, width] of input embeddings as the model applies them, scale included (Gemma, BART)."""
+    embed = model.get_input_embeddings()
+    with torch.no_grad():
+        return embed(torch.arange(embed.num_embeddings, device=embed.weight.device)).detach().clone()
+
+
+def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The full model of a config on the meta device: classes and shapes, no memory."""
+    config = copy.deepcopy(config)
+    encoder_decoder = config.model_type in ("t5", "bart")
+    if encoder_decoder:
+        config.is_encoder_decoder, config.is_decoder, config.use_cache = True, False, False
+    auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config)
+
+
+def body_config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
+    """Rebuild a decoder's config from its saved dictionary."""
+    values = {k: v for k, v in values.items() if not k.startswith("_") and k != "transformers_version"}
+    return AutoConfig.for_model(**values)
+
+
+class _NoPositions(nn.Module):
+    """Stands in for a table of learned positions and adds nothing."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros(())

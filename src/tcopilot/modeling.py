@@ -1,0 +1,434 @@
+"""The fused model as a transformers model: Pilot + λ · Copilot behind `forward`, `generate` and `save_pretrained`.
+
+Shapes: B batch, M source length, N targets, V vocabulary.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
+
+from tcopilot.copilot import Copilot, CopilotConfig, CopilotState
+from tcopilot.decoding import FEEDBACKS, correct_next, correct_text
+from tcopilot.fusion import build_fusion
+from tcopilot.states import position_ids as count_positions
+
+IGNORED_LABEL = -100
+_SHARED_SETTINGS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "is_encoder_decoder")
+
+
+class TCopilotConfig(PreTrainedConfig):
+    """Config of a fused model: the Pilot's own config, the Copilot's architecture and how both are fused.
+
+    Args:
+        pilot: the Pilot's config, or its dictionary.
+        copilot: a `CopilotConfig`, its dictionary, or None for a bare Pilot.
+        fusion: `probability` (Eq. 8) or `logits`.
+        weight: λ ≥ 0; 0 is the Pilot, exactly.
+        feedback: `observed` or `own` (Algorithm 2 as written).
+
+    Raises:
+        ValueError: if λ is negative or fusion or feedback are unknown.
+    """
+
+    model_type = "t_copilot"
+    sub_configs = {"pilot": AutoConfig}
+    has_no_defaults_at_init = True
+
+    def __init__(self, pilot=None, copilot=None, fusion="probability", weight=1.0, feedback="observed", **kwargs):
+        if isinstance(pilot, dict):
+            pilot = AutoConfig.for_model(**pilot)
+        if isinstance(copilot, CopilotConfig):
+            copilot = copilot.to_dict()
+        build_fusion(fusion)
+        if feedback not in FEEDBACKS:
+            raise ValueError(f"fusion.feedback={feedback!r} is not one of {', '.join(FEEDBACKS)}")
+        if weight < 0:
+            raise ValueError(f"fusion.weight={weight}: λ must be 0 (the Pilot) or positive")
+        if pilot is not None:
+            for name in _SHARED_SETTINGS:
+                kwargs.setdefault(name, getattr(pilot, name, None))
+            kwargs.setdefault("tie_word_embeddings", False)
+        self.pilot = pilot
+        self.copilot = copilot
+        self.fusion = fusion
+        self.weight = float(weight)
+        self.feedback = feedback
+        super().__init__(**kwargs)
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """The Pilot's config, from which generation reads cache shapes and vocabulary size."""
+        return self if self.pilot is None else self.pilot
+
+
+class TCopilotCache(Cache):
+    """The caches of both models under one name, so that beam search reorders them together."""
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, pilot: Cache) -> None:
+        self.pilot = pilot
+        self.copilot: CopilotState | None = None
+
+    @property
+    def layers(self):
+        """The Pilot's cache layers: whoever asks for lengths or masks means the Pilot."""
+        return self.pilot.layers
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that the Pilot has seen."""
+        return self.pilot.get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Mask sizes of the Pilot's cache."""
+        return self.pilot.get_mask_sizes(query_length, layer_idx)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the surviving beams, in both models."""
+        self.pilot.reorder_cache(beam_idx)
+        if self.copilot is not None:
+            self.copilot.cache.reorder_cache(beam_idx)
+            self.copilot.apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, in both models."""
+        self.pilot.batch_repeat_interleave(repeats)
+        if self.copilot is not None:
+            self.copilot.cache.batch_repeat_interleave(repeats)
+            self.copilot.apply(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows, in both models."""
+        self.pilot.batch_select_indices(indices)
+        if self.copilot is not None:
+            self.copilot.cache.batch_select_indices(indices)
+            self.copilot.apply(lambda tensor: tensor[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: assisted and prompt-lookup decoding would need to undo Copilot steps."""
+        raise ValueError("a fused model cannot undo decoding steps; use greedy, sampling or beam search")
+
+
+class TCopilotModel(PreTrainedModel, GenerationMixin):
+    """What causal and sequence-to-sequence fused models share. λ = 0 or no Copilot runs the Pilot alone."""
+
+    config_class = TCopilotConfig
+    base_model_prefix = "pilot"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _no_split_modules = []
+    auto_class: Any
+
+    def __init__(self, config: TCopilotConfig, pilot: PreTrainedModel | None = None, copilot: Copilot | None = None):
+        super().__init__(config)
+        self.pilot = self.auto_class.from_config(copy.deepcopy(config.pilot)) if pilot is None else pilot
+        if copilot is None and config.copilot is not None:
+            copilot = Copilot(CopilotConfig(**config.copilot))
+        self.copilot = copilot
+        self._fuse = build_fusion(config.fusion)
+        if getattr(self.pilot, "generation_config", None) is not None:
+            self.generation_config = copy.deepcopy(self.pilot.generation_config)
+        self.post_init()
+
+    @classmethod
+    def from_pilot(
+        cls,
+        pilot: PreTrainedModel,
+        copilot: Copilot | None = None,
+        *,
+        fusion: str = "probability",
+        weight: float = 1.0,
+        feedback: str = "observed",
+        **copilot_options: Any,
+    ) -> "TCopilotModel":
+        """Fuse a loaded Pilot with a Copilot, or with a new one built from its decoder (a no-op until trained).
+
+        Args:
+            pilot: the Pilot; it is used as it is, not copied.
+            copilot: a Copilot for it; None builds one by `Copilot.from_pilot(pilot, **copilot_options)`.
+            fusion: `probability` or `logits`.
+            weight: λ.
+            feedback: `observed` or `own`.
+            **copilot_options: `layers`, `head`, `context`, … of `Copilot.from_pilot`.
+        """
+        if copilot is None:
+            copilot = Copilot.from_pilot(pilot, **copilot_options)
+        config = TCopilotConfig(
+            copy.deepcopy(pilot.config), copilot.config, fusion=fusion, weight=weight, feedback=feedback
+        )
+        return cls(config, pilot, copilot)
+
+    def attach(self, copilot: Copilot) -> None:
+        """Put a Copilot on the Pilot at hand, in place of one that may be there.
+
+        Raises:
+            ValueError: if it was built for another vocabulary or another Pilot width.
+        """
+        vocab, width = self.pilot.get_input_embeddings().num_embeddings, self.pilot.config.hidden_size
+        if (copilot.config.vocab_size, copilot.config.pilot_width) != (vocab, width):
+            raise ValueError(
+                f"this Copilot reads a Pilot of width {copilot.config.pilot_width} with {copilot.config.vocab_size} "
+                f"tokens; the Pilot at hand has width {width} and {vocab} tokens"
+            )
+        self.copilot = copilot
+        self.config.copilot = copilot.config.to_dict()
+
+    def detach_copilot(self) -> Copilot | None:
+        """Take the Copilot off and return it; what remains is the Pilot."""
+        copilot, self.copilot, self.config.copilot = self.copilot, None, None
+        return copilot
+
+    @property
+    def weight(self) -> float:
+        """λ of Eq. 8. Setting it changes the next forward pass; 0 is the Pilot, exactly."""
+        return self.config.weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        if value < 0:
+            raise ValueError(f"weight={value}: λ must be 0 (the Pilot) or positive")
+        self.config.weight = float(value)
+
+    def set_fusion(self, name: str) -> None:
+        """Change the fusion space: `probability` or `logits`."""
+        self._fuse = build_fusion(name)
+        self.config.fusion = name
+
+    def get_input_embeddings(self):
+        """The Pilot's input embeddings."""
+        return self.pilot.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        """The Pilot's output embeddings."""
+        return self.pilot.get_output_embeddings()
+
+    def _init_weights(self, module) -> None:
+        """Leave weights as Pilot and Copilot initialise themselves."""
+
+    @property
+    def _is_pilot_only(self) -> bool:
+        return self.copilot is None or self.weight == 0
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and not self._is_pilot_only and not isinstance(cache, TCopilotCache):
+            model_kwargs["past_key_values"] = TCopilotCache(cache)
+
+    def _fuse_text(self, logits_BNV, tokens_BK, source, source_mask, states, cache: TCopilotCache | None) -> Tensor:
+        log_probs_BNV = torch.log_softmax(logits_BNV.float(), dim=-1)
+        corrections_BNV, state = correct_text(
+            self.copilot, self.config.feedback, log_probs_BNV, tokens_BK, source, source_mask, states,
+            keep=cache is not None,
+        )  # fmt: skip
+        if cache is not None:
+            cache.copilot = state
+        return self._fuse(log_probs_BNV, corrections_BNV, self.weight)
+
+    def _fuse_next(self, logits_B1V, token_B1, states_B1P, cache: TCopilotCache) -> Tensor:
+        if token_B1.shape[1] != 1:
+            raise ValueError(
+                f"{token_B1.shape[1]} tokens after a filled cache: a fused model takes them one at a time; "
+                f"pass the whole text without a cache, or use generate"
+            )
+        log_probs_B1V = torch.log_softmax(logits_B1V.float(), dim=-1)
+        correction_B1V = correct_next(
+            self.copilot, self.config.feedback, log_probs_B1V, token_B1, states_B1P, cache.copilot
+        )
+        return self._fuse(log_probs_B1V, correction_B1V, self.weight)
+
+
+class TCopilotForCausalLM(TCopilotModel):
+    """A decoder-only Pilot with its Copilot."""
+
+    auto_class = AutoModelForCausalLM
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        target_start: int | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return fused logits; positions before the first target carry the Pilot's logits.
+
+        Prompts are left-padded, targets right-padded, so that all rows share `target_start`.
+
+        Args:
+            input_ids: [B, M + K] prompt and known targets, or [B, 1] after a filled cache.
+            attention_mask: [B, M + K] over everything seen; None means no padding.
+            position_ids: positions of `input_ids`; counted from the mask when None.
+            past_key_values: a `TCopilotCache` (or, at λ = 0, any cache).
+            labels: [B, M + K]; −100 is left out of the loss. Also tells where the target starts.
+            use_cache: keep a cache and return it.
+            target_start: M, the column of the first target. Default: from `labels`, else the whole input is prompt.
+            logits_to_keep: return only the last that many positions; 0 returns all.
+
+        Raises:
+            ValueError: if rows start their targets at different columns, or several tokens follow a filled cache.
+        """
+        if self._is_pilot_only:
+            return self.pilot(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, labels=labels,
+                past_key_values=past_key_values, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs,
+            )  # fmt: skip
+        if past_key_values is None and use_cache:
+            raise ValueError("use_cache=True needs past_key_values=TCopilotCache(DynamicCache()); generate makes one")
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        length = input_ids.shape[1]
+        if attention_mask is None:  # generate drops a mask of ones
+            attention_mask = input_ids.new_ones(len(input_ids), past + length)
+        if position_ids is None:
+            position_ids = count_positions(attention_mask)[:, past:]
+        start = self._target_start(target_start, labels, length)
+        corrected = 1 if past else length - start + 1
+        wanted = length if logits_to_keep == 0 else logits_to_keep
+        kwargs.pop("output_hidden_states", None)
+        out = self.pilot(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
+            past_key_values=None if past_key_values is None else past_key_values.pilot,
+            output_hidden_states=True, logits_to_keep=max(wanted, corrected), **kwargs,
+        )  # fmt: skip
+        states_BNP = self.copilot.pooler(out.hidden_states, slice(length - corrected, length))
+        pilot_logits = out.logits[:, -corrected:]
+        if past:
+            fused_BNV = self._fuse_next(pilot_logits, input_ids, states_BNP, past_key_values)
+        else:
+            source, mask = out.hidden_states[0][:, :start], attention_mask[:, :start].bool()
+            fused_BNV = self._fuse_text(
+                pilot_logits, input_ids[:, start:], source, mask, states_BNP, past_key_values if use_cache else None
+            )
+        logits = torch.cat([out.logits[:, :-corrected].float(), fused_BNV], dim=1)
+        loss = None
+        if labels is not None:
+            loss = torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), labels[:, 1 - logits.shape[1] :].flatten(), ignore_index=IGNORED_LABEL
+            )
+        return CausalLMOutputWithPast(loss=loss, logits=logits[:, -wanted:], past_key_values=past_key_values)
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Decode from the fused distribution; arguments as in transformers. Prompts must be left-padded."""
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if prompt is not None and not self._is_pilot_only:
+            kwargs.setdefault("target_start", prompt.shape[1])
+        return super().generate(inputs, **kwargs)
+
+    @staticmethod
+    def _target_start(target_start: int | None, labels: Tensor | None, length: int) -> int:
+        if target_start is not None:
+            return target_start
+        if labels is None:
+            return length
+        starts = (labels != IGNORED_LABEL).int().argmax(dim=1).unique()
+        if len(starts) > 1:
+            raise ValueError(
+                f"targets start at columns {starts.tolist()}: a fused model needs one column for the whole batch; "
+                f"left-pad the prompts"
+            )
+        return int(starts[0])
+
+
+class TCopilotForSeq2SeqLM(TCopilotModel):
+    """An encoder-decoder Pilot with its Copilot."""
+
+    auto_class = AutoModelForSeq2SeqLM
+
+    def get_encoder(self):
+        """The Pilot's encoder, which `generate` runs once per prompt."""
+        return self.pilot.get_encoder()
+
+    def get_decoder(self):
+        """The Pilot's decoder."""
+        return self.pilot.get_decoder()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput:
+        """Return fused logits [B, N, V] for every decoder position.
+
+        Args:
+            input_ids: [B, M] prompts (or None with `encoder_outputs`).
+            attention_mask: [B, M].
+            decoder_input_ids: [B, N], start token first; from `labels` when None.
+            decoder_attention_mask: [B, N]; targets are right-padded, so it changes nothing that is read.
+            encoder_outputs: outputs of `get_encoder()`.
+            past_key_values: a `TCopilotCache` (or, at λ = 0, any cache).
+            labels: [B, N]; −100 is left out of the loss.
+            use_cache: keep a cache and return it.
+        """
+        if decoder_input_ids is None and labels is not None:
+            padded = labels.masked_fill(labels == IGNORED_LABEL, self.config.pad_token_id)
+            start = padded.new_full((len(padded), 1), self.config.decoder_start_token_id)
+            decoder_input_ids = torch.cat([start, padded[:, :-1]], dim=1)
+        shared = {
+            "input_ids": input_ids, "attention_mask": attention_mask, "encoder_outputs": encoder_outputs,
+            "decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask,
+            "use_cache": use_cache,
+        }  # fmt: skip
+        if self._is_pilot_only:
+            return self.pilot(**shared, past_key_values=past_key_values, labels=labels, **kwargs)
+        if past_key_values is None and use_cache:
+            use_cache = shared["use_cache"] = False
+        kwargs.pop("output_hidden_states", None)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        out = self.pilot(
+            **shared, past_key_values=None if past_key_values is None else past_key_values.pilot,
+            output_hidden_states=True, **kwargs,
+        )  # fmt: skip
+        states_BNP = self.copilot.pooler(out.decoder_hidden_states)
+        if past:
+            logits = self._fuse_next(out.logits, decoder_input_ids, states_BNP, past_key_values)
+        else:
+            source = out.encoder_last_hidden_state
+            mask = source.new_ones(source.shape[:2]) if attention_mask is None else attention_mask
+            logits = self._fuse_text(
+                out.logits, decoder_input_ids[:, 1:], source, mask.bool(), states_BNP,
+                past_key_values if use_cache else None,
+            )  # fmt: skip
+        loss = None
+        if labels is not None:
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL
+            )
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            encoder_last_hidden_state=out.encoder_last_hidden_state,
+        )
+
+
+def fused_class(is_encoder_decoder: bool) -> type[TCopilotModel]:
+    """The fused class for a Pilot of that architecture."""
+    return TCopilotForSeq2SeqLM if is_encoder_decoder else TCopilotForCausalLM
+
+
+AutoConfig.register("t_copilot", TCopilotConfig)
+AutoModelForCausalLM.register(TCopilotConfig, TCopilotForCausalLM)
+AutoModelForSeq2SeqLM.register(TCopilotConfig, TCopilotForSeq2SeqLM)

@@ -1,0 +1,276 @@
+"""The training of Algorithm 1: one round updates the Pilot on a batch and the Copilot on records of the Mistake Log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from tcopilot.data.batch import Batch
+from tcopilot.decoding import correct_text
+from tcopilot.diagnostics import ErrorStatistics
+from tcopilot.mistake_log import MistakeLog, MistakeRecord
+from tcopilot.modeling import TCopilotModel
+from tcopilot.objectives import Objective, RootMeanSquaredError, objective_sum
+from tcopilot.states import PilotStates, StatePooler, trace_pilot
+
+
+class TrainingDivergedError(RuntimeError):
+    """A loss is not finite; nothing was updated with it."""
+
+
+@dataclass
+class Learner:
+    """How one of the two models is updated.
+
+    Attributes:
+        optimizer: makes the optimiser from parameters.
+        scheduler: makes the schedule from the optimiser and the number of rounds; stepped once a round.
+        clip: largest gradient norm; None for no clipping.
+    """
+
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler]
+    clip: float | None = 1.0
+
+
+class TCopilotModule(LightningModule):
+    """Pilot and Copilot in one LightningModule with two optimisers, stepped by hand.
+
+    The log is detached, so the sum of both losses gives each model exactly its own gradient: the Pilot's update and the
+    Copilot's first update of a round share one backward pass. `MistakeLogCallback` puts the log into `mistake_log`.
+
+    Args:
+        model: the fused model. Without a Copilot this is plain fine-tuning.
+        pilot: how the Pilot is updated; None keeps it frozen (a Copilot for a finished Pilot).
+        copilot: how the Copilot is updated.
+        rounds: rounds of the whole run, for the schedules.
+        objective: what the Copilot learns.
+        micro_batch_size: rows per Pilot forward pass; None takes the whole batch. Gradients add up over a round.
+        copilot_batch_size: records per Copilot update.
+        steps_per_round: Copilot updates per round.
+        own_feedback: probability that a sequence is trained on the Copilot's own outputs instead of ℓ_{<i}.
+    """
+
+    def __init__(
+        self,
+        model: TCopilotModel,
+        pilot: Learner | None,
+        copilot: Learner | None,
+        rounds: int,
+        objective: Objective | None = None,
+        micro_batch_size: int | None = None,
+        copilot_batch_size: int = 64,
+        steps_per_round: int = 4,
+        own_feedback: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # frozen pretrained weights are not in the checkpoint
+        self.model = model
+        self.learners = {"pilot": pilot, "copilot": copilot if model.copilot is not None else None}
+        self.rounds = rounds
+        self.objective = RootMeanSquaredError() if objective is None else objective
+        self.micro_batch_size = micro_batch_size
+        self.copilot_batch_size = copilot_batch_size
+        self.steps_per_round = steps_per_round
+        self.own_feedback = own_feedback
+        self.mistake_log: MistakeLog | None = None
+        self.seconds = {"pilot": 0.0, "copilot": 0.0}
+        if pilot is None:
+            model.pilot.requires_grad_(False)
+
+    @property
+    def round(self) -> int:
+        """Rounds done. (`global_step` counts the steps of both optimisers.)"""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
+
+    def configure_optimizers(self) -> tuple[list, list]:
+        """Build the optimisers and schedules of the models that learn, the Pilot's first."""
+        optimizers, schedulers = [], []
+        for name, learner in self._active():
+            parameters = [p for p in getattr(self.model, name).parameters() if p.requires_grad]
+            optimizers.append(learner.optimizer(parameters))
+            schedulers.append(learner.scheduler(optimizer=optimizers[-1], num_training_steps=self.rounds))
+        return optimizers, schedulers
+
+    def on_train_start(self) -> None:
+        """Lightning keeps the mode a submodule came with, and `from_pretrained` gives eval mode."""
+        self.model.train()
+        if self.learners["pilot"] is None:
+            self.model.pilot.eval()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One round of Algorithm 1: trace, log, then update the Pilot and the Copilot."""
+        began = time.perf_counter()
+        micro_batches = batch.split(self.micro_batch_size or len(batch))
+        tokens = self._sum_over_ranks(batch.tokens.float())
+        pilot_loss = torch.zeros((), device=self.device)
+        copilot_loss = None
+        for i, micro_batch in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            with self._without_reduction(not last):
+                states = self._trace(micro_batch)
+                if self.learners["copilot"] is not None:
+                    self.mistake_log.append(states)
+                loss = self._pilot_loss(states) * self.trainer.world_size / tokens
+                pilot_loss += loss.detach() / self.trainer.world_size
+                self.seconds["pilot"] += time.perf_counter() - began
+                began = time.perf_counter()
+                if last and self.learners["copilot"] is not None:
+                    copilot_loss = self._copilot_loss(self._draw())
+                    loss = loss + copilot_loss * self.trainer.world_size
+                    self.seconds["copilot"] += time.perf_counter() - began
+                    began = time.perf_counter()
+                del states
+                self._check(pilot_loss, copilot_loss)
+                if loss.requires_grad:
+                    self.manual_backward(loss)
+        self._update()
+        self.seconds["pilot"] += time.perf_counter() - began
+
+        began = time.perf_counter()
+        for _ in range(self.steps_per_round - 1 if self.learners["copilot"] is not None else 0):
+            self._extra_copilot_step()
+        self.seconds["copilot"] += time.perf_counter() - began
+        for scheduler in self._as_list(self.lr_schedulers()):
+            scheduler.step()
+        self._log_round(pilot_loss, copilot_loss, tokens)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the validation's sums."""
+        self._statistics = ErrorStatistics([self.model.weight], self.model.config.fusion)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Teacher-forced pass over held-out rows, to see whether f^C estimates ℓ where it counts."""
+        pooler = StatePooler() if self.model.copilot is None else self.model.copilot.pooler
+        states = trace_pilot(self.model.pilot, batch, pooler)
+        log_probs_BNV = torch.log_softmax(states.logits_BNV.float(), dim=-1)
+        corrections_BNV = None
+        if self.model.copilot is not None:
+            corrections_BNV, _ = correct_text(
+                self.model.copilot, "observed", log_probs_BNV, states.targets_BN[:, :-1],
+                states.source_BMP, states.source_mask_BM, states.states_BNP,
+            )  # fmt: skip
+        self._statistics.update(log_probs_BNV, corrections_BNV, states.targets_BN, states.target_mask_BN)
+
+    def on_validation_epoch_end(self) -> None:
+        """Report the Pilot's error, the Copilot's share of it and λ*, over all ranks."""
+        self._statistics.reduce(self._sum_over_ranks)
+        summary = self._statistics.summary()
+        self.log_dict({f"val/{name}": value for name, value in summary.items()}, rank_zero_only=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what never changes and can be had again: the frozen weights of a pretrained Pilot."""
+        checkpoint["seconds"] = dict(self.seconds)
+        if getattr(self.model.pilot.config, "_name_or_path", ""):
+            for name, parameter in self.model.pilot.named_parameters():
+                if not parameter.requires_grad:
+                    checkpoint["state_dict"].pop(f"model.pilot.{name}", None)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting seconds."""
+        self.seconds = dict(checkpoint["seconds"])
+
+    def _active(self) -> Iterator[tuple[str, Learner]]:
+        return ((name, learner) for name, learner in self.learners.items() if learner is not None)
+
+    def _trace(self, batch: Batch) -> PilotStates:
+        pooler = StatePooler() if self.model.copilot is None else self.model.copilot.pooler
+        with nullcontext() if self.learners["pilot"] is not None else torch.no_grad():
+            return trace_pilot(self.model.pilot, batch, pooler)
+
+    def _pilot_loss(self, states: PilotStates) -> Tensor:
+        targets_BN = states.targets_BN.masked_fill(~states.target_mask_BN, -100)
+        return nn.functional.cross_entropy(
+            states.logits_BNV.flatten(0, 1).float(), targets_BN.flatten(), reduction="sum"
+        )
+
+    def _draw(self) -> MistakeRecord:
+        return self.mistake_log.sample(self.copilot_batch_size, self.device)
+
+    def _copilot_loss(self, record: MistakeRecord) -> Tensor:
+        """The objective over the records of all ranks; its gradient here is this rank's share of it."""
+        copilot = self.model.copilot
+        errors_BNV = record.errors_BNV[:, :-1]
+        memory = (record.source_BMP, record.source_mask_BM, record.states_BNP)
+        if self.own_feedback > 0:
+            with torch.no_grad():
+                hidden, _ = copilot(copilot.inputs(errors_BNV), *memory)
+                log_probs = record.probs_BNV.clamp_min(torch.finfo(torch.float32).tiny).log()
+                own_BNV = copilot.correct(hidden, log_probs)[:, :-1]
+            use_own_B11 = torch.rand(len(errors_BNV), 1, 1, device=errors_BNV.device) < self.own_feedback
+            errors_BNV = torch.where(use_own_B11, own_BNV, errors_BNV)
+        hidden_BNC, _ = copilot(copilot.inputs(errors_BNV), *memory)
+        total = objective_sum(self.objective, copilot, record, hidden_BNC)
+        tokens = self._sum_over_ranks(record.target_mask_BN.sum().float())
+        others = self._sum_over_ranks(total.detach()) - total.detach()
+        return self.objective.reduce(total + others, tokens)
+
+    def _update(self) -> None:
+        for (_, learner), optimizer in zip(self._active(), self._as_list(self.optimizers()), strict=True):
+            self._step(learner, optimizer)
+
+    def _extra_copilot_step(self) -> None:
+        with self._without_reduction(True):  # the reducer is armed once a round, for the joint backward
+            loss = self._copilot_loss(self._draw())
+            self._check(None, loss)
+            self.manual_backward(loss)
+        self._add_gradients_over_ranks(self.model.copilot)
+        self._step(self.learners["copilot"], self._as_list(self.optimizers())[-1])
+
+    def _step(self, learner: Learner, optimizer: Any) -> None:
+        if learner.clip is not None:
+            self.clip_gradients(optimizer, gradient_clip_val=learner.clip, gradient_clip_algorithm="norm")
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _check(self, pilot_loss: Tensor | None, copilot_loss: Tensor | None) -> None:
+        losses = {"pilot": pilot_loss, "copilot": copilot_loss}
+        values = torch.stack([loss.detach() for loss in losses.values() if loss is not None]).tolist()
+        if not all(torch.isfinite(torch.tensor(values))):
+            shown = ", ".join(f"{n} loss {v.item():.4g}" for n, v in losses.items() if v is not None)
+            raise TrainingDivergedError(
+                f"round {self.round}: {shown}. No update was made with it. Lower the learning rate of the model whose "
+                f"loss is not finite (pilot.optimizer.lr, copilot.optimizer.lr) or set its clip"
+            )
+
+    def _log_round(self, pilot_loss: Tensor, copilot_loss: Tensor | None, tokens: Tensor) -> None:
+        values = {"train/pilot_loss": pilot_loss, "train/target_tokens": tokens, "round": float(self.round + 1)}
+        if copilot_loss is not None:
+            values["train/copilot_loss"] = copilot_loss.detach()
+        for (name, _), scheduler in zip(self._active(), self._as_list(self.lr_schedulers()), strict=True):
+            values[f"lr/{name}"] = scheduler.get_last_lr()[0]
+        for name, seconds in self.seconds.items():
+            values[f"time/{name}_seconds"] = seconds
+        self.log_dict(values, on_step=True)
+        self.log("pilot", pilot_loss, prog_bar=True, logger=False)
+        if copilot_loss is not None:
+            self.log("copilot", copilot_loss.detach(), prog_bar=True, logger=False)
+
+    def _without_reduction(self, active: bool) -> AbstractContextManager:
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return block() if active and block is not None else nullcontext()
+
+    def _sum_over_ranks(self, value: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return value
+        return self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
+
+    def _add_gradients_over_ranks(self, model: nn.Module) -> None:
+        if self.trainer.world_size == 1:
+            return
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = self._sum_over_ranks(torch.cat([g.flatten() for g in gradients]))
+        for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(piece.view_as(gradient))
+
+    @staticmethod
+    def _as_list(value: Any) -> list:
+        return value if isinstance(value, list) else [] if value is None else [value]

@@ -1,0 +1,95 @@
+"""What the Copilot is trained to do: the paper's RMSE on ℓ (Eq. 7) and the losses of its ablation (Section F.4).
+
+Adding an objective is one class here and one YAML in `configs/objective`. Each gives a loss per target token, which is
+summed in chunks (`chunked.py`), and a reduction of sum and count over the whole batch, all ranks included.
+
+Shapes: R target tokens, V vocabulary.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tcopilot.chunked import chunked_sum
+from tcopilot.copilot import Copilot
+from tcopilot.functional import fuse_probabilities, root_mean_square, token_errors
+from tcopilot.mistake_log import MistakeRecord
+
+
+class Objective(Protocol):
+    """What training asks of an objective."""
+
+    def row_losses(self, corrections_RV: Tensor, probs_RV: Tensor, targets_R: Tensor) -> Tensor:
+        """Loss of each target token, [R], float32."""
+
+    def reduce(self, total: Tensor, tokens: Tensor | float) -> Tensor:
+        """The loss from the sum over tokens and their number."""
+
+
+class MeanSquaredError:
+    """E‖f^C − ℓ‖², the square of the paper's loss."""
+
+    def row_losses(self, corrections_RV: Tensor, probs_RV: Tensor, targets_R: Tensor) -> Tensor:
+        """‖f^C − ℓ‖² of each token."""
+        return (corrections_RV - token_errors(probs_RV, targets_R)).square().sum(-1)
+
+    def reduce(self, total: Tensor, tokens: Tensor | float) -> Tensor:
+        """Mean over tokens."""
+        return total / tokens
+
+
+class RootMeanSquaredError(MeanSquaredError):
+    """sqrt(E‖f^C − ℓ‖²), Eq. 7, the default; the root stands outside the mean over the batch."""
+
+    def reduce(self, total: Tensor, tokens: Tensor | float) -> Tensor:
+        """Root of the mean over tokens."""
+        return root_mean_square(total, tokens)
+
+
+class KullbackLeibler(MeanSquaredError):
+    """KL(softmax ℓ ‖ softmax f^C): both sides need a softmax, since ℓ sums to 0 (Section A.4)."""
+
+    def row_losses(self, corrections_RV: Tensor, probs_RV: Tensor, targets_R: Tensor) -> Tensor:
+        """KL divergence of each token, in nats."""
+        log_target = torch.log_softmax(token_errors(probs_RV, targets_R), dim=-1)
+        log_estimate = torch.log_softmax(corrections_RV, dim=-1)
+        return (log_target.exp() * (log_target - log_estimate)).sum(-1)
+
+
+class CrossEntropy(MeanSquaredError):
+    """−log p̃_y of the distribution fused at λ = 1 (Eq. 8): not an estimate of ℓ, but of what ℓ is for."""
+
+    def row_losses(self, corrections_RV: Tensor, probs_RV: Tensor, targets_R: Tensor) -> Tensor:
+        """Negative log-likelihood of each target token, in nats."""
+        fused_RV = fuse_probabilities(_log(probs_RV), corrections_RV, 1.0)
+        return -fused_RV.gather(-1, targets_R.unsqueeze(-1)).squeeze(-1)
+
+
+def objective_sum(objective: Objective, copilot: Copilot, record: MistakeRecord, hidden_BNC: Tensor) -> Tensor:
+    """Return the objective's sum over the target tokens of a record, without a second [B, N, V] tensor.
+
+    Args:
+        objective: loss per token.
+        copilot: whose head turns hidden states into corrections.
+        record: drawn from the log.
+        hidden_BNC: the Copilot's hidden states for the record.
+
+    Returns:
+        Σ over tokens, a float32 scalar with gradients for the Copilot.
+    """
+    rows = record.target_mask_BN.flatten().nonzero().squeeze(-1)
+    probs_RV, targets_R = record.probs_BNV.flatten(0, 1), record.targets_BN.flatten()
+
+    def row_losses(hidden_rC: Tensor, chunk: slice) -> Tensor:
+        index = rows[chunk]
+        probs_rV = probs_RV[index]
+        corrections_rV = copilot.correct(hidden_rC, _log(probs_rV))
+        return objective.row_losses(corrections_rV, probs_rV, targets_R[index])
+
+    hidden_RC = hidden_BNC.flatten(0, 1)[rows]
+    return chunked_sum(row_losses, hidden_RC, list(copilot.head.parameters()), probs_RV.shape[-1])
+
+
+def _log(probs: Tensor) -> Tensor:
+    return probs.clamp_min(torch.finfo(torch.float32).tiny).log()

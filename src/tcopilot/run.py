@@ -1,0 +1,227 @@
+"""The two programs: `train` runs Algorithm 1 and evaluates the result, `evaluate` runs Algorithm 2 on an export."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import seed_everything
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from tcopilot import build
+from tcopilot.adapters import merge_adapters
+from tcopilot.build import Prepared
+from tcopilot.callbacks import CleanStop, RoundCheckpoint
+from tcopilot.callbacks.checkpoint import checkpoints
+from tcopilot.checks import ConfigError, log_bytes
+from tcopilot.control import equal_time_controls
+from tcopilot.data.benchmarks import DataError
+from tcopilot.evaluation.evaluate import Decoding, Evaluation, Evaluator
+from tcopilot.evaluation.results import Results, gain_table, git_revision, weight_table
+from tcopilot.modeling import TCopilotForCausalLM, TCopilotForSeq2SeqLM, TCopilotModel
+from tcopilot.module import TCopilotModule, TrainingDivergedError
+from tcopilot.pilot import ModelSourceError
+
+log = logging.getLogger(__name__)
+USER_ERRORS = (ConfigError, DataError, ModelSourceError, TrainingDivergedError)
+STOPPED = 130  # exit status after Ctrl-C
+
+
+def train(cfg: DictConfig) -> float:
+    """Train Pilot and Copilot, export the fused model, evaluate it and write `results.json`.
+
+    Args:
+        cfg: composed from `configs/train.yaml`. With `resume=<run dir>` the config of that run is used instead.
+
+    Returns:
+        The gain in the first benchmark's metric, which sweepers maximise.
+    """
+    with _errors_for_people():
+        return _train(_resumed(cfg))
+
+
+def evaluate(cfg: DictConfig) -> float:
+    """Evaluate an exported run, at any λ and on any data, without training.
+
+    Args:
+        cfg: composed from `configs/eval.yaml`; `run` names the run directory.
+
+    Returns:
+        The gain in the first benchmark's metric.
+    """
+    with _errors_for_people():
+        return _evaluate(cfg)
+
+
+def _train(cfg: DictConfig) -> float:
+    run_dir = Path(cfg.paths.run_dir)
+    _quiet_libraries()
+    prepared = build.prepare(cfg)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    model = build.fused_model(cfg, prepared)
+    params = build.parameter_counts(model)
+    rounds = prepared.data.total_rounds
+    module = build.training_module(cfg, model, rounds)
+    _summary(cfg, prepared, params, rounds)
+    _fit(cfg, prepared, module)
+
+    merge_adapters(model)
+    build.export(model, prepared.tokenizer, run_dir / "export")
+    results, found = _evaluated(cfg, model, prepared, run_dir)
+    results.params, results.rounds = params, module.round
+    results.train_seconds = round(sum(module.seconds.values()), 2)
+    results.save(run_dir / "results.json")
+    if cfg.control:
+        results.controls = equal_time_controls(cfg, prepared, results.train_seconds, run_dir / "control")
+        results.save(run_dir / "results.json")
+    return _report(results, found, run_dir / "results.json")
+
+
+def _evaluate(cfg: DictConfig) -> float:
+    _quiet_libraries()
+    source = Path(cfg.run)
+    if not (source / "export" / "config.json").exists():
+        raise ConfigError([f"run={cfg.run}: no export/config.json there; give the folder of a finished training run"])
+    trained = OmegaConf.load(source / "config.yaml")
+    for key in ("data", "evaluation"):
+        if cfg[key] is not None:
+            trained[key] = cfg[key]
+    for key, value in cfg.fusion.items():
+        if value is not None:
+            trained.fusion[key] = value
+    trained.paths.run_dir = cfg.paths.run_dir
+    trained.control = None
+    run_dir = Path(cfg.paths.run_dir)
+
+    tokenizer = AutoTokenizer.from_pretrained(source / "export")
+    pilot = build.model_source(trained.pilot, "pilot")
+    data = build.prepare_data(trained, tokenizer, pilot.source_side)
+    cls = TCopilotForSeq2SeqLM if pilot.is_encoder_decoder else TCopilotForCausalLM
+    model = cls.from_pretrained(source / "export", dtype=torch.float32)
+    model.set_fusion(trained.fusion.space)
+    model.config.feedback = trained.fusion.feedback
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(trained, run_dir / "config.yaml", resolve=True)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    prepared = Prepared(pilot, None, tokenizer, data, None)
+    results, found = _evaluated(trained, model, prepared, run_dir)
+    results.params = build.parameter_counts(model)
+    if (source / "results.json").exists():
+        before = Results.load(source / "results.json")
+        results.rounds, results.train_seconds, results.params = before.rounds, before.train_seconds, before.params
+    results.save(run_dir / "results.json")
+    return _report(results, found, run_dir / "results.json")
+
+
+def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
+    callbacks = build.callbacks(cfg)
+    trainer = build.trainer(cfg, callbacks, prepared.log)
+    stop = next((c for c in callbacks if isinstance(c, CleanStop)), None)
+    saver = next((c for c in callbacks if isinstance(c, RoundCheckpoint)), None)
+    start = _newest_checkpoint(cfg)
+    try:
+        trainer.fit(module, datamodule=prepared.data, ckpt_path=start, weights_only=True)
+    except TrainingDivergedError as error:
+        saved = checkpoints(saver.folder) if saver else []
+        last = f"Last good state: {saved[-1]}" if saved else "No state had been saved yet"
+        raise TrainingDivergedError(f"{error}. {last}") from None
+    finally:
+        for logger in trainer.loggers:
+            logger.finalize("success")
+        _finish_wandb()
+    if stop is not None and stop.requested:
+        log.info("Stopped after round %d. Go on with: python train.py resume=%s", module.round, cfg.paths.run_dir)
+        sys.exit(STOPPED)
+
+
+def _evaluated(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_dir: Path) -> tuple[Results, Evaluation]:
+    decoding = Decoding(cfg.evaluation.num_beams, cfg.evaluation.max_new_tokens, cfg.evaluation.batch_size)
+    evaluator = Evaluator(model, prepared.tokenizer, prepared.data, run_dir / "predictions", decoding)
+    splits = (cfg.evaluation.select_on, cfg.evaluation.report_on)
+    found = evaluator.run(build.evaluation_weights(cfg.fusion.weight), splits)
+    results = Results(
+        seed=cfg.seed, git=git_revision(), config="config.yaml", params={}, rounds=0, train_seconds=0.0,
+        selected_weight=found.selected_weight, selected_on=splits[0], rows=found.rows, gain=found.gain,
+        notes=[f"λ* in closed form on {splits[0]}: {found.best_weight:.3f}", *found.verdicts],
+    )  # fmt: skip
+    return results, found
+
+
+def _report(results: Results, found: Evaluation, path: Path) -> float:
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(weight_table(results))
+    console.print(gain_table(results))
+    for note in results.notes:
+        console.print(note)
+    print(f"results: {path}", flush=True)
+    return results.gain[0].difference if results.gain else 0.0
+
+
+def _summary(cfg: DictConfig, prepared: Prepared, params: dict[str, int], rounds: int) -> None:
+    """Three lines before training: parameters, the full log's size, the budget."""
+    table = Table(title="Transformer Copilot", show_header=False)
+    for name in ("pilot", "copilot"):
+        table.add_row(f"{name} parameters", f"{params[f'{name}_trainable']:,} trainable of {params[name]:,}")
+    if prepared.log is not None:
+        size = log_bytes(cfg, prepared.pilot, prepared.data, prepared.log) / 2**20
+        table.add_row("full Mistake Log", f"{size:.1f} MiB, {prepared.log.capacity_rounds} rounds")
+    rows = "stream" if prepared.data.train_rows is None else f"{prepared.data.train_rows:,} training rows"
+    table.add_row("budget", f"{rounds:,} rounds of {cfg.data.batch_size} rows; {rows}")
+    table.add_row("run directory", str(cfg.paths.run_dir))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _resumed(cfg: DictConfig) -> DictConfig:
+    """The config of the run to resume, or the config at hand."""
+    if not cfg.get("resume"):
+        return cfg
+    path = Path(cfg.resume) / "config.yaml"
+    if not path.exists():
+        raise ConfigError([f"resume={cfg.resume}: no config.yaml there; give the folder of a run that was started"])
+    before = OmegaConf.load(path)
+    before.resume, before.paths.run_dir = cfg.resume, cfg.resume
+    return before
+
+
+def _newest_checkpoint(cfg: DictConfig) -> str | None:
+    if not cfg.get("resume"):
+        return None
+    saved = checkpoints(Path(cfg.resume) / "checkpoints")
+    if not saved:
+        raise ConfigError([f"resume={cfg.resume}: no checkpoint in {cfg.resume}/checkpoints; start the run anew"])
+    return str(saved[-1])
+
+
+def _finish_wandb() -> None:
+    """Close the dashboard's run, so that the next job of a sweep opens its own."""
+    if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
+        sys.modules["wandb"].finish()
+
+
+def _quiet_libraries() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*ModelCheckpoint.*manual optimization.*")
+
+
+class _errors_for_people:
+    """Print an error that the user can mend as one message and exit with status 1, without a traceback."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, USER_ERRORS):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(1)

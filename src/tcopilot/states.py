@@ -1,0 +1,127 @@
+"""One Pilot forward pass and the detached view of it that the Mistake Log keeps: X̃, h and p̂ at target positions.
+
+Shapes: B batch, M source length, N target length, P Pilot width, V vocabulary.
+
+h is defined on what transformers returns as hidden states, without the embedding layer: the outputs of decoder layers
+1 … L, the last of them after the family's final norm (that is what the unembedding reads).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tcopilot.functional import LAYER_RANGES, POOLINGS, pool_states
+
+if TYPE_CHECKING:
+    from tcopilot.data.batch import Batch
+
+
+@dataclass(frozen=True)
+class StatePooler:
+    """How h is pooled over the Pilot's decoder layers; a Copilot is bound to the pooling it was trained with."""
+
+    pooling: str = "mean"
+    layer_range: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling={self.pooling!r} is not one of {', '.join(POOLINGS)}")
+        if self.layer_range not in LAYER_RANGES:
+            raise ValueError(f"layer_range={self.layer_range!r} is not one of {', '.join(LAYER_RANGES)}")
+
+    @torch.no_grad()
+    def __call__(self, hidden_states: tuple[Tensor, ...], positions: slice = slice(None)) -> Tensor:
+        """Pool `hidden_states` (L + 1 tensors, the embedding first) at `positions`; returns [B, N, P], detached."""
+        layers = [h[:, positions].detach() for h in hidden_states[1:]]
+        return pool_states(layers, self.pooling, self.layer_range)
+
+
+@dataclass
+class PilotStates:
+    """What one Pilot forward pass leaves for the Mistake Log. Only `logits_BNV` carries a gradient (for the Pilot).
+
+    Attributes:
+        logits_BNV: the Pilot's logits for the target tokens.
+        source_BMP: X̃, the encoder's output (encoder-decoder) or the embedded prompt (decoder-only).
+        source_mask_BM: True on prompt tokens.
+        states_BNP: h̄, the pooled decoder states that predict the target tokens.
+        targets_BN: target ids.
+        target_mask_BN: True on target tokens.
+        ids_B: row ids in the training set.
+        benchmark_B: index of the benchmark of each row.
+    """
+
+    logits_BNV: Tensor
+    source_BMP: Tensor
+    source_mask_BM: Tensor
+    states_BNP: Tensor
+    targets_BN: Tensor
+    target_mask_BN: Tensor
+    ids_B: Tensor
+    benchmark_B: Tensor
+
+
+def trace_pilot(pilot: PreTrainedModel, batch: Batch, pooler: StatePooler) -> PilotStates:
+    """Run the Pilot on a batch and keep X̃, h̄ and the logits of the target positions (Section 2.1).
+
+    Args:
+        pilot: any causal or sequence-to-sequence language model of transformers.
+        batch: prompts and targets, see `Batch`.
+        pooler: the pooling of h over layers.
+
+    Returns:
+        The states; `source_BMP` and `states_BNP` are detached, `logits_BNV` is not.
+    """
+    trace = _trace_encoder_decoder if pilot.config.is_encoder_decoder else _trace_decoder_only
+    logits_BNV, source_BMP, states_BNP = trace(pilot, batch, pooler)
+    return PilotStates(
+        logits_BNV,
+        source_BMP.detach(),
+        batch.source_mask_BM,
+        states_BNP,
+        batch.target_ids_BN,
+        batch.target_mask_BN,
+        batch.ids_B,
+        batch.benchmark_B,
+    )
+
+
+def position_ids(mask_BM: Tensor) -> Tensor:
+    """Positions that count real tokens only, so that left padding does not move a prompt.
+
+    >>> position_ids(torch.tensor([[False, True, True]])).tolist()
+    [[0, 0, 1]]
+    """
+    return (mask_BM.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def _trace_decoder_only(pilot, batch, pooler):
+    prompt, length = batch.source_ids_BM.shape[1], batch.target_ids_BN.shape[1]
+    mask = torch.cat([batch.source_mask_BM, batch.target_mask_BN], dim=1)
+    out = pilot(
+        input_ids=torch.cat([batch.source_ids_BM, batch.target_ids_BN], dim=1),
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask),
+        output_hidden_states=True,
+        use_cache=False,
+        logits_to_keep=length + 1,
+    )
+    predicting = slice(prompt - 1, prompt - 1 + length)
+    return out.logits[:, :-1], out.hidden_states[0][:, :prompt], pooler(out.hidden_states, predicting)
+
+
+def _trace_encoder_decoder(pilot, batch, pooler):
+    start = batch.target_ids_BN.new_full((len(batch), 1), pilot.config.decoder_start_token_id)
+    out = pilot(
+        input_ids=batch.source_ids_BM,
+        attention_mask=batch.source_mask_BM.long(),
+        decoder_input_ids=torch.cat([start, batch.target_ids_BN[:, :-1]], dim=1),
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    return out.logits, out.encoder_last_hidden_state, pooler(out.decoder_hidden_states)

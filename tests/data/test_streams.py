@@ -1,0 +1,100 @@
+from collections import Counter
+
+import datasets
+import pytest
+
+from tcopilot.data import DataError, ExactMatch
+from tcopilot.data.streams import as_stream, mixture, open_split
+
+BENCHMARK = ExactMatch(name="mine", hub="someone/mine", splits={"train": "train", "test": "validation"})
+ROW = '{"prompt": "a", "target": "b"}\n'
+
+
+def read(tmp_path, text: str | None, split: str = "train"):
+    if text is not None:
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    source = open_split(BENCHMARK, split, tmp_path)
+    return source if source is None else list(source)
+
+
+def test_blank_lines_are_skipped(tmp_path):
+    assert read(tmp_path, ROW + "\n" + ROW + "\n") == [{"prompt": "a", "target": "b"}] * 2
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "a"', '["a", "b"]', '{"prompt": "\\xff"}'])
+def test_a_malformed_line_names_file_and_line(tmp_path, line):
+    with pytest.raises(DataError, match=r"train\.jsonl, line 2"):
+        read(tmp_path, ROW + line + "\n" + ROW)
+
+
+def test_bytes_that_are_not_utf8_name_file_and_line(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(ROW.encode() + b'{"prompt": "\xff\xfe", "target": "b"}\n')
+    with pytest.raises(DataError, match=r"train\.jsonl, line 2: not JSON"):
+        read(tmp_path, None)
+
+
+def test_a_missing_column_names_it_and_what_is_there(tmp_path):
+    with pytest.raises(DataError, match=r"row 2 has no column 'target'; it has 'prompt', 'reply'.*benchmarks\.mine"):
+        read(tmp_path, ROW + '{"prompt": "a", "reply": "b"}\n')
+
+
+def test_an_empty_split_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"train\.jsonl: no rows"):
+        read(tmp_path, "\n")
+
+
+def test_a_missing_file_names_it_and_what_is_there(tmp_path):
+    (tmp_path / "trian.jsonl").write_text(ROW)
+    with pytest.raises(DataError, match=r"train\.jsonl does not exist \(found: \['trian\.jsonl'\]\).*data\.path"):
+        read(tmp_path, None)
+
+
+def test_a_missing_validation_file_is_not_an_error(tmp_path):
+    assert read(tmp_path, None, "validation") is None
+
+
+def test_a_folder_of_the_benchmarks_name_comes_first(tmp_path):
+    (tmp_path / "mine").mkdir()
+    assert read(tmp_path / "mine", ROW) == [*open_split(BENCHMARK, "train", tmp_path)]
+
+
+def test_an_unreachable_hub_names_the_id_and_the_way_out(monkeypatch):
+    def offline(*_, **__):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(DataError, match=r"someone/mine.*split validation.*no network.*data\.path=<folder>"):
+        open_split(BENCHMARK, "test", None)
+
+
+def test_our_split_names_map_to_the_hubs(monkeypatch):
+    asked = {}
+    rows = [{"prompt": "a", "target": "b"}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **more: asked.update(more, names=names) or rows)
+    assert list(open_split(BENCHMARK, "test", None, streaming=True)) == rows
+    assert asked == {"names": ("someone/mine", None), "revision": None, "split": "validation", "streaming": True}
+
+
+def parts(streaming: bool):
+    sizes = {"a": 400, "b": 50}
+    rows = [[{"name": name} for _ in range(size)] for name, size in sizes.items()]
+    if streaming:
+        return [as_stream(lambda part=part: iter(part)) for part in rows]
+    return [datasets.Dataset.from_list(part) for part in rows]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_weights_set_the_frequencies_of_a_mixture(streaming):
+    counts = Counter(row["name"] for row in mixture(parts(streaming), weights=[1, 3], seed=0))
+    assert counts["a"] >= 400
+    assert 0.7 < counts["b"] / counts.total() < 0.8
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_without_weights_every_row_comes_once(streaming):
+    assert Counter(row["name"] for row in mixture(parts(streaming))) == {"a": 400, "b": 50}
+
+
+def test_weights_must_be_positive():
+    with pytest.raises(DataError, match="must be positive"):
+        mixture(parts(False), weights=[1, 0])

@@ -1,0 +1,16 @@
+"""Train a Pilot and its Copilot: `python train.py [group=value …] [key=value …]`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from tcopilot.run import train
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(cfg: DictConfig) -> float:
+    """Train a Pilot and its Copilot; see configs/train.yaml."""
+    return train(cfg)
+
+
+if __name__ == "__main__":
+    main()
