@@ -1,3 +1,5 @@
+"""Evaluate an exported run: `python eval.py run=<run dir> [fusion.weight=…] [data=…]`."""
+
 import hydra
 from omegaconf import DictConfig
 

@@ -60,7 +60,8 @@ def data_problems(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModule,
         if needed_bytes > free:
             problems.append(
                 f"a full Mistake Log takes about {needed_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; lower "
-                f"mistake_log.capacity_rounds={log.capacity_rounds}, set mistake_log.max_bytes, or use log_storage=topk"
+                f"mistake_log.log.capacity_rounds={log.capacity_rounds}, set mistake_log.log.max_bytes, or keep less "
+                f"of p̂ with log_storage@mistake_log.log.storage=topk"
             )
     return problems
 
@@ -119,11 +120,13 @@ def _batches(cfg: DictConfig) -> Iterator[str]:
     }.items():
         if value is not None and value < 1:
             yield f"{key}={value}: must be at least 1"
-    ranks = (
-        int(cfg.trainer.devices) * int(cfg.trainer.get("num_nodes", 1)) if str(cfg.trainer.devices).isdigit() else 1
-    )
+    devices = str(cfg.trainer.devices)
+    ranks = int(devices) * int(cfg.trainer.get("num_nodes", 1)) if devices.isdigit() else 1
     if cfg.data.batch_size % ranks:
-        yield f"data.batch_size={cfg.data.batch_size} does not divide over {ranks} processes (trainer.devices); change one"
+        yield (
+            f"data.batch_size={cfg.data.batch_size} does not divide over {ranks} processes; "
+            f"change it or trainer.devices"
+        )
     micro = cfg.pilot.micro_batch_size
     if micro and micro > 0 and (cfg.data.batch_size // ranks) % micro:
         yield (

@@ -57,7 +57,10 @@ def _trained(cfg: DictConfig, prepared: Prepared, rounds: int):
     model = build.fused_model(cfg, prepared)
     module = build.training_module(cfg, model, rounds)
     budget, prepared.data.rounds = prepared.data.rounds, rounds
-    quiet = OmegaConf.merge(cfg, {"trainer": {"limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_progress_bar": False}, "logger": None})
+    quiet = OmegaConf.merge(
+        cfg,
+        {"trainer": {"limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_progress_bar": False}, "logger": None},
+    )
     quiet.logger = {}
     try:
         build.trainer(quiet, [], None).fit(module, datamodule=prepared.data)

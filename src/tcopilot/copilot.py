@@ -20,7 +20,7 @@ from tcopilot.states import StatePooler
 
 PATTERNS = {1: ("even", "all"), 2: ("every", "all"), 3: ("even", "first_half"), 4: ("even", "second_half")}
 """The paper's insertion patterns (Section F.4): which decoder-only layers, counted from 1, become log attention, and
-over which of the Pilot's layers h is pooled. An encoder-decoder's layers all have cross-attention: 1 and 2 coincide."""
+over which of the Pilot's layers h is pooled. An encoder-decoder has cross-attention in every layer: 1 equals 2."""
 POSITIONS = ("pilot", "none")
 
 
@@ -55,7 +55,7 @@ class CopilotConfig:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"copilot.{name}={getattr(self, name)!r} is not one of {', '.join(map(str, values))}")
-        self.pooler  # refuses an unknown pooling
+        StatePooler(self.pooling)  # refuses an unknown pooling
 
     @property
     def pooler(self) -> StatePooler:

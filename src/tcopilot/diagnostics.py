@@ -1,6 +1,6 @@
 """Does f^C estimate ℓ on rows that neither model was trained on? Error ratio, λ*, cosine and fused likelihood.
 
-A Copilot that has collapsed to 0, or has memorised its log, looks fine on its training loss; it does not look fine here.
+A Copilot that has collapsed to 0, or has memorised its log, looks fine on its training loss, but not here.
 
 Shapes: B batch, N target length, V vocabulary.
 """

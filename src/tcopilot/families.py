@@ -30,8 +30,9 @@ def check_family(config: PreTrainedConfig) -> None:
     """
     if config.model_type not in SUPPORTED:
         raise UnsupportedFamilyError(
-            f"pilot model type {config.model_type!r} is not supported: a Copilot needs a decoder with cross-attention, "
-            f"or separate q, k, v projections and one rotary embedding. Supported: {', '.join(SUPPORTED)}"
+            f"pilot model type {config.model_type!r} is not supported: a Copilot needs a decoder with "
+            f"cross-attention, or separate q, k, v projections and one rotary embedding. "
+            f"Supported: {', '.join(SUPPORTED)}"
         )
 
 
@@ -96,7 +97,8 @@ def install_log_attention(body: nn.Module, layers: list[int]) -> None:
         attention = body.layers[index].self_attn
         if not is_wrappable(attention):
             raise UnsupportedFamilyError(
-                f"{type(attention).__name__} has no separate q_proj, k_proj, v_proj and o_proj; log attention needs them"
+                f"{type(attention).__name__} has no separate q_proj, k_proj, v_proj and o_proj, which log "
+                f"attention needs"
             )
         body.layers[index].self_attn = LogAttention(attention)
 

@@ -57,10 +57,10 @@ class DenseStorage:
 
 
 class TopKStorage:
-    """The k largest entries of p̂ and p̂ of the target, exactly; what remains of the mass spread evenly over the rest.
+    """The k largest entries of p̂ and p̂ of the target, exactly; the remaining mass is spread over the rest.
 
-    With r the mass outside the k largest and p_k the smallest kept entry, the squared error of a row is at most r · p_k.
-    The root mean square of that error, relative to ‖ℓ‖, is measured on every append and reported as `truncation_error`.
+    With r the mass outside the k largest and p_k the smallest kept entry, a row's squared error is at most r · p_k.
+    Its root mean square, relative to ‖ℓ‖, is measured on every append and reported as `truncation_error`.
 
     Args:
         k: entries kept per target token.
@@ -71,7 +71,7 @@ class TopKStorage:
 
     def __init__(self, k: int = 256, dtype: str = "float32") -> None:
         if k < 1:
-            raise ValueError(f"mistake_log.storage.k={k}: keep at least one entry of p̂")
+            raise ValueError(f"mistake_log.log.storage.k={k}: keep at least one entry of p̂")
         self.k = k
         self.dtype = getattr(torch, dtype)
         self._vocab_size = 0
@@ -103,7 +103,7 @@ class TopKStorage:
         return probs_BNV.scatter_(-1, indices_BNk, values_BNk).scatter_(-1, targets_BN1, target_BN1)
 
     def bytes_per_token(self, vocab_size: int) -> int:
-        """k values with their indices and p̂ of the target."""
+        """Return the bytes of k values with their indices and p̂ of the target."""
         k = min(self.k, vocab_size)
         return k * (self.dtype.itemsize + 4) + self.dtype.itemsize
 

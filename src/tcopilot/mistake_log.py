@@ -47,6 +47,7 @@ class LoggedRound:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def __len__(self) -> int:
@@ -78,10 +79,12 @@ class MistakeLog:
         seed: int = 0,
     ) -> None:
         if capacity_rounds < 1:
-            raise ValueError(f"mistake_log.capacity_rounds={capacity_rounds}: the log must hold at least one round")
+            raise ValueError(
+                f"mistake_log.log.capacity_rounds={capacity_rounds}: the log must hold at least one round"
+            )
         if max_bytes is not None and max_bytes <= 0:
             raise ValueError(
-                f"mistake_log.max_bytes={max_bytes}: give a positive number of bytes, or null for no limit"
+                f"mistake_log.log.max_bytes={max_bytes}: give a positive number of bytes, or null for no limit"
             )
         self.capacity_rounds = capacity_rounds
         self.max_bytes = max_bytes

@@ -49,6 +49,9 @@ class TCopilotConfig(PreTrainedConfig):
     def __init__(self, pilot=None, copilot=None, fusion="probability", weight=1.0, feedback="observed", **kwargs):
         if isinstance(pilot, dict):
             pilot = AutoConfig.for_model(**pilot)
+        # A copy: transformers resets the attention implementation of the configs inside a composite one, and a live
+        # model whose config loses it builds no masks and turns non-causal.
+        pilot = copy.deepcopy(pilot)
         if isinstance(copilot, CopilotConfig):
             copilot = copilot.to_dict()
         build_fusion(fusion)
@@ -165,9 +168,7 @@ class TCopilotModel(PreTrainedModel, GenerationMixin):
         """
         if copilot is None:
             copilot = Copilot.from_pilot(pilot, **copilot_options)
-        config = TCopilotConfig(
-            copy.deepcopy(pilot.config), copilot.config, fusion=fusion, weight=weight, feedback=feedback
-        )
+        config = TCopilotConfig(pilot.config, copilot.config, fusion=fusion, weight=weight, feedback=feedback)
         return cls(config, pilot, copilot)
 
     def attach(self, copilot: Copilot) -> None:
@@ -280,6 +281,7 @@ class TCopilotForCausalLM(TCopilotModel):
             use_cache: keep a cache and return it.
             target_start: M, the column of the first target. Default: from `labels`, else the whole input is prompt.
             logits_to_keep: return only the last that many positions; 0 returns all.
+            **kwargs: further arguments of the Pilot.
 
         Raises:
             ValueError: if rows start their targets at different columns, or several tokens follow a filled cache.
@@ -381,6 +383,7 @@ class TCopilotForSeq2SeqLM(TCopilotModel):
             past_key_values: a `TCopilotCache` (or, at λ = 0, any cache).
             labels: [B, N]; −100 is left out of the loss.
             use_cache: keep a cache and return it.
+            **kwargs: further arguments of the Pilot.
         """
         if decoder_input_ids is None and labels is not None:
             padded = labels.masked_fill(labels == IGNORED_LABEL, self.config.pad_token_id)

@@ -1,4 +1,4 @@
-"""The training of Algorithm 1: one round updates the Pilot on a batch and the Copilot on records of the Mistake Log."""
+"""Algorithm 1: a round updates the Pilot on a batch and the Copilot on records of the Mistake Log."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ class Learner:
 class TCopilotModule(LightningModule):
     """Pilot and Copilot in one LightningModule with two optimisers, stepped by hand.
 
-    The log is detached, so the sum of both losses gives each model exactly its own gradient: the Pilot's update and the
-    Copilot's first update of a round share one backward pass. `MistakeLogCallback` puts the log into `mistake_log`.
+    The log is detached, so the sum of both losses gives each model exactly its own gradient: the Pilot's update and
+    the Copilot's first update of a round share one backward pass. `MistakeLogCallback` puts the log into
+    `mistake_log`.
 
     Args:
         model: the fused model. Without a Copilot this is plain fine-tuning.
@@ -88,7 +89,7 @@ class TCopilotModule(LightningModule):
 
     @property
     def round(self) -> int:
-        """Rounds done. (`global_step` counts the steps of both optimisers.)"""
+        """Rounds done; `global_step` counts the steps of both optimisers instead."""
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
 
     def configure_optimizers(self) -> tuple[list, list]:

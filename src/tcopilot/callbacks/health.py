@@ -25,21 +25,17 @@ class CopilotHealth(Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         energy = metrics.get("val/error_energy", 0.0)
         if metrics.get("val/correction_energy", energy) < COLLAPSED_SHARE * energy:
-            self._raise(
-                "collapsed", "the Copilot still outputs about 0: try more copilot.steps_per_round or a larger lr"
-            )
+            self._raise("collapsed", "the Copilot still outputs about 0: raise copilot.steps_per_round or its lr")
         elif metrics.get("val/error_ratio", 0.0) > 1:
-            self._raise(
-                "harmful", "the Copilot's error ratio on validation is above 1: its corrections do not carry over"
-            )
+            self._raise("harmful", "the Copilot's error ratio on validation is above 1: its corrections do not help")
         if pl_module.mistake_log is None or not len(pl_module.mistake_log):
             return
         log = pl_module.mistake_log.statistics()
         if log["error_energy"] < IN_SAMPLE_SHARE * energy:
             self._raise(
                 "in-sample",
-                f"errors in the Mistake Log (‖ℓ‖² {log['error_energy']:.3f}) are far below validation's ({energy:.3f}): "
-                f"the Pilot has memorised its rows and the log no longer shows the errors that it will make",
+                f"errors in the Mistake Log (‖ℓ‖² {log['error_energy']:.3f}) are far below validation's "
+                f"({energy:.3f}): the Pilot has memorised its rows and the log no longer shows the errors to come",
             )
         if log["age_rounds"] > STALE_ROUNDS:
             self._raise("stale", f"records in the Mistake Log are {log['age_rounds']:.0f} rounds old on average")

@@ -29,9 +29,14 @@ class MistakeLogCallback(Callback):
             pl_module.log_dict({f"log/{name}": value for name, value in self.mistake_log.statistics().items()})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the log's error energy beside the validation's: the ratio tells whether the log is still worth reading."""
+        """Put the log's error energy beside validation's: the ratio tells whether the log is still worth reading."""
         held_out = trainer.callback_metrics.get("val/error_energy")
-        if len(self.mistake_log) and held_out is not None and trainer.logger is not None and not trainer.sanity_checking:
+        if (
+            len(self.mistake_log)
+            and held_out is not None
+            and trainer.logger is not None
+            and not trainer.sanity_checking
+        ):
             energy = self.mistake_log.statistics()["error_energy"]
             figures = {
                 "log/error_energy": energy,
