@@ -25,21 +25,38 @@ class Lora:
     dropout: float = 0.05
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
-    def __call__(self, module: nn.Module) -> None:
-        """Inject the adapters in place.
+    def check(self, module: nn.Module) -> None:
+        """Refuse what cannot be injected into a module; one on the meta device will do.
 
         Raises:
-            ValueError: if no module has one of the target names.
+            ValueError: if a target names no linear layer, or a figure is out of range.
         """
         names = {name.rsplit(".", 1)[-1] for name, part in module.named_modules() if isinstance(part, nn.Linear)}
-        if not names & set(self.targets):
+        if missing := sorted(set(self.targets) - names) or ([] if self.targets else ["none"]):
             raise ValueError(
-                f"adapter.targets={list(self.targets)}: the model has no such modules; it has {sorted(names)}"
+                f"targets={list(self.targets)}: no linear layer is called {', '.join(missing)}; "
+                f"there are {', '.join(sorted(names))}"
             )
+        if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}: r must be at least 1, alpha above 0 and "
+                f"dropout in [0, 1)"
+            )
+
+    def __call__(self, module: nn.Module) -> None:
+        """Inject the adapters in place, in float32 whatever the type of the frozen weights.
+
+        Raises:
+            ValueError: see `check`.
+        """
+        self.check(module)
         config = LoraConfig(
             r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=list(self.targets)
         )
         inject_adapter_in_model(config, module)
+        for parameter in module.parameters():
+            if parameter.requires_grad:  # peft gives adapters the frozen weights' type; optimisers need float32
+                parameter.data = parameter.data.float()
 
 
 def merge_adapters(model: nn.Module) -> None:

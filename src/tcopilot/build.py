@@ -6,18 +6,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tcopilot.callbacks import MistakeLogCallback
-from tcopilot.checks import ConfigError, config_problems, data_problems
+from tcopilot.checks import (
+    ConfigError,
+    config_problems,
+    copilot_layers,
+    data_problems,
+    donor_problems,
+    memory_problems,
+    model_problems,
+    refuse_missing,
+    source_problems,
+)
 from tcopilot.copilot import Copilot
 from tcopilot.data.benchmarks import DataError
 from tcopilot.data.module import TCopilotDataModule
-from tcopilot.families import UnsupportedFamilyError, decoder_depth
+from tcopilot.families import decoder_depth
 from tcopilot.mistake_log import MistakeLog
 from tcopilot.modeling import TCopilotConfig, TCopilotModel, fused_class
 from tcopilot.module import Learner, TCopilotModule
@@ -41,34 +52,42 @@ def prepare(cfg: DictConfig) -> Prepared:
     Raises:
         ConfigError: with every problem found in config and data.
     """
+    refuse_missing(cfg)
     pilot = model_source(cfg.pilot, "pilot")
     donor = model_source(cfg.copilot, "copilot") if cfg.copilot.enabled and cfg.copilot.path else None
-    problems, data, log = [], None, None
-    try:
-        problems += config_problems(cfg, pilot, donor)
-    except ModelSourceError as error:
-        problems.append(str(error))
+    problems, log, tokenizer = config_problems(cfg), None, None
     if cfg.copilot.enabled:
         log = _attempt(problems, lambda: instantiate(cfg.mistake_log.log, _convert_="all"))
-    tokenizer = None
     data = _attempt(problems, lambda: instantiate(cfg.data))
-    if data is not None:
+    unreadable = source_problems(pilot, donor)
+    problems += unreadable
+    if not unreadable:
+        problems += model_problems(cfg, pilot, donor)
+    if data is not None and not unreadable:
         tokenizer = _attempt(problems, lambda: pilot.tokenizer(data.vocabulary))
     if tokenizer is not None:
+        problems += [] if donor is None else donor_problems(pilot.model_config, donor)
         _attempt(problems, lambda: data.prepare(tokenizer, pilot.source_side))
     if not problems:
-        problems += data_problems(cfg, pilot, data, log)
+        problems += data_problems(cfg, pilot.model_config, data)
+        problems += [] if log is None else memory_problems(cfg, pilot, data, log)
     if problems:
         raise ConfigError(problems)
     return Prepared(pilot, donor, tokenizer, data, log)
 
 
-def prepare_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, source_side: str) -> TCopilotDataModule:
-    """Read and check the data of a config for a tokenizer that is at hand."""
+def prepare_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, pilot: PreTrainedConfig) -> TCopilotDataModule:
+    """Read and check the data of a config for a tokenizer that is at hand.
+
+    Raises:
+        ConfigError: with every problem found in the data.
+    """
     problems: list[str] = []
     data = _attempt(problems, lambda: instantiate(cfg.data))
     if data is not None:
-        _attempt(problems, lambda: data.prepare(tokenizer, source_side))
+        _attempt(problems, lambda: data.prepare(tokenizer, "right" if pilot.is_encoder_decoder else "left"))
+    if not problems:
+        problems += data_problems(cfg, pilot, data)
     if problems:
         raise ConfigError(problems)
     return data
@@ -104,15 +123,6 @@ def fused_model(cfg: DictConfig, prepared: Prepared) -> TCopilotModel:
     fusion = {"fusion": cfg.fusion.space, "feedback": cfg.fusion.feedback, "weight": training_weight(cfg)}
     config = TCopilotConfig(pilot.config, None if copilot is None else copilot.config, **fusion)
     return fused_class(prepared.pilot.is_encoder_decoder)(config, pilot, copilot)
-
-
-def copilot_layers(layers: int | float | None, depth: int) -> int | None:
-    """A depth as it is, or a share of the Pilot's (0.5 is half, at least one layer).
-
-    >>> copilot_layers(0.5, 12), copilot_layers(3, 12), copilot_layers(None, 12)
-    (6, 3, None)
-    """
-    return max(1, round(layers * depth)) if isinstance(layers, float) else layers
 
 
 def training_weight(cfg: DictConfig) -> float:
@@ -195,13 +205,20 @@ def _adapt(node: DictConfig, module: PreTrainedModel | nn.Module) -> None:
 
 
 def _attempt(problems: list[str], make: Any) -> Any:
-    """Run a step of the preparation and collect what it complains of, Hydra's wrapping taken off."""
+    """Run a step of the preparation and collect what the user can mend: refusals of ours, and values that a
+    constructor does not take, where Hydra knows the config key. Whatever else is raised is a bug and stays one.
+    """
     try:
         return make()
+    except (DataError, ModelSourceError) as error:
+        problems += str(error).splitlines()
     except Exception as error:
-        cause = error.__cause__ if error.__cause__ is not None else error
-        for candidate in (cause, error):
-            if isinstance(candidate, DataError | ModelSourceError | UnsupportedFamilyError | ValueError | TypeError):
-                problems += str(candidate).splitlines()
-                return None
-        raise
+        cause, key = error.__cause__, str(error).rpartition("full_key: ")[2]
+        if not isinstance(error, InstantiationException) or not isinstance(cause, ValueError | TypeError):
+            if problems:
+                return None  # a consequence of what was found already
+            raise
+        message = " ".join(str(cause).split())
+        named = isinstance(cause, DataError) or message.startswith(key.split(".")[0])
+        problems.append(message if named else f"{key}: {message}")
+    return None

@@ -66,4 +66,5 @@ def _trained(cfg: DictConfig, prepared: Prepared, rounds: int):
         build.trainer(quiet, [], None).fit(module, datamodule=prepared.data)
     finally:
         prepared.data.rounds = budget
+    module.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
     return module

@@ -38,7 +38,7 @@ def check_family(config: PreTrainedConfig) -> None:
 
 def decoder_config(config: PreTrainedConfig, layers: int | None = None) -> PreTrainedConfig:
     """Return the config of the family's decoder alone, cut to its first `layers` layers."""
-    decoder = _skeleton(config).get_decoder()
+    decoder = skeleton(config).get_decoder()
     body = copy.deepcopy(decoder.config)
     body.model_type = config.model_type
     depth = decoder_depth(body)
@@ -65,7 +65,7 @@ def decoder_depth(config: PreTrainedConfig) -> int:
 
 def build_body(config: PreTrainedConfig) -> nn.Module:
     """Build the family's stock decoder, without its token embedding (the Copilot feeds embedded errors)."""
-    body = type(_skeleton(config).get_decoder())(copy.deepcopy(config))
+    body = type(skeleton(config).get_decoder())(copy.deepcopy(config))
     body.embed_tokens = None
     return body
 
@@ -178,7 +178,7 @@ def input_embeddings(model: PreTrainedModel) -> Tensor:
         return embed(torch.arange(embed.num_embeddings, device=embed.weight.device)).detach().clone()
 
 
-def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The full model of a config on the meta device: classes and shapes, no memory."""
     config = copy.deepcopy(config)
     encoder_decoder = config.model_type in ("t5", "bart")

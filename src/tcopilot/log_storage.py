@@ -3,7 +3,7 @@
 Shapes: B records, N target length, V vocabulary, k kept entries.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ class Storage(Protocol):
 
     names: tuple[str, ...]
 
-    def pack(self, probs_BNV: Tensor, targets_BN: Tensor) -> dict[str, Tensor]:
-        """Turn float32 p̂ into the tensors to keep, each with leading dimensions [B, N]."""
+    def pack(self, probs_BNV: Tensor, targets_BN: Tensor, mask_BN: Tensor) -> dict[str, Tensor]:
+        """Turn float32 p̂ into the tensors to keep, each with leading dimensions [B, N]; the mask is for statistics."""
 
     def unpack(self, packed: dict[str, Tensor], targets_BN: Tensor) -> Tensor:
         """Rebuild p̂ [B, N, V] in float32."""
@@ -25,6 +25,12 @@ class Storage(Protocol):
 
     def statistics(self) -> dict[str, float]:
         """Figures for the log's dashboard."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `unpack` and `statistics` depend on besides what was packed: plain values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
 
 
 class DenseStorage:
@@ -39,7 +45,7 @@ class DenseStorage:
     def __init__(self, dtype: str = "float32") -> None:
         self.dtype = getattr(torch, dtype)
 
-    def pack(self, probs_BNV: Tensor, targets_BN: Tensor) -> dict[str, Tensor]:
+    def pack(self, probs_BNV: Tensor, targets_BN: Tensor, mask_BN: Tensor) -> dict[str, Tensor]:
         """Keep p̂ as it is."""
         return {"probs": probs_BNV.to(self.dtype)}
 
@@ -55,12 +61,20 @@ class DenseStorage:
         """Nothing is lost."""
         return {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: a packed token says all."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
 
 class TopKStorage:
     """The k largest entries of p̂ and p̂ of the target, exactly; the remaining mass is spread over the rest.
 
     With r the mass outside the k largest and p_k the smallest kept entry, a row's squared error is at most r · p_k.
-    Its root mean square, relative to ‖ℓ‖, is measured on every append and reported as `truncation_error`.
+    Its root mean square over target tokens, relative to ‖ℓ‖, is measured on every append and reported as
+    `truncation_error`.
 
     Args:
         k: entries kept per target token.
@@ -77,7 +91,7 @@ class TopKStorage:
         self._vocab_size = 0
         self._lost = self._total = 0.0
 
-    def pack(self, probs_BNV: Tensor, targets_BN: Tensor) -> dict[str, Tensor]:
+    def pack(self, probs_BNV: Tensor, targets_BN: Tensor, mask_BN: Tensor) -> dict[str, Tensor]:
         """Keep k values, their indices and p̂ of the target; measure what is lost."""
         self._vocab_size = probs_BNV.shape[-1]
         values_BNk, indices_BNk = probs_BNV.topk(min(self.k, self._vocab_size), dim=-1)
@@ -87,8 +101,10 @@ class TopKStorage:
             "indices": indices_BNk.int(),
             "target_prob": target_BN1.to(self.dtype),
         }
-        self._lost += (self.unpack(packed, targets_BN) - probs_BNV).square().sum().item()
-        self._total += (probs_BNV.square().sum(-1, keepdim=True) - 2 * target_BN1 + 1).sum().item()
+        lost_BN = (self.unpack(packed, targets_BN) - probs_BNV).square().sum(-1)
+        energy_BN = probs_BNV.square().sum(-1) - 2 * target_BN1.squeeze(-1) + 1
+        self._lost += (lost_BN * mask_BN).sum().item()
+        self._total += (energy_BN * mask_BN).sum().item()
         return packed
 
     def unpack(self, packed: dict[str, Tensor], targets_BN: Tensor) -> Tensor:
@@ -110,3 +126,11 @@ class TopKStorage:
     def statistics(self) -> dict[str, float]:
         """`truncation_error`: root mean square of what was lost, relative to that of ℓ, over all appends so far."""
         return {"truncation_error": (self._lost / self._total) ** 0.5} if self._total else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """V, which packed tokens do not tell, and the sums behind `truncation_error`."""
+        return {"vocab_size": self._vocab_size, "lost": self._lost, "total": self._total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore them."""
+        self._vocab_size, self._lost, self._total = state["vocab_size"], state["lost"], state["total"]

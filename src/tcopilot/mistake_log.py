@@ -48,7 +48,7 @@ class LoggedRound:
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in (*self.tensors.values(), self.energy_B, self.repeated_B))
 
     def __len__(self) -> int:
         return len(self.energy_B)
@@ -119,7 +119,8 @@ class MistakeLog:
             probs_BNV = torch.softmax(states.logits_BNV[rows].float(), dim=-1)
             targets_BN, mask_BN = states.targets_BN[rows], states.target_mask_BN[rows]
             energies.append(_mean_energy(probs_BNV, targets_BN, mask_BN).cpu())
-            packed.append({name: _to_cpu(t) for name, t in self.storage.pack(probs_BNV, targets_BN).items()})
+            kept = self.storage.pack(probs_BNV, targets_BN, mask_BN)
+            packed.append({name: _to_cpu(tensor) for name, tensor in kept.items()})
         tensors = {
             "source": _to_cpu(states.source_BMP, self.dtype),
             "source_mask": _to_cpu(states.source_mask_BM),
@@ -204,6 +205,7 @@ class MistakeLog:
             "seen_rounds": self.seen_rounds,
             "seen_ids": torch.tensor(sorted(self._seen_ids), dtype=torch.int64),
             "generator": self._generator.get_state(),
+            "storage": self.storage.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -212,6 +214,7 @@ class MistakeLog:
         self.seen_rounds = state["seen_rounds"]
         self._seen_ids = set(state["seen_ids"].tolist())
         self._generator.set_state(state["generator"].cpu())
+        self.storage.load_state_dict(state["storage"])
 
     def _over_bytes(self) -> bool:
         return self.max_bytes is not None and len(self.rounds) > 1 and self.nbytes > self.max_bytes

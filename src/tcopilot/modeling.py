@@ -4,6 +4,7 @@ Shapes: B batch, M source length, N targets, V vocabulary.
 """
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
 
 from tcopilot.copilot import Copilot, CopilotConfig, CopilotState
@@ -25,6 +26,7 @@ from tcopilot.fusion import build_fusion
 from tcopilot.states import position_ids as count_positions
 
 IGNORED_LABEL = -100
+_CANNOT_UNDO = "a fused model cannot undo decoding steps; use greedy, sampling or beam search"
 _SHARED_SETTINGS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "is_encoder_decoder")
 
 
@@ -57,7 +59,7 @@ class TCopilotConfig(PreTrainedConfig):
         build_fusion(fusion)
         if feedback not in FEEDBACKS:
             raise ValueError(f"fusion.feedback={feedback!r} is not one of {', '.join(FEEDBACKS)}")
-        if weight < 0:
+        if not 0 <= weight < math.inf:
             raise ValueError(f"fusion.weight={weight}: λ must be 0 (the Pilot) or positive")
         if pilot is not None:
             for name in _SHARED_SETTINGS:
@@ -121,7 +123,7 @@ class TCopilotCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse: assisted and prompt-lookup decoding would need to undo Copilot steps."""
-        raise ValueError("a fused model cannot undo decoding steps; use greedy, sampling or beam search")
+        raise ValueError(_CANNOT_UNDO)
 
 
 class TCopilotModel(PreTrainedModel, GenerationMixin):
@@ -198,7 +200,7 @@ class TCopilotModel(PreTrainedModel, GenerationMixin):
 
     @weight.setter
     def weight(self, value: float) -> None:
-        if value < 0:
+        if not 0 <= value < math.inf:
             raise ValueError(f"weight={value}: λ must be 0 (the Pilot) or positive")
         self.config.weight = float(value)
 
@@ -227,6 +229,11 @@ class TCopilotModel(PreTrainedModel, GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if cache is not None and not self._is_pilot_only and not isinstance(cache, TCopilotCache):
             model_kwargs["past_key_values"] = TCopilotCache(cache)
+
+    def _assisted_decoding(self, *args, **kwargs):
+        if not self._is_pilot_only:
+            raise ValueError(_CANNOT_UNDO)
+        return super()._assisted_decoding(*args, **kwargs)
 
     def _fuse_text(self, logits_BNV, tokens_BK, source, source_mask, states, cache: TCopilotCache | None) -> Tensor:
         log_probs_BNV = torch.log_softmax(logits_BNV.float(), dim=-1)
@@ -299,8 +306,8 @@ class TCopilotForCausalLM(TCopilotModel):
             attention_mask = input_ids.new_ones(len(input_ids), past + length)
         if position_ids is None:
             position_ids = count_positions(attention_mask)[:, past:]
-        start = self._target_start(target_start, labels, length)
-        corrected = 1 if past else length - start + 1
+        start = length if past else self._target_start(target_start, labels, length)
+        corrected = length - start + 1
         wanted = length if logits_to_keep == 0 else logits_to_keep
         kwargs.pop("output_hidden_states", None)
         out = self.pilot(
@@ -314,9 +321,7 @@ class TCopilotForCausalLM(TCopilotModel):
             fused_BNV = self._fuse_next(pilot_logits, input_ids, states_BNP, past_key_values)
         else:
             source, mask = out.hidden_states[0][:, :start], attention_mask[:, :start].bool()
-            fused_BNV = self._fuse_text(
-                pilot_logits, input_ids[:, start:], source, mask, states_BNP, past_key_values if use_cache else None
-            )
+            fused_BNV = self._fuse_text(pilot_logits, input_ids[:, start:], source, mask, states_BNP, past_key_values)
         logits = torch.cat([out.logits[:, :-corrected].float(), fused_BNV], dim=1)
         loss = None
         if labels is not None:
@@ -334,17 +339,22 @@ class TCopilotForCausalLM(TCopilotModel):
 
     @staticmethod
     def _target_start(target_start: int | None, labels: Tensor | None, length: int) -> int:
-        if target_start is not None:
-            return target_start
-        if labels is None:
+        if target_start is None and labels is None:
             return length
-        starts = (labels != IGNORED_LABEL).int().argmax(dim=1).unique()
-        if len(starts) > 1:
+        if target_start is None:
+            starts = (labels != IGNORED_LABEL).int().argmax(dim=1).unique()
+            if len(starts) > 1:
+                raise ValueError(
+                    f"targets start at columns {starts.tolist()}: a fused model needs one column for the whole batch; "
+                    f"left-pad the prompts"
+                )
+            target_start = int(starts[0])
+        if not 1 <= target_start <= length:
             raise ValueError(
-                f"targets start at columns {starts.tolist()}: a fused model needs one column for the whole batch; "
-                f"left-pad the prompts"
+                f"target_start={target_start} with {length} tokens: a prompt of at least one token comes before the "
+                f"target; set the labels of the prompt to {IGNORED_LABEL}"
             )
-        return int(starts[0])
+        return target_start
 
 
 class TCopilotForSeq2SeqLM(TCopilotModel):
@@ -359,6 +369,15 @@ class TCopilotForSeq2SeqLM(TCopilotModel):
     def get_decoder(self):
         """The Pilot's decoder."""
         return self.pilot.get_decoder()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """Size the cache by use: for T5, transformers counts the encoder's layers, too few for a deeper decoder."""
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        made = model_kwargs.get("past_key_values")
+        if given is None and made is not None and generation_config.cache_implementation in (None, "dynamic"):
+            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            model_kwargs["past_key_values"] = cache if self._is_pilot_only else TCopilotCache(cache)
 
     def forward(
         self,
@@ -411,8 +430,7 @@ class TCopilotForSeq2SeqLM(TCopilotModel):
             source = out.encoder_last_hidden_state
             mask = source.new_ones(source.shape[:2]) if attention_mask is None else attention_mask
             logits = self._fuse_text(
-                out.logits, decoder_input_ids[:, 1:], source, mask.bool(), states_BNP,
-                past_key_values if use_cache else None,
+                out.logits, decoder_input_ids[:, 1:], source, mask.bool(), states_BNP, past_key_values
             )  # fmt: skip
         loss = None
         if labels is not None:

@@ -171,7 +171,7 @@ class TCopilotModule(LightningModule):
         """Leave out what never changes and can be had again: the frozen weights of a pretrained Pilot."""
         checkpoint["seconds"] = dict(self.seconds)
         if getattr(self.model.pilot.config, "_name_or_path", ""):
-            for name, parameter in self.model.pilot.named_parameters():
+            for name, parameter in self.model.pilot.named_parameters(remove_duplicate=False):  # tied
                 if not parameter.requires_grad:
                     checkpoint["state_dict"].pop(f"model.pilot.{name}", None)
 
@@ -238,8 +238,8 @@ class TCopilotModule(LightningModule):
         if not all(torch.isfinite(torch.tensor(values))):
             shown = ", ".join(f"{n} loss {v.item():.4g}" for n, v in losses.items() if v is not None)
             raise TrainingDivergedError(
-                f"round {self.round}: {shown}. No update was made with it. Lower the learning rate of the model whose "
-                f"loss is not finite (pilot.optimizer.lr, copilot.optimizer.lr) or set its clip"
+                f"round {self.round + 1}: {shown}. No update was made with it. Lower the learning rate of the model "
+                f"whose loss is not finite (pilot.optimizer.lr, copilot.optimizer.lr) or set its clip"
             )
 
     def _log_round(self, pilot_loss: Tensor, copilot_loss: Tensor | None, tokens: Tensor) -> None:

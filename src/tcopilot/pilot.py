@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -53,7 +54,11 @@ class ModelSource:
         if self.path is None:
             if not self.config:
                 raise ModelSourceError(f"{self.key}.path is not set: give a Hub id or a folder with a model")
-            return AutoConfig.for_model(**self.config)
+            try:
+                return AutoConfig.for_model(**self.config)
+            except (ValueError, TypeError, StrictDataclassError) as error:
+                reason = str(error).strip().splitlines()[-1].strip().partition(" Should contain one of")[0]
+                raise ModelSourceError(f"{self.key}.config={self.config}: {reason}") from error
         return self._from_hub(AutoConfig)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import sys
 import warnings
@@ -9,23 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import seed_everything
+from lightning import Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from tcopilot import build
 from tcopilot.adapters import merge_adapters
 from tcopilot.build import Prepared
 from tcopilot.callbacks import CleanStop, RoundCheckpoint
-from tcopilot.callbacks.checkpoint import checkpoints
-from tcopilot.checks import ConfigError, log_bytes
+from tcopilot.callbacks.checkpoint import checkpoints, round_of
+from tcopilot.checks import ConfigError, evaluation_problems, log_bytes, refuse_missing
 from tcopilot.control import equal_time_controls
 from tcopilot.data.benchmarks import DataError
 from tcopilot.evaluation.evaluate import Decoding, Evaluation, Evaluator
 from tcopilot.evaluation.results import Results, gain_table, git_revision, weight_table
-from tcopilot.modeling import TCopilotForCausalLM, TCopilotForSeq2SeqLM, TCopilotModel
+from tcopilot.modeling import TCopilotModel, fused_class
 from tcopilot.module import TCopilotModule, TrainingDivergedError
 from tcopilot.pilot import ModelSourceError
 
@@ -43,7 +46,7 @@ def train(cfg: DictConfig) -> float:
     Returns:
         The gain in the first benchmark's metric, which sweepers maximise.
     """
-    with _errors_for_people():
+    with _errors_for_people(cfg):
         return _train(_resumed(cfg))
 
 
@@ -56,7 +59,7 @@ def evaluate(cfg: DictConfig) -> float:
     Returns:
         The gain in the first benchmark's metric.
     """
-    with _errors_for_people():
+    with _errors_for_people(cfg):
         return _evaluate(cfg)
 
 
@@ -68,12 +71,13 @@ def _train(cfg: DictConfig) -> float:
     OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = build.fused_model(cfg, prepared)
-    params = build.parameter_counts(model)
     rounds = prepared.data.total_rounds
     module = build.training_module(cfg, model, rounds)
+    params = build.parameter_counts(model)  # now that a frozen Pilot is frozen
     _summary(cfg, prepared, params, rounds)
     _fit(cfg, prepared, module)
 
+    model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
     merge_adapters(model)
     build.export(model, prepared.tokenizer, run_dir / "export")
     results, found = _evaluated(cfg, model, prepared, run_dir)
@@ -88,12 +92,13 @@ def _train(cfg: DictConfig) -> float:
 
 def _evaluate(cfg: DictConfig) -> float:
     _quiet_libraries()
+    refuse_missing(cfg)
     source = Path(cfg.run)
     if not (source / "export" / "config.json").exists():
         raise ConfigError([f"run={cfg.run}: no export/config.json there; give the folder of a finished training run"])
     trained = OmegaConf.load(source / "config.yaml")
     for key in ("data", "evaluation"):
-        if cfg[key] is not None:
+        if cfg.get(key) is not None:
             trained[key] = cfg[key]
     for key, value in cfg.fusion.items():
         if value is not None:
@@ -102,17 +107,19 @@ def _evaluate(cfg: DictConfig) -> float:
     trained.control = None
     run_dir = Path(cfg.paths.run_dir)
 
+    if problems := evaluation_problems(trained):
+        raise ConfigError(problems)
+
     tokenizer = AutoTokenizer.from_pretrained(source / "export")
-    pilot = build.model_source(trained.pilot, "pilot")
-    data = build.prepare_data(trained, tokenizer, pilot.source_side)
-    cls = TCopilotForSeq2SeqLM if pilot.is_encoder_decoder else TCopilotForCausalLM
-    model = cls.from_pretrained(source / "export", dtype=torch.float32)
+    pilot = AutoConfig.from_pretrained(source / "export").pilot
+    data = build.prepare_data(trained, tokenizer, pilot)
+    model = fused_class(pilot.is_encoder_decoder).from_pretrained(source / "export", dtype=torch.float32)
     model.set_fusion(trained.fusion.space)
     model.config.feedback = trained.fusion.feedback
     run_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(trained, run_dir / "config.yaml", resolve=True)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    prepared = Prepared(pilot, None, tokenizer, data, None)
+    prepared = Prepared(build.model_source(trained.pilot, "pilot"), None, tokenizer, data, None)
     results, found = _evaluated(trained, model, prepared, run_dir)
     results.params = build.parameter_counts(model)
     if (source / "results.json").exists():
@@ -128,6 +135,8 @@ def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
     stop = next((c for c in callbacks if isinstance(c, CleanStop)), None)
     saver = next((c for c in callbacks if isinstance(c, RoundCheckpoint)), None)
     start = _newest_checkpoint(cfg)
+    if start is not None:
+        _keep_metrics(trainer, Path(cfg.paths.run_dir) / "metrics.csv", round_of(start))
     try:
         trainer.fit(module, datamodule=prepared.data, ckpt_path=start, weights_only=True)
     except TrainingDivergedError as error:
@@ -201,6 +210,18 @@ def _newest_checkpoint(cfg: DictConfig) -> str | None:
     return str(saved[-1])
 
 
+def _keep_metrics(trainer: Trainer, path: Path, rounds: int) -> None:
+    """Hand the lines of the rounds done to the CSV logger of a resumed run, which would delete the file it finds."""
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        lines = [{key: value for key, value in line.items() if value} for line in csv.DictReader(file)]
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger) and trainer.is_global_zero:
+            logger.experiment.metrics += [line for line in lines if int(line["step"]) <= rounds]
+            logger.experiment.save()
+
+
 def _finish_wandb() -> None:
     """Close the dashboard's run, so that the next job of a sweep opens its own."""
     if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
@@ -208,20 +229,29 @@ def _finish_wandb() -> None:
 
 
 def _quiet_libraries() -> None:
-    from transformers.utils import logging as transformers_logging
-
+    """Silence what a user of this program can do nothing about; warnings of our own and of torch stay."""
     transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*ModelCheckpoint.*manual optimization.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # hardware list, tips
+    for message in (
+        ".*does not have many workers.*",  # rows are in memory; a loader process would only copy them
+        ".*set_vital.*",  # torchdata 0.11 on torch 2.13
+        ".*treespec.*",  # lightning 2.6 on torch 2.13
+        ".*Experiment logs directory.*",  # the run directory also holds config.yaml
+        ".*not set, defaulting to `False`.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 class _errors_for_people:
-    """Print an error that the user can mend as one message and exit with status 1, without a traceback."""
+    """Print an error that the user can mend as one message and exit with status 1, unless `traceback=true`."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.off = cfg.get("traceback", False)
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, USER_ERRORS):
+        if isinstance(error, USER_ERRORS) and not self.off:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)

@@ -59,7 +59,7 @@ class Prioritised(Fifo):
 
     def draw(self, log: MistakeLog, records: int, generator: Generator) -> Tensor:
         """Independent draws; a record without any error is next to never drawn."""
-        weights = log.concatenated("energy").clamp_min(1e-12).sqrt()
+        weights = log.concatenated("energy").nan_to_num(nan=1.0).clamp_min(1e-12).sqrt()  # the loss reports the NaN
         return torch.multinomial(weights, records, replacement=True, generator=generator)
 
 

@@ -30,6 +30,10 @@ class RoundCheckpoint(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last state, also after a clean stop."""
+        if pl_module.round < pl_module.rounds:  # the epoch is the whole budget: it is not over, a resumed run goes on
+            progress = trainer.fit_loop.epoch_progress
+            for counts in (progress.total, progress.current):
+                counts.processed = counts.completed = 0
         self.save(trainer, pl_module.round)
 
     def save(self, trainer: Trainer, rounds: int) -> None:
@@ -52,4 +56,13 @@ def checkpoints(folder: str | Path) -> list[Path]:
     >>> checkpoints("no such folder")
     []
     """
-    return sorted(Path(folder).glob("round=*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
+    return sorted(Path(folder).glob("round=*.ckpt"), key=round_of)
+
+
+def round_of(path: str | Path) -> int:
+    """Round after which a checkpoint was saved.
+
+    >>> round_of("checkpoints/round=40.ckpt")
+    40
+    """
+    return int(Path(path).stem.split("=")[1])

@@ -1,10 +1,12 @@
 """Ctrl-C finishes the round, saves the state and keeps everything computed so far."""
 
+import logging
 import signal
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+
+log = logging.getLogger(__name__)
 
 
 class CleanStop(Callback):
@@ -37,4 +39,4 @@ class CleanStop(Callback):
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        rank_zero_info("Stopping after this round; press Ctrl-C again to stop at once.")
+        log.info("Stopping after this round; press Ctrl-C again to stop at once.")

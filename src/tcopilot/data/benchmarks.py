@@ -75,6 +75,16 @@ class Benchmark(ABC):
             raise DataError(f"{self.name}: splits has {unknown}; the known ones are {list(SPLITS)}")
         if "train" not in self.splits:
             raise DataError(f"{self.name}: splits names no train split")
+        for key in ("prompt", "target"):
+            try:
+                names = [name for _, name, _, _ in Formatter().parse(getattr(self, key))]
+            except ValueError:
+                names = [""]
+            if any(name is not None and (not name or name[0].isdigit()) for name in names):
+                raise DataError(
+                    f"data.benchmarks.{self.name}.{key}={getattr(self, key)!r} is no template: write {{column}}, and "
+                    "{{ or }} for a brace itself"
+                )
 
     @property
     def columns(self) -> list[str]:

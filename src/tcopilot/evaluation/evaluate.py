@@ -91,12 +91,14 @@ class Evaluator:
             weights: the λ to try; 0 is always among them. None takes λ* in closed form on validation.
             splits: `validation` to choose on, then the split to report.
         """
+        if self.model.copilot is None:
+            weights = [0.0]
         found = Evaluation()
         chosen_on, reported = splits
         statistics = self._statistics(chosen_on, [0.0] if weights is None else weights)
         found.best_weight = statistics.best_weight
         candidates = sorted({0.0, *([round(found.best_weight, 3)] if weights is None else map(float, weights))})
-        for split in (chosen_on, reported):
+        for split in dict.fromkeys((chosen_on, reported)):
             outcomes = {w: self._split(found, split, w) for w in candidates}
             likelihood = self._statistics(split, candidates).nll()
             for weight, value in likelihood.items():

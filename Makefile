@@ -1,0 +1,51 @@
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: help
+help: ## Show what can be made
+	@grep -hE '^[a-z_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+.PHONY: demo
+demo: .venv/run ## Train Pilot and Copilot on word problems (CPU, about three minutes) and print the table
+	$(RUN) train.py
+
+.PHONY: seeds
+seeds: .venv/run ## The demo for seeds 0, 1, 2 and both architectures
+	$(RUN) scripts/demo_seeds.py
+
+.PHONY: test
+test: .venv/dev ## Run the tests
+	$(RUN) -m pytest -q
+
+.PHONY: test-slow
+test-slow: .venv/dev ## Run the tests that take minutes
+	$(RUN) -m pytest -q -m "slow and not gpu"
+
+.PHONY: lint
+lint: .venv/dev ## Check format and lint rules
+	.venv/bin/ruff format --check . && .venv/bin/ruff check .
+
+.PHONY: format
+format: .venv/dev ## Format the code
+	.venv/bin/ruff format . && .venv/bin/ruff check --fix .
+
+.PHONY: benchmark
+benchmark: .venv/run ## Time a joint round against a Pilot-only round
+	$(RUN) benchmarks/round.py
+
+.PHONY: clean
+clean: ## Remove the environment and caches; runs stay
+	rm -rf .venv .pytest_cache .ruff_cache
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/run: .venv/bin/pip requirements.txt pyproject.toml
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/dev: .venv/run requirements-dev.txt
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,226 @@
+"""The evaluator on tiny models with random weights: what is decoded, judged, written and chosen."""
+
+import json
+import math
+
+import pytest
+import torch
+from training import source_side, tiny_model
+
+from tcopilot.data import GeneratedTask, TCopilotDataModule, word_tokenizer
+from tcopilot.evaluation.evaluate import Decoding, Evaluator, _select
+
+FAMILIES = ("t5", "llama")
+WEIGHTS = [0.5, 1.0]
+
+
+def rows_of(family: str, *kinds: str) -> TCopilotDataModule:
+    """Generated rows: 12 to validate on, 10 to test on."""
+    tasks = {k: GeneratedTask(name=k, kind=k, train=16, validation=12, test=10, max_new_tokens=5) for k in kinds}
+    data = TCopilotDataModule(tasks, batch_size=8, rounds=1)
+    data.prepare(word_tokenizer(data.vocabulary), source_side(family))
+    return data
+
+
+def evaluator(family, folder, *kinds, decoding=None, **options) -> Evaluator:
+    """An evaluator of an untrained model whose Copilot has a say."""
+    data = rows_of(family, *(kinds or ("word_problems",)))
+    tokenizer = word_tokenizer(data.vocabulary)
+    tokenizer.padding_side = source_side(family)
+    model = tiny_model(family, vocab=len(tokenizer), **({"head_std": 0.1} | options))
+    return Evaluator(model, tokenizer, data, folder, decoding)
+
+
+def written(folder, split="test", weight=1.0, benchmark="word_problems") -> list[dict]:
+    text = (folder / f"{split}-{benchmark}-weight={weight:g}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def outcomes(monkeypatch, right) -> None:
+    """Replace decoding by `right(split, weight, row number)`."""
+
+    def predict(self, split, benchmark, weight):
+        return [right(split, weight, i) for i in range(len(self.data.evaluation_rows(split, benchmark)))]
+
+    monkeypatch.setattr(Evaluator, "predict", predict)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_do_not_depend_on_the_batch_they_are_decoded_in(family, tmp_path):
+    said = []
+    for size in (1, 5, 64):
+        judge = evaluator(family, tmp_path / str(size), decoding=Decoding(batch_size=size))
+        judge.predict("test", "word_problems", 1.0)
+        rows = written(tmp_path / str(size))
+        said.append({row["id"]: row["prediction"] for row in rows})
+    assert len(said[0]) == 10
+    assert said[0] == said[1] == said[2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outcomes_come_in_the_order_of_the_rows(family, tmp_path):
+    judge = evaluator(family, tmp_path, decoding=Decoding(batch_size=3))
+    rows = judge.data.evaluation_rows("test", "word_problems")
+    judge._generate = lambda batch, _: [rows[i]["answer"] if i % 3 == 0 else "no" for i in places(batch, rows)]
+    assert judge.predict("test", "word_problems", 0.0) == [i % 3 == 0 for i in range(10)]
+
+
+def places(batch, rows) -> list[int]:
+    """Where a batch's rows stand among all rows."""
+    ids = {row["id"]: place for place, row in enumerate(rows)}
+    return [ids[number] for number in batch.ids_B.tolist()]
+
+
+def test_what_is_decoded_is_on_disk_at_once(tmp_path):
+    judge = evaluator("t5", tmp_path, decoding=Decoding(batch_size=4))
+    decode, calls = judge._generate, []
+
+    def broken(batch, limit):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(batch, limit)
+
+    judge._generate = broken
+    with pytest.raises(KeyboardInterrupt):
+        judge.predict("test", "word_problems", 1.0)
+    assert len(written(tmp_path)) == 8
+
+
+def test_repeating_an_evaluation_replaces_its_predictions(tmp_path):
+    judge = evaluator("t5", tmp_path)
+    for _ in range(2):
+        judge.predict("test", "word_problems", 1.0)
+    assert len(written(tmp_path)) == 10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_end_at_the_limit_of_the_benchmark_unless_another_is_given(family, tmp_path):
+    for limit, tokens in ((None, 5), (2, 2)):
+        judge = evaluator(family, tmp_path, decoding=Decoding(max_new_tokens=limit))
+        longest = []
+        generate = judge.model.generate
+        judge.model.generate = lambda **options: longest.append(options["max_new_tokens"]) or generate(**options)  # noqa: B023
+        judge.predict("test", "word_problems", 1.0)
+        assert set(longest) == {tokens}
+        assert max(len(row["prediction"].split()) for row in written(tmp_path)) <= tokens
+
+
+@pytest.mark.parametrize("feedback", ["observed", "own"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_likelihood_is_that_of_the_fused_model_per_target_token(family, feedback, tmp_path):
+    judge = evaluator(family, tmp_path, feedback=feedback)
+    found = judge.run(WEIGHTS)
+    model, rows = judge.model, judge.data.evaluation_rows("test", "word_problems")
+    for weight in (0.0, 0.5, 1.0):
+        model.weight = weight
+        total = count = 0
+        for row in rows:  # one row at a time, through the model's own loss
+            source, target = (torch.tensor([row[key]]) for key in ("source_ids", "target_ids"))
+            with torch.no_grad():
+                if family == "t5":
+                    loss = model(input_ids=source, labels=target).loss
+                else:
+                    text = torch.cat([source, target], dim=1)
+                    loss = model(
+                        input_ids=text, labels=text.masked_fill(torch.arange(text.shape[1]) < source.shape[1], -100)
+                    ).loss
+            total, count = total + loss.item() * target.shape[1], count + target.shape[1]
+        (row,) = [r for r in found.rows if (r.split, r.metric, r.weight) == ("test", "nll", weight)]
+        assert row.value == pytest.approx(total / count, rel=1e-4)
+        assert row.n == count
+
+
+def test_the_pilot_is_always_among_the_weights_and_each_is_scored_once(tmp_path):
+    found = evaluator("t5", tmp_path).run([1.0, 0.5, 1.0])
+    assert [r.weight for r in found.rows if (r.split, r.metric) == ("test", "accuracy")] == [0.0, 0.5, 1.0]
+
+
+def test_the_weight_is_chosen_on_validation_and_compared_on_test(tmp_path, monkeypatch):
+    outcomes(monkeypatch, lambda split, w, i: i < {0.0: 3, 0.5: 7, 1.0: 5}[w] if split == "validation" else i < 10 * w)
+    judge = evaluator("t5", tmp_path)
+    found = judge.run(WEIGHTS)
+    assert found.selected_weight == 0.5
+    (gain,) = found.gain
+    assert (gain.pilot, gain.fused, gain.fixed, gain.broken) == (0.0, 0.5, 5, 0)
+    assert judge.model.weight == 0.5  # what is exported and used next
+
+
+@pytest.mark.parametrize("favoured", [0.0, 0.5, 1.0])
+def test_the_choice_is_the_same_whatever_the_test_rows_say(favoured, tmp_path, monkeypatch):
+    outcomes(monkeypatch, lambda split, w, i: i < 6 * w if split == "validation" else w == favoured)
+    assert evaluator("llama", tmp_path).run(WEIGHTS).selected_weight == 1.0
+
+
+def test_ties_go_to_the_likelier_and_then_to_the_smaller_weight():
+    even = {w: {"a": [True, False]} for w in (0.0, 0.5, 1.0)}
+    assert _select(even, {0.0: 2.0, 0.5: 1.0, 1.0: 1.5}) == 0.5
+    assert _select(even, {0.0: 2.0, 0.5: 1.0, 1.0: 1.0}) == 0.5
+    assert _select(even, dict.fromkeys(even, 1.0)) == 0.0
+    better = even | {1.0: {"a": [True, True]}}
+    assert _select(better, {0.0: 1.0, 0.5: 1.0, 1.0: 9.0}) == 1.0
+
+
+def test_benchmarks_count_alike_in_the_choice_however_many_rows_they_have():
+    pilot = {"big": [True] * 90 + [False] * 10, "small": [False] * 4}
+    fused = {"big": [True] * 80 + [False] * 20, "small": [True, True, False, False]}
+    assert _select({0.0: pilot, 1.0: fused}, {0.0: 1.0, 1.0: 1.0}) == 1.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_closed_form_weight_is_scored_beside_the_pilot_and_selected(family, tmp_path):
+    judge = evaluator(family, tmp_path)
+    head = judge.model.copilot.head.weight
+    found = {}
+    for sign in (1, -1):  # corrections that point the other way
+        torch.nn.init.normal_(head, std=0.02, generator=torch.Generator().manual_seed(0)).data.mul_(sign)
+        found[sign] = judge.run(None)
+    against, towards = sorted(found.values(), key=lambda evaluation: evaluation.best_weight)
+    assert (against.selected_weight, {row.weight for row in against.rows}) == (0.0, {0.0})
+    assert towards.selected_weight == pytest.approx(towards.best_weight, abs=5e-4)
+    assert towards.selected_weight > 0
+    assert {row.weight for row in towards.rows} == {0.0, towards.selected_weight}
+
+
+@pytest.mark.parametrize("weights", [[0.5, 1.0], None])
+def test_without_a_copilot_there_is_one_weight_to_score(weights, tmp_path):
+    found = evaluator("t5", tmp_path, copilot=False, head_std=0.0).run(weights)
+    assert {r.weight for r in found.rows} == {0.0}
+    assert found.selected_weight == 0.0
+    assert found.gain[0].difference == 0.0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{split}-word_problems-weight=0.jsonl" for split in ("validation", "test")
+    }
+
+
+def test_a_mixture_is_reported_benchmark_by_benchmark(tmp_path):
+    found = evaluator("t5", tmp_path, "word_problems", "multiple_choice").run([1.0])
+    assert [gain.benchmark for gain in found.gain] == ["word_problems", "multiple_choice"]
+    named = {(r.benchmark, r.metric) for r in found.rows}
+    assert named == {("word_problems", "accuracy"), ("multiple_choice", "accuracy"), ("all", "nll")}
+    assert [verdict.split(":")[0] for verdict in found.verdicts] == ["word_problems", "multiple_choice"]
+
+
+def test_data_with_one_split_reports_the_rows_that_the_weight_was_chosen_on_once(tmp_path):
+    found = evaluator("t5", tmp_path).run([1.0], ("validation", "validation"))
+    assert [(r.metric, r.weight) for r in found.rows] == [
+        ("accuracy", 0.0), ("accuracy", 1.0), ("nll", 0.0), ("nll", 1.0),
+    ]  # fmt: skip
+
+
+def test_dropout_is_off_while_answers_are_decoded(tmp_path):
+    judge = evaluator("t5", tmp_path, dropout=0.5)
+    judge.model.train()
+    judge = Evaluator(judge.model, judge.tokenizer, judge.data, tmp_path)
+    first, second = (judge.run([1.0]).rows for _ in range(2))
+    assert first == second
+    assert all(math.isfinite(row.value) for row in first)
+
+
+def test_beam_search_is_used_where_it_is_asked_for(tmp_path):
+    said = []
+    for beams in (1, 4):
+        judge = evaluator("llama", tmp_path / str(beams), decoding=Decoding(num_beams=beams, max_new_tokens=3))
+        judge.predict("test", "word_problems", 1.0)
+        said.append([row["prediction"] for row in written(tmp_path / str(beams))])
+    assert said[0] != said[1]

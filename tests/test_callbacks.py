@@ -1,0 +1,477 @@
+"""Checkpoints and resuming, a clean stop, the log's reports, and the alarms."""
+
+import csv
+import os
+import random
+import signal
+import warnings
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback
+from lightning.pytorch.loggers import CSVLogger
+from training import (
+    FAMILIES,
+    EachRound,
+    Losses,
+    learner,
+    random_batch,
+    small_module,
+    task_data,
+    tiny_model,
+    tiny_pilot,
+    train_on,
+    trainer_for,
+    vocabulary_size,
+    weights,
+)
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, get_scheduler
+
+from tcopilot.adapters import Lora
+from tcopilot.callbacks import CleanStop, CopilotHealth, RandomState, RoundCheckpoint, health
+from tcopilot.callbacks.checkpoint import checkpoints
+from tcopilot.log_storage import TopKStorage
+from tcopilot.mistake_log import MistakeLog
+from tcopilot.module import TrainingDivergedError
+from tcopilot.sampling import Prioritised, Reservoir
+
+ROUNDS = 10
+
+
+class Crash(Exception):
+    """A power cut, a node that dies."""
+
+
+def crash_after(rounds):
+    def crash(trainer, module):
+        if module.round + 1 == rounds:
+            raise Crash
+
+    return EachRound(crash)
+
+
+class Run:
+    """One process's life: everything is built anew, from another seed if asked, so that nothing leaks into it."""
+
+    def __init__(
+        self, family, folder, seed=0, every=None, keep=2, callbacks=(), log=None, model=None, trainer=None, **options
+    ):
+        self.data = task_data(family, ROUNDS, rows=60)  # a pass is 8 rounds, the last of them filled up
+        built = {"vocab": vocabulary_size(self.data), "dropout": 0.1, "seed": seed}
+        self.model = tiny_model(family, **built) if model is None else model
+        schedule = partial(get_scheduler, name="cosine", num_warmup_steps=3)
+        learners = {"pilot": learner(3e-3, schedule=schedule), "copilot": learner(schedule=schedule)}
+        self.module = small_module(self.model, ROUNDS, **{**learners, "steps_per_round": 2, **options})
+        self.log = MistakeLog(capacity_rounds=4) if log is None else log
+        self.losses = Losses()
+        saver = RoundCheckpoint(str(folder), every, keep)
+        self.trainer = trainer_for(
+            [self.losses, saver, RandomState(), CleanStop(), *callbacks], self.log, **(trainer or {})
+        )
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+
+    def fit(self, checkpoint=None):
+        self.trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
+        return self
+
+
+def assert_equal(left, right):
+    """Equal to the bit: tensors, containers and plain values."""
+    assert type(left) is type(right)
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for name in left:
+            assert_equal(left[name], right[name])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            assert_equal(one, other)
+    else:
+        assert left == right
+
+
+def assert_same_end(whole, resumed, resumed_after):
+    """Weights, log, optimisers and the losses of the rounds since the resume are equal to the bit."""
+    assert whole.module.round == resumed.module.round == ROUNDS
+    assert resumed.losses.pilot == whole.losses.pilot[resumed_after:]
+    assert resumed.losses.copilot == whole.losses.copilot[resumed_after:]
+    assert len(resumed.losses.copilot) == ROUNDS - resumed_after
+    assert_equal(weights(whole.model), weights(resumed.model))
+    assert_equal(whole.log.state_dict(), resumed.log.state_dict())
+    for one, other in zip(whole.trainer.optimizers, resumed.trainer.optimizers, strict=True):
+        assert_equal(one.state_dict(), other.state_dict())
+
+
+# Resuming ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("saved_after", [5, 8], ids=["in the middle of a pass", "at the end of a pass"])
+def test_a_crashed_run_resumes_from_its_checkpoint_to_the_bit(family, saved_after, tmp_path):
+    whole = Run(family, tmp_path / "whole").fit()
+    with pytest.raises(Crash):
+        Run(family, tmp_path / "cut", every=saved_after, callbacks=[crash_after(saved_after + 1)]).fit()
+    resumed = Run(family, tmp_path / "cut", seed=99).fit(tmp_path / "cut" / f"round={saved_after}.ckpt")
+    assert_same_end(whole, resumed, saved_after)
+
+
+@pytest.mark.parametrize("options", [{"own_feedback": 0.5}, {"micro_batch_size": 3}, {"pilot": None}], ids=str)
+def test_resuming_is_exact_with_every_kind_of_round(options, tmp_path):
+    whole = Run("t5", tmp_path / "whole", every=4, keep=9, **options).fit()
+    resumed = Run("t5", tmp_path / "more", seed=99, **options).fit(tmp_path / "whole" / "round=4.ckpt")
+    assert_same_end(whole, resumed, 4)
+
+
+@pytest.mark.parametrize("policy", [Prioritised, Reservoir])
+def test_resuming_is_exact_with_a_truncated_log_under_every_policy(policy, tmp_path):
+    def log():
+        return MistakeLog(capacity_rounds=3, policy=policy(), storage=TopKStorage(4), dtype="bfloat16")
+
+    whole = Run("llama", tmp_path / "whole", every=6, log=log()).fit()
+    resumed = Run("llama", tmp_path / "more", seed=99, log=log()).fit(tmp_path / "whole" / "round=6.ckpt")
+    assert_same_end(whole, resumed, 6)
+
+
+@pytest.mark.parametrize("saved_after", [4, 5])
+def test_validation_between_rounds_does_not_change_what_a_resumed_run_does(saved_after, tmp_path):
+    options = {"trainer": {"limit_val_batches": 1, "val_check_interval": 5}}
+    whole = Run("t5", tmp_path / "whole", every=saved_after, keep=9, **options).fit()
+    path = tmp_path / "whole" / f"round={saved_after}.ckpt"
+    resumed = Run("t5", tmp_path / "more", seed=99, **options).fit(path)
+    assert_same_end(whole, resumed, saved_after)
+
+
+def test_validation_does_not_change_training(tmp_path):
+    runs = []
+    for interval in (10, 3):
+        options = {"limit_val_batches": 1, "val_check_interval": interval}
+        runs.append(Run("t5", tmp_path / str(interval), trainer=options).fit())
+    assert runs[0].losses.pilot == runs[1].losses.pilot
+    assert runs[0].losses.copilot == runs[1].losses.copilot
+
+
+def test_a_run_can_be_resumed_more_than_once(tmp_path):
+    whole = Run("llama", tmp_path / "whole").fit()
+    with pytest.raises(Crash):
+        Run("llama", tmp_path / "cut", every=3, callbacks=[crash_after(5)]).fit()
+    with pytest.raises(Crash):
+        Run("llama", tmp_path / "cut", seed=7, every=3, callbacks=[crash_after(8)]).fit(tmp_path / "cut/round=3.ckpt")
+    resumed = Run("llama", tmp_path / "cut", seed=8).fit(tmp_path / "cut/round=6.ckpt")
+    assert_same_end(whole, resumed, 6)
+
+
+def test_without_the_random_state_a_resumed_run_with_dropout_would_differ(tmp_path):
+    whole = Run("t5", tmp_path / "whole", every=5).fit()
+    resumed = Run("t5", tmp_path / "more", seed=99)
+    resumed.trainer.callbacks[:] = [c for c in resumed.trainer.callbacks if not isinstance(c, RandomState)]
+    resumed.fit(tmp_path / "whole" / "round=5.ckpt")
+    assert resumed.losses.pilot != whole.losses.pilot[5:]
+
+
+def test_all_three_random_states_go_on_where_they_were(tmp_path):
+    def draw(into):
+        return EachRound(lambda *args: into.append((random.random(), np.random.rand(), np.random.randn())))
+
+    straight, again = [], []
+    Run("llama", tmp_path / "whole", every=5, callbacks=[draw(straight)]).fit()
+    Run("llama", tmp_path / "more", seed=99, callbacks=[draw(again)]).fit(tmp_path / "whole" / "round=5.ckpt")
+    assert len(again) == 5
+    assert again == straight[5:]
+
+
+def test_seconds_go_on_counting_after_a_resume(tmp_path):
+    whole = Run("llama", tmp_path / "whole", every=5).fit()
+    saved = torch.load(tmp_path / "whole" / "round=5.ckpt", weights_only=True)["seconds"]
+    resumed = Run("llama", tmp_path / "more").fit(tmp_path / "whole" / "round=5.ckpt")
+    for name in ("pilot", "copilot"):
+        assert 0 < saved[name] < resumed.module.seconds[name]
+        assert saved[name] < whole.module.seconds[name]
+
+
+# Checkpoint files ----------------------------------------------------------------------------------------------------
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_checkpoints_are_named_by_round_and_only_the_newest_stay(tmp_path):
+    Run("llama", tmp_path / "two", every=3, keep=2).fit()
+    assert names(tmp_path / "two") == ["round=10.ckpt", "round=9.ckpt"]
+    assert [path.name for path in checkpoints(tmp_path / "two")] == ["round=9.ckpt", "round=10.ckpt"]
+    Run("llama", tmp_path / "one", every=1, keep=1).fit()
+    assert names(tmp_path / "one") == ["round=10.ckpt"]
+    Run("llama", tmp_path / "all", every=4, keep=99).fit()
+    assert names(tmp_path / "all") == ["round=10.ckpt", "round=4.ckpt", "round=8.ckpt"]
+    Run("llama", tmp_path / "end", every=None).fit()
+    assert names(tmp_path / "end") == ["round=10.ckpt"]
+
+
+def test_a_finished_run_that_is_resumed_trains_no_further(tmp_path):
+    whole = Run("llama", tmp_path / "whole").fit()
+    resumed = Run("llama", tmp_path / "more", seed=99).fit(tmp_path / "whole" / "round=10.ckpt")
+    assert resumed.losses.pilot == []
+    assert_equal(weights(whole.model), weights(resumed.model))
+
+
+def test_a_crash_while_saving_leaves_the_checkpoint_before_it_intact(tmp_path, monkeypatch):
+    run = Run("llama", tmp_path, every=3)
+    save = run.trainer.save_checkpoint
+
+    def cut_off(path, *args):
+        save(path, *args)
+        if run.module.round + 1 == 6:
+            with open(path, "r+b") as file:
+                file.truncate(1000)
+            raise Crash
+
+    monkeypatch.setattr(run.trainer, "save_checkpoint", cut_off)
+    with pytest.raises(Crash):
+        run.fit()
+    assert [path.name for path in checkpoints(tmp_path)] == ["round=3.ckpt"]
+    resumed = Run("llama", tmp_path, seed=99).fit(checkpoints(tmp_path)[-1])
+    assert_same_end(Run("llama", tmp_path / "whole").fit(), resumed, 3)
+
+
+def test_a_checkpoint_loads_as_tensors_and_plain_values_only(tmp_path):
+    run = Run("t5", tmp_path, own_feedback=0.5, log=MistakeLog(storage=TopKStorage(3))).fit()
+    state = torch.load(tmp_path / "round=10.ckpt", weights_only=True)
+    assert state["state_dict"].keys() == run.module.state_dict().keys()
+    assert {name.split("{")[0] for name in state["callbacks"]} == {"MistakeLogCallback", "RandomState"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("how", ["frozen", "lora"])
+def test_frozen_pretrained_weights_are_left_out_of_the_file_and_found_again(family, how, tmp_path):
+    vocab = vocabulary_size(task_data(family, 1))
+    tiny_pilot(family, vocab=vocab).save_pretrained(tmp_path / "hub")
+    targets = ("q", "v") if family == "t5" else ("q_proj", "v_proj")
+
+    def model(seed):
+        auto = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+        pilot = auto.from_pretrained(tmp_path / "hub", dtype=torch.float32)
+        torch.manual_seed(seed)
+        fused = tiny_model(family, pilot=pilot)
+        if how == "lora":
+            Lora(r=2, targets=targets)(pilot)
+        return fused
+
+    options = {"pilot": None} if how == "frozen" else {}
+    whole = Run(family, tmp_path / "whole", every=5, model=model(0), **options).fit()
+    saved = torch.load(tmp_path / "whole" / "round=5.ckpt", weights_only=True)["state_dict"]
+    pilot = [name for name in saved if name.startswith("model.pilot.")]
+    assert all("lora_" in name for name in pilot)
+    assert bool(pilot) == (how == "lora")
+    trainable = {f"model.{name}" for name, p in whole.model.named_parameters() if p.requires_grad}
+    assert trainable <= saved.keys()
+    resumed = Run(family, tmp_path / "more", seed=99, model=model(99), **options)
+    resumed.fit(tmp_path / "whole" / "round=5.ckpt")
+    assert_same_end(whole, resumed, 5)
+
+
+def test_frozen_weights_that_were_never_pretrained_stay_in_the_file(tmp_path):
+    whole = Run("llama", tmp_path, every=5, pilot=None).fit()
+    saved = torch.load(tmp_path / "round=5.ckpt", weights_only=True)["state_dict"]
+    assert whole.module.state_dict().keys() == saved.keys()
+
+
+# Clean stop ----------------------------------------------------------------------------------------------------------
+
+
+class Signal(Callback):
+    """Sends a signal to this process in the middle of a round, as somebody who presses Ctrl-C does."""
+
+    def __init__(self, after: int, number: int = signal.SIGINT, times: int = 1) -> None:
+        self.after, self.number, self.times = after, number, times
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if pl_module.round == self.after and optimizer is trainer.optimizers[0]:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+
+@pytest.fixture
+def handlers():
+    """The signal handlers before the test; put back after it, whatever the test does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_stopped_run_finishes_its_round_saves_and_resumes_as_if_never_stopped(family, number, tmp_path, handlers):
+    stopped = Run(family, tmp_path / "cut", callbacks=[Signal(3, number)]).fit()
+    assert stopped.module.round == len(stopped.losses.pilot) == 4
+    assert names(tmp_path / "cut") == ["round=4.ckpt"]
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+    whole = Run(family, tmp_path / "whole").fit()
+    assert stopped.losses.pilot == whole.losses.pilot[:4]
+    resumed = Run(family, tmp_path / "cut", seed=99).fit(tmp_path / "cut" / "round=4.ckpt")
+    assert_same_end(whole, resumed, 4)
+
+
+@pytest.mark.parametrize("stopped_in", [3, 4])
+def test_a_run_stopped_where_validation_is_due_resumes_as_if_never_stopped(stopped_in, tmp_path, handlers):
+    options = {"trainer": {"limit_val_batches": 1, "val_check_interval": 4}}
+    Run("t5", tmp_path / "cut", callbacks=[Signal(stopped_in)], **options).fit()
+    whole = Run("t5", tmp_path / "whole", **options).fit()
+    resumed = Run("t5", tmp_path / "cut", seed=99, **options).fit(checkpoints(tmp_path / "cut")[-1])
+    assert_same_end(whole, resumed, stopped_in + 1)
+
+
+def test_a_resumed_run_can_be_stopped_again(tmp_path, handlers):
+    Run("llama", tmp_path, callbacks=[Signal(2)]).fit()
+    Run("llama", tmp_path, seed=5, callbacks=[Signal(6)]).fit(tmp_path / "round=3.ckpt")
+    assert names(tmp_path) == ["round=3.ckpt", "round=7.ckpt"]
+    resumed = Run("llama", tmp_path, seed=6).fit(tmp_path / "round=7.ckpt")
+    assert_same_end(Run("llama", tmp_path / "whole").fit(), resumed, 7)
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path, handlers):
+    run = Run("llama", tmp_path, callbacks=[Signal(3, times=2)])
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run.fit()
+    assert len(run.losses.pilot) == 3
+
+
+def test_once_training_has_ended_ctrl_c_is_an_ordinary_ctrl_c_again(tmp_path, handlers):
+    class AfterTraining(Callback):
+        handler = None
+
+        def on_train_end(self, trainer, pl_module):  # before Lightning puts all handlers back
+            self.handler = signal.getsignal(signal.SIGINT)
+
+    after = AfterTraining()
+    Run("llama", tmp_path, callbacks=[after]).fit()
+    assert after.handler is handlers[signal.SIGINT]
+
+
+def test_a_run_that_fails_gives_the_signals_back(tmp_path, handlers):
+    with pytest.raises(Crash):
+        Run("llama", tmp_path, callbacks=[crash_after(3)]).fit()
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+
+def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path, handlers):
+    def poison(trainer, module):
+        if module.round == 6:
+            with torch.no_grad():
+                next(module.model.pilot.parameters())[:] = float("inf")
+
+    with pytest.raises(TrainingDivergedError, match="round 8"):
+        Run("llama", tmp_path, every=3, callbacks=[EachRound(poison)]).fit()
+    state = torch.load(checkpoints(tmp_path)[-1], weights_only=True)["state_dict"]
+    assert checkpoints(tmp_path)[-1].name == "round=6.ckpt"
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+# Reports of the log --------------------------------------------------------------------------------------------------
+
+
+def test_the_logs_statistics_are_reported_while_training():
+    log = MistakeLog(capacity_rounds=3, storage=TopKStorage(4))
+    seen = []
+
+    def read(trainer, module):
+        reported = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("log/")}
+        seen.append((reported, {f"log/{name}": value for name, value in log.statistics().items()}))
+
+    train_on(
+        small_module(tiny_model("llama"), 5), [random_batch("llama", seed=s) for s in range(5)], log, [EachRound(read)]
+    )
+    assert len(seen) == 5
+    for reported, expected in seen:
+        assert reported == pytest.approx(expected, rel=1e-6)
+        assert "log/truncation_error" in reported
+
+
+def test_each_validation_writes_the_logs_energy_beside_its_own(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    options = {"limit_val_batches": 1, "val_check_interval": 5, "logger": logger, "log_every_n_steps": 1}
+    run = Run("llama", tmp_path / "files", trainer=options).fit()
+    logger.finalize("success")
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    ratios = [float(row["log/energy_ratio_to_validation"]) for row in rows if row["log/energy_ratio_to_validation"]]
+    held_out = [float(row["val/error_energy"]) for row in rows if row["val/error_energy"]]
+    assert len(ratios) == len(held_out) == 2
+    assert ratios[-1] == pytest.approx(run.log.statistics()["error_energy"] / held_out[-1], rel=1e-4)
+
+
+# Alarms --------------------------------------------------------------------------------------------------------------
+
+ALARMS = {
+    "collapsed": "outputs about 0",
+    "harmful": "error ratio on validation is above 1",
+    "in-sample": "far below validation's",
+    "stale": "rounds old on average",
+}
+
+
+def alarms(rounds=24, rows=400, capacity=16, head_std=0.0, **options):
+    """Which alarms a run rings, as often as it rings them, and the round of the first."""
+    data = task_data("llama", rounds, batch_size=16, rows=rows)
+    model = tiny_model("llama", vocab=vocabulary_size(data), width=32, head_std=head_std)
+    module = small_module(model, rounds, **{"copilot_batch_size": 64, "steps_per_round": 2, **options})
+    trainer = trainer_for(
+        [CopilotHealth()], MistakeLog(capacity_rounds=capacity), limit_val_batches=2, val_check_interval=rounds // 8
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, datamodule=data)
+    texts = [str(warning.message) for warning in caught]
+    counts = {cause: sum(mark in text for text in texts) for cause, mark in ALARMS.items()}
+    return {cause: count for cause, count in counts.items() if count}
+
+
+def test_a_healthy_run_rings_no_alarm():
+    assert alarms(rounds=40, rows=2000, pilot=None, copilot=learner(lr=1e-2)) == {}
+
+
+def test_a_copilot_that_stays_at_zero_rings_once():
+    assert alarms(pilot=None, copilot=learner(lr=0.0)) == {"collapsed": 1}
+
+
+def test_a_copilot_whose_corrections_hurt_rings_once():
+    assert alarms(pilot=None, copilot=learner(lr=0.0), head_std=1.0) == {"harmful": 1}
+
+
+def test_a_log_of_rows_that_the_pilot_has_memorised_rings_once():
+    found = alarms(rounds=64, rows=16, pilot=learner(lr=2e-2), capacity=4)
+    assert found["in-sample"] == 1
+    assert "stale" not in found
+
+
+def test_a_log_of_old_rounds_rings_once(monkeypatch):
+    monkeypatch.setattr(health, "STALE_ROUNDS", 4)
+    settings = {"rounds": 24, "rows": 400, "pilot": None, "copilot": learner(lr=1e-2)}
+    assert alarms(**settings, capacity=24) == {"stale": 1}
+    assert alarms(**settings, capacity=5) == {}
+
+
+def test_nothing_rings_in_the_first_half_of_a_run():
+    data = task_data("llama", 16)
+    module = small_module(tiny_model("llama", vocab=vocabulary_size(data)), 16, copilot=learner(lr=0.0))
+    alarm, when = CopilotHealth(), []
+    watch = EachRound(lambda trainer, module: when.append(set(alarm.raised)))
+    options = {"limit_val_batches": 1, "val_check_interval": 2}
+    with pytest.warns(UserWarning, match="outputs about 0"):
+        trainer_for([alarm, watch], MistakeLog(), **options).fit(module, datamodule=data)
+    assert when[:8] == [set()] * 8
+    assert when[-1] == {"collapsed"}
+
+
+def test_a_bare_pilot_rings_no_alarm():
+    data = task_data("llama", 4)
+    module = small_module(tiny_model("llama", copilot=False, vocab=vocabulary_size(data)), 4, copilot=None)
+    alarm = CopilotHealth()
+    trainer_for([alarm], limit_val_batches=1, val_check_interval=1).fit(module, datamodule=data)
+    assert alarm.raised == set()

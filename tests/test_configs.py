@@ -1,0 +1,135 @@
+"""Every config on disk composes, names classes that exist, and every experiment runs."""
+
+import re
+from pathlib import Path
+
+import composed
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.utils import get_object
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from tcopilot.checks import config_problems
+
+GROUPS = {  # where train.yaml puts a group; others stand at their own name
+    "adapter": ("adapter@pilot.adapter", "adapter@copilot.adapter"),
+    "log_storage": ("log_storage@mistake_log.log.storage",),
+    "optimizer": ("optimizer@pilot.optimizer", "optimizer@copilot.optimizer"),
+    "scheduler": ("scheduler@pilot.scheduler", "scheduler@copilot.scheduler"),
+}
+ON_A_CPU = ("trainer=cpu", "trainer.devices=1", "trainer.strategy=auto", "logger=csv")
+
+
+def names_in(group: str) -> list[str]:
+    """Configs of a group, those in sub-folders too, without the shared bases."""
+    folder = composed.CONFIGS / group
+    found = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    return sorted(name for name in found if Path(name).name != "base")
+
+
+def group_values() -> list[str]:
+    """Every `group=value` that the folders on disk allow, but for whole runs."""
+    groups = sorted(path.name for path in composed.CONFIGS.iterdir() if path.is_dir())
+    groups = [group for group in groups if group not in ("experiment", "paths", "hydra")]
+    return [f"{key}={name}" for group in groups for key in GROUPS.get(group, (group,)) for name in names_in(group)]
+
+
+def dotted_targets(node: object) -> set[str]:
+    """All values of `_target_` below a node, interpolations left alone."""
+    if isinstance(node, DictConfig):
+        own = {node["_target_"]} if "_target_" in node else set()
+        return own.union(*(dotted_targets(node._get_node(key)) for key in node))
+    if isinstance(node, ListConfig):
+        return set().union(*(dotted_targets(node._get_node(i)) for i in range(len(node))))
+    return set()
+
+
+def assert_targets_exist(cfg: DictConfig) -> None:
+    found = dotted_targets(cfg)
+    assert found
+    for name in found:
+        assert callable(get_object(name)), name
+
+
+@pytest.mark.parametrize("override", group_values())
+def test_every_value_of_every_group_composes_with_classes_that_exist(override, tmp_path):
+    cfg = composed.compose_config(override, f"paths.run_dir={tmp_path}")
+    assert_targets_exist(cfg)
+    if not OmegaConf.missing_keys(cfg):
+        OmegaConf.to_container(cfg, resolve=True)  # no interpolation is left open
+
+
+@pytest.mark.parametrize("name", names_in("experiment"))
+def test_every_experiment_composes_with_classes_that_exist(name, tmp_path):
+    cfg = composed.compose_config(f"experiment={name}", f"paths.run_dir={tmp_path}")
+    assert_targets_exist(cfg)
+    assert cfg.name != composed.compose_config().name or name == "demo"  # runs of experiments stand apart
+    on_a_cpu = composed.compose_config(f"experiment={name}", "trainer.accelerator=cpu", "logger=csv")
+    assert config_problems(on_a_cpu) == []
+
+
+@pytest.mark.parametrize("override", ["run=/runs/a", *(f"data={n}" for n in names_in("data")), "evaluation=beam4"])
+def test_evaluations_compose_with_any_data_and_decoding(override, tmp_path):
+    given = {"run=/runs/a", override, f"paths.run_dir={tmp_path}"}
+    cfg = composed.compose_config(*given, name="eval")
+    OmegaConf.to_container(cfg, resolve=True)
+    if override.startswith("data"):
+        assert_targets_exist(cfg)
+
+
+def test_two_data_configs_make_a_mixture():
+    cfg = composed.compose_config("data=[word_problems,multiple_choice]")
+    assert list(cfg.data.benchmarks) == ["word_problems", "multiple_choice"]
+
+
+def test_one_budget_and_one_seed_reach_every_part():
+    cfg = composed.compose_config("rounds=7", "seed=5")
+    assert cfg.data.rounds == 7
+    assert [cfg.data.seed, cfg.data.benchmarks.word_problems.seed, cfg.mistake_log.log.seed] == [5, 5, 5]
+
+
+def test_both_models_have_an_optimiser_of_their_own():
+    cfg = composed.compose_config("pilot.optimizer.lr=0.5", "scheduler@copilot.scheduler=constant")
+    assert (cfg.pilot.optimizer.lr, cfg.copilot.optimizer.lr) == (0.5, 0.003)
+    assert "cosine" in cfg.pilot.scheduler._target_
+    assert cfg.copilot.scheduler.name == "constant_with_warmup"
+
+
+def test_a_misspelt_value_of_a_group_is_answered_with_the_values_that_exist():
+    with pytest.raises(MissingConfigException, match=r"Could not find 'pilot/tiny_t4'(.|\n)*tiny_t5"):
+        composed.compose_config("pilot=tiny_t4")
+
+
+@pytest.mark.parametrize("key", ["round", "copilot.steps", "fusion.lambda", "data.benchmarks.word_problems.rows"])
+def test_an_unknown_key_is_answered_with_its_place(key):
+    with pytest.raises(ConfigCompositionException, match=f"Could not override '{key}'"):
+        composed.compose_config(f"{key}=5")
+
+
+@pytest.mark.parametrize("name", names_in("experiment"))
+def test_every_experiment_runs_two_rounds_in_small(name, tmp_path):
+    """With the sizes and rows of the demo in place of checkpoints and benchmarks that would be downloaded."""
+    folder = composed.train(tmp_path / "run", f"experiment={name}", *ON_A_CPU, "debug=fdr", *in_small(name))
+    found = composed.results(folder)
+    assert found["rounds"] == 2
+    assert (folder / "export" / "config.json").exists()
+
+
+def in_small(experiment: str) -> list[str]:
+    """Overrides that put a tiny Pilot with random weights and generated rows where an experiment downloads them."""
+    with initialize_config_dir(str(composed.CONFIGS), version_base="1.3"):
+        cfg = compose("train", [f"experiment={experiment}"], return_hydra_config=True)
+    changes, data = ["data.num_workers=0"], cfg.data
+    if not cfg.pilot.config:
+        name = f"{cfg.hydra.runtime.choices.pilot} {OmegaConf.to_container(cfg.pilot)['path']}".lower()
+        family, depth = ("t5", "num_decoder_layers") if re.search("t5|bart", name) else ("llama", "num_hidden_layers")
+        sizes = OmegaConf.to_container(composed.compose_config(f"pilot=tiny_{family}").pilot.config)
+        sizes[depth] = 8  # as many as experiments ask of their Copilots
+        changes += ["pilot.path=null", "pilot.config={" + ", ".join(f"{k}: {v}" for k, v in sizes.items()) + "}"]
+        changes += ["copilot.path=null"] if cfg.copilot.get("path") else []
+    if not all("kind" in benchmark for benchmark in data.benchmarks.values()):
+        changes += ["data=word_problems", "data.path=null", "data.streaming=false", "data.weights=null"]
+        data = composed.compose_config("data=word_problems").data
+    small = {"train": 300, "validation": 20, "test": 20}
+    return changes + [f"data.benchmarks.{n}.{split}={rows}" for n in data.benchmarks for split, rows in small.items()]

@@ -1,0 +1,108 @@
+import math
+
+import pytest
+import torch
+
+from tcopilot.diagnostics import ErrorStatistics
+from tcopilot.functional import token_errors
+
+LOG_PROBS = torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.3, 0.3, 0.4]]]).log()
+TARGETS = torch.tensor([[1, 2, 0]])
+MASK = torch.tensor([[True, True, False]])
+ERRORS = token_errors(LOG_PROBS.exp(), TARGETS)
+ENERGY = (0.49 + 0.64 + 0.01 + 0.01 + 0.01 + 0.04) / 2
+
+
+def statistics(corrections, weights=(0.0, 1.0), fusion="probability"):
+    result = ErrorStatistics(weights, fusion)
+    result.update(LOG_PROBS, corrections, TARGETS, MASK)
+    return result
+
+
+def test_a_copilot_that_knows_the_error_has_ratio_zero_cosine_one_and_best_weight_one():
+    summary = statistics(ERRORS).summary()
+    assert summary["error_ratio"] == pytest.approx(0.0, abs=1e-6)
+    assert summary["cosine"] == pytest.approx(1.0)
+    assert summary["best_weight"] == pytest.approx(1.0)
+    assert summary["error_energy"] == pytest.approx(ENERGY)
+    assert summary["correction_energy"] == pytest.approx(ENERGY)
+
+
+def test_half_the_error_has_a_quarter_of_its_ratio_and_best_weight_two():
+    summary = statistics(ERRORS / 2).summary()
+    assert summary["error_ratio"] == pytest.approx(0.25)
+    assert summary["best_weight"] == pytest.approx(2.0)
+    assert summary["cosine"] == pytest.approx(1.0)
+
+
+def test_a_copilot_that_points_away_is_worse_than_none_and_gets_weight_zero():
+    summary = statistics(-ERRORS).summary()
+    assert summary["error_ratio"] == pytest.approx(4.0)
+    assert summary["cosine"] == pytest.approx(-1.0)
+    assert summary["best_weight"] == 0.0
+
+
+@pytest.mark.parametrize("corrections", [None, torch.zeros(1, 3, 3)])
+def test_no_copilot_and_a_silent_one_have_ratio_one_and_the_pilots_likelihood(corrections):
+    result = statistics(corrections)
+    summary = result.summary()
+    assert summary["error_ratio"] == 1.0
+    assert (summary["cosine"], summary["best_weight"], summary["correction_energy"]) == (0.0, 0.0, 0.0)
+    pilot = -(math.log(0.2) + math.log(0.8)) / 2
+    assert summary["pilot_nll"] == pytest.approx(pilot)
+    assert result.nll() == {0.0: pytest.approx(pilot), 1.0: pytest.approx(pilot)}
+
+
+def test_the_likelihood_is_reported_for_every_weight():
+    corrections = torch.tensor([[[-0.4, 0.4, 0.0], [0.0, 0.1, -0.1], [0.0, 0.0, 0.0]]])
+    result = statistics(corrections, weights=(1.0, 0.5, 0.0))
+    nll = result.nll()
+    assert nll[1.0] == pytest.approx(-(math.log(0.6) + math.log(0.7)) / 2)
+    assert nll[0.5] == pytest.approx(-(math.log(0.4) + math.log(0.75)) / 2)
+    assert nll[0.0] == pytest.approx(-(math.log(0.2) + math.log(0.8)) / 2)
+    assert result.summary()["fused_nll"] == nll[1.0]
+
+
+def test_the_fusion_space_decides_the_fused_likelihood():
+    corrections = torch.tensor([[[0.0, 1.0, 0.0]] * 3])
+    fused = statistics(corrections, (2.0,), "logits").nll()[2.0]
+    rows = [(0.7, 0.2, 0.1), (0.1, 0.1, 0.8)]
+    by_hand = [[p * math.exp(2 * (k == 1)) for k, p in enumerate(row)] for row in rows]
+    expected = -(math.log(by_hand[0][1] / sum(by_hand[0])) + math.log(by_hand[1][2] / sum(by_hand[1]))) / 2
+    assert fused == pytest.approx(expected)
+
+
+def test_padding_counts_for_nothing():
+    loud = ERRORS.clone()
+    loud[0, 2] = 100.0
+    assert statistics(loud).summary() == statistics(ERRORS).summary()
+
+
+def test_batches_and_ranks_add_up_to_one_pass_over_all_rows():
+    generator = torch.Generator().manual_seed(0)
+    log_probs = torch.randn(4, 3, 5, generator=generator).log_softmax(-1)
+    corrections = 0.3 * torch.randn(4, 3, 5, generator=generator)
+    targets = torch.randint(0, 5, (4, 3), generator=generator)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]]).bool()
+
+    def over(*parts):
+        result = ErrorStatistics([0.5])
+        for part in parts:
+            result.update(log_probs[part], corrections[part], targets[part], mask[part])
+        return result
+
+    whole = over(slice(0, 4)).summary()
+    assert over(slice(0, 1), slice(1, 4)).summary() == pytest.approx(whole)
+    first, second = over(slice(0, 2)), over(slice(2, 4))
+    first.reduce(lambda sums: sums + second._sums)
+    assert first.summary() == pytest.approx(whole)
+
+
+def test_the_best_weight_minimises_the_squared_error_left():
+    generator = torch.Generator().manual_seed(1)
+    corrections = ERRORS + 0.5 * torch.randn(1, 3, 3, generator=generator)
+    best = statistics(corrections).best_weight
+    ratios = [statistics(weight * corrections).summary()["error_ratio"] for weight in (0.95 * best, best, 1.05 * best)]
+    assert best > 0
+    assert ratios[1] < min(ratios[0], ratios[2])
+    assert ratios[1] < 1

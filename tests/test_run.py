@@ -1,0 +1,668 @@
+"""Both programs end to end: what a run leaves behind, how λ is chosen, every kind of run that a config allows."""
+
+import contextlib
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import composed
+import pytest
+import torch
+from lightning import Trainer
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from tcopilot.checks import ConfigError
+from tcopilot.data.tasks import GeneratedTask
+from tcopilot.data.tokenizers import word_tokenizer
+from tcopilot.evaluation.evaluate import Evaluator
+from tcopilot.evaluation.results import Results
+from tcopilot.module import TCopilotModule, TrainingDivergedError
+
+DATA = composed.ROOT.parent / "shared" / "data"
+TASKS = {"t5": "word_problems", "llama": "multiple_choice"}
+SHORT = [*composed.SMALL, "fusion.weight=[0,1]"]
+LLAMA = ["pilot=tiny_llama"]
+LORA = [
+    "adapter@pilot.adapter=lora",
+    "adapter@copilot.adapter=lora",
+    "copilot.head=soft",
+    "copilot.train_error_input=false",
+]
+
+
+def learnt(family: str) -> list[str]:
+    """A run of seconds after which some answers are right and the Copilot changes some of them."""
+    task = TASKS[family]
+    rows = [
+        f"data.benchmarks.{task}.{split}={n}" for split, n in {"train": 2000, "validation": 60, "test": 60}.items()
+    ]
+    rates = ["pilot.optimizer.lr=5e-3", "pilot.scheduler.num_warmup_steps=10", "copilot.scheduler.num_warmup_steps=10"]
+    return [
+        f"pilot=tiny_{family}",
+        f"data={task}",
+        *rows,
+        *rates,
+        "rounds=120",
+        "data.batch_size=32",
+        "seed=1",
+        "trainer.val_check_interval=60",
+        "fusion.weight=[0,0.5,1,2]",
+    ]
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def finished(request, tmp_path_factory) -> SimpleNamespace:
+    """A finished run of each family: its folder, its task and what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        folder = composed.train(tmp_path_factory.mktemp(request.param), *learnt(request.param))
+    return SimpleNamespace(folder=folder, family=request.param, task=TASKS[request.param], printed=printed.getvalue())
+
+
+def exported(run) -> tuple:
+    """Model and tokenizer of an export, as any user of transformers loads them."""
+    auto = AutoModelForSeq2SeqLM if run.family == "t5" else AutoModelForCausalLM
+    folder = run.folder / "export"
+    return auto.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def answers(model, tokenizer, prompts: list[str], seq2seq: bool) -> list[str]:
+    """Greedy answers, one prompt at a time: no batch, no padding, none of the evaluation's code."""
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer(prompt).input_ids])
+        tokens = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=16,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+        found.append(tokenizer.decode(tokens[0] if seq2seq else tokens[0, ids.shape[1] :], skip_special_tokens=True))
+    return found
+
+
+# What a finished run leaves behind ----------------------------------------------------------------------------------
+
+
+def test_a_run_directory_is_complete(finished):
+    for name in ("config.yaml", "results.json", "metrics.csv", "export/config.json", "export/model.safetensors"):
+        assert (finished.folder / name).is_file(), name
+    assert [path.name for path in (finished.folder / "checkpoints").iterdir()] == ["round=120.ckpt"]
+    names = {path.name for path in (finished.folder / "predictions").iterdir()}
+    assert names == {
+        f"{split}-{finished.task}-weight={w}.jsonl" for split in ("validation", "test") for w in ("0", "0.5", "1", "2")
+    }
+
+
+def test_the_saved_config_is_resolved_and_holds_what_was_asked_for(finished):
+    text = (finished.folder / "config.yaml").read_text()
+    assert "${" not in text
+    cfg = OmegaConf.create(text)
+    assert (cfg.rounds, cfg.data.rounds, cfg.data.batch_size) == (120, 120, 32)
+    assert cfg.paths.run_dir == str(finished.folder)
+
+
+def test_results_keep_to_their_contract(finished):
+    found = composed.results(finished.folder)
+    kinds = {
+        "version": int,
+        "seed": int,
+        "git": str,
+        "config": str,
+        "params": dict,
+        "rounds": int,
+        "train_seconds": float,
+        "selected_weight": float,
+        "selected_on": str,
+        "rows": list,
+        "gain": list,
+    }
+    assert {key: type(found[key]) for key in kinds} == kinds
+    assert (found["version"], found["seed"], found["rounds"], found["selected_on"]) == (1, 1, 120, "validation")
+    assert (finished.folder / found["config"]).is_file()
+    assert found["train_seconds"] > 0
+    assert set(found["params"]) >= {"pilot", "copilot", "pilot_trainable", "copilot_trainable"}
+    assert all(type(count) is int and count > 0 for count in found["params"].values())
+    kinds = {"benchmark": str, "split": str, "metric": str, "weight": float, "value": float, "n": int, "ci95": list}
+    for row in found["rows"]:
+        assert {key: type(row[key]) for key in kinds} == kinds
+        low, high = row["ci95"]
+        assert low <= row["value"] <= high
+    (gain,) = found["gain"]
+    kinds = {
+        "benchmark": str,
+        "metric": str,
+        "pilot": float,
+        "fused": float,
+        "difference": float,
+        "ci95": list,
+        "fixed": int,
+        "broken": int,
+        "p_value": float,
+    }
+    assert {key: type(gain[key]) for key in kinds} == kinds
+    assert Results.load(finished.folder / "results.json").selected_weight == found["selected_weight"]
+
+
+def test_every_split_and_weight_is_scored_once(finished):
+    rows = composed.results(finished.folder)["rows"]
+    found = [(row["benchmark"], row["split"], row["metric"], row["weight"]) for row in rows]
+    expected = [
+        (name, split, metric, w)
+        for name, metric in ((finished.task, "accuracy"), ("all", "nll"))
+        for split in ("validation", "test")
+        for w in (0.0, 0.5, 1.0, 2.0)
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+def test_the_run_learnt_something_for_the_other_tests_to_judge(finished):
+    found = composed.results(finished.folder)
+    values = [
+        composed.value(found, split, "accuracy", w, finished.task) for split in ("validation", "test") for w in (0, 1)
+    ]
+    assert all(0 < value < 1 for value in values)
+
+
+def test_metrics_follow_every_loss_and_the_log(finished):
+    with (finished.folder / "metrics.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    for name in ("train/pilot_loss", "train/copilot_loss", "val/pilot_nll", "val/error_ratio", "log/records", "round"):
+        values = [float(line[name]) for line in lines if line[name]]
+        assert values, name
+        assert all(map(math.isfinite, values))
+    losses = [float(line["train/pilot_loss"]) for line in lines if line["train/pilot_loss"]]
+    assert losses[-1] < losses[0]
+
+
+def test_predictions_hold_what_was_asked_said_and_judged(finished):
+    task = GeneratedTask(name=finished.task, kind=finished.task)
+    found = composed.results(finished.folder)
+    for split in ("validation", "test"):
+        for w in (0.0, 0.5, 1.0, 2.0):
+            rows = composed.predictions(finished.folder, split, w, finished.task)
+            assert len(rows) == 60
+            for row in rows:
+                assert set(row) == {"id", "prompt", "target", "answer", "prediction", "extracted", "correct"}
+                assert row["correct"] == task.correct(row["prediction"], row["answer"])
+            share = sum(row["correct"] for row in rows) / 60
+            assert composed.value(found, split, "accuracy", w, finished.task) == pytest.approx(share)
+
+
+def test_the_gain_can_be_recomputed_from_the_predictions(finished):
+    found = composed.results(finished.folder)
+    (gain,) = found["gain"]
+    pilot, fused = (
+        [row["correct"] for row in composed.predictions(finished.folder, "test", w, finished.task)]
+        for w in (0.0, found["selected_weight"])
+    )
+    assert gain["pilot"] == pytest.approx(sum(pilot) / 60)
+    assert gain["fused"] == pytest.approx(sum(fused) / 60)
+    assert gain["difference"] == pytest.approx((sum(fused) - sum(pilot)) / 60)
+    assert gain["fixed"] == sum(after and not before for before, after in zip(pilot, fused, strict=True))
+    assert gain["broken"] == sum(before and not after for before, after in zip(pilot, fused, strict=True))
+
+
+def test_a_weight_of_zero_is_the_pilot_alone(finished):
+    model, tokenizer = exported(finished)
+    rows = composed.predictions(finished.folder, "test", 0.0, finished.task)
+    said = answers(model.pilot, tokenizer, [row["prompt"] for row in rows], finished.family == "t5")
+    assert said == [row["prediction"] for row in rows]
+
+
+def test_the_export_gives_the_fused_answers_that_were_reported(finished):
+    model, tokenizer = exported(finished)
+    different = 0
+    for w in (1.0, 2.0):
+        model.weight = w
+        rows = composed.predictions(finished.folder, "test", w, finished.task)
+        said = answers(model, tokenizer, [row["prompt"] for row in rows], finished.family == "t5")
+        assert said == [row["prediction"] for row in rows]
+        alone = composed.predictions(finished.folder, "test", 0.0, finished.task)
+        different += sum(a["prediction"] != b["prediction"] for a, b in zip(rows, alone, strict=True))
+    assert different > 0  # the Copilot has a say
+
+
+def test_the_export_carries_the_selected_weight(finished):
+    config = json.loads((finished.folder / "export" / "config.json").read_text())
+    assert config["weight"] == composed.results(finished.folder)["selected_weight"]
+
+
+def test_a_run_ends_with_its_tables_and_the_path_of_its_results(finished):
+    lines = finished.printed.strip().splitlines()
+    assert lines[-1] == f"results: {finished.folder / 'results.json'}"
+    for part in ("Metrics over λ", "Gain of the Copilot", "(selected)", finished.task):
+        assert part in finished.printed
+
+
+# How λ is chosen -------------------------------------------------------------------------------------------------
+
+
+def test_the_weight_is_the_best_on_validation(finished):
+    found = composed.results(finished.folder)
+
+    def merit(w: float) -> tuple[float, float]:
+        nll = composed.value(found, "validation", "nll", w, "all")
+        return composed.value(found, "validation", "accuracy", w, finished.task), -nll
+
+    assert found["selected_weight"] == max((0.0, 0.5, 1.0, 2.0), key=merit)
+
+
+def test_the_choice_of_the_weight_does_not_see_the_test_rows(finished, tmp_path, monkeypatch):
+    chosen = composed.results(finished.folder)["selected_weight"]
+    judge = Evaluator.predict
+    for favoured in (0.0, 0.5, 1.0, 2.0):
+
+        def predict(self, split, name, weight, favoured=favoured):
+            right = judge(self, split, name, weight)
+            return right if split == "validation" else [weight == favoured] * len(right)
+
+        monkeypatch.setattr(Evaluator, "predict", predict)
+        found = composed.results(composed.evaluate(finished.folder, tmp_path / str(favoured)))
+        assert found["selected_weight"] == chosen
+        assert found["gain"][0]["fused"] == (chosen == favoured)
+
+
+# Evaluation without training -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("eval.py trained"))
+
+
+def test_an_evaluation_of_the_export_repeats_the_numbers_of_training(finished, tmp_path, no_training):
+    before = composed.results(finished.folder)
+    after = composed.results(composed.evaluate(finished.folder, tmp_path / "eval"))
+    for key in ("gain", "selected_weight", "rounds", "train_seconds", "params", "seed"):
+        assert after[key] == before[key], key
+    for old, new in zip(before["rows"], after["rows"], strict=True):
+        assert new["value"] == pytest.approx(old["value"], rel=1e-5), old
+    for name in ("config.yaml", "predictions"):
+        assert (tmp_path / "eval" / name).exists()
+
+
+def test_weights_are_swept_without_training(finished, tmp_path, no_training, capsys):
+    folder = composed.evaluate(finished.folder, tmp_path / "eval", "fusion.weight=[0.25,0.75]")
+    found = composed.results(folder)
+    assert {row["weight"] for row in found["rows"]} == {0.0, 0.25, 0.75}  # the Pilot is always beside
+    assert capsys.readouterr().out.strip().splitlines()[-1] == f"results: {folder / 'results.json'}"
+    before = composed.results(finished.folder)
+    old, new = (composed.value(x, "test", "accuracy", 0.0, finished.task) for x in (before, found))
+    assert old == new
+
+
+def test_the_closed_form_weight_needs_no_sweep(finished, tmp_path, no_training):
+    found = composed.results(composed.evaluate(finished.folder, tmp_path / "eval", "fusion.weight=auto"))
+    best = found["selected_weight"]
+    assert best > 0
+    assert {row["weight"] for row in found["rows"]} == {0.0, best}
+    sweep = composed.evaluate(finished.folder, tmp_path / "sweep", f"fusion.weight=[{best},{best / 4},{4 * best}]")
+    note = f"λ* in closed form on validation: {best:.3f}"
+    assert note in found["notes"]
+    assert note in composed.results(sweep)["notes"]
+
+
+def test_fusion_space_and_feedback_can_be_changed_at_evaluation(finished, tmp_path, no_training):
+    nll = {}
+    for change in ("fusion.space=probability", "fusion.space=logits", "fusion.feedback=own"):
+        folder = composed.evaluate(finished.folder, tmp_path / change.split("=")[1], "fusion.weight=1", change)
+        nll[change] = composed.value(composed.results(folder), "test", "nll", 1.0, "all")
+        key, wanted = change.split("=")
+        assert OmegaConf.select(OmegaConf.load(folder / "config.yaml"), key) == wanted
+    assert len({round(value, 4) for value in nll.values()}) == 3
+
+
+def test_a_run_can_be_evaluated_on_other_rows(finished, tmp_path, no_training):
+    other = [
+        "data=next_item",
+        "data.benchmarks.next_item.train=50",
+        "data.benchmarks.next_item.validation=10",
+        "data.benchmarks.next_item.test=10",
+    ]
+    found = composed.results(composed.evaluate(finished.folder, tmp_path / "eval", *other, "fusion.weight=1"))
+    assert {gain["benchmark"] for gain in found["gain"]} == {"next_item"}
+    assert {row["n"] for row in found["rows"] if row["metric"] == "accuracy"} == {10}
+
+
+def test_a_run_can_be_evaluated_with_beams(finished, tmp_path, no_training):
+    folder = composed.evaluate(finished.folder, tmp_path / "eval", "evaluation=beam4", "fusion.weight=1")
+    assert OmegaConf.load(folder / "config.yaml").evaluation.num_beams == 4
+    assert composed.results(folder)["gain"][0]["pilot"] > 0
+
+
+def test_a_run_from_the_hub_is_evaluated_without_the_hub(finished, tmp_path):
+    """The export holds all that is needed, also where the Pilot's own folder is gone."""
+    config = OmegaConf.load(finished.folder / "config.yaml")
+    elsewhere = tmp_path / "run"
+    elsewhere.mkdir()
+    (elsewhere / "export").symlink_to(finished.folder / "export")
+    config.pilot.path, config.pilot.config = "no/such-model", None
+    OmegaConf.save(config, elsewhere / "config.yaml")
+    found = composed.results(composed.evaluate(elsewhere, tmp_path / "eval", "fusion.weight=0"))
+    old = composed.value(composed.results(finished.folder), "test", "accuracy", 0.0, finished.task)
+    assert composed.value(found, "test", "accuracy", 0.0, finished.task) == old
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["run=/no/such/run"], "run=/no/such/run: no export/config.json there"),
+        (["fusion.weight=-1"], "fusion.weight=-1: λ must be 0"),
+        (["fusion.space=log"], "fusion.space=log: use one of probability, logits"),
+        (["evaluation=beam4", "evaluation.num_beams=0"], "evaluation.num_beams=0: must be a whole number"),
+        (["data=jsonl", "data.path=/no/such/rows"], "/no/such/rows"),
+    ],
+)
+def test_evaluations_refuse_bad_input_before_weights_load(finished, overrides, said, tmp_path, monkeypatch):
+    for auto in ("TCopilotForCausalLM", "TCopilotForSeq2SeqLM"):
+        monkeypatch.setattr(
+            f"tcopilot.modeling.{auto}.from_pretrained", lambda *_, **__: pytest.fail("weights loaded")
+        )
+    with pytest.raises(ConfigError) as refused:
+        composed.evaluate(finished.folder, tmp_path / "eval", *overrides)
+    assert said in str(refused.value)
+    assert not (tmp_path / "eval").exists()
+
+
+def test_an_evaluation_without_a_run_says_what_to_give(tmp_path):
+    with pytest.raises(ConfigError, match="run is not set: give run=<value>"):
+        composed.run.evaluate(composed.compose_config(f"paths.run_dir={tmp_path}", "traceback=true", name="eval"))
+
+
+# Every kind of run that a config can ask for ------------------------------------------------------------------------
+
+KINDS = {
+    "top-k log": ["log_storage@mistake_log.log.storage=topk", "mistake_log.log.storage.k=8"],
+    "half-precision log": ["mistake_log.log.dtype=bfloat16", "mistake_log.log.storage.dtype=float16"],
+    **{name: [f"mistake_log={name}"] for name in ("latest", "reservoir", "prioritised", "balanced")},
+    **{name: [f"objective={name}"] for name in ("mse", "kl", "ce")},
+    "soft head": ["copilot.head=soft"],
+    "own feedback": ["fusion.feedback=own", "copilot.own_feedback=0.5"],
+    "logits": ["fusion=logits", "fusion.weight=[0,1]"],
+    "beam search": ["evaluation=beam4"],
+    "bf16": ["trainer.precision=bf16-mixed"],
+    "micro batches": ["pilot.micro_batch_size=4"],
+    "checkpointing": ["pilot.gradient_checkpointing=true", "copilot.gradient_checkpointing=true"],
+    **{
+        f"pattern {n} of {model}": [f"pilot=tiny_{model}", f"copilot.pattern={n}"]
+        for n in (2, 3, 4)
+        for model in TASKS
+    },
+    **{f"no positions in {model}": [f"pilot=tiny_{model}", "copilot.positions=none"] for model in TASKS},
+    "inclusive context": ["copilot.context=inclusive"],
+    "max pooling": ["copilot.pooling=max"],
+    "random error input": ["copilot.error_input=normal"],
+    "one layer": ["copilot=half"],
+    "stream": ["data.streaming=true"],
+    "passes instead of rounds": ["rounds=null", "data.epochs=0.25", "data.max_train_rows=128"],
+    "linear schedule": ["scheduler@pilot.scheduler=linear", "scheduler@copilot.scheduler=constant"],
+    "Tensorboard": ["logger=tensorboard"],
+    "Llama": LLAMA,
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_trains_evaluates_and_exports(kind, tmp_path):
+    budget = ["+unused=0"] if kind == "passes instead of rounds" else []
+    warm = ["copilot.scheduler.num_warmup_steps=0"]
+    folder = composed.train(tmp_path / "run", *SHORT, *warm, *KINDS[kind], *budget)
+    found = composed.results(folder)
+    assert found["rounds"] == (2 if budget else 4)
+    pilot, fused = (composed.value(found, "test", "nll", w, "all") for w in (0.0, 1.0))
+    assert math.isfinite(fused)
+    assert pilot != fused  # the Copilot was trained and is heard
+    model = "CausalLM" if "pilot=tiny_llama" in KINDS[kind] else "Seq2SeqLM"
+    config = json.loads((folder / "export" / "config.json").read_text())
+    assert config["architectures"] == [f"TCopilotFor{model}"]
+
+
+def test_fine_tuning_without_a_copilot_is_a_run_like_any_other(tmp_path):
+    folder = composed.train(tmp_path / "run", *composed.SMALL, "copilot=none")
+    found = composed.results(folder)
+    assert (found["selected_weight"], {row["weight"] for row in found["rows"]}) == (0.0, {0.0})
+    assert (found["params"]["copilot"], found["gain"][0]["difference"]) == (0, 0.0)
+    again = composed.results(composed.evaluate(folder, tmp_path / "eval", "fusion.weight=[0,1]"))
+    assert again["rows"] == found["rows"]
+
+
+def test_the_closed_form_weight_can_end_a_training_run(tmp_path):
+    found = composed.results(composed.train(tmp_path / "run", *composed.SMALL, "fusion.weight=auto"))
+    assert {row["weight"] for row in found["rows"]} == {0.0, found["selected_weight"]}
+    assert found["selected_weight"] > 0
+
+
+def test_the_equal_time_control_stands_beside_the_gain(tmp_path, capsys):
+    folder = composed.train(tmp_path / "run", *SHORT, "control=equal_time")
+    found = composed.results(folder)
+    (control,) = found["controls"]
+    assert (control["name"], control["split"], control["n"]) == ("Pilot, equal time", "test", 16)
+    assert control["rounds"] > 0
+    rows = composed.predictions(folder / "control", "test", 0.0)
+    assert control["value"] == sum(row["correct"] for row in rows) / 16
+    assert "Pilot, equal time" in capsys.readouterr().out
+    assert found["rounds"] == 4  # the joint run's own
+
+
+def test_a_copilot_is_trained_for_a_finished_pilot(tmp_path):
+    donor = finished_llama(tmp_path / "pilot")
+    given = ["pilot.frozen=true", f"pilot.path={tmp_path}/pilot", "copilot.scheduler.num_warmup_steps=0"]
+    folder = composed.train(tmp_path / "run", *SHORT, *LLAMA, *given)
+    found = composed.results(folder)
+    assert found["params"]["pilot_trainable"] == 0
+    assert found["params"]["copilot_trainable"] > 0
+    export = AutoModelForCausalLM.from_pretrained(folder / "export")
+    for name, weight in donor.state_dict().items():
+        assert torch.equal(export.pilot.state_dict()[name], weight), name
+    assert composed.value(found, "test", "nll", 0.0, "all") != composed.value(found, "test", "nll", 1.0, "all")
+
+
+def test_a_copilot_starts_from_a_smaller_model_of_the_family(tmp_path):
+    donor = finished_llama(tmp_path / "donor", width=16)
+    given = [f"copilot.path={tmp_path}/donor", "copilot.optimizer.lr=1e-12", "copilot.train_error_input=false"]
+    folder = composed.train(tmp_path / "run", *SHORT, *LLAMA, *given)
+    model = AutoModelForCausalLM.from_pretrained(folder / "export")
+    assert (model.pilot.config.hidden_size, model.copilot.body.config.hidden_size) == (64, 16)
+    copied = model.copilot.body.layers[0].mlp.up_proj.weight
+    torch.testing.assert_close(copied, donor.model.layers[0].mlp.up_proj.weight, atol=1e-8, rtol=0)
+
+
+def finished_llama(folder: Path, width: int = 32) -> LlamaForCausalLM:
+    """A LLaMA of the demo's words with its tokenizer, in a folder as anybody would save it."""
+    tokenizer = word_tokenizer(GeneratedTask(name="a", kind="word_problems").vocabulary)
+    torch.manual_seed(3)
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            **sizes, num_key_value_heads=2, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def test_adapters_are_trained_on_both_models_and_merged_into_the_export(tmp_path):
+    folder = composed.train(tmp_path / "run", *SHORT, *LLAMA, *LORA, "copilot.scheduler.num_warmup_steps=0")
+    found = composed.results(folder)
+    for name in ("pilot", "copilot"):
+        assert 0 < found["params"][f"{name}_trainable"] < found["params"][name]
+    weights = load_file(folder / "export" / "model.safetensors")
+    assert not [name for name in weights if "lora" in name or "base_layer" in name]
+    model = AutoModelForCausalLM.from_pretrained(folder / "export")
+    assert model.copilot.config.head == "soft"
+    again = composed.results(composed.evaluate(folder, tmp_path / "eval"))
+    for old, new in zip(found["rows"], again["rows"], strict=True):
+        assert new["value"] == pytest.approx(old["value"], rel=1e-4)
+
+
+def test_adapters_learn_in_full_precision_on_weights_in_half(tmp_path):
+    finished_llama(tmp_path / "pilot")
+    half = [f"pilot.path={tmp_path}/pilot", "pilot.dtype=bfloat16", "trainer.precision=bf16-mixed"]
+    seen = {}
+
+    def look(self):
+        seen.update({n: p.dtype for n, p in self.model.pilot.named_parameters() if p.requires_grad})
+
+    with pytest.MonkeyPatch.context() as patch:
+        start = TCopilotModule.on_train_start
+        patch.setattr(TCopilotModule, "on_train_start", lambda self: (look(self), start(self))[1])
+        composed.train(tmp_path / "run", *SHORT, *LLAMA, *LORA, *half)
+    assert seen
+    assert set(seen.values()) == {torch.float32}
+
+
+def test_a_mixture_reports_every_benchmark_beside_the_others(tmp_path):
+    small = [o for o in SHORT if "word_problems" in o] + [
+        o.replace("word_problems", "multiple_choice") for o in SHORT if "word_problems" in o
+    ]
+    mixed = ["data=[word_problems,multiple_choice]", "mistake_log=balanced"]
+    weights = ["data.weights={word_problems: 1, multiple_choice: 3}"]
+    folder = composed.train(tmp_path / "run", *mixed, *small, *weights, "debug=limit", "fusion.weight=[0,1]")
+    found = composed.results(folder)
+    assert [gain["benchmark"] for gain in found["gain"]] == ["word_problems", "multiple_choice"]
+    assert len(composed.predictions(folder, "test", 1.0, "multiple_choice")) == 16
+    with (folder / "metrics.csv").open() as file:
+        assert any(line["train/pilot_loss"] for line in csv.DictReader(file))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
+    runs = [composed.results(composed.train(tmp_path / f"{i}", *SHORT, f"seed={s}")) for i, s in enumerate((3, 3, 4))]
+    assert runs[0]["rows"] == runs[1]["rows"]
+    assert runs[0]["rows"] != runs[2]["rows"]
+
+
+def test_the_returned_gain_is_what_a_sweep_maximises(tmp_path, monkeypatch):
+    monkeypatch.setattr(Evaluator, "predict", lambda self, split, name, weight: [weight > 0] * 10)
+    small = composed.compose_config(*composed.QUIET, *SHORT, f"paths.run_dir={tmp_path}")
+    assert composed.run.train(small) == 1.0
+
+
+# Stops, resumes, divergence ------------------------------------------------------------------------------------------
+
+STOP = ["+callbacks.interrupt._target_=composed.InterruptAfter", "+callbacks.interrupt.rounds=2"]
+
+
+def test_a_stopped_run_goes_on_where_it_was_and_ends_like_any_other(tmp_path):
+    folder = tmp_path / "stopped"
+    with pytest.raises(SystemExit) as left:
+        composed.train(folder, *SHORT, *STOP)
+    assert left.value.code == composed.run.STOPPED
+    assert not (folder / "results.json").exists()
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["round=2.ckpt"]
+    with (folder / "metrics.csv").open() as file:
+        before = [line["train/pilot_loss"] for line in csv.DictReader(file) if line["train/pilot_loss"]]
+    assert len(before) == 2
+
+    composed.run.train(composed.compose_config(f"resume={folder}", "traceback=true"))
+    found = composed.results(folder)
+    assert found["rounds"] == 4
+    with (folder / "metrics.csv").open() as file:
+        losses = [line["train/pilot_loss"] for line in csv.DictReader(file) if line["train/pilot_loss"]]
+    assert losses[:2] == before  # nothing of the first part is lost
+    assert len(losses) == 4
+
+    through = composed.results(composed.train(tmp_path / "through", *SHORT))
+    for old, new in zip(through["rows"], found["rows"], strict=True):
+        assert new["value"] == pytest.approx(old["value"], rel=1e-5)
+
+
+def test_a_finished_run_can_be_resumed_and_says_the_same_again(tmp_path):
+    folder = composed.train(tmp_path / "run", *SHORT)
+    before = composed.results(folder)
+    composed.run.train(composed.compose_config(f"resume={folder}", "traceback=true"))
+    after = composed.results(folder)
+    assert (after["rows"], after["rounds"]) == (before["rows"], before["rounds"])
+
+
+@pytest.mark.parametrize("files", [[], ["config.yaml"]])
+def test_resuming_what_cannot_be_resumed_says_why(files, tmp_path):
+    for name in files:
+        OmegaConf.save(composed.compose_config(*SHORT, f"paths.run_dir={tmp_path}"), tmp_path / name, resolve=True)
+    with pytest.raises(ConfigError) as refused:
+        composed.run.train(composed.compose_config(f"resume={tmp_path}", "traceback=true"))
+    assert f"resume={tmp_path}" in str(refused.value)
+    assert ("no checkpoint" if files else "no config.yaml") in str(refused.value)
+
+
+@pytest.mark.parametrize(("every", "said"), [(1, "round=2.ckpt"), ("null", "No state had been saved yet")])
+def test_a_run_that_diverges_names_its_last_good_state(every, said, tmp_path, monkeypatch):
+    loss = TCopilotModule._pilot_loss
+    monkeypatch.setattr(
+        TCopilotModule, "_pilot_loss", lambda self, s: loss(self, s) * (float("nan") if self.round == 2 else 1)
+    )
+    with pytest.raises(TrainingDivergedError) as diverged:
+        composed.train(tmp_path / "run", *SHORT, f"callbacks.checkpoint.every_n_rounds={every}")
+    for part in ("round 3", "pilot loss nan", "pilot.optimizer.lr", said):
+        assert part in str(diverged.value)
+    if every == 1:
+        assert str(diverged.value).endswith(str(tmp_path / "run" / "checkpoints" / "round=2.ckpt"))
+    with pytest.raises(SystemExit) as left:
+        composed.train(tmp_path / "again", *SHORT, "traceback=false")
+    assert left.value.code == 1
+
+
+def test_ctrl_c_works_again_after_a_run_that_failed(tmp_path, monkeypatch):
+    import signal
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(TCopilotModule, "_pilot_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(TrainingDivergedError):
+        composed.train(tmp_path / "run", *SHORT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# As a user starts it ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_programs_train_and_evaluate_from_the_command_line(tmp_path):
+    trained = composed.program("train.py", *SHORT, f"hydra.run.dir={tmp_path}/run")
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.strip().splitlines()[-1] == f"results: {tmp_path}/run/results.json"
+    scored = composed.program(
+        "eval.py", f"run={tmp_path}/run", "fusion.weight=[0,0.5]", f"hydra.run.dir={tmp_path}/eval"
+    )
+    assert scored.returncode == 0, scored.stderr
+    assert scored.stdout.strip().splitlines()[-1] == f"results: {tmp_path}/eval/results.json"
+    missing = composed.program("eval.py", "run=/no/such/run", f"hydra.run.dir={tmp_path}/none")
+    assert missing.returncode == 1
+    assert "run=/no/such/run: no export/config.json there" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_every_job_into_a_folder_of_its_own(tmp_path):
+    done = composed.program("train.py", "-m", *SHORT, "copilot=half,none", f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    params = [composed.results(tmp_path / job)["params"]["copilot"] for job in ("0", "1")]
+    assert params[0] > params[1] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.is_dir(), reason="the benchmarks' rows are not here")
+@pytest.mark.parametrize(("benchmark", "pilot"), [("gsm8k", "tiny_t5"), ("openbookqa", "tiny_llama")])
+def test_real_rows_run_from_the_command_line(benchmark, pilot, tmp_path):
+    given = [f"data={benchmark}", f"data.path={DATA}", f"pilot={pilot}", "debug=limit", f"hydra.run.dir={tmp_path}"]
+    done = composed.program("train.py", *given)
+    assert done.returncode == 0, done.stderr
+    found = composed.results(tmp_path)
+    assert [gain["benchmark"] for gain in found["gain"]] == [benchmark]
+    row = composed.predictions(tmp_path, "test", 1.0, benchmark)[0]
+    assert row["prompt"].startswith("Question: ")
+    assert row["answer"]

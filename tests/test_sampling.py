@@ -1,0 +1,143 @@
+"""How often each policy draws which record, against theory, on logs filled by real rounds of training."""
+
+import pytest
+import torch
+from scipy.stats import binom, chisquare
+from training import learner, random_batch, small_module, tiny_model, train_on
+
+from tcopilot.mistake_log import MistakeLog
+from tcopilot.sampling import Balanced, Fifo, Latest, Prioritised, Reservoir
+from tcopilot.states import PilotStates
+
+DRAWS = 4000
+UNLIKELY = 1e-4
+
+
+def filled(policy, rows=(3, 4, 2), benchmarks=None, seed=0, **options):
+    """A log after one round of training per entry of `rows`."""
+    log = MistakeLog(policy=policy, seed=seed, **options)
+    benchmarks = [None] * len(rows) if benchmarks is None else benchmarks
+    batches = [
+        random_batch("llama", rows=n, seed=s, benchmarks=kinds)
+        for s, (n, kinds) in enumerate(zip(rows, benchmarks, strict=True))
+    ]
+    train_on(small_module(tiny_model("llama"), len(rows)), batches, log)
+    return log
+
+
+def counts(log, records=1, draws=DRAWS):
+    """How often each record of the log is drawn."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.cat([log.policy.draw(log, records, generator) for _ in range(draws)])
+    return torch.bincount(drawn, minlength=len(log)).tolist()
+
+
+def follows(observed, probabilities):
+    """Whether counts are compatible with a distribution."""
+    probabilities = torch.as_tensor(probabilities, dtype=torch.double)
+    expected = probabilities / probabilities.sum() * sum(observed)
+    return chisquare(observed, expected.tolist()).pvalue > UNLIKELY
+
+
+def test_fifo_draws_every_record_of_the_newest_rounds_equally_often():
+    log = filled(Fifo(), rows=(5, 3, 4, 2), capacity_rounds=3)
+    assert len(log) == 9
+    assert follows(counts(log), [1] * 9)
+
+
+def test_fifo_draws_a_record_at_most_once_in_a_draw_and_all_of_a_small_log():
+    log = filled(Fifo())
+    generator = torch.Generator().manual_seed(0)
+    orders = set()
+    for _ in range(50):
+        drawn = log.policy.draw(log, 6, generator).tolist()
+        assert len(set(drawn)) == 6
+        everything = log.policy.draw(log, 64, generator).tolist()
+        assert sorted(everything) == list(range(9))
+        orders.add(tuple(everything))
+    assert len(orders) > 40
+    assert len(log.sample(64).targets_BN) == 9
+
+
+def test_latest_draws_from_the_newest_round_alone():
+    log = filled(Latest(), rows=(3, 4, 5))
+    observed = counts(log)
+    assert observed[:7] == [0] * 7
+    assert follows(observed[7:], [1] * 5)
+    newest = random_batch("llama", rows=5, seed=2)
+    drawn = log.sample(64)
+    assert drawn.target_mask_BN.sum() == newest.tokens
+    assert sorted(drawn.targets_BN[drawn.target_mask_BN].tolist()) == sorted(
+        newest.target_ids_BN[newest.target_mask_BN].tolist()
+    )
+
+
+def test_prioritised_draws_in_proportion_to_the_length_of_the_error():
+    log = MistakeLog(policy=Prioritised(), capacity_rounds=2)
+    batches = [random_batch("llama", seed=0) for _ in range(15)] + [random_batch("llama", seed=1)]
+    train_on(small_module(tiny_model("llama"), 16, pilot=learner(lr=3e-2)), batches, log)  # one round known, one new
+    energies = []
+    for logged in log.rounds:
+        targets, mask, probs = (logged.tensors[name] for name in ("targets", "target_mask", "probs"))
+        errors = torch.nn.functional.one_hot(targets, probs.shape[-1]) - probs
+        energies += [(e.square().sum(-1)[m]).mean().item() for e, m in zip(errors, mask, strict=True)]
+    lengths = torch.tensor(energies).sqrt()
+    observed = counts(log, draws=6 * DRAWS)
+    assert follows(observed, lengths)
+    assert not follows(observed, [1] * 8)  # the errors differ enough for the test to see it
+
+
+def test_prioritised_next_to_never_draws_a_record_without_error():
+    log = filled(Prioritised(), rows=(3,))
+    log.rounds[0].energy_B = torch.tensor([0.0, 1.0, 4.0])
+    observed = counts(log)
+    assert observed[0] == 0
+    assert follows(observed[1:], [1, 2])
+
+
+@pytest.mark.parametrize("policy", [Prioritised, Balanced])
+def test_policies_with_replacement_always_give_the_records_asked_for(policy):
+    assert len(filled(policy()).sample(40).targets_BN) == 40
+
+
+def test_balanced_draws_every_benchmark_equally_often_and_its_records_alike():
+    log = filled(Balanced(), rows=(6, 4), benchmarks=[[0, 0, 0, 0, 0, 2], [0, 0, 5, 5]])
+    observed = counts(log)
+    kinds = [0, 0, 0, 0, 0, 2, 0, 0, 5, 5]
+    assert follows(observed, [1 / kinds.count(kind) for kind in kinds])
+    assert not follows(observed, [1] * 10)
+
+
+def test_reservoir_keeps_every_round_with_the_same_probability():
+    rounds, capacity, logs = 8, 3, 1200
+    one = torch.zeros(1, 1, dtype=torch.long)
+    mask = one == 0
+    states = PilotStates(
+        torch.zeros(1, 1, 2), torch.zeros(1, 1, 1), mask, torch.zeros(1, 1, 1), one, mask, one[0], one[0]
+    )
+    kept = torch.zeros(rounds)
+    for seed in range(logs):
+        log = MistakeLog(capacity_rounds=capacity, policy=Reservoir(), seed=seed)
+        for _ in range(rounds):
+            log.append(states)
+        assert len(log.rounds) == capacity
+        kept[[logged.round for logged in log.rounds]] += 1
+    low, high = binom.interval(1 - UNLIKELY, logs, capacity / rounds)
+    assert kept.min() >= low
+    assert kept.max() <= high
+
+
+def test_reservoir_holds_old_rounds_where_fifo_does_not():
+    rows = (1,) * 30
+    ages = {}
+    for policy in (Fifo(), Reservoir()):
+        log = filled(policy, rows=rows, capacity_rounds=6)
+        assert len(log.rounds) == 6
+        ages[type(policy)] = log.statistics()["age_rounds"]
+    assert ages[Fifo] == 2.5
+    assert ages[Reservoir] > 6
+
+
+def test_reservoir_draws_what_it_holds_equally_often():
+    log = filled(Reservoir(), rows=(2, 3, 1, 4, 2), capacity_rounds=3)
+    assert follows(counts(log), [1] * len(log))
