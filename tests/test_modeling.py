@@ -118,8 +118,7 @@ def test_weight_zero_gives_the_pilots_logits_and_loss_bit_for_bit(fuse, prompts,
     assert torch.equal(fused.loss, expected.loss)
 
 
-@pytest.mark.parametrize("fusion", ["probability", "logits"])
-@pytest.mark.parametrize("head", ["linear", "soft"])
+@pytest.mark.parametrize(("head", "fusion"), [("linear", "probability"), ("soft", "logits")])
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_a_new_copilot_changes_nothing(fuse, prompts, family, head, fusion):
     model = fuse(family, fresh=True, head=head, fusion=fusion)
@@ -149,14 +148,18 @@ def test_without_a_copilot_the_model_is_the_pilot(fuse, prompts, family):
 # Caches
 
 
-def assert_cache_changes_nothing(model, tokens):
-    """Decode with and without a cache, in float64; returns whether the Copilot changed any output.
+def exact(model):
+    """The model in float64, where no near tie between two tokens turns on rounding.
 
-    In float32 own feedback carries rounding from step to step (measured: 6e-4 in log p̃ after six), enough to turn
-    one near tie in thousands of tokens.
+    In float32 own feedback carries rounding from step to step (measured: 6e-4 in log p̃ after six steps). gemma2 stays
+    in float32: its stock eager attention turns padded rows into NaN in float64.
     """
-    model.double()
-    changed = False
+    return model if model.config.pilot.model_type == "gemma2" else model.double()
+
+
+def assert_cache_changes_nothing(model, tokens):
+    """Decode with and without a cache; returns whether the Copilot changed any output."""
+    model, changed = exact(model), False
     for options in DECODING.values():
         cached = decode(model, tokens, **options)
         assert torch.equal(cached, decode(model, tokens, use_cache=False, **options)), options
@@ -223,7 +226,7 @@ def test_one_pass_over_a_text_equals_its_tokens_one_by_one(fuse, prompts, family
 @pytest.mark.parametrize("feedback", ["observed", "own"])
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_a_batch_of_mixed_lengths_equals_the_rows_alone(fuse, prompts, family, feedback):
-    model = fuse(family, feedback=feedback).double()  # see assert_cache_changes_nothing
+    model = exact(fuse(family, feedback=feedback))
     tokens = prompts(model.pilot, padded=True)
     for options in (DECODING["greedy"], DECODING["beams"]):
         together = written(model, tokens, decode(model, tokens, **options))

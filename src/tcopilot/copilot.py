@@ -158,10 +158,12 @@ class Copilot(nn.Module):
             **options,
         )
         copilot = cls(config)
-        copilot._load_decoder(donor, body_config)
+        families.load_decoder_weights(copilot.body, donor)
         with torch.no_grad():
             if error_input == "embedding":
                 copilot.error_in.copy_(families.input_embeddings(donor))
+            # At 0 the gradient through the first norm would be enormous, and clipping would stop all else.
+            copilot.start.normal_(std=copilot.error_in.std().item())
             if hasattr(copilot, "unembedding"):
                 copilot.unembedding.copy_(donor.get_output_embeddings().weight)
         copilot.error_in.requires_grad_(train_error_input)
@@ -257,13 +259,6 @@ class Copilot(nn.Module):
                 f"no layer would read the log; use copilot.layers=2 or more, or copilot.pattern=2"
             )
         return layers
-
-    def _load_decoder(self, donor: PreTrainedModel, body_config: Any) -> None:
-        plain = families.build_body(body_config)
-        families.load_decoder_weights(plain, donor)
-        own = {name.replace(".attention.", "."): name for name in self.body.state_dict()}
-        given = {own[name]: value for name, value in plain.state_dict().items() if name in own}
-        self.body.load_state_dict(given)
 
 
 class _LogInput(nn.Module):

@@ -71,20 +71,20 @@ def build_body(config: PreTrainedConfig) -> nn.Module:
 
 
 def load_decoder_weights(body: nn.Module, donor: PreTrainedModel) -> None:
-    """Copy the donor's first decoder layers into `body`, before any wrapping or adapter changes names.
+    """Copy the donor's first decoder layers into `body`, wrapped or not.
 
     Raises:
         ValueError: if a weight of the body is missing in the donor, as in a donor that carries LoRA adapters.
     """
-    own = body.state_dict()
     given = donor.get_decoder().state_dict()
-    missing = sorted(set(own) - set(given))
+    origin = {name: name.replace(f".{LogAttention.WRAPPED}.", ".") for name in body.state_dict()}
+    missing = sorted(set(origin.values()) - set(given))
     if missing:
         raise ValueError(
             f"the donor's decoder has no weights {missing[:3]} ({len(missing)} in all). Build the Copilot before "
             f"adapters are injected into the model that it starts from"
         )
-    body.load_state_dict({name: given[name] for name in own})
+    body.load_state_dict({name: given[source] for name, source in origin.items()})
 
 
 def install_log_attention(body: nn.Module, layers: list[int]) -> None:

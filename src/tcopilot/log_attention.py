@@ -29,6 +29,8 @@ class LogAttention(nn.Module):
     keyword arguments to its attention layers.
     """
 
+    WRAPPED = "attention"  # name of the stock module, in weight names too
+
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
         self.attention = attention

@@ -59,7 +59,7 @@ class MistakeLog:
 
     Args:
         capacity_rounds: most rounds held (the paper: 128).
-        max_bytes: most bytes held; None for no limit. The newest round always stays.
+        max_bytes: most bytes held; None for no limit. One round always stays.
         policy: which round leaves when the log is full, and how records are drawn.
         storage: how p̂ is stored.
         dtype: type of X̃ and h̄ in the log.
@@ -106,13 +106,25 @@ class MistakeLog:
         return sum(logged.nbytes for logged in self.rounds)
 
     @torch.no_grad()
-    def append(self, states: PilotStates, rows_per_piece: int = 64) -> None:
+    def append(self, states: PilotStates, extend: bool = False, rows_per_piece: int = 64) -> None:
         """Log one round, detached, before the Pilot's update (Algorithm 1).
 
         Args:
             states: the Pilot's trace; nothing in it is kept alive or changed.
+            extend: the records belong to the round appended last, of which this is a further micro-batch.
             rows_per_piece: rows whose p̂ is formed at once, which bounds the temporary memory.
         """
+        if extend and self.rounds[-1].round != self.seen_rounds - 1:
+            return  # the policy did not admit this round
+        logged = self._logged(states, self.seen_rounds - int(extend), rows_per_piece)
+        if extend:
+            logged = _joined(self.rounds.pop(), logged)
+        self.rounds.append(logged)
+        self.seen_rounds = logged.round + 1
+        while len(self.rounds) > self.capacity_rounds or self._over_bytes():
+            del self.rounds[self.policy.evict(len(self.rounds), self.seen_rounds, self._generator)]
+
+    def _logged(self, states: PilotStates, round: int, rows_per_piece: int) -> LoggedRound:
         packed, energies = [], []
         for first in range(0, len(states.targets_BN), rows_per_piece):
             rows = slice(first, first + rows_per_piece)
@@ -133,10 +145,7 @@ class MistakeLog:
         ids = states.ids_B.tolist()
         repeated_B = torch.tensor([i in self._seen_ids for i in ids])
         self._seen_ids.update(ids)
-        self.rounds.append(LoggedRound(tensors, self.seen_rounds, torch.cat(energies), repeated_B))
-        self.seen_rounds += 1
-        while len(self.rounds) > self.capacity_rounds or self._over_bytes():
-            del self.rounds[self.policy.evict(len(self.rounds), self.seen_rounds, self._generator)]
+        return LoggedRound(tensors, round, torch.cat(energies), repeated_B)
 
     def sample(self, records: int, device: torch.device | str = "cpu") -> MistakeRecord:
         """Draw records by the policy and pad them to one shape.
@@ -237,6 +246,21 @@ class MistakeLog:
 def _to_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An owned copy on the CPU: the log must not keep the Pilot's graph or a shared buffer alive."""
     return torch.empty_like(tensor, dtype=dtype, device="cpu").copy_(tensor.detach())
+
+
+def _joined(first: LoggedRound, second: LoggedRound) -> LoggedRound:
+    """Records of two micro-batches as one round, padded to one width."""
+    tensors = {}
+    for name, one in first.tensors.items():
+        two = second.tensors[name]
+        if one.dim() > 1 and one.shape[1] != two.shape[1]:
+            width = max(one.shape[1], two.shape[1])
+            one, two = (torch.cat([t, t.new_zeros(len(t), width - t.shape[1], *t.shape[2:])], 1) for t in (one, two))
+        tensors[name] = torch.cat([one, two])
+    energy_B, repeated_B = (
+        torch.cat([getattr(r, name) for r in (first, second)]) for name in ("energy_B", "repeated_B")
+    )
+    return LoggedRound(tensors, first.round, energy_B, repeated_B)
 
 
 def _mean_energy(probs_BNV: Tensor, targets_BN: Tensor, mask_BN: Tensor) -> Tensor:

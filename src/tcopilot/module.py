@@ -119,7 +119,7 @@ class TCopilotModule(LightningModule):
             with self._without_reduction(not last):
                 states = self._trace(micro_batch)
                 if self.learners["copilot"] is not None:
-                    self.mistake_log.append(states)
+                    self.mistake_log.append(states, extend=i > 0)
                 loss = self._pilot_loss(states) * self.trainer.world_size / tokens
                 pilot_loss += loss.detach() / self.trainer.world_size
                 self.seconds["pilot"] += time.perf_counter() - began
@@ -168,15 +168,24 @@ class TCopilotModule(LightningModule):
         self.log_dict({f"val/{name}": value for name, value in summary.items()}, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what never changes and can be had again: the frozen weights of a pretrained Pilot."""
+        """Leave out what never changes and can be had again: frozen weights that come from a pretrained model."""
         checkpoint["seconds"] = dict(self.seconds)
         if getattr(self.model.pilot.config, "_name_or_path", ""):
-            for name, parameter in self.model.pilot.named_parameters(remove_duplicate=False):  # tied
+            for name, parameter in self.named_parameters(remove_duplicate=False):  # tied weights have two names
                 if not parameter.requires_grad:
-                    checkpoint["state_dict"].pop(f"model.pilot.{name}", None)
+                    checkpoint["state_dict"].pop(name, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting seconds."""
+        """Go on counting seconds.
+
+        Raises:
+            ValueError: if the checkpoint lacks weights that are trained.
+        """
+        trained = (name for name, parameter in self.named_parameters() if parameter.requires_grad)
+        if missing := [name for name in trained if name not in checkpoint["state_dict"]]:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} trained weights, {missing[0]} among them: it is of another model"
+            )
         self.seconds = dict(checkpoint["seconds"])
 
     def _active(self) -> Iterator[tuple[str, Learner]]:
