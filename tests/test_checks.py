@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from transformers import GPT2Config, LlamaConfig
 
-from tcopilot import checks, run
+from tcopilot import checks, preflight, run
 from tcopilot.checks import ConfigError
 from tcopilot.mistake_log import MistakeLog
 from tcopilot.pilot import ModelSource
@@ -220,14 +220,14 @@ def test_data_without_test_rows_asks_for_another_split_to_report(tmp_path, no_we
 
 
 def test_a_log_larger_than_memory_is_refused(tmp_path, no_weights, monkeypatch):
-    monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     message = complaint(tmp_path / "run", *composed.SMALL)
     for part in ("0.0 GB are free", "mistake_log.log.capacity_rounds=128", "max_bytes", "storage=topk"):
         assert part in message
 
 
 def test_a_log_bounded_in_bytes_may_be_as_large_as_it_likes_in_rounds(tmp_path, monkeypatch):
-    monkeypatch.setattr(checks.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
     monkeypatch.setattr(run.build, "fused_model", lambda *_: (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError):  # checks are passed
         composed.train(tmp_path / "run", *composed.SMALL, "mistake_log.log.max_bytes=9000")
@@ -237,7 +237,9 @@ def test_a_log_bounded_in_bytes_may_be_as_large_as_it_likes_in_rounds(tmp_path, 
 def test_the_estimate_of_the_log_is_near_its_real_size(overrides, tmp_path, monkeypatch):
     logs, estimates = [], []
     append, estimate = MistakeLog.append, run.log_bytes
-    monkeypatch.setattr(MistakeLog, "append", lambda log, states: (logs.append(log), append(log, states)))
+    monkeypatch.setattr(
+        MistakeLog, "append", lambda log, *given, **more: (logs.append(log), append(log, *given, **more))
+    )
     monkeypatch.setattr(run, "log_bytes", lambda *given: estimates.append(estimate(*given)) or estimates[-1])
     composed.train(tmp_path / "run", *composed.SMALL, "fusion.weight=0", *overrides)
     assert estimates[0] == pytest.approx(logs[-1].nbytes, rel=0.25)

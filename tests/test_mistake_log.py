@@ -296,3 +296,16 @@ def test_micro_batches_of_a_round_are_one_logged_round_with_the_same_records(fam
     assert whole.seen_rounds == parts.seen_rounds == 1
     for left, right in zip(all_records(whole), all_records(parts), strict=True):
         torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-4)
+
+
+def test_a_round_that_the_policy_did_not_admit_takes_no_further_micro_batch(monkeypatch):
+    batches = (random_batch("t5", rows=2, seed=seed) for seed in range(3))
+    states = [trace_pilot(tiny_pilot("t5"), batch, StatePooler()) for batch in batches]
+    log = MistakeLog(1)
+    log.append(states[0])
+    monkeypatch.setattr(log.policy, "evict", lambda rounds, seen, generator: rounds - 1)  # the newest always leaves
+    log.append(states[1])
+    log.append(states[2], extend=True)
+    assert len(log) == 2
+    assert log.rounds[0].round == 0
+    assert log.seen_rounds == 2

@@ -14,17 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tcopilot.callbacks import MistakeLogCallback
-from tcopilot.checks import (
-    ConfigError,
-    config_problems,
-    copilot_layers,
-    data_problems,
-    donor_problems,
-    memory_problems,
-    model_problems,
-    refuse_missing,
-    source_problems,
-)
+from tcopilot.checks import ConfigError, config_problems, refuse_missing
 from tcopilot.copilot import Copilot
 from tcopilot.data.benchmarks import DataError
 from tcopilot.data.module import TCopilotDataModule
@@ -33,6 +23,14 @@ from tcopilot.mistake_log import MistakeLog
 from tcopilot.modeling import TCopilotConfig, TCopilotModel, fused_class
 from tcopilot.module import Learner, TCopilotModule
 from tcopilot.pilot import ModelSource, ModelSourceError
+from tcopilot.preflight import (
+    copilot_layers,
+    data_problems,
+    donor_problems,
+    memory_problems,
+    model_problems,
+    source_problems,
+)
 
 
 @dataclass

@@ -36,7 +36,7 @@ class CopilotConfig:
         pattern: insertion pattern 1 to 4 of the paper.
         pooling: `mean`, `max` or `sum` over the Pilot's layers.
         context: `strict` (target i reads h_{<i}, the paper's) or `inclusive` (h_{≤i}).
-        positions: `pilot` (the Pilot's own positions) or `none` (the paper's).
+        positions: `none` (the paper's) or `pilot` (the Pilot's own positions).
         tied: the soft head reads the error input's matrix as its unembedding.
     """
 
@@ -47,7 +47,7 @@ class CopilotConfig:
     pattern: int = 1
     pooling: str = "mean"
     context: str = "strict"
-    positions: str = "pilot"
+    positions: str = "none"
     tied: bool = False
 
     def __post_init__(self) -> None:
@@ -149,23 +149,24 @@ class Copilot(nn.Module):
         if error_input not in ("embedding", "normal"):
             raise ValueError(f"copilot.error_input={error_input!r} is neither 'embedding' nor 'normal'")
         body_config = families.decoder_config(donor.config, layers)
-        tied = bool(getattr(donor.config, "tie_word_embeddings", True)) and not train_error_input
+        embeddings_VC, output = families.input_embeddings(donor), donor.get_output_embeddings().weight
+        frozen = error_input == "embedding" and not train_error_input
         config = CopilotConfig(
             body={**body_config.to_dict(), "model_type": body_config.model_type},
             pilot_width=pilot.config.hidden_size,
             vocab_size=vocab,
-            tied=tied and error_input == "embedding",
+            tied=frozen and torch.equal(embeddings_VC, output),
             **options,
         )
         copilot = cls(config)
         families.load_decoder_weights(copilot.body, donor)
         with torch.no_grad():
             if error_input == "embedding":
-                copilot.error_in.copy_(families.input_embeddings(donor))
+                copilot.error_in.copy_(embeddings_VC)
             # At 0 the gradient through the first norm would be enormous, and clipping would stop all else.
             copilot.start.normal_(std=copilot.error_in.std().item())
             if hasattr(copilot, "unembedding"):
-                copilot.unembedding.copy_(donor.get_output_embeddings().weight)
+                copilot.unembedding.copy_(output)
         copilot.error_in.requires_grad_(train_error_input)
         return copilot
 

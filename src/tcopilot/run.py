@@ -23,7 +23,7 @@ from tcopilot.adapters import merge_adapters
 from tcopilot.build import Prepared
 from tcopilot.callbacks import CleanStop, RoundCheckpoint
 from tcopilot.callbacks.checkpoint import checkpoints, round_of
-from tcopilot.checks import ConfigError, evaluation_problems, log_bytes, refuse_missing
+from tcopilot.checks import ConfigError, evaluation_problems, refuse_missing
 from tcopilot.control import equal_time_controls
 from tcopilot.data.benchmarks import DataError
 from tcopilot.evaluation.evaluate import Decoding, Evaluation, Evaluator
@@ -31,6 +31,7 @@ from tcopilot.evaluation.results import Results, gain_table, git_revision, weigh
 from tcopilot.modeling import TCopilotModel, fused_class
 from tcopilot.module import TCopilotModule, TrainingDivergedError
 from tcopilot.pilot import ModelSourceError
+from tcopilot.preflight import log_bytes
 
 log = logging.getLogger(__name__)
 USER_ERRORS = (ConfigError, DataError, ModelSourceError, TrainingDivergedError)
@@ -144,9 +145,7 @@ def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
         last = f"Last good state: {saved[-1]}" if saved else "No state had been saved yet"
         raise TrainingDivergedError(f"{error}. {last}") from None
     finally:
-        for logger in trainer.loggers:
-            logger.finalize("success")
-        _finish_wandb()
+        _finish_wandb(failed=sys.exc_info()[0] is not None)
     if stop is not None and stop.requested:
         log.info("Stopped after round %d. Go on with: python train.py resume=%s", module.round, cfg.paths.run_dir)
         sys.exit(STOPPED)
@@ -157,10 +156,13 @@ def _evaluated(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_di
     evaluator = Evaluator(model, prepared.tokenizer, prepared.data, run_dir / "predictions", decoding)
     splits = (cfg.evaluation.select_on, cfg.evaluation.report_on)
     found = evaluator.run(build.evaluation_weights(cfg.fusion.weight), splits)
+    notes = [f"λ* in closed form on {splits[0]}: {found.best_weight:.3f}", *found.verdicts]
+    if splits[0] == splits[1]:
+        notes.append(f"λ was chosen on the very rows reported ({splits[0]}): the gain is optimistic")
     results = Results(
         seed=cfg.seed, git=git_revision(), config="config.yaml", params={}, rounds=0, train_seconds=0.0,
         selected_weight=found.selected_weight, selected_on=splits[0], rows=found.rows, gain=found.gain,
-        notes=[f"λ* in closed form on {splits[0]}: {found.best_weight:.3f}", *found.verdicts],
+        notes=notes,
     )  # fmt: skip
     return results, found
 
@@ -222,10 +224,10 @@ def _keep_metrics(trainer: Trainer, path: Path, rounds: int) -> None:
             logger.experiment.save()
 
 
-def _finish_wandb() -> None:
+def _finish_wandb(failed: bool) -> None:
     """Close the dashboard's run, so that the next job of a sweep opens its own."""
     if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
-        sys.modules["wandb"].finish()
+        sys.modules["wandb"].finish(exit_code=int(failed))
 
 
 def _quiet_libraries() -> None:

@@ -1,0 +1,156 @@
+"""What models and data show together before weights load: vocabularies, depths, lengths, memory.
+
+Model configs are read here, weights are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from transformers import PreTrainedConfig
+
+from tcopilot import families
+from tcopilot.adapters import Lora
+from tcopilot.checks import is_whole
+from tcopilot.data.module import TCopilotDataModule
+from tcopilot.mistake_log import MistakeLog
+from tcopilot.pilot import ModelSource, ModelSourceError
+
+
+def source_problems(*sources: ModelSource | None) -> list[str]:
+    """Models whose config cannot be read or whose family is not supported; their weights are not read."""
+    problems = []
+    for source in filter(None, sources):
+        problems += _collect(source.key, lambda source=source: families.check_family(source.model_config))
+    return problems
+
+
+def model_problems(cfg: DictConfig, pilot: ModelSource, donor: ModelSource | None) -> list[str]:
+    """Problems of models that can be read: a Copilot too deep or too flat, adapters without a place."""
+    problems = _adapter_problems(cfg, "pilot", pilot.model_config)
+    if not cfg.copilot.enabled:
+        return problems
+    model = pilot if donor is None else donor
+    depth = families.decoder_depth(model.model_config)
+    layers = cfg.copilot.layers
+    if not _fits(layers, depth):
+        problems.append(
+            f"copilot.layers={layers}: the {model.model_config.model_type} decoder of {model.key} has {depth} layers; "
+            f"use 1 to {depth}, a share of them such as 0.5, or null for all"
+        )
+    elif cfg.copilot.pattern != 2 and not pilot.is_encoder_decoder and (copilot_layers(layers, depth) or depth) < 2:
+        problems.append(
+            f"copilot.layers={layers} of {depth} with copilot.pattern={cfg.copilot.pattern}: the first layer of a "
+            f"decoder-only Copilot keeps self-attention, so no layer would read the log; use at least 2 layers or "
+            f"copilot.pattern=2"
+        )
+    return problems + _adapter_problems(cfg, "copilot", model.model_config)
+
+
+def donor_problems(pilot: PreTrainedConfig, donor: ModelSource) -> list[str]:
+    """A checkpoint for the Copilot that cannot read the Pilot's tokens.
+
+    Call it after the Pilot's tokenizer was made, from which a Pilot built from a config takes its vocabulary.
+    """
+    config = donor.model_config
+    if (pilot.model_type, pilot.vocab_size) == (config.model_type, config.vocab_size):
+        return []
+    return [
+        f"copilot.path={donor.path}: {config.model_type} with {config.vocab_size} tokens cannot read a "
+        f"{pilot.model_type} Pilot with {pilot.vocab_size} tokens; choose a checkpoint of the same family and "
+        f"vocabulary"
+    ]
+
+
+def copilot_layers(layers: int | float | None, depth: int) -> int | None:
+    """A depth as it is, or a share of the Pilot's (0.5 is half, at least one layer).
+
+    >>> copilot_layers(0.5, 12), copilot_layers(3, 12), copilot_layers(None, 12)
+    (6, 3, None)
+    """
+    return max(1, round(layers * depth)) if isinstance(layers, float) else layers
+
+
+def data_problems(cfg: DictConfig, pilot: PreTrainedConfig, data: TCopilotDataModule) -> list[str]:
+    """Problems that the prepared rows show: no rows to score, texts longer than the model."""
+    problems, summary = [], data.summary()
+    for key in ("select_on", "report_on"):
+        split = cfg.evaluation[key]
+        problems += [
+            f"evaluation.{key}={split}: {name} has no {split} rows; there are "
+            f"{', '.join(part for part in summary if part.startswith(f'{name}/'))}"
+            for name in data.benchmark_names
+            if f"{name}/{split}" not in summary
+        ]
+    longest = {part: int(max(split[f"{part}_max"] for split in summary.values())) for part in ("source", "target")}
+    needed = max(longest.values()) if pilot.is_encoder_decoder else sum(longest.values())
+    limit = getattr(pilot, "max_position_embeddings", None)
+    if limit is not None and needed > limit:
+        problems.append(
+            f"the longest prompt ({longest['source']} tokens) and target ({longest['target']}) exceed the Pilot's "
+            f"{limit} positions; set data.max_source_length, data.max_target_length and data.overflow=truncate"
+        )
+    return problems
+
+
+def memory_problems(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModule, log: MistakeLog) -> list[str]:
+    """A Mistake Log that would not fit into memory once it is full."""
+    needed, free = log_bytes(cfg, pilot, data, log), psutil.virtual_memory().available
+    if needed <= free:
+        return []
+    return [
+        f"a full Mistake Log takes about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; lower "
+        f"mistake_log.log.capacity_rounds={log.capacity_rounds}, set mistake_log.log.max_bytes, or keep less "
+        f"of p̂ with log_storage@mistake_log.log.storage=topk"
+    ]
+
+
+def log_bytes(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModule, log: MistakeLog) -> int:
+    """Bytes of a full Mistake Log, from the mean lengths of the training rows; of a stream, the validation rows."""
+    config = pilot.model_config
+    split = "validation" if data.streaming else "train"
+    rows = [part for name, part in data.summary().items() if name.endswith(f"/{split}")]
+    count = sum(part["rows"] for part in rows) or 1
+    source, target = (
+        sum(part[f"{what}_mean"] * part["rows"] for part in rows) / count for what in ("source", "target")
+    )
+    vector = config.hidden_size * log.dtype.itemsize
+    token = vector + log.storage.bytes_per_token(config.vocab_size) + 9
+    record = source * (vector + 1) + target * token
+    rounds = min(log.capacity_rounds, data.total_rounds)
+    total = int(record * data.batch_size * rounds)
+    return total if log.max_bytes is None else min(total, log.max_bytes)
+
+
+def _adapter_problems(cfg: DictConfig, key: str, config: PreTrainedConfig) -> list[str]:
+    node = cfg[key].adapter
+    if "_target_" not in (node or {}):
+        return []
+
+    def check() -> None:
+        adapter = instantiate(node, _convert_="all")
+        if isinstance(adapter, Lora):
+            adapter.check(families.skeleton(config) if key == "pilot" else families.skeleton(config).get_decoder())
+
+    return _collect(f"{key}.adapter", check)
+
+
+def _fits(layers: Any, depth: int) -> bool:
+    if layers is None:
+        return True
+    return 1 <= layers <= depth if is_whole(layers) else isinstance(layers, float) and 0 < layers <= 1
+
+
+def _collect(key: str, check: Callable[[], None]) -> list[str]:
+    """Run a check and return what it complains of, under a config key unless it names one itself."""
+    try:
+        check()
+    except ModelSourceError as error:
+        return [str(error)]
+    except (ValueError, TypeError) as error:
+        return [f"{key}: {error}"]
+    return []
