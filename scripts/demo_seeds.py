@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tcopilot.evaluation.results import Results
-from tcopilot.evaluation.significance import over_seeds
+from tcopilot.evaluation.significance import over_seeds, p_text
 
 EXPERIMENTS = ("demo", "demo_decoder_only", "demo_multiple_choice")
 
@@ -40,7 +40,7 @@ def main() -> None:
             fused.append(100 * gain.fused)
             table.add_row(
                 experiment, str(seed), f"{pilots[-1]:.1f}", f"{fused[-1]:.1f}",
-                f"{gains[-1]:+.1f} [{low:+.1f}, {high:+.1f}]", f"{gain.p_value:.1g}",
+                f"{gains[-1]:+.1f} [{low:+.1f}, {high:+.1f}]", p_text(gain.p_value),
                 f"{results.selected_weight:g}", f"{results.train_seconds:.0f}",
             )  # fmt: skip
         summary = [f"{mean:.1f} ± {sd:.1f}" for mean, sd in map(over_seeds, (pilots, fused, gains))]

@@ -239,7 +239,6 @@ def _quiet_libraries() -> None:
         ".*set_vital.*",  # torchdata 0.11 on torch 2.13
         ".*treespec.*",  # lightning 2.6 on torch 2.13
         ".*Experiment logs directory.*",  # the run directory also holds config.yaml
-        ".*not set, defaulting to `False`.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 

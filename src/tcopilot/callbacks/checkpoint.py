@@ -41,7 +41,7 @@ class RoundCheckpoint(Callback):
         path = self.folder / f"round={rounds}.ckpt"
         unfinished = path.with_suffix(".tmp")
         self.folder.mkdir(parents=True, exist_ok=True)
-        trainer.save_checkpoint(unfinished)
+        trainer.save_checkpoint(unfinished, weights_only=False)
         if trainer.is_global_zero:
             with unfinished.open("rb") as file:
                 os.fsync(file.fileno())

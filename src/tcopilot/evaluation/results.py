@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 
 from rich.table import Table
 
-from tcopilot.evaluation.significance import Comparison, Interval, direction
+from tcopilot.evaluation.significance import Comparison, Interval, direction, p_text
 
 VERSION = 1
 LOSSES = frozenset({"nll", "perplexity", "rmse"})  # not fractions: printed as plain numbers, and lower is better
@@ -184,7 +184,7 @@ def gain_table(results: Results) -> Table:
             *(gain.benchmark, metric, _value(metric, gain.pilot), _value(metric, gain.fused)),
             f"{_step(metric, gain.difference)} [{low}, {high}]",
             f"{gain.fixed} / {gain.broken}",
-            f"{gain.p_value:.2g}",
+            p_text(gain.p_value),
             str(test.n) if test else "",
             "" if weight is None else f"{weight:g}",
             direction(gain.difference, gain.ci95, gain.p_value, lower_is_better=metric in LOSSES),

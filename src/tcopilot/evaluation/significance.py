@@ -157,7 +157,16 @@ class Comparison(NamedTuple):
         judged = direction(self.difference, self.ci95, self.p_value, lower_is_better=self.lower_is_better)
         if judged == "not distinguishable":
             return f"not distinguishable at n = {self.n}"
-        return f"fused is {judged} (p = {self.p_value:.2g}, n = {self.n})"
+        return f"fused is {judged} (p {p_text(self.p_value, '= ')}, n = {self.n})"
+
+
+def p_text(p_value: float, equals: str = "") -> str:
+    """Write a p-value for a table; one that underflows is no zero.
+
+    >>> p_text(0.0312), p_text(0.0)
+    ('0.031', '< 1e-300')
+    """
+    return f"{equals}{p_value:.2g}" if p_value >= 1e-300 else "< 1e-300"
 
 
 def compare(
