@@ -7,8 +7,6 @@ from types import SimpleNamespace
 import composed
 import pytest
 import torch
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
 from transformers import GPT2Config, LlamaConfig
 
 from tcopilot import checks, preflight, run
@@ -258,14 +256,14 @@ def test_a_logger_that_is_not_installed_is_refused(name, tmp_path, no_weights, m
     assert f"pip install {name}" in complaint(tmp_path / "run", *composed.SMALL, f"logger={name}")
 
 
-@pytest.mark.parametrize("launcher", ["BasicLauncher", "SubmititLauncher"])
-def test_a_sweep_over_several_processes_needs_a_launcher_that_separates_jobs(launcher, monkeypatch):
-    hydra = OmegaConf.create({"mode": HydraConfig.get().mode if HydraConfig.initialized() else "MULTIRUN"})
-    hydra.launcher = {"_target_": f"some.{launcher}"}
-    monkeypatch.setattr(checks, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))
-    monkeypatch.setattr(checks, "RunMode", SimpleNamespace(MULTIRUN="MULTIRUN"))
+def test_several_processes_are_refused_until_their_work_is_divided():
     problems = checks.config_problems(composed.compose_config("trainer.devices=2", "trainer.strategy=ddp"))
-    assert [("--multirun" in problem) for problem in problems] == ([True] if launcher == "BasicLauncher" else [])
+    assert [problem for problem in problems if "trainer.devices=2" in problem and "one process" in problem]
+
+
+@pytest.mark.parametrize("key", ["callbacks.checkpoint.keep", "mistake_log.every_n_rounds", "pilot.optimizer.lr"])
+def test_a_value_that_must_be_there_cannot_be_null(key):
+    assert [p for p in checks.config_problems(composed.compose_config(f"{key}=null")) if p.startswith(f"{key}=None")]
 
 
 def test_the_composed_default_has_no_problem():

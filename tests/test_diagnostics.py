@@ -106,3 +106,10 @@ def test_the_best_weight_minimises_the_squared_error_left():
     assert best > 0
     assert ratios[1] < min(ratios[0], ratios[2])
     assert ratios[1] < 1
+
+
+def test_the_interval_of_the_likelihood_is_the_normal_one_over_target_tokens():
+    result = statistics(ERRORS)
+    values = -LOG_PROBS[0, :2].gather(-1, TARGETS[0, :2, None]).squeeze(-1).double()
+    half = 1.96 * values.std(correction=0).item() / math.sqrt(2)
+    assert result.nll_intervals()[0.0] == pytest.approx((values.mean().item() - half, values.mean().item() + half))

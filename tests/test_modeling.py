@@ -304,10 +304,15 @@ def test_several_tokens_after_a_filled_cache_are_refused(fuse, prompts):
         model(input_ids=torch.full((3, 2), 5), past_key_values=cache, use_cache=True)
 
 
-def test_a_cache_that_is_wanted_but_not_given_is_refused(fuse, prompts):
-    model = fuse("llama")
-    with pytest.raises(ValueError, match=r"use_cache=True needs past_key_values=TCopilotCache\(DynamicCache\(\)\)"):
-        model(**prompts(model.pilot), use_cache=True)
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_cache_that_is_wanted_but_not_given_is_made_for_both_models(fuse, prompts, family):
+    model = fuse(family)
+    given = dict(prompts(model.pilot))
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = torch.full((len(given["input_ids"]), 1), model.config.decoder_start_token_id)
+    out = model(**given, use_cache=True)
+    assert out.past_key_values.copilot is not None
+    assert torch.equal(out.logits, model(**given).logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])

@@ -100,7 +100,8 @@ def answers(model, tokenizer, prompts: list[str], seq2seq: bool) -> list[str]:
 def test_a_run_directory_is_complete(finished):
     for name in ("config.yaml", "results.json", "metrics.csv", "export/config.json", "export/model.safetensors"):
         assert (finished.folder / name).is_file(), name
-    assert [path.name for path in (finished.folder / "checkpoints").iterdir()] == ["round=120.ckpt"]
+    saved = {path.name for path in (finished.folder / "checkpoints").iterdir()}
+    assert saved == {"round=100.ckpt", "round=120.ckpt"}
     names = {path.name for path in (finished.folder / "predictions").iterdir()}
     assert names == {
         f"{split}-{finished.task}-weight={w}.jsonl" for split in ("validation", "test") for w in ("0", "0.5", "1", "2")
@@ -469,6 +470,22 @@ def test_a_copilot_is_trained_for_a_finished_pilot(tmp_path):
     for name, weight in donor.state_dict().items():
         assert torch.equal(export.pilot.state_dict()[name], weight), name
     assert composed.value(found, "test", "nll", 0.0, "all") != composed.value(found, "test", "nll", 1.0, "all")
+
+
+def test_a_copilot_is_trained_for_the_pilot_of_an_earlier_run(tmp_path):
+    first = composed.train(tmp_path / "first", *SHORT, *LLAMA, "copilot=none")
+    given = ["pilot.frozen=true", f"pilot.path={first}/export", "copilot.scheduler.num_warmup_steps=0"]
+    second = composed.train(tmp_path / "second", *SHORT, *LLAMA, *given)
+    before, after = (AutoModelForCausalLM.from_pretrained(run / "export") for run in (first, second))
+    assert before.copilot is None
+    assert after.copilot is not None
+    for name, weight in before.pilot.state_dict().items():
+        assert torch.equal(after.pilot.state_dict()[name], weight), name
+
+
+def test_a_run_shorter_than_the_validation_interval_is_trained_and_validated(tmp_path):
+    folder = composed.train(tmp_path, *SHORT, "rounds=3", "trainer.val_check_interval=100")
+    assert "val/error_ratio" in (folder / "metrics.csv").read_text()
 
 
 def test_a_copilot_starts_from_a_smaller_model_of_the_family(tmp_path):

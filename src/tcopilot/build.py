@@ -64,7 +64,7 @@ def prepare(cfg: DictConfig) -> Prepared:
     if data is not None and not unreadable:
         tokenizer = _attempt(problems, lambda: pilot.tokenizer(data.vocabulary))
     if tokenizer is not None:
-        problems += [] if donor is None else donor_problems(pilot.model_config, donor)
+        problems += [] if donor is None else donor_problems(pilot, donor, tokenizer)
         _attempt(problems, lambda: data.prepare(tokenizer, pilot.source_side))
     if not problems:
         problems += data_problems(cfg, pilot.model_config, data)
@@ -167,10 +167,12 @@ def learner(node: DictConfig) -> Learner:
     )
 
 
-def trainer(cfg: DictConfig, callbacks: list[Callback], log: MistakeLog | None) -> Trainer:
+def trainer(cfg: DictConfig, callbacks: list[Callback], log: MistakeLog | None, rounds: int) -> Trainer:
     """The Lightning Trainer, with the log's owner among its callbacks."""
     if log is not None:
         callbacks = [MistakeLogCallback(log, cfg.mistake_log.every_n_rounds), *callbacks]
+    cfg = cfg.copy()
+    cfg.trainer.val_check_interval = min(cfg.trainer.val_check_interval, rounds)  # Lightning refuses a longer one
     loggers = [instantiate(node) for node in cfg.logger.values()]
     return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, default_root_dir=cfg.paths.run_dir)
 

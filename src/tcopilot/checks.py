@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from tcopilot.copilot import PATTERNS, POSITIONS
@@ -38,15 +36,16 @@ CHOICES = {
     "mistake_log.log.storage.dtype": DTYPES,
     "control": (None, "equal_time"),
 }
-COUNTS = ("data.batch_size", "data.eval_batch_size", "copilot.batch_size", "copilot.steps_per_round")
+COUNTS = (
+    "data.batch_size", "data.eval_batch_size", "copilot.batch_size", "copilot.steps_per_round",
+    "mistake_log.every_n_rounds", "callbacks.checkpoint.keep", "trainer.val_check_interval",
+)  # fmt: skip
 COUNTS_OR_NULL = (
     "rounds", "data.rounds", "data.max_train_rows", "data.max_eval_rows", "data.max_source_length",
-    "data.max_target_length", "pilot.micro_batch_size", "mistake_log.every_n_rounds",
-    "callbacks.checkpoint.every_n_rounds", "callbacks.checkpoint.keep",
+    "data.max_target_length", "pilot.micro_batch_size", "callbacks.checkpoint.every_n_rounds",
 )  # fmt: skip
-POSITIVE_OR_NULL = (
-    "data.epochs", "pilot.clip", "pilot.optimizer.lr", "copilot.clip", "copilot.optimizer.lr",
-)  # fmt: skip
+POSITIVE = ("pilot.optimizer.lr", "copilot.optimizer.lr")
+POSITIVE_OR_NULL = ("data.epochs", "pilot.clip", "copilot.clip")
 
 
 class ConfigError(ValueError):
@@ -100,10 +99,10 @@ def _trainer(cfg: DictConfig) -> Iterator[str]:
             f"trainer.accelerator={cfg.trainer.accelerator}: torch finds no CUDA device on this machine; use "
             f"trainer=cpu, or install a torch built for CUDA"
         )
-    if _processes(cfg) > 1 and _is_plain_multirun():
+    if _processes(cfg) > 1:
         yield (
-            f"--multirun with trainer.devices={devices}: every process would run the whole sweep by itself, and "
-            f"different jobs would average their gradients; start one program per job, or use a launcher that does"
+            f"trainer.devices={devices}: one run trains in one process so far (logs, checkpoints and evaluation of "
+            f"several are not divided yet); use trainer.devices=1"
         )
     for name in ("wandb", "tensorboard"):
         if name in cfg.logger and importlib.util.find_spec(name) is None:
@@ -112,16 +111,14 @@ def _trainer(cfg: DictConfig) -> Iterator[str]:
 
 def _numbers(cfg: DictConfig) -> Iterator[str]:
     for key in (*COUNTS, *COUNTS_OR_NULL):
-        value = OmegaConf.select(cfg, key)
+        value = OmegaConf.select(cfg, key, default=1)  # a part that is not there has nothing to check
         if key == "data.rounds" and value == cfg.rounds:
             continue
-        if value is None and (key in COUNTS_OR_NULL or OmegaConf.select(cfg, key.split(".")[0] + ".enabled") is False):
-            continue
-        if not is_whole(value) or value < 1:
+        if not (value is None and key in COUNTS_OR_NULL) and (not is_whole(value) or value < 1):
             yield f"{key}={value}: must be a whole number, at least 1"
-    for key in POSITIVE_OR_NULL:
-        value = OmegaConf.select(cfg, key)
-        if value is not None and not (_is_number(value) and value > 0):
+    for key in (*POSITIVE, *POSITIVE_OR_NULL):
+        value = OmegaConf.select(cfg, key, default=1)  # a part that is not there has nothing to check
+        if not (value is None and key in POSITIVE_OR_NULL) and not (_is_number(value) and value > 0):
             yield f"{key}={value}: must be a number above 0"
     if cfg.data.rounds is None and cfg.data.epochs is None:
         yield "rounds=null and data.epochs=null: training needs a budget; give one of them"
@@ -191,9 +188,10 @@ def _learners(cfg: DictConfig) -> Iterator[str]:
 
 def _copilot_options(cfg: DictConfig) -> Iterator[str]:
     if cfg.copilot.enabled:
-        share = cfg.copilot.own_feedback
-        if not _is_number(share) or not 0 <= share <= 1:
-            yield f"copilot.own_feedback={share}: a probability lies in [0, 1]"
+        given = cfg.copilot.own_feedback
+        shares = given if isinstance(given, ListConfig) else [given]
+        if len(shares) > 2 or not all(_is_number(share) and 0 <= share <= 1 for share in shares):
+            yield f"copilot.own_feedback={given}: give a probability in [0, 1], or two to move between over the run"
 
 
 def _processes(cfg: DictConfig) -> int:
@@ -204,13 +202,6 @@ def _processes(cfg: DictConfig) -> int:
     if str(devices).isdigit():
         return max(1, int(devices)) * nodes
     return (max(1, torch.cuda.device_count()) if cfg.trainer.accelerator in ("gpu", "cuda", "auto") else 1) * nodes
-
-
-def _is_plain_multirun() -> bool:
-    if not HydraConfig.initialized():
-        return False
-    hydra = HydraConfig.get()
-    return hydra.mode == RunMode.MULTIRUN and hydra.launcher._target_.endswith(".BasicLauncher")
 
 
 def is_whole(value: Any) -> bool:

@@ -15,7 +15,7 @@ from tcopilot.evaluation.results import Control
 from tcopilot.evaluation.significance import wilson_interval
 
 log = logging.getLogger(__name__)
-TRIAL_ROUNDS = 30
+WARM_UP_ROUNDS, TRIAL_ROUNDS = 5, 30
 
 
 def equal_time_controls(cfg: DictConfig, prepared: Prepared, seconds: float, folder: Path) -> list[Control]:
@@ -33,6 +33,7 @@ def equal_time_controls(cfg: DictConfig, prepared: Prepared, seconds: float, fol
         One control per benchmark, on the split that the run reports.
     """
     alone = OmegaConf.merge(cfg, {"copilot": {"enabled": False}})
+    _trained(alone, prepared, WARM_UP_ROUNDS)
     trial = _trained(alone, prepared, TRIAL_ROUNDS)
     rounds = max(1, round(seconds / (trial.seconds["pilot"] / TRIAL_ROUNDS)))
     log.info("Control: the Pilot alone for %d rounds, the joint run's %.0f s", rounds, seconds)
@@ -63,7 +64,7 @@ def _trained(cfg: DictConfig, prepared: Prepared, rounds: int):
     )
     quiet.logger = {}
     try:
-        build.trainer(quiet, [], None).fit(module, datamodule=prepared.data)
+        build.trainer(quiet, [], None, rounds).fit(module, datamodule=prepared.data)
     finally:
         prepared.data.rounds = budget
     module.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU

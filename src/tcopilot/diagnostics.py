@@ -5,13 +5,22 @@ A Copilot that has collapsed to 0, or has memorised its log, looks fine on its t
 Shapes: B batch, N target length, V vocabulary.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tcopilot.decoding import correct_text
 from tcopilot.functional import best_weight, token_errors
 from tcopilot.fusion import build_fusion
+from tcopilot.states import StatePooler, trace_pilot
+
+if TYPE_CHECKING:
+    from tcopilot.data.batch import Batch
+    from tcopilot.modeling import TCopilotModel
 
 
 class ErrorStatistics:
@@ -26,6 +35,19 @@ class ErrorStatistics:
         self.weights = list(weights)
         self._fuse = build_fusion(fusion)
         self._sums: Tensor | None = None
+
+    @torch.no_grad()
+    def observe(self, model: TCopilotModel, batch: Batch) -> None:
+        """Add a batch by a teacher-forced pass of a fused model, with the feedback that its decoding uses."""
+        copilot = model.copilot
+        states = trace_pilot(model.pilot, batch, StatePooler() if copilot is None else copilot.pooler)
+        log_probs_BNV, corrections_BNV = torch.log_softmax(states.logits_BNV.float(), dim=-1), None
+        if copilot is not None:
+            corrections_BNV, _ = correct_text(
+                copilot, model.config.feedback, log_probs_BNV, states.targets_BN[:, :-1],
+                states.source_BMP, states.source_mask_BM, states.states_BNP,
+            )  # fmt: skip
+        self.update(log_probs_BNV, corrections_BNV, states.targets_BN, states.target_mask_BN)
 
     @torch.no_grad()
     def update(
@@ -43,8 +65,9 @@ class ErrorStatistics:
             -log_probs_BNV.gather(-1, index).squeeze(-1),
         ]
         for weight in self.weights:
-            fused = log_probs_BNV if weight == 0 else self._fuse(log_probs_BNV, no_correction, weight)
-            per_token.append(-fused.gather(-1, index).squeeze(-1))
+            fused_BNV = log_probs_BNV if weight == 0 else self._fuse(log_probs_BNV, no_correction, weight)
+            nll_BN = -fused_BNV.gather(-1, index).squeeze(-1)
+            per_token += [nll_BN, nll_BN.double().square()]
         sums = torch.stack([(value.double() * mask_BN).sum() for value in per_token])
         self._sums = sums if self._sums is None else self._sums + sums
 
@@ -55,7 +78,13 @@ class ErrorStatistics:
 
     def nll(self) -> dict[float, float]:
         """Mean −log p̃_y per target token, in nats, for each λ."""
-        return dict(zip(self.weights, (self._sums[5:] / self._sums[0]).tolist(), strict=True))
+        return dict(zip(self.weights, (self._sums[5::2] / self._sums[0]).tolist(), strict=True))
+
+    def nll_intervals(self) -> dict[float, tuple[float, float]]:
+        """95 % intervals of `nll`, by the normal approximation over target tokens."""
+        mean, square = self._sums[5::2] / self._sums[0], self._sums[6::2] / self._sums[0]
+        half = 1.96 * ((square - mean.square()).clamp_min(0) / self._sums[0]).sqrt()
+        return dict(zip(self.weights, zip((mean - half).tolist(), (mean + half).tolist(), strict=True), strict=True))
 
     @property
     def best_weight(self) -> float:

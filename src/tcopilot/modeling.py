@@ -299,7 +299,7 @@ class TCopilotForCausalLM(TCopilotModel):
                 past_key_values=past_key_values, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs,
             )  # fmt: skip
         if past_key_values is None and use_cache:
-            raise ValueError("use_cache=True needs past_key_values=TCopilotCache(DynamicCache()); generate makes one")
+            past_key_values = TCopilotCache(DynamicCache())
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         length = input_ids.shape[1]
         if attention_mask is None:  # generate drops a mask of ones
@@ -416,7 +416,7 @@ class TCopilotForSeq2SeqLM(TCopilotModel):
         if self._is_pilot_only:
             return self.pilot(**shared, past_key_values=past_key_values, labels=labels, **kwargs)
         if past_key_values is None and use_cache:
-            use_cache = shared["use_cache"] = False
+            past_key_values = TCopilotCache(EncoderDecoderCache(DynamicCache(), DynamicCache()))
         kwargs.pop("output_hidden_states", None)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         out = self.pilot(

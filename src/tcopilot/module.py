@@ -13,7 +13,6 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from tcopilot.data.batch import Batch
-from tcopilot.decoding import correct_text
 from tcopilot.diagnostics import ErrorStatistics
 from tcopilot.mistake_log import MistakeLog, MistakeRecord
 from tcopilot.modeling import TCopilotModel
@@ -56,7 +55,8 @@ class TCopilotModule(LightningModule):
         micro_batch_size: rows per Pilot forward pass; None takes the whole batch. Gradients add up over a round.
         copilot_batch_size: records per Copilot update.
         steps_per_round: Copilot updates per round.
-        own_feedback: probability that a sequence is trained on the Copilot's own outputs instead of ℓ_{<i}.
+        own_feedback: probability that a sequence of the log is trained on the Copilot's own outputs, those of a
+            teacher-forced pass, instead of ℓ_{<i}; a pair moves linearly from the first to the second over the run.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class TCopilotModule(LightningModule):
         micro_batch_size: int | None = None,
         copilot_batch_size: int = 64,
         steps_per_round: int = 4,
-        own_feedback: float = 0.0,
+        own_feedback: float | tuple[float, float] = 0.0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -81,7 +81,7 @@ class TCopilotModule(LightningModule):
         self.micro_batch_size = micro_batch_size
         self.copilot_batch_size = copilot_batch_size
         self.steps_per_round = steps_per_round
-        self.own_feedback = own_feedback
+        self.own_feedback = (own_feedback,) * 2 if isinstance(own_feedback, float | int) else tuple(own_feedback)
         self.mistake_log: MistakeLog | None = None
         self.seconds = {"pilot": 0.0, "copilot": 0.0}
         if pilot is None:
@@ -138,7 +138,7 @@ class TCopilotModule(LightningModule):
 
         began = time.perf_counter()
         for _ in range(self.steps_per_round - 1 if self.learners["copilot"] is not None else 0):
-            self._extra_copilot_step()
+            self._extra_copilot_step(pilot_loss)
         self.seconds["copilot"] += time.perf_counter() - began
         for scheduler in self._as_list(self.lr_schedulers()):
             scheduler.step()
@@ -150,16 +150,7 @@ class TCopilotModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Teacher-forced pass over held-out rows, to see whether f^C estimates ℓ where it counts."""
-        pooler = StatePooler() if self.model.copilot is None else self.model.copilot.pooler
-        states = trace_pilot(self.model.pilot, batch, pooler)
-        log_probs_BNV = torch.log_softmax(states.logits_BNV.float(), dim=-1)
-        corrections_BNV = None
-        if self.model.copilot is not None:
-            corrections_BNV, _ = correct_text(
-                self.model.copilot, "observed", log_probs_BNV, states.targets_BN[:, :-1],
-                states.source_BMP, states.source_mask_BM, states.states_BNP,
-            )  # fmt: skip
-        self._statistics.update(log_probs_BNV, corrections_BNV, states.targets_BN, states.target_mask_BN)
+        self._statistics.observe(self.model, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Report the Pilot's error, the Copilot's share of it and λ*, over all ranks."""
@@ -210,12 +201,14 @@ class TCopilotModule(LightningModule):
         copilot = self.model.copilot
         errors_BNV = record.errors_BNV[:, :-1]
         memory = (record.source_BMP, record.source_mask_BM, record.states_BNP)
-        if self.own_feedback > 0:
+        first, last = self.own_feedback
+        own_share = first + (last - first) * min(1.0, self.round / max(1, self.rounds - 1))
+        if own_share > 0:
             with torch.no_grad():
                 hidden, _ = copilot(copilot.inputs(errors_BNV), *memory)
                 log_probs = record.probs_BNV.clamp_min(torch.finfo(torch.float32).tiny).log()
                 own_BNV = copilot.correct(hidden, log_probs)[:, :-1]
-            use_own_B11 = torch.rand(len(errors_BNV), 1, 1, device=errors_BNV.device) < self.own_feedback
+            use_own_B11 = torch.rand(len(errors_BNV), 1, 1, device=errors_BNV.device) < own_share
             errors_BNV = torch.where(use_own_B11, own_BNV, errors_BNV)
         hidden_BNC, _ = copilot(copilot.inputs(errors_BNV), *memory)
         total = objective_sum(self.objective, copilot, record, hidden_BNC)
@@ -227,10 +220,10 @@ class TCopilotModule(LightningModule):
         for (_, learner), optimizer in zip(self._active(), self._as_list(self.optimizers()), strict=True):
             self._step(learner, optimizer)
 
-    def _extra_copilot_step(self) -> None:
+    def _extra_copilot_step(self, pilot_loss: Tensor) -> None:
         with self._without_reduction(True):  # the reducer is armed once a round, for the joint backward
             loss = self._copilot_loss(self._draw())
-            self._check(None, loss)
+            self._check(pilot_loss, loss)
             self.manual_backward(loss)
         self._add_gradients_over_ranks(self.model.copilot)
         self._step(self.learners["copilot"], self._as_list(self.optimizers())[-1])
@@ -241,7 +234,7 @@ class TCopilotModule(LightningModule):
         optimizer.step()
         optimizer.zero_grad()
 
-    def _check(self, pilot_loss: Tensor | None, copilot_loss: Tensor | None) -> None:
+    def _check(self, pilot_loss: Tensor, copilot_loss: Tensor | None) -> None:
         losses = {"pilot": pilot_loss, "copilot": copilot_loss}
         values = torch.stack([loss.detach() for loss in losses.values() if loss is not None]).tolist()
         if not all(torch.isfinite(torch.tensor(values))):

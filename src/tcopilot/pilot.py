@@ -30,7 +30,8 @@ class ModelSource:
     """Where a model comes from.
 
     Attributes:
-        path: Hub id or local folder; None builds the model from `config` with random weights.
+        path: Hub id or local folder, of which an export of a run gives its Pilot; None builds the model from
+            `config` with random weights.
         config: values of the family's config, `model_type` among them. Sizes that follow from the tokenizer
             (vocabulary, special tokens) are filled in.
         dtype: of the weights. `float32` unless the model stays frozen: optimisers need full-precision weights.
@@ -110,7 +111,8 @@ class ModelSource:
 
     def _from_hub(self, auto: Any, **options: Any) -> Any:
         try:
-            return auto.from_pretrained(self.path, revision=self.revision, trust_remote_code=False, **options)
+            found = auto.from_pretrained(self.path, revision=self.revision, trust_remote_code=False, **options)
+            return found.pilot if hasattr(found, "pilot") else found  # an export of ours: config or model of its Pilot
         except (OSError, ValueError) as error:
             first_line = str(error).strip().splitlines()[0]
             raise ModelSourceError(

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from tcopilot import families
 from tcopilot.adapters import Lora
@@ -51,19 +51,31 @@ def model_problems(cfg: DictConfig, pilot: ModelSource, donor: ModelSource | Non
     return problems + _adapter_problems(cfg, "copilot", model.model_config)
 
 
-def donor_problems(pilot: PreTrainedConfig, donor: ModelSource) -> list[str]:
+def donor_problems(pilot: ModelSource, donor: ModelSource, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """A checkpoint for the Copilot that cannot read the Pilot's tokens.
 
-    Call it after the Pilot's tokenizer was made, from which a Pilot built from a config takes its vocabulary.
+    Call it after the Pilot's tokenizer was made, from which a Pilot built from a config takes its vocabulary. Where
+    the checkpoint comes with a tokenizer, its words must be the Pilot's too.
     """
-    config = donor.model_config
-    if (pilot.model_type, pilot.vocab_size) == (config.model_type, config.vocab_size):
+    ours, theirs = pilot.model_config, donor.model_config
+    if (ours.model_type, ours.vocab_size) != (theirs.model_type, theirs.vocab_size):
+        return [
+            f"copilot.path={donor.path}: {theirs.model_type} with {theirs.vocab_size} tokens cannot read a "
+            f"{ours.model_type} Pilot with {ours.vocab_size} tokens; choose a checkpoint of the same family and "
+            f"vocabulary"
+        ]
+    try:
+        same = donor.tokenizer().get_vocab() == tokenizer.get_vocab()
+    except ModelSourceError:
         return []
-    return [
-        f"copilot.path={donor.path}: {config.model_type} with {config.vocab_size} tokens cannot read a "
-        f"{pilot.model_type} Pilot with {pilot.vocab_size} tokens; choose a checkpoint of the same family and "
-        f"vocabulary"
-    ]
+    return (
+        []
+        if same
+        else [
+            f"copilot.path={donor.path}: its tokenizer has other words than the Pilot's, though as many; choose a "
+            f"checkpoint with the Pilot's tokenizer"
+        ]
+    )
 
 
 def copilot_layers(layers: int | float | None, depth: int) -> int | None:
@@ -110,13 +122,20 @@ def memory_problems(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModul
 
 
 def log_bytes(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModule, log: MistakeLog) -> int:
-    """Bytes of a full Mistake Log, from the mean lengths of the training rows; of a stream, the validation rows."""
+    """Bytes of a full Mistake Log: of mean rows where batches are grouped by length, else of rows as the longest.
+
+    Read off the training rows; of a stream, off the validation rows.
+    """
     config = pilot.model_config
     split = "validation" if data.streaming else "train"
     rows = [part for name, part in data.summary().items() if name.endswith(f"/{split}")]
     count = sum(part["rows"] for part in rows) or 1
+    grouped = data.group_by_length and not data.streaming
     source, target = (
-        sum(part[f"{what}_mean"] * part["rows"] for part in rows) / count for what in ("source", "target")
+        sum(part[f"{what}_mean"] * part["rows"] for part in rows) / count
+        if grouped
+        else max(part[f"{what}_max"] for part in rows)
+        for what in ("source", "target")
     )
     vector = config.hidden_size * log.dtype.itemsize
     token = vector + log.storage.bytes_per_token(config.vocab_size) + 9

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
@@ -82,6 +83,7 @@ def _train(cfg: DictConfig) -> float:
     merge_adapters(model)
     build.export(model, prepared.tokenizer, run_dir / "export")
     results, found = _evaluated(cfg, model, prepared, run_dir)
+    model.config.save_pretrained(run_dir / "export")  # now with the selected λ
     results.params, results.rounds = params, module.round
     results.train_seconds = round(sum(module.seconds.values()), 2)
     results.save(run_dir / "results.json")
@@ -132,7 +134,7 @@ def _evaluate(cfg: DictConfig) -> float:
 
 def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
     callbacks = build.callbacks(cfg)
-    trainer = build.trainer(cfg, callbacks, prepared.log)
+    trainer = build.trainer(cfg, callbacks, prepared.log, module.rounds)
     stop = next((c for c in callbacks if isinstance(c, CleanStop)), None)
     saver = next((c for c in callbacks if isinstance(c, RoundCheckpoint)), None)
     start = _newest_checkpoint(cfg)
@@ -156,7 +158,9 @@ def _evaluated(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_di
     evaluator = Evaluator(model, prepared.tokenizer, prepared.data, run_dir / "predictions", decoding)
     splits = (cfg.evaluation.select_on, cfg.evaluation.report_on)
     found = evaluator.run(build.evaluation_weights(cfg.fusion.weight), splits)
-    notes = [f"λ* in closed form on {splits[0]}: {found.best_weight:.3f}", *found.verdicts]
+    notes = list(found.verdicts)
+    if cfg.fusion.space == "probability":
+        notes.insert(0, f"λ* in closed form on {splits[0]}: {found.best_weight:.3f}")
     if splits[0] == splits[1]:
         notes.append(f"λ was chosen on the very rows reported ({splits[0]}): the gain is optimistic")
     results = Results(
@@ -198,6 +202,9 @@ def _resumed(cfg: DictConfig) -> DictConfig:
     path = Path(cfg.resume) / "config.yaml"
     if not path.exists():
         raise ConfigError([f"resume={cfg.resume}: no config.yaml there; give the folder of a run that was started"])
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    if ignored := [override for override in given if not override.startswith(("resume=", "paths."))]:
+        log.warning("resume=%s goes on with that run's own config; not used: %s", cfg.resume, ", ".join(ignored))
     before = OmegaConf.load(path)
     before.resume, before.paths.run_dir = cfg.resume, cfg.resume
     return before
@@ -253,6 +260,11 @@ class _errors_for_people:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            print(
+                "stopped; predictions and states written so far are in the run directory", file=sys.stderr, flush=True
+            )
+            sys.exit(STOPPED)
         if isinstance(error, USER_ERRORS) and not self.off:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)

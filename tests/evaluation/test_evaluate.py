@@ -224,3 +224,25 @@ def test_beam_search_is_used_where_it_is_asked_for(tmp_path):
         judge.predict("test", "word_problems", 1.0)
         said.append([row["prediction"] for row in written(tmp_path / str(beams))])
     assert said[0] != said[1]
+
+
+def test_a_single_weight_is_reported_even_where_it_does_harm(monkeypatch, tmp_path):
+    outcomes(monkeypatch, lambda split, weight, i: weight == 0)
+    judge = evaluator("t5", tmp_path)
+    found = judge.run([1.0])
+    assert found.selected_weight == judge.model.weight == 1.0
+    assert (found.gain[0].pilot, found.gain[0].fused, found.gain[0].broken) == (1.0, 0.0, 10)
+
+
+def test_a_choice_at_the_edge_of_the_weights_says_so(monkeypatch, tmp_path):
+    outcomes(monkeypatch, lambda split, weight, i: weight >= 1)
+    assert any("largest one tried" in line for line in evaluator("t5", tmp_path).run([0.5, 1.0]).verdicts)
+    outcomes(monkeypatch, lambda split, weight, i: weight == 0.5)
+    assert not any("largest one tried" in line for line in evaluator("t5", tmp_path).run([0.5, 1.0]).verdicts)
+
+
+def test_without_a_limit_decoding_waits_for_the_longest_training_target(tmp_path):
+    judge = evaluator("llama", tmp_path)
+    judge.data.benchmarks["word_problems"].max_new_tokens = None
+    longest = judge.data.summary()["word_problems/train"]["target_max"]
+    assert judge._longest_answer("word_problems") == longest + 2

@@ -50,7 +50,8 @@ class Benchmark(ABC):
         folder: Folder of the local copy under a common root; ``name`` unless given.
         metric: Name of the metric in the results.
         version: Raised whenever prompt, target or extraction change, since scores are then no longer comparable.
-        max_new_tokens: Longest answer that decoding waits for, in tokens.
+        max_new_tokens: Longest answer that decoding waits for, in tokens; None is what the longest training target
+            needs with the Pilot's tokenizer.
         source: Where the data comes from and under which licence.
     """
 
@@ -66,7 +67,7 @@ class Benchmark(ABC):
     folder: str | None = None
     metric: str = "accuracy"
     version: int = 1
-    max_new_tokens: int = 32
+    max_new_tokens: int | None = None
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -165,7 +166,6 @@ class MultipleChoice(Benchmark):
 
     prompt: str = "Question: {question}\n{options}\nReply with one of {names}.\nReply:"
     target: str = " the correct answer is {answer}"
-    max_new_tokens: int = 16
     question_column: str
     option_columns: list[str]
     label_column: str
@@ -228,7 +228,6 @@ class NumberAnswer(Benchmark):
     split_on: str | None = None
     remove: str | None = None
     marker: str = "####"
-    max_new_tokens: int = 256
 
     def render(self, row: Row) -> Example:
         """Divide the answer column into reasoning and number."""

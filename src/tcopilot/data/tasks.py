@@ -131,7 +131,6 @@ class GeneratedTask(ExactMatch):
     """
 
     target: str = " {target}"
-    max_new_tokens: int = 16
     splits: dict[str, str] = field(default_factory=lambda: {s: s for s in ("train", "validation", "test")})
     kind: str
     train: int = 32_000

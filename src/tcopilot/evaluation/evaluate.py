@@ -21,12 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from tcopilot.data.batch import Batch
 from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.module import TCopilotDataModule
-from tcopilot.decoding import correct_text
 from tcopilot.diagnostics import ErrorStatistics
 from tcopilot.evaluation.results import Gain, Row
 from tcopilot.evaluation.significance import compare, wilson_interval
 from tcopilot.modeling import TCopilotModel
-from tcopilot.states import StatePooler, trace_pilot
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +35,7 @@ class Decoding:
 
     Attributes:
         num_beams: 1 is greedy; the paper uses 4.
-        max_new_tokens: longest answer; None takes each benchmark's own.
+        max_new_tokens: longest answer; None takes each benchmark's own, or what its training targets need.
         batch_size: prompts decoded at once.
     """
 
@@ -88,30 +86,36 @@ class Evaluator:
         """Evaluate at every λ, choose λ on validation, and compare with the Pilot on test.
 
         Args:
-            weights: the λ to try; 0 is always among them. None takes λ* in closed form on validation.
+            weights: the λ to choose from; 0 is always evaluated. A single one is taken as it is. None takes λ* in
+                closed form on validation.
             splits: `validation` to choose on, then the split to report.
         """
         if self.model.copilot is None:
             weights = [0.0]
         found = Evaluation()
         chosen_on, reported = splits
-        statistics = self._statistics(chosen_on, [0.0] if weights is None else weights)
+        given = [] if weights is None else [float(weight) for weight in weights]
+        statistics = self._statistics(chosen_on, sorted({0.0, *given}))
         found.best_weight = statistics.best_weight
-        candidates = sorted({0.0, *([round(found.best_weight, 3)] if weights is None else map(float, weights))})
+        if weights is None:
+            given = [round(found.best_weight, 3)]
+            statistics = self._statistics(chosen_on, sorted({0.0, *given}))
+        candidates = sorted({0.0, *given})
         for split in dict.fromkeys((chosen_on, reported)):
-            outcomes = {w: self._split(found, split, w) for w in candidates}
-            likelihood = self._statistics(split, candidates).nll()
-            for weight, value in likelihood.items():
-                tokens = sum(
-                    len(r["target_ids"]) for name in self.data.benchmark_names for r in self._rows(split, name)
-                )
-                found.rows.append(Row("all", split, "nll", weight, value, tokens, (value, value)))
+            outcomes = {weight: self._split(found, split, weight) for weight in candidates}
+            observed = statistics if split == chosen_on else self._statistics(split, candidates)
+            likelihood, intervals = observed.nll(), observed.nll_intervals()
+            rows = [row for name in self.data.benchmark_names for row in self._rows(split, name)]
+            tokens = sum(len(row["target_ids"]) for row in rows)
+            found.rows += [Row("all", split, "nll", w, nll, tokens, intervals[w]) for w, nll in likelihood.items()]
             if split == chosen_on:
-                found.selected_weight = candidates[-1] if weights is None else _select(outcomes, likelihood)
+                found.selected_weight = given[0] if len(given) == 1 else _select(outcomes, likelihood)
         for name in self.data.benchmark_names:
             comparison = compare(outcomes[0.0][name], outcomes[found.selected_weight][name])
             found.gain.append(Gain.of(name, self.data.benchmarks[name].metric, comparison))
             found.verdicts.append(f"{name}: {comparison.verdict}")
+        if len(given) > 1 and found.selected_weight == max(given):
+            found.verdicts.append(f"λ = {max(given):g} is the largest one tried: a larger one may be better still")
         self.model.weight = found.selected_weight
         return found
 
@@ -133,7 +137,7 @@ class Evaluator:
             _progress(f"{split} {benchmark} λ={weight:g}", len(rows)) as bar,
         ):
             for batch, members in self._batches(rows):
-                texts = self._generate(batch, self.decoding.max_new_tokens or task.max_new_tokens)
+                texts = self._generate(batch, self._longest_answer(benchmark))
                 for row, text in zip(members, texts, strict=True):
                     right[row["id"]] = task.correct(text, row["answer"])
                     prediction = {"prediction": text, "extracted": task.extract(text), "correct": right[row["id"]]}
@@ -147,19 +151,9 @@ class Evaluator:
     def _statistics(self, split: str, weights: Sequence[float]) -> ErrorStatistics:
         """Teacher-forced pass over a split: fused likelihood at every λ at once, and λ* in closed form."""
         statistics = ErrorStatistics(weights, self.model.config.fusion)
-        copilot, feedback = self.model.copilot, self.model.config.feedback
-        pooler = StatePooler() if copilot is None else copilot.pooler
         for name in self.data.benchmark_names:
             for batch, _ in self._batches(self._rows(split, name)):
-                states = trace_pilot(self.model.pilot, batch, pooler)
-                log_probs_BNV = torch.log_softmax(states.logits_BNV.float(), dim=-1)
-                corrections_BNV = None
-                if copilot is not None:
-                    corrections_BNV, _ = correct_text(
-                        copilot, feedback, log_probs_BNV, states.targets_BN[:, :-1],
-                        states.source_BMP, states.source_mask_BM, states.states_BNP,
-                    )  # fmt: skip
-                statistics.update(log_probs_BNV, corrections_BNV, states.targets_BN, states.target_mask_BN)
+                statistics.observe(self.model, batch)
         return statistics
 
     def _split(self, found: Evaluation, split: str, weight: float) -> dict[str, list[bool]]:
@@ -169,6 +163,14 @@ class Evaluator:
             interval = wilson_interval(sum(right), n)
             found.rows.append(Row(name, split, metric, weight, sum(right) / n, n, interval))
         return outcomes
+
+    def _longest_answer(self, benchmark: str) -> int:
+        """Tokens to wait for: as configured, else the longest training target with a little room."""
+        limit = self.decoding.max_new_tokens or self.data.benchmarks[benchmark].max_new_tokens
+        if limit is not None:
+            return limit
+        longest = self.data.summary()
+        return 2 + int(longest.get(f"{benchmark}/train", longest[f"{benchmark}/validation"])["target_max"])
 
     def _rows(self, split: str, benchmark: str) -> list[dict[str, Any]]:
         return self.data.evaluation_rows(split, benchmark)

@@ -85,7 +85,7 @@ class Results:
         config: Path of the resolved config, relative to the run directory.
         params: Parameter counts by name.
         rounds: Pilot updates made.
-        train_seconds: Wall time of training.
+        train_seconds: Seconds inside training steps, of both models.
         selected_weight: λ of `gain`; a mapping if it was chosen for each benchmark.
         selected_on: Split on which λ was chosen, never the test split.
         rows: Every metric at every λ evaluated.
