@@ -224,8 +224,8 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before_it_intact(tmp_path, m
     run = Run("llama", tmp_path, every=3)
     save = run.trainer.save_checkpoint
 
-    def cut_off(path, *args):
-        save(path, *args)
+    def cut_off(path, *args, **options):
+        save(path, *args, **options)
         if run.module.round + 1 == 6:
             with open(path, "r+b") as file:
                 file.truncate(1000)

@@ -221,7 +221,7 @@ def copilot_by_hand(copilot, inputs, source, states, inclusive, log_layers=(1,))
 @pytest.mark.parametrize(("pattern", "log_layers"), [(1, (1,)), (2, (0, 1, 2))])
 @pytest.mark.parametrize("context", ["strict", "inclusive"])
 def test_log_attention_equals_a_loop_over_positions(case, context, pattern, log_layers):
-    copilot, log = case("llama", context=context, pattern=pattern)
+    copilot, log = case("llama", context=context, pattern=pattern, positions="pilot")
     together = run(copilot, log)
     for row in range(3):
         source = log["source_BMP"][row][log["source_mask_BM"][row]]
