@@ -1,6 +1,6 @@
 """Time of a training round: Pilot alone against Pilot and Copilot, side by side, with the FLOP floor beside it.
 
-    python benchmarks/round.py [--rounds 12] [--repeats 3] [--json FILE]
+    python benchmarks/round.py [--rounds 6] [--repeats 2] [--json FILE]
 
 Every figure is a ratio of medians measured alternately in one process, through the real `training_step` under a
 Lightning Trainer. The floor is what the extra arithmetic alone would cost: FLOPs of a joint round over FLOPs of a
@@ -43,7 +43,7 @@ from tcopilot.module import Learner, TCopilotModule
 WARM_UP = 3  # rounds of each fit that are not counted
 ROWS = 8
 SHAPES = ((128, 16), (128, 128))
-VOCAB, WIDTH, LAYERS = 8192, 256, 6
+VOCAB, WIDTH, LAYERS = 4096, 128, 4
 
 
 @dataclass
@@ -84,8 +84,8 @@ class Stopwatch(Callback):
 def main() -> None:
     """Measure all cases and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     _quiet()
