@@ -347,6 +347,15 @@ def test_training_on_own_outputs_changes_what_the_copilot_reads(family, share):
     assert max(abs(a - b) for a, b in zip(own.copilot, teacher.copilot, strict=True)) > 1e-4
 
 
+def test_own_outputs_can_be_mixed_in_more_and_more_over_the_run():
+    torch.manual_seed(1)
+    batches = batches_of("llama", 4, targets=[4, 5, 6, 3])
+    teacher, _ = trained("llama", batches, steps_per_round=1)
+    mixed, _ = trained("llama", batches, steps_per_round=1, own_feedback=(0.0, 1.0))
+    assert mixed.copilot[0] == teacher.copilot[0]
+    assert abs(mixed.copilot[-1] - teacher.copilot[-1]) > 1e-5
+
+
 def test_training_on_own_outputs_reads_the_outputs_of_the_teacher_forced_pass():
     batch = random_batch("llama", rows=5, seed=7, targets=[4, 5, 6, 3, 2])
     log = MistakeLog(policy=InOrder())
