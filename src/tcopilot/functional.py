@@ -85,7 +85,9 @@ def root_mean_square(sum_of_squares: Tensor, tokens: Tensor | float, eps: float 
     return torch.sqrt(sum_of_squares / tokens + eps)
 
 
-def fuse_probabilities(log_probs_BNV: Tensor, corrections_BNV: Tensor, weight: float, floor: float = 0.05) -> Tensor:
+def fuse_probabilities(
+    log_probs_BNV: Tensor, corrections_BNV: Tensor, weight: float | Tensor, floor: float = 0.05
+) -> Tensor:
     """Return log p̃ with p̃ = p̂ + λ f^C put back onto the simplex (Eq. 8).
 
     p̂ + λ f^C may leave the simplex. Entries below `floor · p̂` are raised to it and the row is renormalised: a token
@@ -94,7 +96,7 @@ def fuse_probabilities(log_probs_BNV: Tensor, corrections_BNV: Tensor, weight: f
     Args:
         log_probs_BNV: log p̂, float32.
         corrections_BNV: f^C.
-        weight: λ ≥ 0. At 0 the result is log p̂.
+        weight: λ ≥ 0, one or [B, 1, 1]. At 0 the result is log p̂.
         floor: smallest share of p̂ that a correction may leave.
 
     Returns:
@@ -110,7 +112,7 @@ def fuse_probabilities(log_probs_BNV: Tensor, corrections_BNV: Tensor, weight: f
     return fused_BNV.log() - fused_BNV.sum(-1, keepdim=True).log()
 
 
-def fuse_logits(log_probs_BNV: Tensor, corrections_BNV: Tensor, weight: float) -> Tensor:
+def fuse_logits(log_probs_BNV: Tensor, corrections_BNV: Tensor, weight: float | Tensor) -> Tensor:
     """Return log softmax(f^P + λ f^C), the fusion that the paper's figures speak of.
 
     Its λ lives on another scale than Eq. 8's, since corrections lie in about [−1, 1] and logits in about [−10, 10].

@@ -5,6 +5,8 @@ Shapes: B batch, M source length, N targets, V vocabulary.
 
 import copy
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import CausalLMOutputWithPast, Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
 from tcopilot.copilot import Copilot, CopilotConfig, CopilotState
 from tcopilot.decoding import FEEDBACKS, correct_next, correct_text
@@ -126,6 +128,22 @@ class TCopilotCache(Cache):
         raise ValueError(_CANNOT_UNDO)
 
 
+@dataclass
+class TCopilotCausalLMOutput(CausalLMOutputWithPast):
+    """The usual output; with `output_corrections` also log p̂ and f^C [B, N, V] of the target positions, float32."""
+
+    pilot_log_probs: Tensor | None = None
+    corrections: Tensor | None = None
+
+
+@dataclass
+class TCopilotSeq2SeqLMOutput(Seq2SeqLMOutput):
+    """The usual output; with `output_corrections` also log p̂ and f^C [B, N, V], float32."""
+
+    pilot_log_probs: Tensor | None = None
+    corrections: Tensor | None = None
+
+
 class TCopilotModel(PreTrainedModel, GenerationMixin):
     """What causal and sequence-to-sequence fused models share. λ = 0 or no Copilot runs the Pilot alone."""
 
@@ -220,42 +238,121 @@ class TCopilotModel(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module) -> None:
         """Leave weights as Pilot and Copilot initialise themselves."""
 
-    @property
-    def _is_pilot_only(self) -> bool:
-        return self.copilot is None or self.weight == 0
+    def fuse(self, log_probs_BNV: Tensor, corrections_BNV: Tensor | None, weight: float | Tensor) -> Tensor:
+        """Return log p̃ (Eq. 8 or its logit form) at one λ, or at one λ per row.
+
+        Args:
+            log_probs_BNV: log p̂, float32.
+            corrections_BNV: f^C; None where there is no Copilot.
+            weight: λ, or λ [B].
+
+        Returns:
+            log p̃ [B, N, V]; where λ is 0, log p̂ itself.
+        """
+        if corrections_BNV is None or (not isinstance(weight, Tensor) and weight == 0):
+            return log_probs_BNV
+        if isinstance(weight, Tensor):
+            weight = weight.to(log_probs_BNV.device).view(-1, 1, 1)
+            return torch.where(weight == 0, log_probs_BNV, self._fuse(log_probs_BNV, corrections_BNV, weight))
+        return self._fuse(log_probs_BNV, corrections_BNV, weight)
+
+    def generate_at_weights(
+        self, weights: Sequence[float], input_ids: Tensor, attention_mask: Tensor, **kwargs: Any
+    ) -> list[Tensor]:
+        """Decode every prompt at several λ at once; Pilot and Copilot read each prompt once, not once for each λ.
+
+        Args:
+            weights: the λ; 0 gives the Pilot's own tokens.
+            input_ids: prompts [B, M].
+            attention_mask: [B, M].
+            **kwargs: arguments of `generate`; those with tensors are for one λ and serve all.
+
+        Returns:
+            For each λ what `generate` returns at it, of one length for all.
+        """
+        count = len(weights)
+        if self.copilot is None or len(set(weights)) == 1:
+            before, self.weight = self.weight, weights[0]
+            try:
+                return [self.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)] * count
+            finally:
+                self.weight = before
+        if self.config.is_encoder_decoder:
+            encoded_BMP = self.get_encoder()(input_ids, attention_mask=attention_mask).last_hidden_state
+            kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded_BMP.repeat_interleave(count, dim=0))
+        tokens = self.generate(
+            input_ids=input_ids.repeat_interleave(count, dim=0),
+            attention_mask=attention_mask.repeat_interleave(count, dim=0),
+            weights_B=torch.tensor(weights, device=input_ids.device).repeat(len(input_ids)),
+            copies=count,
+            **kwargs,
+        )
+        return [part.flatten(0, 1) for part in tokens.unflatten(0, (len(input_ids), count, -1)).unbind(1)]
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Decode from the fused distribution; arguments as in transformers. Prompts must be left-padded."""
+        kwargs["copies"] = kwargs.get("copies", 1) * self._expansion(kwargs)
+        return super().generate(inputs, **kwargs)
+
+    def _is_pilot_only(self, weights_B: Tensor | None = None) -> bool:
+        return self.copilot is None or (weights_B is None and self.weight == 0)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
-        if cache is not None and not self._is_pilot_only and not isinstance(cache, TCopilotCache):
+        alone = self._is_pilot_only(model_kwargs.get("weights_B"))
+        if cache is not None and not alone and not isinstance(cache, TCopilotCache):
             model_kwargs["past_key_values"] = TCopilotCache(cache)
 
     def _assisted_decoding(self, *args, **kwargs):
-        if not self._is_pilot_only:
+        if not self._is_pilot_only(kwargs.get("weights_B")):
             raise ValueError(_CANNOT_UNDO)
         return super()._assisted_decoding(*args, **kwargs)
 
-    def _fuse_text(self, logits_BNV, tokens_BK, source, source_mask, states, cache: TCopilotCache | None) -> Tensor:
+    def _expansion(self, kwargs: dict[str, Any]) -> int:
+        """How often transformers is about to repeat each row for beams or samples."""
+        config = kwargs.get("generation_config") or self.generation_config
+        return max(
+            kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")
+        )
+
+    def _fused_logits(self, pilot_BNV, log_probs_BNV, corrections_BNV, weights_B: Tensor | None) -> Tensor:
+        """What generation reads: log p̃; the Pilot's own logits where λ is 0, since log p̂ may round two into a tie."""
+        weight = self.weight if weights_B is None else weights_B
+        fused_BNV = self.fuse(log_probs_BNV, corrections_BNV, weight)
+        zero = torch.as_tensor(weight, device=fused_BNV.device).reshape(-1, 1, 1) == 0
+        return torch.where(zero, pilot_BNV.float(), fused_BNV)
+
+    def _pooled(self, hidden_states, positions: slice = slice(None)) -> Tensor | None:
+        """h̄ of the targets; None without a Copilot to read it."""
+        return None if self.copilot is None else self.copilot.pooler(hidden_states, positions)
+
+    def _correct_text(self, logits_BNV, tokens_BK, source, source_mask, states, cache: TCopilotCache | None):
+        """Return log p̂ and f^C of a text, and leave the Copilot's state in the cache."""
         log_probs_BNV = torch.log_softmax(logits_BNV.float(), dim=-1)
+        if self.copilot is None:
+            return log_probs_BNV, None
         corrections_BNV, state = correct_text(
             self.copilot, self.config.feedback, log_probs_BNV, tokens_BK, source, source_mask, states,
             keep=cache is not None,
         )  # fmt: skip
         if cache is not None:
             cache.copilot = state
-        return self._fuse(log_probs_BNV, corrections_BNV, self.weight)
+        return log_probs_BNV, corrections_BNV
 
-    def _fuse_next(self, logits_B1V, token_B1, states_B1P, cache: TCopilotCache) -> Tensor:
+    def _correct_next(self, logits_B1V, token_B1, states_B1P, cache: TCopilotCache) -> tuple[Tensor, Tensor]:
+        """Return log p̂ and f^C of the next target."""
         if token_B1.shape[1] != 1:
             raise ValueError(
                 f"{token_B1.shape[1]} tokens after a filled cache: a fused model takes them one at a time; "
                 f"pass the whole text without a cache, or use generate"
             )
         log_probs_B1V = torch.log_softmax(logits_B1V.float(), dim=-1)
-        correction_B1V = correct_next(
+        if self.copilot is None:
+            return log_probs_B1V, None
+        return log_probs_B1V, correct_next(
             self.copilot, self.config.feedback, log_probs_B1V, token_B1, states_B1P, cache.copilot
         )
-        return self._fuse(log_probs_B1V, correction_B1V, self.weight)
 
 
 class TCopilotForCausalLM(TCopilotModel):
@@ -273,6 +370,9 @@ class TCopilotForCausalLM(TCopilotModel):
         use_cache: bool | None = None,
         target_start: int | None = None,
         logits_to_keep: int = 0,
+        weights_B: Tensor | None = None,
+        copies: int = 1,
+        output_corrections: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return fused logits; positions before the first target carry the Pilot's logits.
@@ -288,19 +388,28 @@ class TCopilotForCausalLM(TCopilotModel):
             use_cache: keep a cache and return it.
             target_start: M, the column of the first target. Default: from `labels`, else the whole input is prompt.
             logits_to_keep: return only the last that many positions; 0 returns all.
+            weights_B: λ of each row, in place of the model's one.
+            copies: consecutive rows that are equal while a cache is being filled; only one of each is computed.
+            output_corrections: also return log p̂ and f^C; the Copilot then runs at λ = 0 too.
             **kwargs: further arguments of the Pilot.
 
         Raises:
             ValueError: if rows start their targets at different columns, or several tokens follow a filled cache.
         """
-        if self._is_pilot_only:
-            return self.pilot(
+        if past_key_values is None and use_cache and not self._is_pilot_only(weights_B):
+            past_key_values = TCopilotCache(DynamicCache())
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past or not _is_repeatable(past_key_values):
+            copies = 1
+        if copies > 1:
+            input_ids, attention_mask, position_ids = _first_of(copies, input_ids, attention_mask, position_ids)
+        if self._is_pilot_only(weights_B) and not output_corrections:
+            out = self.pilot(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, labels=labels,
                 past_key_values=past_key_values, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs,
             )  # fmt: skip
-        if past_key_values is None and use_cache:
-            past_key_values = TCopilotCache(DynamicCache())
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            (out.logits,) = _repeat(copies, out.logits, cache=past_key_values)
+            return out
         length = input_ids.shape[1]
         if attention_mask is None:  # generate drops a mask of ones
             attention_mask = input_ids.new_ones(len(input_ids), past + length)
@@ -312,28 +421,33 @@ class TCopilotForCausalLM(TCopilotModel):
         kwargs.pop("output_hidden_states", None)
         out = self.pilot(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
-            past_key_values=None if past_key_values is None else past_key_values.pilot,
+            past_key_values=_of_pilot(past_key_values),
             output_hidden_states=True, logits_to_keep=max(wanted, corrected), **kwargs,
         )  # fmt: skip
-        states_BNP = self.copilot.pooler(out.hidden_states, slice(length - corrected, length))
-        pilot_logits = out.logits[:, -corrected:]
+        pilot_BNV, source = out.logits[:, -corrected:], out.hidden_states[0][:, :start]
+        states_BNP = self._pooled(out.hidden_states, slice(length - corrected, length))
         if past:
-            fused_BNV = self._fuse_next(pilot_logits, input_ids, states_BNP, past_key_values)
+            parts = self._correct_next(pilot_BNV, input_ids, states_BNP, past_key_values)
         else:
-            source, mask = out.hidden_states[0][:, :start], attention_mask[:, :start].bool()
-            fused_BNV = self._fuse_text(pilot_logits, input_ids[:, start:], source, mask, states_BNP, past_key_values)
-        logits = torch.cat([out.logits[:, :-corrected].float(), fused_BNV], dim=1)
+            mask_BM = attention_mask[:, :start].bool()
+            parts = self._correct_text(pilot_BNV, input_ids[:, start:], source, mask_BM, states_BNP, past_key_values)
+        all_logits, pilot_BNV, log_probs_BNV, corrections_BNV = _repeat(
+            copies, out.logits, pilot_BNV, *parts, cache=past_key_values
+        )
+        fused_BNV = self._fused_logits(pilot_BNV, log_probs_BNV, corrections_BNV, weights_B)
+        logits = torch.cat([all_logits[:, :-corrected].float(), fused_BNV], dim=1)
         loss = None
         if labels is not None:
             loss = torch.nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1), labels[:, 1 - logits.shape[1] :].flatten(), ignore_index=IGNORED_LABEL
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits[:, -wanted:], past_key_values=past_key_values)
+        extra = {"pilot_log_probs": log_probs_BNV, "corrections": corrections_BNV} if output_corrections else {}
+        return TCopilotCausalLMOutput(loss=loss, logits=logits[:, -wanted:], past_key_values=past_key_values, **extra)
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Decode from the fused distribution; arguments as in transformers. Prompts must be left-padded."""
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
-        if prompt is not None and not self._is_pilot_only:
+        if prompt is not None and not self._is_pilot_only(kwargs.get("weights_B")):
             kwargs.setdefault("target_start", prompt.shape[1])
         return super().generate(inputs, **kwargs)
 
@@ -377,7 +491,8 @@ class TCopilotForSeq2SeqLM(TCopilotModel):
         made = model_kwargs.get("past_key_values")
         if given is None and made is not None and generation_config.cache_implementation in (None, "dynamic"):
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            model_kwargs["past_key_values"] = cache if self._is_pilot_only else TCopilotCache(cache)
+            alone = self._is_pilot_only(model_kwargs.get("weights_B"))
+            model_kwargs["past_key_values"] = cache if alone else TCopilotCache(cache)
 
     def forward(
         self,
@@ -389,6 +504,9 @@ class TCopilotForSeq2SeqLM(TCopilotModel):
         past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        weights_B: Tensor | None = None,
+        copies: int = 1,
+        output_corrections: bool = False,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
         """Return fused logits [B, N, V] for every decoder position.
@@ -402,47 +520,79 @@ class TCopilotForSeq2SeqLM(TCopilotModel):
             past_key_values: a `TCopilotCache` (or, at λ = 0, any cache).
             labels: [B, N]; −100 is left out of the loss.
             use_cache: keep a cache and return it.
+            weights_B: λ of each row, in place of the model's one.
+            copies: consecutive rows that are equal while a cache is being filled; only one of each is computed.
+            output_corrections: also return log p̂ and f^C; the Copilot then runs at λ = 0 too.
             **kwargs: further arguments of the Pilot.
         """
         if decoder_input_ids is None and labels is not None:
             padded = labels.masked_fill(labels == IGNORED_LABEL, self.config.pad_token_id)
             start = padded.new_full((len(padded), 1), self.config.decoder_start_token_id)
             decoder_input_ids = torch.cat([start, padded[:, :-1]], dim=1)
+        if past_key_values is None and use_cache and not self._is_pilot_only(weights_B):
+            past_key_values = TCopilotCache(EncoderDecoderCache(DynamicCache(), DynamicCache()))
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past or not _is_repeatable(past_key_values):
+            copies = 1
+        if copies > 1:
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask = _first_of(
+                copies, input_ids, attention_mask, decoder_input_ids, decoder_attention_mask
+            )
+            if encoder_outputs is not None:
+                encoder_outputs = BaseModelOutput(last_hidden_state=encoder_outputs[0][::copies])
         shared = {
             "input_ids": input_ids, "attention_mask": attention_mask, "encoder_outputs": encoder_outputs,
             "decoder_input_ids": decoder_input_ids, "decoder_attention_mask": decoder_attention_mask,
             "use_cache": use_cache,
         }  # fmt: skip
-        if self._is_pilot_only:
-            return self.pilot(**shared, past_key_values=past_key_values, labels=labels, **kwargs)
-        if past_key_values is None and use_cache:
-            past_key_values = TCopilotCache(EncoderDecoderCache(DynamicCache(), DynamicCache()))
+        if self._is_pilot_only(weights_B) and not output_corrections:
+            out = self.pilot(**shared, past_key_values=past_key_values, labels=labels, **kwargs)
+            (out.logits,) = _repeat(copies, out.logits, cache=past_key_values)
+            return out
         kwargs.pop("output_hidden_states", None)
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        out = self.pilot(
-            **shared, past_key_values=None if past_key_values is None else past_key_values.pilot,
-            output_hidden_states=True, **kwargs,
-        )  # fmt: skip
-        states_BNP = self.copilot.pooler(out.decoder_hidden_states)
+        out = self.pilot(**shared, past_key_values=_of_pilot(past_key_values), output_hidden_states=True, **kwargs)
+        states_BNP = self._pooled(out.decoder_hidden_states)
         if past:
-            logits = self._fuse_next(out.logits, decoder_input_ids, states_BNP, past_key_values)
+            parts = self._correct_next(out.logits, decoder_input_ids, states_BNP, past_key_values)
         else:
             source = out.encoder_last_hidden_state
-            mask = source.new_ones(source.shape[:2]) if attention_mask is None else attention_mask
-            logits = self._fuse_text(
-                out.logits, decoder_input_ids[:, 1:], source, mask.bool(), states_BNP, past_key_values
+            mask_BM = source.new_ones(source.shape[:2]) if attention_mask is None else attention_mask
+            parts = self._correct_text(
+                out.logits, decoder_input_ids[:, 1:], source, mask_BM.bool(), states_BNP, past_key_values
             )  # fmt: skip
+        pilot_BNV, log_probs_BNV, corrections_BNV = _repeat(copies, out.logits, *parts, cache=past_key_values)
+        logits = self._fused_logits(pilot_BNV, log_probs_BNV, corrections_BNV, weights_B)
         loss = None
         if labels is not None:
             loss = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL
             )
-        return Seq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=past_key_values,
-            encoder_last_hidden_state=out.encoder_last_hidden_state,
-        )
+        extra = {"pilot_log_probs": log_probs_BNV, "corrections": corrections_BNV} if output_corrections else {}
+        return TCopilotSeq2SeqLMOutput(
+            loss=loss, logits=logits, past_key_values=past_key_values,
+            encoder_last_hidden_state=out.encoder_last_hidden_state, **extra,
+        )  # fmt: skip
+
+
+def _is_repeatable(cache: Cache | None) -> bool:
+    """Whether rows of a cache can be repeated after it was filled; static caches have their rows from the start."""
+    return isinstance(_of_pilot(cache), DynamicCache | EncoderDecoderCache)
+
+
+def _of_pilot(cache: Cache | None) -> Cache | None:
+    return cache.pilot if isinstance(cache, TCopilotCache) else cache
+
+
+def _first_of(copies: int, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor[::copies] for tensor in tensors]
+
+
+def _repeat(copies: int, *tensors: Tensor | None, cache: Cache | None) -> list[Tensor | None]:
+    """Undo `_first_of`, in the cache too."""
+    if copies == 1:
+        return list(tensors)
+    cache.batch_repeat_interleave(copies)
+    return [None if tensor is None else tensor.repeat_interleave(copies, dim=0) for tensor in tensors]
 
 
 def fused_class(is_encoder_decoder: bool) -> type[TCopilotModel]:
