@@ -106,7 +106,7 @@ BAD = {  # overrides, and what the message must say: key, value and the way out
     "unsupported family": (["pilot.path=<gpt2>"], ["'gpt2' is not supported", "llama"]),
     "unsupported donor": (["copilot.path=<gpt2>"], ["copilot", "'gpt2' is not supported", "llama"]),
     "donor of another family": (["copilot.path=<llama>"], ["copilot.path=<llama>", "t5", "same family"]),
-    "donor of another vocabulary": ([*LLAMA, "copilot.path=<llama>"], ["<llama>", "99 tokens", "same family and voc"]),
+    "donor of another vocabulary": ([*LLAMA, "copilot.path=<llama>"], ["<llama>", "99 tokens", "same family and tok"]),
     "an argument that nobody takes": (["+data.rows=5"], ["data", "'rows'"]),
     "a value left open": (["pilot.path=???"], ["pilot.path is not set", "pilot.path=<value>"]),
 }

@@ -57,6 +57,25 @@ def test_the_body_starts_from_the_donors_first_layers_name_by_name(tiny_pilot, f
     assert not any(name.startswith(expected.replace("2", "3")) for name in own)
 
 
+@pytest.mark.parametrize("rows", [-2, 3])
+@pytest.mark.parametrize("head", ["linear", "soft"])
+def test_a_donor_with_other_padding_rows_reads_the_pilots_tokens(tiny_pilot, randomise, teacher_forced, head, rows):
+    pilot = tiny_pilot("qwen2")
+    vocab = pilot.config.vocab_size
+    donor, tokens = tiny_pilot("qwen2", seed=7, width=16, vocab_size=vocab + rows), vocab - 4
+    copilot = Copilot.from_pilot(pilot, layers=2, donor=donor, head=head, tokens=tokens)
+    given = donor.get_input_embeddings().weight
+    assert copilot.error_in.shape == (vocab, 16)
+    assert torch.equal(copilot.error_in[:tokens], given[:tokens])
+    assert copilot.error_in[vocab + rows :].abs().sum() == 0
+    _, corrections, _ = teacher_forced(pilot, randomise(copilot))
+    assert corrections.shape[-1] == vocab
+    assert corrections.isfinite().all()
+    for size in (None, vocab + rows + 1):
+        with pytest.raises(ValueError, match="share the vocabulary"):
+            Copilot.from_pilot(pilot, layers=2, donor=donor, tokens=size)
+
+
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_the_copilots_weights_are_its_own(tiny_pilot, family):
     pilot = tiny_pilot(family)

@@ -122,6 +122,7 @@ class Copilot(nn.Module):
         donor: PreTrainedModel | None = None,
         error_input: str = "embedding",
         train_error_input: bool = True,
+        tokens: int | None = None,
         **options: Any,
     ) -> "Copilot":
         """Build a Copilot for a Pilot, from the Pilot's own decoder or from another checkpoint of its family.
@@ -132,6 +133,8 @@ class Copilot(nn.Module):
             donor: another model of the family with the same vocabulary, of any width (the paper's small Copilots).
             error_input: start of the map that reads ℓ: `embedding` (Eᵀℓ) or `normal` (N(0, 1)).
             train_error_input: whether that map is trained. Keep it frozen with LoRA.
+            tokens: size of the tokenizer that both share. Needed where their matrices differ in padding rows, as
+                those of Qwen2.5-7B (152,064) and Qwen2.5-0.5B (151,936) do; the Copilot takes the Pilot's rows.
             **options: fields of `CopilotConfig`.
 
         Raises:
@@ -141,7 +144,8 @@ class Copilot(nn.Module):
         donor = pilot if donor is None else donor
         families.check_family(donor.config)
         vocab, donor_vocab = (m.get_input_embeddings().num_embeddings for m in (pilot, donor))
-        if vocab != donor_vocab or donor.config.model_type != pilot.config.model_type:
+        same = vocab == donor_vocab or (tokens is not None and tokens <= min(vocab, donor_vocab))
+        if not same or donor.config.model_type != pilot.config.model_type:
             raise ValueError(
                 f"Pilot ({pilot.config.model_type}, {vocab} tokens) and Copilot ({donor.config.model_type}, "
                 f"{donor_vocab} tokens) must be of one family and share the vocabulary; choose another copilot.path"
@@ -149,13 +153,14 @@ class Copilot(nn.Module):
         if error_input not in ("embedding", "normal"):
             raise ValueError(f"copilot.error_input={error_input!r} is neither 'embedding' nor 'normal'")
         body_config = families.decoder_config(donor.config, layers)
-        embeddings_VC, output = families.input_embeddings(donor), donor.get_output_embeddings().weight
+        matrices = (families.input_embeddings(donor), donor.get_output_embeddings().weight)
+        embeddings_VC, output_VC = (_with_rows(matrix.detach(), vocab) for matrix in matrices)
         frozen = error_input == "embedding" and not train_error_input
         config = CopilotConfig(
             body={**body_config.to_dict(), "model_type": body_config.model_type},
             pilot_width=pilot.config.hidden_size,
             vocab_size=vocab,
-            tied=frozen and torch.equal(embeddings_VC, output),
+            tied=frozen and torch.equal(embeddings_VC, output_VC),
             **options,
         )
         copilot = cls(config)
@@ -166,7 +171,7 @@ class Copilot(nn.Module):
             # At 0 the gradient through the first norm would be enormous, and clipping would stop all else.
             copilot.start.normal_(std=copilot.error_in.std().item())
             if hasattr(copilot, "unembedding"):
-                copilot.unembedding.copy_(output)
+                copilot.unembedding.copy_(output_VC)
         copilot.error_in.requires_grad_(train_error_input)
         return copilot
 
@@ -260,6 +265,11 @@ class Copilot(nn.Module):
                 f"no layer would read the log; use copilot.layers=2 or more, or copilot.pattern=2"
             )
         return layers
+
+
+def _with_rows(matrix_VC: Tensor, rows: int) -> Tensor:
+    """Cut padding rows off, or add rows of zeros."""
+    return torch.nn.functional.pad(matrix_VC[:rows], (0, 0, 0, max(0, rows - len(matrix_VC))))
 
 
 class _LogInput(nn.Module):

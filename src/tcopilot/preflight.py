@@ -17,6 +17,7 @@ from tcopilot import families
 from tcopilot.adapters import Lora
 from tcopilot.checks import is_whole
 from tcopilot.data.module import TCopilotDataModule
+from tcopilot.evaluation.recommendation import ranking_problems
 from tcopilot.mistake_log import MistakeLog
 from tcopilot.pilot import ModelSource, ModelSourceError
 
@@ -58,24 +59,23 @@ def donor_problems(pilot: ModelSource, donor: ModelSource, tokenizer: PreTrained
     the checkpoint comes with a tokenizer, its words must be the Pilot's too.
     """
     ours, theirs = pilot.model_config, donor.model_config
-    if (ours.model_type, ours.vocab_size) != (theirs.model_type, theirs.vocab_size):
+    try:
+        words = donor.tokenizer().get_vocab()
+    except ModelSourceError:
+        words = None
+    fits = len(tokenizer) <= theirs.vocab_size if words else ours.vocab_size == theirs.vocab_size
+    if ours.model_type != theirs.model_type or not fits:
         return [
             f"copilot.path={donor.path}: {theirs.model_type} with {theirs.vocab_size} tokens cannot read a "
             f"{ours.model_type} Pilot with {ours.vocab_size} tokens; choose a checkpoint of the same family and "
-            f"vocabulary"
+            f"tokenizer"
         ]
-    try:
-        same = donor.tokenizer().get_vocab() == tokenizer.get_vocab()
-    except ModelSourceError:
-        return []
-    return (
-        []
-        if same
-        else [
-            f"copilot.path={donor.path}: its tokenizer has other words than the Pilot's, though as many; choose a "
-            f"checkpoint with the Pilot's tokenizer"
+    if words and words != tokenizer.get_vocab():
+        return [
+            f"copilot.path={donor.path}: its tokenizer has other words than the Pilot's; choose a checkpoint with the "
+            f"Pilot's tokenizer (the matrices may differ in padding rows)"
         ]
-    )
+    return []
 
 
 def copilot_layers(layers: int | float | None, depth: int) -> int | None:
@@ -98,6 +98,7 @@ def data_problems(cfg: DictConfig, pilot: PreTrainedConfig, data: TCopilotDataMo
             for name in data.benchmark_names
             if f"{name}/{split}" not in summary
         ]
+    problems += _answer_problems(cfg, data)
     longest = {part: int(max(split[f"{part}_max"] for split in summary.values())) for part in ("source", "target")}
     needed = max(longest.values()) if pilot.is_encoder_decoder else sum(longest.values())
     limit = getattr(pilot, "max_position_embeddings", None)
@@ -143,6 +144,22 @@ def log_bytes(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModule, log
     rounds = min(log.capacity_rounds, data.total_rounds)
     total = int(record * data.batch_size * rounds)
     return total if log.max_bytes is None else min(total, log.max_bytes)
+
+
+def _answer_problems(cfg: DictConfig, data: TCopilotDataModule) -> list[str]:
+    """Benchmarks that the modes of the evaluation cannot answer."""
+    problems = []
+    for name, task in data.benchmarks.items():
+        if task.catalogue is not None:
+            rows = (row for split in ("validation", "test") for row in data.evaluation_rows(split, name))
+            most_seen = max(len(row["seen"]) for row in rows)
+            problems += ranking_problems(name, task, cfg.evaluation.ranking, cfg.evaluation.ranking_beams, most_seen)
+        elif "generation" not in cfg.evaluation.modes and not data.has_options(name):
+            problems.append(
+                f"evaluation.modes={list(cfg.evaluation.modes)}: {name} has no options whose likelihoods could be "
+                f"compared; add generation"
+            )
+    return problems
 
 
 def _adapter_problems(cfg: DictConfig, key: str, config: PreTrainedConfig) -> list[str]:
