@@ -2,19 +2,49 @@ from pathlib import Path
 
 import hydra
 import pytest
+import yaml
 from hydra.utils import instantiate
 
-from tcopilot.data import DataError, ExactMatch, MultipleChoice, NumberAnswer
+from tcopilot.data import DataError, ExactMatch, LetteredOptions, MultipleChoice, NumberAnswer, YesNo
 from tcopilot.data.streams import open_split
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 CONFIGS = sorted(path.stem for path in (ROOT / "configs" / "data").glob("*.yaml"))
+MIXTURES = {
+    "commonsense": ["piqa", "winogrande", "hellaswag", "boolq", "siqa", "openbookqa"],
+    "arithmetic": ["aqua", "gsm8k", "mawps", "svamp"],
+}
+# Test rows whose gold target is wrong under the lenient reading, by number from 1. AQuA: that reading takes the first
+# capital A to E of the text, and these rows' rationales have another one than the answer's.
+AQUA_LENIENT = """
+    1 2 4 5 6 7 8 10 13 14 15 17 18 19 20 21 23 24 25 26 29 31 33 34 35 37 39 43 45 46 47 49 50 54 55 56 57 59 60 61
+    62 63 64 65 66 67 70 72 74 75 76 77 78 80 81 83 85 86 87 89 90 92 94 97 99 102 104 105 106 107 108 109 111 112
+    114 115 116 117 118 120 121 122 123 125 126 127 128 129 130 134 135 136 138 140 142 143 144 145 146 147 149 152
+    155 156 157 158 159 160 161 162 163 166 167 171 173 174 175 176 177 178 179 180 181 182 186 188 190 191 192 193
+    194 195 199 201 202 203 204 205 206 207 208 209 210 213 214 216 217 220 221 222 223 224 225 226 228 231 232 235
+    238 239 240 241 242 245 246 249 250 251
+"""
+WRONG_WHEN_LENIENT = {"aqua": [int(number) for number in AQUA_LENIENT.split()]}
 
 
 def choice(**settings) -> MultipleChoice:
     columns = {"question_column": "q", "option_columns": ["o"], "label_column": "l", "label": "letter"}
     return MultipleChoice(name="choice", **(columns | settings))
+
+
+def true_false() -> YesNo:
+    return YesNo(name="yes", question_column="q", label_column="l")
+
+
+def number(**settings) -> NumberAnswer:
+    columns = {"prompt": "{q}", "target": " {reasoning}\n#### {number}", "answer_column": "a"}
+    return NumberAnswer(name="n", **(columns | settings))
+
+
+def lettered(**settings) -> LetteredOptions:
+    columns = {"question_column": "q", "options_column": "o", "label_column": "l", "option_count": 2}
+    return LetteredOptions(name="lettered", **(columns | settings))
 
 
 def compose(name: str, *overrides: str):
@@ -44,38 +74,179 @@ def test_labels_count_as_the_config_says(kind, label):
     assert choice(label=kind).render({"q": "?", "o": ["a", "b"], "l": label}).answer == "answer2"
 
 
-@pytest.mark.parametrize(("kind", "label"), [("letter", "C"), ("letter", ""), ("one_based", "0"), ("zero_based", "x")])
-def test_labels_out_of_range_are_refused(kind, label):
-    with pytest.raises(DataError, match="of 2 options"):
+@pytest.mark.parametrize(
+    ("kind", "label", "expected"),
+    [
+        ("letter", "C", "A to B"),
+        ("letter", "", "A to B"),
+        ("letter", "ß", "A to B"),
+        ("one_based", "0", "1 to 2"),
+        ("one_based", True, "1 to 2"),
+        ("zero_based", "x", "0 to 1"),
+        ("zero_based", "²", "0 to 1"),
+        ("zero_based", -1, "0 to 1"),
+        ("zero_based", None, "0 to 1"),
+    ],
+)
+def test_unknown_labels_are_refused_with_what_was_expected(kind, label, expected):
+    with pytest.raises(DataError, match=f"l is {label!r}, expected {expected} .*of 2 options"):
         choice(label=kind).render({"q": "?", "o": ["a", "b"], "l": label})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["a", "b"], r"o gives 2 options \['a', 'b'\], expected 3"),
+        (["a", "b", None], "o is .*None.*expected a text or a list of texts"),
+        (None, "o is None, expected a text or a list of texts"),
+        ({"text": "a"}, "expected a text or a list of texts"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(DataError, match=message):
+        choice(option_count=3).render({"q": "?", "o": options, "l": "A"})
+
+
+def test_one_option_is_no_choice():
+    with pytest.raises(DataError, match="expected at least 2"):
+        choice().render({"q": "?", "o": ["a"], "l": "A"})
+
+
+@pytest.mark.parametrize("value", [None, ["a"], {"text": "a"}])
+def test_a_text_column_must_hold_a_text(value):
+    with pytest.raises(DataError, match=r"q is .*expected a text"):
+        choice().render({"q": value, "o": ["a", "b"], "l": "A"})
+
+
+def test_a_column_of_a_template_must_not_be_null():
+    with pytest.raises(DataError, match="q is null or missing, expected a text"):
+        number().render({"q": None, "a": "1"})
+
+
+def test_options_are_all_targets_of_the_row_and_the_gold_one_is_among_them():
+    example = choice(option_name="ending").render({"q": "?", "o": ["a", "b", "c"], "l": "B"})
+    assert example.options == tuple(f" the correct answer is ending{n}" for n in (1, 2, 3))
+    assert example.target == example.options[1]
+    example = true_false().render({"q": "?", "l": False})
+    assert example.options == (" the correct answer is true", " the correct answer is false")
+    assert example.target == example.options[1]
+    assert number().render({"q": "?", "a": 1}).options == ()
+    assert lettered().render({"q": "?", "o": ["A)a", "B)b"], "l": "A"}).options == ()
+
+
+def test_a_heading_is_left_out_where_it_is_empty():
+    row = {"q": "text", "o": ["a", "b"], "l": "A"}
+    benchmark = choice(heading_column="h")
+    assert benchmark.columns == ["h", "q", "o", "l"]
+    for heading, start in (("Top", "Top: text"), ("", "text"), (" ", "text"), (None, "text")):
+        assert benchmark.render(row | {"h": heading}).prompt.startswith(f"Question: {start}\n")
+
+
+def test_scores_name_both_readings_and_whether_there_was_an_answer():
+    benchmark = choice(option_count=2)
+    assert benchmark.metrics == ("accuracy", "accuracy_lenient", "no_answer")
+    texts = {
+        " the correct answer is answer2": (1, 1, 0),
+        " the correct answer is answer1": (0, 0, 0),
+        "answer2": (0, 1, 1),
+        "answer1, no: the correct answer is answer2": (1, 0, 0),
+        "the correct answer is answer2 or answer1": (0, 1, 1),
+        "": (0, 0, 1),
+    }
+    for text, values in texts.items():
+        assert benchmark.score(text, "answer2") == dict(zip(benchmark.metrics, values, strict=True))
+        assert list(benchmark.score(text, "answer2")) == list(benchmark.metrics)
+    assert ExactMatch(name="e").metrics == ("accuracy",)
+    assert ExactMatch(name="e").score("a", "a") == {"accuracy": 1}
+
+
+def test_the_answer_sentence_is_the_targets_own():
+    benchmark = choice(target=" I choose {answer}, thanks")
+    assert benchmark.extract("I choose answer1, thanks") == "answer1"
+    assert benchmark.extract("the correct answer is answer1") is None
+    assert choice(target=" {answer}").extract("answer1") == "answer1"
+
+
+@pytest.mark.parametrize("label", ["true", 1, None, "yes"])
+def test_a_label_that_is_no_boolean_is_refused(label):
+    with pytest.raises(DataError, match=f"l is {label!r}, expected a boolean"):
+        true_false().render({"q": "?", "l": label})
+
+
+def test_lettered_options_are_set_apart_from_their_letters():
+    benchmark = lettered(reasoning_column="r")
+    example = benchmark.render({"q": "?", "o": ["A)a", "B) b"], "l": "B", "r": " Easy. "})
+    assert example[:3] == ("Question: ?\nA) a\nB) b\nAnswer:", " Easy.\n#### B", "B")
+    assert benchmark.columns == ["q", "o", "l", "r"]
+    assert benchmark.score("Easy.\n#### B", "B") == {"accuracy": 1, "accuracy_lenient": 1, "no_answer": 0}
+    assert benchmark.score("An easy one.\n#### B", "B") == {"accuracy": 1, "accuracy_lenient": 0, "no_answer": 0}
+    assert benchmark.score("B", "B") == {"accuracy": 0, "accuracy_lenient": 1, "no_answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"l": "C"}, "l is 'C', expected a letter A to B"),
+        ({"l": 1}, "l is 1, expected a letter A to B"),
+        ({"l": ""}, "l is '', expected a letter A to B"),
+        ({"o": ["A)a", "C)b"]}, r"o has 'C\)b', expected it to begin with 'B\)'"),
+        ({"o": ["A)a"]}, "o gives 1 options"),
+        ({"r": None}, "r is None, expected a text"),
+    ],
+)
+def test_lettered_options_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(DataError, match=message):
+        lettered(reasoning_column="r").render({"q": "?", "o": ["A)a", "B)b"], "l": "A", "r": "x"} | change)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: choice(target=" two"), "lacks '{answer}'"),
+        (lambda: number(target=" {number}"), "lacks '####'"),
+        (lambda: number(target=" ####"), "lacks '{number}'"),
+        (lambda: lettered(target=" {answer}"), "lacks '####'"),
+    ],
+)
+def test_targets_that_could_never_be_right_are_refused(make, message):
+    with pytest.raises(DataError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("label", [145, 145.0, "145", "145.0", "145.00 "])
+def test_numbers_may_be_numbers_or_texts(label):
+    example = number().render({"q": "?", "a": label})
+    assert example[:3] == ("?", " \n#### 145", "145")
+
+
+def test_numbers_are_compared_with_a_tolerance_under_both_readings():
+    benchmark = number()
+    gold = benchmark.render({"q": "?", "a": "0.6666666666666666"}).answer
+    assert benchmark.score("#### 0.667", gold) == {"accuracy": 1, "accuracy_lenient": 1, "no_answer": 0}
+    assert benchmark.score("#### 0.66", gold) == {"accuracy": 0, "accuracy_lenient": 0, "no_answer": 0}
+    assert benchmark.score("0.667", gold) == {"accuracy": 0, "accuracy_lenient": 1, "no_answer": 1}
+    assert benchmark.correct("#### 0.667", gold)
+
+
 def test_number_answers_split_reasoning_from_number_and_drop_notes():
-    benchmark = NumberAnswer(
-        name="n",
-        prompt="{q}",
-        target=" {reasoning}\n#### {number}",
-        answer_column="a",
-        split_on="####",
-        remove="<<.*?>>",
-    )
+    benchmark = number(split_on="####", remove="<<.*?>>")
     example = benchmark.render({"q": "?", "a": "2*600=<<2*600=1200>>1200\n#### 1,200"})
-    assert example == ("?", " 2*600=1200\n#### 1200", "1200")
+    assert example[:3] == ("?", " 2*600=1200\n#### 1200", "1200")
     assert benchmark.columns == ["q", "a"]
     assert benchmark.correct("well #### 1,200.0 dollars", example.answer)
     assert not benchmark.correct("1200", example.answer)
 
 
 def test_a_number_answer_without_a_number_is_refused():
-    benchmark = NumberAnswer(name="n", prompt="{q}", target="#### {number}", answer_column="a")
-    with pytest.raises(DataError, match="gives no number"):
-        benchmark.render({"q": "?", "a": "many"})
+    for label in ("many", "nan", ""):
+        with pytest.raises(DataError, match=f"a is '{label}', which gives no number; expected one"):
+            number().render({"q": "?", "a": label})
 
 
 def test_exact_match_ignores_white_space_only():
     benchmark = ExactMatch(name="e", target=" {target}")
     example = benchmark.render({"prompt": "p", "target": "v 1"})
-    assert example == ("p", " v 1", "v 1")
+    assert example[:3] == ("p", " v 1", "v 1")
     assert benchmark.correct("v  1\n", example.answer)
     assert not benchmark.correct("V 1", example.answer)
     assert not benchmark.correct("", example.answer)
@@ -84,7 +255,7 @@ def test_exact_match_ignores_white_space_only():
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "base"])
 def test_every_data_config_composes_and_instantiates(name):
     module = instantiate(compose(name))
-    assert module.benchmark_names == [name]
+    assert module.benchmark_names == MIXTURES.get(name, [name])
     assert type(module.benchmarks) is dict
     assert module.rounds == 2
 
@@ -95,12 +266,41 @@ def test_a_mixture_is_a_list_of_data_configs():
     assert module.weights == {"gsm8k": 1, "openbookqa": 2}
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "openbookqa"])
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_every_gold_target_of_the_real_rows_is_correct(name, split):
-    if not (SHARED / name).is_dir():
-        pytest.skip(f"no local copy of {name}")
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_mixtures_of_the_paper_are_built_from_the_single_configs(name):
+    mixture = compose(name)
+    assert list(mixture.weights) == MIXTURES[name]
+    assert (mixture.batch_size, mixture.max_source_length, mixture.max_target_length) == (16, 256, 256)
+    for part in MIXTURES[name]:
+        single = compose(part)
+        assert mixture.benchmarks[part] == single.benchmarks[part]
+        assert (single.batch_size, single.max_source_length, single.overflow) == (16, 256, "truncate")
+
+
+def test_the_example_of_options_in_jsonl_yaml_works(tmp_path):
+    lines = (ROOT / "configs" / "data" / "jsonl.yaml").read_text().splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith("#   benchmarks:"))
+    rest = lines[first : next(n for n, line in enumerate(lines) if n > first and not line.startswith("#  "))]
+    settings = yaml.safe_load("\n".join(line.removeprefix("#") for line in rest))["benchmarks"]["mine"]
+    row = next(line for line in lines if '"query"' in line)
+    row = yaml.safe_load(row[row.index("{") : row.index("}") + 1])
+    example = instantiate(settings).render(row)
+    assert example.prompt == (
+        "Question: Which is a fruit?\nanswer1: fig\nanswer2: fog\nReply with one of answer1/answer2.\nReply:"
+    )
+    assert example.target == " the correct answer is answer1"
+
+
+@pytest.mark.parametrize("name", [name for parts in MIXTURES.values() for name in parts])
+def test_every_gold_target_of_the_real_rows_is_correct(name):
     benchmark = instantiate(compose(name)).benchmarks[name]
-    examples = [benchmark.render(row) for row in open_split(benchmark, split, SHARED)]
-    assert len(examples) >= 500
-    assert [e for e in examples if not benchmark.correct(e.target, e.answer) or not e.prompt.strip()] == []
+    if not (SHARED / (benchmark.folder or name)).is_dir():
+        pytest.skip(f"no local copy of {name}")
+    for split in ("train", "test"):
+        examples = [benchmark.render(row) for row in open_split(benchmark, split, SHARED)]
+        scores = [benchmark.score(example.target, example.answer) for example in examples]
+        assert len(examples) >= 238
+        assert [e for e in examples if not e.prompt.strip() or (e.options and e.target not in e.options)] == []
+        assert {(score["accuracy"], score["no_answer"]) for score in scores} == {(1.0, 0.0)}
+    lenient = [number for number, score in enumerate(scores, start=1) if not score["accuracy_lenient"]]
+    assert lenient == WRONG_WHEN_LENIENT.get(name, [])

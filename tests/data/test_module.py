@@ -1,4 +1,5 @@
 import json
+import logging
 from itertools import chain
 from types import SimpleNamespace
 
@@ -26,6 +27,16 @@ def local(folder, rows=40, splits=("train", "test"), **settings) -> TCopilotData
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
     benchmark = ExactMatch(name="mine", target=" {target}")
     return TCopilotDataModule({"mine": benchmark}, path=folder, **({"batch_size": 8, "rounds": 12} | settings))
+
+
+def with_bad_rows(folder, bad=(11, 13), **settings) -> TCopilotDataModule:
+    data = local(folder, splits=("train", "validation", "test"), **settings)
+    for split in ("train", "test"):
+        lines = (folder / f"{split}.jsonl").read_text().splitlines()
+        for number in bad:
+            lines[number - 1] = '{"prompt": null, "target": "7"}'
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return data
 
 
 def prepared(data: TCopilotDataModule) -> TCopilotDataModule:
@@ -143,7 +154,8 @@ def test_validation_covers_all_benchmarks_in_order_and_ranks_share_it():
 
 def test_evaluation_rows_hold_ids_and_texts():
     row = module().evaluation_rows("test", "word_problems")[0]
-    assert sorted(row) == ["answer", "benchmark", "id", "length", "prompt", "source_ids", "target", "target_ids"]
+    texts = ["answer", "options", "prompt", "seen", "target"]
+    assert sorted(row) == sorted([*texts, "benchmark", "id", "length", "source_ids", "target_ids"])
     with pytest.raises(DataError, match="no rows of gsm8k test"):
         module().evaluation_rows("test", "gsm8k")
 
@@ -207,6 +219,55 @@ def test_dropped_rows_are_in_the_summary(tmp_path):
     assert (train["rows"], train["dropped"], train["target_max"]) == (10, 10, 3)
 
 
+def test_a_bad_row_stops_and_names_benchmark_file_row_and_what_was_expected(tmp_path):
+    with pytest.raises(DataError, match=r"mine, .*train\.jsonl, row 11: prompt is None, expected a text"):
+        prepared(with_bad_rows(tmp_path))
+
+
+def test_bad_rows_can_be_skipped_counted_and_logged(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        data = prepared(with_bad_rows(tmp_path, on_error="skip", bad=(2, 3, 4, 5)))
+    assert {key: part["skipped"] for key, part in data.summary().items()} == {
+        "mine/train": 4,
+        "mine/validation": 0,
+        "mine/test": 4,
+    }
+    assert (data.train_rows, len(data.evaluation_rows("test", "mine"))) == (36, 36)
+    assert [row["id"] for row in data.evaluation_rows("test", "mine")][:2] == [0, 5]
+    assert len(data.skipped["mine"]) == 8
+    assert data.skipped["mine"][0] == f"mine, {tmp_path}/train.jsonl, row 2: prompt is None, expected a text"
+    assert "mine/train: skipped 4 of 40 rows, such as\nmine, " in caplog.text
+    assert "row 4" in caplog.text
+    assert "row 5" not in caplog.text
+
+
+def test_bad_rows_of_a_stream_can_be_skipped(tmp_path, caplog):
+    data = prepared(with_bad_rows(tmp_path, on_error="skip", streaming=True))
+    with caplog.at_level(logging.WARNING):
+        seen = {row for batch in ids(data.train_dataloader()) for row in batch}
+    assert seen == set(range(40)) - {10, 12}
+    assert "row 11: prompt is None" in caplog.text
+
+
+def test_a_split_of_bad_rows_only_is_refused_even_if_they_may_be_skipped(tmp_path):
+    with pytest.raises(
+        DataError, match=r"train\.jsonl, no row is left: 40 were skipped, the first since row 1: prompt"
+    ):
+        prepared(with_bad_rows(tmp_path, on_error="skip", bad=range(1, 41)))
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", r"mine: .*test\.jsonl: no rows"), ('{"prompt": "a"}', r"mine: .*test\.jsonl: row 1 has no column 'target'")],
+)
+def test_files_without_rows_or_columns_are_refused_always(tmp_path, on_error, text, message):
+    data = local(tmp_path, on_error=on_error)
+    (tmp_path / "test.jsonl").write_text(text)
+    with pytest.raises(DataError, match=message):
+        prepared(data)
+
+
 def test_a_bad_row_of_a_stream_is_refused_when_it_is_read(tmp_path):
     data = prepared(local(tmp_path, splits=("train", "validation", "test"), streaming=True, max_source_length=13))
     assert len(ids(data.train_dataloader())) == 12
@@ -224,6 +285,7 @@ def test_the_vocabulary_is_the_union_of_the_tasks_words_and_unknown_for_other_da
     ("settings", "message"),
     [
         ({"weights": {"other": 1}}, "data.weights names"),
+        ({"on_error": "ignore"}, "stop or skip, got 'ignore'"),
         ({"streaming": True, "rounds": None, "epochs": 1}, "give data.rounds"),
     ],
 )

@@ -1,7 +1,7 @@
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from tcopilot.data import DataError, ExactMatch, word_tokenizer
+from tcopilot.data import DataError, ExactMatch, MultipleChoice, YesNo, byte_tokenizer, word_tokenizer
 from tcopilot.data.prepare import RowPreparer
 
 BENCHMARK = ExactMatch(name="mine")
@@ -36,6 +36,8 @@ def test_ids_are_unique_across_benchmarks_and_texts_are_kept_for_evaluation():
     row = next(RowPreparer(framed_tokenizer(), "left")(ROWS[1:], BENCHMARK, 1, 2, False, print))
     assert (row["id"], row["benchmark"], row["length"]) == (3, 1, 6)
     assert (row["prompt"], row["target"], row["answer"]) == ("a", "b c d", "b c d")
+    assert (row["options"], row["seen"]) == ((), ())
+    assert "option_ids" not in row
 
 
 def test_error_names_row_length_and_limit():
@@ -74,3 +76,80 @@ def test_an_empty_text_is_refused(column):
 def test_an_unknown_overflow_is_refused():
     with pytest.raises(DataError, match="error, drop or truncate"):
         prepare(overflow="shrink")
+
+
+def choice_rows(rows, training=False, skips=False, **limits):
+    columns = {"question_column": "q", "option_columns": ["o"], "label_column": "l", "label": "letter"}
+    benchmark = MultipleChoice(name="mine", target=" {answer}", **columns)
+    preparer, complaints, skipped = RowPreparer(byte_tokenizer(), "left", **limits), [], []
+    numbered = enumerate(rows)
+    found = list(preparer(numbered, benchmark, 0, 1, training, complaints.append, skipped.append if skips else None))
+    return found, complaints, skipped
+
+
+CHOICE = {"q": "Why?", "o": ["so", "thus"], "l": "B"}
+
+
+def test_evaluation_rows_hold_options_tokenised_as_targets_are():
+    (row,), _, _ = choice_rows([CHOICE])
+    assert row["options"] == (" answer1", " answer2")
+    assert row["option_ids"][1] == row["target_ids"]
+    assert byte_tokenizer().decode(row["option_ids"][0][:-1]) == " answer1"
+    assert {ids[-1] for ids in row["option_ids"]} == {byte_tokenizer().eos_token_id}
+
+
+def test_training_rows_stay_lean():
+    (row,), _, _ = choice_rows([CHOICE], training=True)
+    assert sorted(row) == ["benchmark", "id", "length", "source_ids", "target_ids"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_target_that_is_an_option_is_refused_and_never_cut(training):
+    limits = {"max_target_length": 8, "overflow": "truncate"}
+    rows, complaints, skipped = choice_rows([CHOICE], training, skips=True, **limits)
+    assert (rows, skipped) == ([], [])
+    assert complaints[0].startswith("row 1: the target has 9 tokens, data.max_target_length is 8; raise it")
+    assert "truncate" not in complaints[0]
+
+
+def test_an_option_that_is_longer_than_its_rows_target_is_refused():
+    benchmark = YesNo(name="mine", question_column="q", label_column="l", target="{answer}")
+    preparer, complaints = RowPreparer(byte_tokenizer(), "left", max_target_length=5, overflow="truncate"), []
+    assert list(preparer([(3, {"q": "?", "l": True})], benchmark, 0, 1, False, complaints.append)) == []
+    assert complaints == ["row 4: its longest option has 6 tokens, data.max_target_length is 5; raise it"]
+
+
+BAD = [
+    (CHOICE | {"l": "C"}, "l is 'C', expected A to B"),
+    (CHOICE | {"o": ["so"]}, "o gives 1 options"),
+    ({"q": "Why?", "o": ["so", "thus"]}, "no 'l' in the row"),
+    (CHOICE | {"q": None}, "q is None, expected a text"),
+    (CHOICE | {"q": "\ud800"}, "could not be rendered (UnicodeEncodeError"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD)
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_bad_row_is_named_and_the_others_stay(row, message, skips):
+    rows, complaints, skipped = choice_rows([CHOICE, row, CHOICE], skips=skips)
+    (complaint,) = skipped if skips else complaints
+    assert complaint.startswith(f"row 2: {message}")
+    assert (complaints if skips else skipped) == []
+    assert [row["id"] for row in rows] == [0, 2]
+
+
+def test_any_error_while_rendering_becomes_a_complaint():
+    class Careless(ExactMatch):
+        def render(self, row):
+            return row["prompt"] + 1
+
+    complaints = []
+    rows = list(RowPreparer(byte_tokenizer(), "left")(ROWS, Careless(name="c"), 0, 1, True, complaints.append))
+    assert rows == []
+    assert complaints[1].startswith("row 2: could not be rendered (TypeError: ")
+
+
+def test_overlong_rows_are_not_skipped_but_reported():
+    rows, complaints, skipped = choice_rows([CHOICE], skips=True, max_source_length=5)
+    assert (rows, skipped) == ([], [])
+    assert complaints[0].startswith("row 1: the prompt has")

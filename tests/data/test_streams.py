@@ -1,10 +1,11 @@
 from collections import Counter
+from dataclasses import dataclass
 
 import datasets
 import pytest
 
 from tcopilot.data import DataError, ExactMatch
-from tcopilot.data.streams import as_stream, mixture, open_split
+from tcopilot.data.streams import HubError, as_stream, mixture, open_split
 
 BENCHMARK = ExactMatch(name="mine", hub="someone/mine", splits={"train": "train", "test": "validation"})
 ROW = '{"prompt": "a", "target": "b"}\n'
@@ -65,6 +66,46 @@ def test_an_unreachable_hub_names_the_id_and_the_way_out(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(DataError, match=r"someone/mine.*split validation.*no network.*data\.path=<folder>"):
         open_split(BENCHMARK, "test", None)
+
+
+@dataclass(kw_only=True)
+class Pairs(ExactMatch):
+    """Halves of the lines of one file: the first for train, the others for everything else."""
+
+    def file(self, split: str) -> str:
+        return "pairs.jsonl"
+
+    def derive(self, split: str, rows):
+        rows = list(rows)
+        return rows[:1] if split == "train" else rows[1:]
+
+
+PAIRS = Pairs(name="pairs", splits={split: split for split in ("train", "validation", "test")})
+
+
+def test_splits_are_derived_from_the_file_that_the_benchmark_names(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(ROW + '{"prompt": "c", "target": "d"}')
+    train, validation, test = (list(open_split(PAIRS, split, tmp_path)) for split in PAIRS.splits)
+    assert train == [{"prompt": "a", "target": "b"}]
+    assert validation == test == [{"prompt": "c", "target": "d"}]
+
+
+@pytest.mark.parametrize("split", PAIRS.splits)
+def test_without_a_copy_on_the_hub_the_file_to_give_is_named(split):
+    with pytest.raises(
+        HubError, match=r"pairs: there is no copy on the Hub.*data\.path=<folder> that holds pairs\.jsonl,"
+    ):
+        open_split(PAIRS, split, None)
+    other = ExactMatch(name="mine", hub=None)
+    with pytest.raises(HubError, match=r"holds train\.jsonl and test\.jsonl, or a folder 'mine'"):
+        open_split(other, "train", None)
+
+
+def test_a_missing_file_of_all_splits_is_named(tmp_path):
+    with pytest.raises(
+        DataError, match=r"pairs\.jsonl does not exist \(found: \[\]\).*folder that holds pairs\.jsonl, or"
+    ):
+        open_split(PAIRS, "test", tmp_path)
 
 
 def test_our_split_names_map_to_the_hubs(monkeypatch):

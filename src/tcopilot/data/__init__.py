@@ -1,8 +1,9 @@
 """Data: benchmarks and built-in tasks, their rows as batches, and the answers in generated text."""
 
 from tcopilot.data.batch import Batch
-from tcopilot.data.benchmarks import Benchmark, DataError, ExactMatch, Example, MultipleChoice, NumberAnswer
+from tcopilot.data.benchmarks import Benchmark, DataError, ExactMatch, Example
 from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.data.kinds import LetteredOptions, MultipleChoice, NumberAnswer, YesNo
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.data.tasks import GeneratedTask
 from tcopilot.data.tokenizers import byte_tokenizer, word_tokenizer
@@ -14,10 +15,12 @@ __all__ = [
     "ExactMatch",
     "Example",
     "GeneratedTask",
+    "LetteredOptions",
     "MultipleChoice",
     "NumberAnswer",
     "PromptTargetCollator",
     "TCopilotDataModule",
+    "YesNo",
     "byte_tokenizer",
     "word_tokenizer",
 ]

@@ -1,18 +1,18 @@
 """What a benchmark is: where its rows are, how a row becomes prompt and target, how an answer is read and judged.
 
-A new benchmark of a known kind is one YAML under ``configs/data/``; a new kind is one class here.
+A new benchmark of a known kind is one YAML under ``configs/data/``; a new kind is one class, as those in ``kinds``.
 """
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from string import Formatter
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from tcopilot.data.answers import first_option, last_number, number_after, tidy
+from tcopilot.data.answers import tidy
 
 Row = Mapping[str, Any]
 SPLITS = ("train", "validation", "test")
@@ -29,6 +29,10 @@ class Example(NamedTuple):
     target: str
     answer: str
     """The gold answer, in the form in which ``Benchmark.extract`` returns a predicted one."""
+    options: tuple[str, ...] = ()
+    """Every target that the row allows, ``target`` among them; empty where answers are open."""
+    seen: tuple[int, ...] = ()
+    """Places in ``Benchmark.catalogue`` that are no answer, since the user has them already."""
 
 
 @dataclass(kw_only=True)
@@ -90,13 +94,33 @@ class Benchmark(ABC):
     @property
     def columns(self) -> list[str]:
         """List the columns that every row must have: those of the templates and those the kind reads."""
-        fields = [name for text in (self.prompt, self.target) for _, name, _, _ in Formatter().parse(text) if name]
-        read = [*(name for name in fields if name not in self.words), *self._paths()]
-        return list(dict.fromkeys(path.split(".")[0] for path in read))
+        return list(dict.fromkeys(path.split(".")[0] for path in (*self._fields, *self._paths())))
 
     def builtin_rows(self, split: str) -> list[dict[str, str]] | None:
         """Return the rows of a split if the benchmark makes them itself; None if they are to be read."""
         return None
+
+    def file(self, split: str) -> str:
+        """Name the file of a split inside a local copy."""
+        return f"{split}.jsonl"
+
+    def derive(self, split: str, rows: Iterable[Row]) -> Iterable[Row]:
+        """Make a split's rows from those of its file; a benchmark whose file holds them just hands them on."""
+        return rows
+
+    @property
+    def catalogue(self) -> Sequence[str] | None:
+        """List every possible target, for benchmarks that rank all of them; None for the others."""
+        return None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Name the figures of ``score``; λ is chosen by the first."""
+        return (self.metric,)
+
+    def score(self, prediction: str, answer: str) -> dict[str, float]:
+        """Judge a generated text: one value for each of ``metrics``, higher is better unless its name says not."""
+        return {self.metric: float(self.correct(prediction, answer))}
 
     @abstractmethod
     def render(self, row: Row) -> Example:
@@ -118,8 +142,17 @@ class Benchmark(ABC):
         """Name the columns read besides those of the templates; ``a.b`` is key b of column a."""
         return ()
 
+    @cached_property
+    def _fields(self) -> list[str]:
+        """List what the templates read from the row itself."""
+        fields = [name for text in (self.prompt, self.target) for _, name, _, _ in Formatter().parse(text) if name]
+        return [name for name in fields if name not in self.words]
+
     def _example(self, row: Row, answer: str, /, **words: str) -> Example:
         values = {**row, **words}
+        for name in self._fields:
+            if values.get(name.split(".")[0]) is None:
+                raise DataError(f"{name} is null or missing, expected a text")
         return Example(self.prompt.format(**values), self.target.format(**values), answer)
 
 
@@ -136,7 +169,7 @@ class ExactMatch(Benchmark):
 
     def render(self, row: Row) -> Example:
         """Fill the templates with the two columns; the answer is the tidied target."""
-        prompt, target = str(lookup(row, self.prompt_column)), str(lookup(row, self.target_column))
+        prompt, target = text_at(row, self.prompt_column), text_at(row, self.target_column)
         example = self._example(row, "", prompt=prompt, target=target)
         return example._replace(answer=tidy(example.target) or "")
 
@@ -146,106 +179,6 @@ class ExactMatch(Benchmark):
 
     def _paths(self) -> Sequence[str]:
         return self.prompt_column, self.target_column
-
-
-@dataclass(kw_only=True)
-class MultipleChoice(Benchmark):
-    """Ask for one of several options by the name ``answer<number>``, counted from 1.
-
-    Template words: ``question``; ``options``, a line ``answer1: …`` for each; ``names``, ``answer1/answer2/…``;
-    ``answer``, the gold name.
-
-    Attributes:
-        question_column: Column of the question, or a path such as ``question.stem``.
-        option_columns: Columns or paths, each of one option (str) or of a list of them, in order.
-        label_column: Column or path of the gold option.
-        label: How the label counts: ``zero_based`` or ``one_based`` (int or digits), or ``letter`` (A is the first).
-    """
-
-    words: ClassVar[frozenset[str]] = frozenset({"question", "options", "names", "answer"})
-
-    prompt: str = "Question: {question}\n{options}\nReply with one of {names}.\nReply:"
-    target: str = " the correct answer is {answer}"
-    question_column: str
-    option_columns: list[str]
-    label_column: str
-    label: Literal["zero_based", "one_based", "letter"]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.label not in ("zero_based", "one_based", "letter"):
-            raise DataError(f"{self.name}: label is zero_based, one_based or letter, got {self.label!r}")
-
-    def render(self, row: Row) -> Example:
-        """Name the options and the gold one."""
-        values = [lookup(row, path) for path in self.option_columns]
-        options = [str(o) for value in values for o in ([value] if isinstance(value, str) else value)]
-        gold = self._index(lookup(row, self.label_column), len(options))
-        names = [f"answer{number}" for number in range(1, len(options) + 1)]
-        return self._example(
-            row,
-            names[gold],
-            question=str(lookup(row, self.question_column)).strip(),
-            options="\n".join(f"{name}: {option.strip()}" for name, option in zip(names, options, strict=True)),
-            names="/".join(names),
-            answer=names[gold],
-        )
-
-    def extract(self, text: str) -> str | None:
-        """Return the first option that is named."""
-        return first_option(text)
-
-    def _paths(self) -> Sequence[str]:
-        return self.question_column, *self.option_columns, self.label_column
-
-    def _index(self, label: Any, options: int) -> int:
-        text = str(label).strip()
-        if self.label == "letter":
-            index = ord(text.upper()) - ord("A") if len(text) == 1 else -1
-        else:
-            index = int(text) - (self.label == "one_based") if text.isdigit() else -1
-        if not 0 <= index < options:
-            raise DataError(f"{self.label_column} is {label!r}, no {self.label} label of {options} options")
-        return index
-
-
-@dataclass(kw_only=True)
-class NumberAnswer(Benchmark):
-    """Ask for a number behind a marker, after free reasoning if the data has it.
-
-    Template words: ``reasoning`` (may be empty) and ``number``. The target template should hold the marker.
-
-    Attributes:
-        answer_column: Column or path of the answer.
-        split_on: Text between reasoning and number in that column; None if the column is the number alone.
-        remove: Regular expression of what is taken out of the reasoning, such as a calculator's notes.
-        marker: Text that stands before the number in targets and predictions.
-    """
-
-    words: ClassVar[frozenset[str]] = frozenset({"reasoning", "number"})
-
-    answer_column: str
-    split_on: str | None = None
-    remove: str | None = None
-    marker: str = "####"
-
-    def render(self, row: Row) -> Example:
-        """Divide the answer column into reasoning and number."""
-        text = str(lookup(row, self.answer_column))
-        reasoning, _, tail = text.rpartition(self.split_on) if self.split_on else ("", "", text)
-        number = last_number(tail)
-        if number is None:
-            raise DataError(f"{self.answer_column} is {text[-40:]!r}, which gives no number")
-        if self.remove:
-            reasoning = re.sub(self.remove, "", reasoning)
-        return self._example(row, number, reasoning=reasoning.strip(), number=number)
-
-    def extract(self, text: str) -> str | None:
-        """Return the last number behind the marker."""
-        return number_after(text, self.marker)
-
-    def _paths(self) -> Sequence[str]:
-        return (self.answer_column,)
 
 
 def lookup(row: Row, path: str) -> Any:
@@ -264,3 +197,15 @@ def lookup(row: Row, path: str) -> Any:
             raise DataError(f"no {path!r} in the row: found {found}")
         value = value[key]
     return value
+
+
+def text_at(row: Row, path: str) -> str:
+    """Return the text at a column or a dotted path; numbers and booleans are written out.
+
+    Raises:
+        DataError: If a part of the path is missing, or if there is something else, such as null or a list.
+    """
+    value = lookup(row, path)
+    if not isinstance(value, str | int | float):
+        raise DataError(f"{path} is {value!r:.80}, expected a text")
+    return str(value)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -50,10 +51,16 @@ class TCopilotDataModule(LightningDataModule):
         max_source_length: Longest prompt in tokens; None is no limit.
         max_target_length: Longest target in tokens, end token included; None is no limit.
         overflow: ``error``, ``drop`` or ``truncate``; see :class:`RowPreparer`.
+        on_error: What happens to a row that cannot be rendered or tokenised. ``stop`` refuses the data; ``skip``
+            leaves the row out, counted in ``summary`` and named in the log and in ``skipped``. A file that cannot be
+            read, or whose rows lack a column, is refused either way.
         group_by_length: Batch rows of similar length. Not for streams.
         num_workers: Loader processes; a stream uses one at most, which keeps its order.
         shuffle_buffer: Rows among which a stream draws the next one.
         seed: Seed of the order, the mixture, the carved validation split and the subsamples.
+
+    Attributes:
+        skipped: Benchmark name to a complaint for each row that was skipped; of a streamed train, in the log only.
 
     Raises:
         DataError: If the settings contradict each other.
@@ -75,6 +82,7 @@ class TCopilotDataModule(LightningDataModule):
         max_source_length: int | None = None,
         max_target_length: int | None = None,
         overflow: Overflow = "error",
+        on_error: Literal["stop", "skip"] = "stop",
         group_by_length: bool = True,
         num_workers: int = 0,
         shuffle_buffer: int = 1000,
@@ -86,12 +94,14 @@ class TCopilotDataModule(LightningDataModule):
         self.rounds, self.epochs = rounds, epochs
         self._reader = SplitReader(path, streaming, validation_size, max_train_rows, max_eval_rows, seed)
         self.limits = (max_source_length, max_target_length, overflow)
+        self.on_error = on_error
         self.group_by_length, self.num_workers, self.shuffle_buffer = group_by_length, num_workers, shuffle_buffer
         self.seed = seed
         self._check_settings()
         self._train: datasets.Dataset | datasets.IterableDataset | None = None
         self._evaluation: dict[tuple[str, str], list[PreparedRow]] = {}
         self._summary: dict[str, dict[str, float]] = {}
+        self.skipped: dict[str, list[str]] = {}
 
     # What is known before the tokenizer is -------------------------------------------------------------------------
 
@@ -122,22 +132,27 @@ class TCopilotDataModule(LightningDataModule):
         preparer = RowPreparer(tokenizer, source_side, *self.limits)
         self._collate = PromptTargetCollator(pad, source_side)
         self._evaluation, self._summary, self._digest = {}, {}, hashlib.sha256()
+        self.skipped = {name: [] for name in self.benchmarks}
         train: list[datasets.Dataset | datasets.IterableDataset] = []
         problems: list[str] = []
         for index, (name, benchmark) in enumerate(self.benchmarks.items()):
             splits, found = self._reader(benchmark)
             problems += found
             for split, part in splits.items():
-                training = split == "train"
+                training, skips = split == "train", self.on_error == "skip"
+                place = f"{name}, {part.where}, "
                 prepare = partial(preparer, part.rows, benchmark, index, len(self.benchmarks), training)
                 if training and self.streaming:
-                    train.append(as_stream(partial(prepare, partial(_complain, f"{name}, {part.where}, "))))
+                    skip = _LogFirst(place) if skips else None
+                    train.append(as_stream(partial(prepare, partial(_complain, place), skip)))
                     continue
                 preparer.dropped = 0
                 complaints: list[str] = []
-                rows = list(prepare(complaints.append))
-                problems += [f"{name}, {part.where}, {text}" for text in _shortened(complaints, rows)]
-                self._note(name, split, rows, preparer.dropped)
+                skipped: list[str] = []
+                rows = list(prepare(complaints.append, skipped.append if skips else None))
+                problems += [place + text for text in _shortened(complaints, skipped, rows)]
+                self.skipped[name] += [place + text for text in skipped]
+                self._note(name, split, rows, preparer.dropped, skipped)
                 if training:
                     train.append(datasets.Dataset.from_list(rows))
                 else:
@@ -202,7 +217,8 @@ class TCopilotDataModule(LightningDataModule):
     def evaluation_rows(self, split: str, benchmark_name: str) -> list[PreparedRow]:
         """Return the rows to score.
 
-        Their keys are ``source_ids``, ``target_ids``, ``id``, ``benchmark``, ``prompt``, ``target`` and ``answer``.
+        Their keys are ``source_ids``, ``target_ids``, ``id``, ``benchmark``, ``length``, ``prompt``, ``target``,
+        ``answer``, ``options`` and ``seen``, and ``option_ids`` where a row has options.
 
         Args:
             split: ``validation`` or ``test``.
@@ -217,6 +233,12 @@ class TCopilotDataModule(LightningDataModule):
             there = ", ".join(f"{name} {split}" for split, name in self._evaluation)
             raise DataError(f"no rows of {benchmark_name} {split} to evaluate; there are {there}")
         return rows
+
+    def has_options(self, benchmark_name: str) -> bool:
+        """Tell whether the evaluation rows of a benchmark come with options to choose from."""
+        return any(
+            row["options"] for (_, name), rows in self._evaluation.items() if name == benchmark_name for row in rows
+        )
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Return counts and token lengths (mean, max) for each ``<benchmark>/<split>``; not of a streamed train."""
@@ -241,29 +263,53 @@ class TCopilotDataModule(LightningDataModule):
         for name, benchmark in self.benchmarks.items():
             if name != benchmark.name:
                 raise DataError(f"data.benchmarks.{name}.name is {benchmark.name!r}; it must equal its key")
+        if self.on_error not in ("stop", "skip"):
+            raise DataError(f"data.on_error is stop or skip, got {self.on_error!r}")
         if self.weights is not None and set(self.weights) != set(self.benchmarks):
             raise DataError(f"data.weights names {sorted(self.weights)}, the benchmarks are {sorted(self.benchmarks)}")
         if self.streaming and self.rounds is None and self.epochs is not None:
             raise DataError("data.epochs needs a known number of rows; give data.rounds when data.streaming=true")
 
-    def _note(self, name: str, split: str, rows: list[PreparedRow], dropped: int) -> None:
+    def _note(self, name: str, split: str, rows: list[PreparedRow], dropped: int, skipped: list[str]) -> None:
         sources, targets = ([len(row[key]) for row in rows] for key in ("source_ids", "target_ids"))
-        self._summary[f"{name}/{split}"] = {"rows": len(rows), "dropped": dropped} | {
+        self._summary[f"{name}/{split}"] = {"rows": len(rows), "dropped": dropped, "skipped": len(skipped)} | {
             f"{what}_{kind}": value
             for what, lengths in (("source", sources), ("target", targets))
             for kind, value in (("mean", sum(lengths) / max(1, len(lengths))), ("max", max(lengths, default=0)))
         }
         for row in rows:
             self._digest.update(repr((name, split, row["id"], row["source_ids"], row["target_ids"])).encode())
+        everything = len(rows) + dropped + len(skipped)
         if dropped:
-            log.info("%s/%s: dropped %d of %d rows as too long", name, split, dropped, dropped + len(rows))
+            log.info("%s/%s: dropped %d of %d rows as too long", name, split, dropped, everything)
+        if skipped:
+            shown = "\n".join(self.skipped[name][-len(skipped) :][:SHOWN])
+            log.warning("%s/%s: skipped %d of %d rows, such as\n%s", name, split, len(skipped), everything, shown)
 
 
-def _shortened(complaints: list[str], rows: list[PreparedRow]) -> list[str]:
-    """Return the first complaints and the number of the others; one if there are neither rows nor complaints."""
+@dataclass
+class _LogFirst:
+    """Log the first rows of a stream that are skipped."""
+
+    place: str
+    count: int = 0
+
+    def __call__(self, text: str) -> None:
+        self.count += 1
+        if self.count <= SHOWN:
+            last = "; further ones are skipped silently" if self.count == SHOWN else ""
+            log.warning("skipped %s%s%s", self.place, text, last)
+
+
+def _shortened(complaints: list[str], skipped: list[str], rows: list[PreparedRow]) -> list[str]:
+    """Return the first complaints and the number of the others; one if no row is left without any."""
     if len(complaints) > SHOWN:
         return [*complaints[:SHOWN], f"and {len(complaints) - SHOWN} more such problems"]
-    return complaints if complaints or rows else ["no row is left: all were dropped as too long"]
+    if complaints or rows:
+        return complaints
+    if skipped:
+        return [f"no row is left: {len(skipped)} were skipped, the first since {skipped[0]}"]
+    return ["no row is left: all were dropped as too long"]
 
 
 def _complain(where: str, text: str) -> None:

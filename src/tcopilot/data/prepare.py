@@ -30,7 +30,7 @@ class RowPreparer:
         max_target_length: Longest target in tokens, end token included; None is no limit.
         overflow: What happens to a longer row. ``error`` refuses it. ``drop`` leaves it out of train, counted in
             ``dropped``, and refuses it elsewhere. ``truncate`` cuts a prompt's start and a target's end; the
-            begin and end tokens stay.
+            begin and end tokens stay. Targets that are one of a few options are never cut, but refused.
 
     Raises:
         DataError: If ``overflow`` is none of these, or the tokenizer has no end token.
@@ -64,11 +64,13 @@ class RowPreparer:
         stride: int,
         training: bool,
         report: Report,
+        skip: Report | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Yield prepared rows.
 
         Their keys are ``source_ids``, ``target_ids``, ``id``, ``benchmark`` and ``length`` (source and target tokens);
-        for evaluation the texts ``prompt``, ``target`` and ``answer`` too.
+        for evaluation those of :class:`Example` too and, where it has options, ``option_ids``: the token ids of each
+        option, made like ``target_ids``, so that a scorer need not tokenise.
 
         Args:
             rows: (number in the split from 0, raw row) pairs.
@@ -76,35 +78,49 @@ class RowPreparer:
             index: Its place among the benchmarks.
             stride: Number of benchmarks; ``number * stride + index`` is a row's id.
             training: Whether overlong rows may be dropped, and texts are left out.
-            report: Called with each complaint; if it returns, the row is skipped.
+            report: Called with each complaint; if it returns, the row is left out.
+            skip: Called in its place where a row cannot be rendered or tokenised or gives an empty text. Overlong rows
+                are not among these: what happens to them is ``overflow``'s to say.
         """
-        rows = iter(rows)
+        rows, skip = iter(rows), skip or report
         while chunk := list(islice(rows, CHUNK)):
-            for number, example, source, target in self._tokenised(chunk, benchmark, report):
-                fitted = self._fit(source, target, training, lambda text, n=number: report(f"row {n + 1}: {text}"))
-                if fitted is None:
-                    continue
-                source_ids, target_ids = fitted
-                texts = {} if training else example._asdict()
-                yield {
-                    "source_ids": source_ids,
-                    "target_ids": target_ids,
-                    "id": number * stride + index,
-                    "benchmark": index,
-                    "length": len(source_ids) + len(target_ids),
-                    **texts,
-                }
+            for number, example, source, target in self._tokenised(chunk, benchmark, skip):
+                try:
+                    fitted = self._fit(source, target, bool(example.options), training)
+                    more = {} if training or fitted is None else self._texts(example)
+                except _Empty as error:
+                    skip(f"row {number + 1}: {error}")
+                except _TooLong as error:
+                    for complaint in error.args:
+                        report(f"row {number + 1}: {complaint}")
+                else:
+                    if fitted is None:
+                        continue
+                    source_ids, target_ids = fitted
+                    yield {
+                        "source_ids": source_ids,
+                        "target_ids": target_ids,
+                        "id": number * stride + index,
+                        "benchmark": index,
+                        "length": len(source_ids) + len(target_ids),
+                        **more,
+                    }
 
     def _tokenised(
-        self, chunk: list[tuple[int, dict[str, Any]]], benchmark: Benchmark, report: Report
+        self, chunk: list[tuple[int, dict[str, Any]]], benchmark: Benchmark, skip: Report
     ) -> Iterator[tuple[int, Example, list[int], list[int]]]:
         numbers, examples = [], []
         for number, row in chunk:
             try:
-                examples.append(benchmark.render(row))
-                numbers.append(number)
+                example = benchmark.render(row)
+                (example.prompt + example.target).encode()  # half a surrogate pair would stop the whole chunk
             except DataError as error:
-                report(f"row {number + 1}: {error}")
+                skip(f"row {number + 1}: {error}")
+            except Exception as error:  # a template or a kind that did not expect such a value
+                skip(f"row {number + 1}: could not be rendered ({type(error).__name__}: {error}); mend or remove it")
+            else:
+                examples.append(example)
+                numbers.append(number)
         if examples:
             sources = self._ids([example.prompt for example in examples])
             targets = self._ids([example.target for example in examples])
@@ -113,10 +129,30 @@ class RowPreparer:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
 
+    def _texts(self, example: Example) -> dict[str, Any]:
+        """Return what only evaluation needs of a row."""
+        if not example.options:
+            return example._asdict()
+        option_ids = [[*ids, self.tokenizer.eos_token_id] for ids in self._ids(list(example.options))]
+        longest, limit = max(map(len, option_ids)), self.max_target_length
+        if limit is not None and longest > limit:
+            raise _TooLong(f"its longest option has {longest} tokens, data.max_target_length is {limit}; raise it")
+        return example._asdict() | {"option_ids": option_ids}
+
     def _fit(
-        self, source: list[int], target: list[int], training: bool, report: Report
+        self, source: list[int], target: list[int], closed: bool, training: bool
     ) -> tuple[list[int], list[int]] | None:
-        """Add the special tokens and apply the limits; None if the row is to be skipped."""
+        """Add the special tokens and apply the limits; None if the row is dropped.
+
+        Args:
+            source: Tokens of the prompt.
+            target: Tokens of the target.
+            closed: Whether the target is one of a few options, so that cutting it would cut the answer.
+            training: Whether the row may be dropped.
+        """
+        for what, ids in (("prompt", source), ("target", target)):
+            if not ids:
+                raise _Empty(f"the {what} is empty")
         frame = len(self._start) + len(self._end)
         lengths = (
             ("prompt", len(source) + frame, "max_source_length", self.max_source_length),
@@ -126,20 +162,30 @@ class RowPreparer:
         if over and self.overflow == "drop" and training:
             self.dropped += 1
             return None
-        if over and self.overflow != "truncate":
-            mend = "raise it or set data.overflow=" + ("drop|truncate" if training else "truncate")
-            for what, length, key, limit in over:
-                report(f"the {what} has {length} tokens, data.{key} is {limit}; {mend}")
-            return None
+        if over and (self.overflow != "truncate" or (closed and over[-1][0] == "target")):
+            raise _TooLong(*(self._advice(closed, training, *item) for item in over))
         if self.max_source_length is not None:
             source = source[max(0, len(source) + frame - self.max_source_length) :]
         if self.max_target_length is not None:
             target = target[: max(0, self.max_target_length - 1)]
         for what, ids in (("prompt", source), ("target", target)):
             if not ids:
-                report(f"the {what} is empty" + (" after truncation; raise the limit" if over else ""))
-                return None
+                raise _TooLong(f"the {what} is empty after truncation; raise the limit")
         return self._start + source + self._end, [*target, self.tokenizer.eos_token_id]
+
+    def _advice(self, closed: bool, training: bool, what: str, length: int, key: str, limit: int) -> str:
+        ways = ["drop"] if training else []
+        ways += [] if closed and what == "target" else ["truncate"]
+        mend = f"raise it or set data.overflow={'|'.join(ways)}" if ways else "raise it: an option is never cut"
+        return f"the {what} has {length} tokens, data.{key} is {limit}; {mend}"
+
+
+class _Empty(DataError):
+    """Say that a row gives no text."""
+
+
+class _TooLong(DataError):
+    """Say, in one argument for each text, that a row does not fit the limits."""
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -58,7 +58,8 @@ class SplitReader:
                     rows = NumberedRows(source)
                     splits[name] = Split(source.where, rows if streamed else list(rows))
             except DataError as error:
-                problems.append(str(error))
+                text = str(error)
+                problems.append(text if text.startswith(benchmark.name) else f"{benchmark.name}: {text}")
                 if isinstance(error, HubError):
                     break
         if not problems:

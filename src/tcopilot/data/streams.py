@@ -16,7 +16,7 @@ Stream = TypeVar("Stream", datasets.Dataset, datasets.IterableDataset)
 
 
 class HubError(DataError):
-    """Say that the Hub could not be read; other splits would fail likewise, after the same wait."""
+    """Say that the Hub could not be read, or has no copy; other splits would fail likewise."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ class JsonLines:
 def open_split(benchmark: Benchmark, split: str, path: str | Path | None, streaming: bool = False) -> RowSource | None:
     """Find the rows of a split.
 
-    A built-in task brings its own. With ``path`` they are in ``<path>/<folder>/<split>.jsonl`` if that folder exists,
-    else in ``<path>/<split>.jsonl``, under our split names. Otherwise the Hub's copy is loaded.
+    A built-in task brings its own. With ``path`` they come from ``<path>/<folder>/<file>`` if that folder exists, else
+    from ``<path>/<file>``; the file is the benchmark's for that split, ``<split>.jsonl`` unless it says otherwise.
+    Without ``path`` the Hub's copy is loaded.
 
     Args:
         benchmark: What to open.
@@ -92,7 +93,7 @@ def open_split(benchmark: Benchmark, split: str, path: str | Path | None, stream
 
     Raises:
         DataError: If a required file is missing.
-        HubError: If the Hub cannot be read.
+        HubError: If the Hub cannot be read or has no copy.
     """
     rows = benchmark.builtin_rows(split)
     if rows is not None:
@@ -102,7 +103,10 @@ def open_split(benchmark: Benchmark, split: str, path: str | Path | None, stream
     if split not in benchmark.splits:
         return None
     if benchmark.hub is None:
-        raise DataError(f"{benchmark.name}: no place to read {split} from. Give data.path=<folder of {split}.jsonl>.")
+        raise HubError(
+            f"{benchmark.name}: there is no copy on the Hub, and data.path is not given. Give data.path=<folder> that "
+            f"holds {_files(benchmark)}, or a folder {_folder(benchmark)!r} with them."
+        )
     return _open_hub(benchmark, split, streaming)
 
 
@@ -140,17 +144,26 @@ def _call(rows: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, An
 
 
 def _open_local(benchmark: Benchmark, split: str, root: Path) -> RowSource | None:
-    folder = root / (benchmark.folder or benchmark.name)
-    file = (folder if folder.is_dir() else root) / f"{split}.jsonl"
+    folder = root / _folder(benchmark)
+    file = (folder if folder.is_dir() else root) / benchmark.file(split)
     if file.is_file():
-        return RowSource(str(file), benchmark, JsonLines(file))
+        return RowSource(str(file), benchmark, benchmark.derive(split, JsonLines(file)))
     if split == "validation" or split not in benchmark.splits:
         return None
     there = sorted(path.name for path in file.parent.glob("*"))[:10] if file.parent.is_dir() else "no such folder"
     raise DataError(
-        f"{benchmark.name}: {file} does not exist (found: {there}). data.path is the folder that holds train.jsonl "
-        f"and test.jsonl, or one that holds a folder {folder.name!r} with them."
+        f"{benchmark.name}: {file} does not exist (found: {there}). data.path is the folder that holds "
+        f"{_files(benchmark)}, or one that holds a folder {folder.name!r} with them."
     )
+
+
+def _folder(benchmark: Benchmark) -> str:
+    return benchmark.folder or benchmark.name
+
+
+def _files(benchmark: Benchmark) -> str:
+    """Name the files that a local copy must have."""
+    return " and ".join(dict.fromkeys(benchmark.file(split) for split in benchmark.splits if split != "validation"))
 
 
 def _open_hub(benchmark: Benchmark, split: str, streaming: bool) -> RowSource:
@@ -166,6 +179,6 @@ def _open_hub(benchmark: Benchmark, split: str, streaming: bool) -> RowSource:
     except Exception as error:  # the Hub's clients raise many unrelated types: no network, offline mode, no such name
         raise HubError(
             f"{where} could not be read ({type(error).__name__}: {error}). Without network, give "
-            f"data.path=<folder> with a local copy: train.jsonl and test.jsonl, or {benchmark.name}/train.jsonl."
+            f"data.path=<folder> that holds {_files(benchmark)}, or a folder {_folder(benchmark)!r} with them."
         ) from error
     return RowSource(where, benchmark, rows)

@@ -1,0 +1,346 @@
+"""The kinds of questions that reasoning benchmarks ask: named options, true or false, a number, a lettered option.
+
+All of them are judged twice, see :class:`TwoReadings`. A benchmark of one of these kinds is one YAML.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from string import Formatter, ascii_uppercase
+from typing import Any, ClassVar, Literal
+
+from tcopilot.data.answers import (
+    close,
+    first_letter,
+    first_name,
+    last_number,
+    letter_after,
+    name_after,
+    number_after,
+    read_number,
+)
+from tcopilot.data.benchmarks import Benchmark, DataError, Example, Row, lookup, text_at
+
+
+@dataclass(kw_only=True)
+class TwoReadings(Benchmark):
+    """Judge a text twice: strictly, by the asked form of an answer, and as leniently as LLM-Adapters does.
+
+    The strict reading is the metric. The lenient one stands beside it, since published figures are made with it, and
+    so does the share of texts without any strict answer: a model that never learned the form is not one that errs.
+    """
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Name strict and lenient accuracy and the share of texts without a strict answer (lower is better)."""
+        return self.metric, f"{self.metric}_lenient", "no_answer"
+
+    def score(self, prediction: str, answer: str) -> dict[str, float]:
+        """Judge a generated text under both readings."""
+        found = self.extract(prediction)
+        values = self.same(found, answer), self.same(self.extract_lenient(prediction), answer), found is None
+        return dict(zip(self.metrics, map(float, values), strict=True))
+
+    @abstractmethod
+    def extract_lenient(self, text: str) -> str | None:
+        """Return the answer that LLM-Adapters' evaluation finds in a text, None if it finds none."""
+
+    def same(self, found: str | None, answer: str) -> bool:
+        """Tell whether an extracted answer is the gold one."""
+        return found == answer
+
+    def correct(self, prediction: str, answer: str) -> bool:
+        """Tell whether a generated text gives the gold answer under the strict reading."""
+        return self.same(self.extract(prediction), answer)
+
+    def _require(self, text: str, why: str) -> None:
+        if text not in self.target:
+            raise DataError(f"data.benchmarks.{self.name}.target={self.target!r} lacks {text!r}: {why}")
+
+
+@dataclass(kw_only=True)
+class NamedAnswer(TwoReadings):
+    """Ask for one of a few names, so that every possible target is known.
+
+    Template words of all such kinds: ``question``; ``names``, all of them with slashes between; ``answer``, the gold
+    name. The text of the target template in front of ``{answer}`` is the answer sentence, and a name counts in the
+    strict reading if it stands directly behind that; see :func:`tcopilot.data.answers.name_after`.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("{answer}", "all answers would be the same text")
+
+    def extract(self, text: str) -> str | None:
+        """Return the one name behind the answer sentence."""
+        return name_after(text, self._sentence, self._pattern)
+
+    def extract_lenient(self, text: str) -> str | None:
+        """Return the first name anywhere in the text."""
+        return first_name(text, self._pattern)
+
+    @property
+    @abstractmethod
+    def _pattern(self) -> str:
+        """Give a regular expression of the names."""
+
+    @cached_property
+    def _sentence(self) -> str:
+        before = next(text for text, name, _, _ in Formatter().parse(self.target) if name == "answer")
+        return " ".join(before.split())
+
+    def _closed(self, row: Row, gold: str, names: Sequence[str], /, **words: str) -> Example:
+        """Render a row and, beside its target, those of all other names."""
+        words["names"] = "/".join(names)
+        every = [self._example(row, gold, **words, answer=name) for name in names]
+        return every[names.index(gold)]._replace(options=tuple(example.target for example in every))
+
+
+@dataclass(kw_only=True)
+class MultipleChoice(NamedAnswer):
+    """Ask for one of several options by its name, such as ``answer2``, counted from 1.
+
+    Further template word: ``options``, a line ``answer1: …`` for each.
+
+    Attributes:
+        question_column: Column of the question, or a path such as ``question.stem``.
+        heading_column: Column of a heading that is put before the question with a colon; left out where it is empty.
+        option_columns: Columns or paths, each of one option or of a list of them, in order.
+        option_name: Name of an option without its number.
+        option_count: Options that each row must have; None takes what the row has.
+        label_column: Column or path of the gold option.
+        label: How the label counts: ``zero_based`` or ``one_based`` (int or digits), or ``letter`` (A is the first).
+    """
+
+    words: ClassVar[frozenset[str]] = frozenset({"question", "options", "names", "answer"})
+
+    prompt: str = "Question: {question}\n{options}\nReply with one of {names}.\nReply:"
+    target: str = " the correct answer is {answer}"
+    question_column: str
+    heading_column: str | None = None
+    option_columns: list[str]
+    option_name: str = "answer"
+    option_count: int | None = None
+    label_column: str
+    label: Literal["zero_based", "one_based", "letter"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label not in ("zero_based", "one_based", "letter"):
+            raise DataError(f"{self.name}: label is zero_based, one_based or letter, got {self.label!r}")
+
+    def render(self, row: Row) -> Example:
+        """Name the options and the gold one."""
+        options = _options(row, self.option_columns, self.option_count)
+        names = [f"{self.option_name}{number}" for number in range(1, len(options) + 1)]
+        question = text_at(row, self.question_column).strip()
+        heading = (lookup(row, self.heading_column) or "").strip() if self.heading_column else ""
+        return self._closed(
+            row,
+            names[self._index(lookup(row, self.label_column), len(options))],
+            names,
+            question=f"{heading}: {question}" if heading else question,
+            options="\n".join(f"{name}: {option}" for name, option in zip(names, options, strict=True)),
+        )
+
+    @property
+    def _pattern(self) -> str:
+        name = re.escape(self.option_name)
+        if self.option_count is None:
+            return rf"{name}\d+"
+        return "|".join(f"{name}{number}" for number in range(self.option_count, 0, -1))  # 12 before 1
+
+    def _paths(self) -> Sequence[str]:
+        heading = [self.heading_column] if self.heading_column else []
+        return *heading, self.question_column, *self.option_columns, self.label_column
+
+    def _index(self, label: Any, options: int) -> int:
+        text = str(label).strip()
+        if self.label == "letter":
+            index = ascii_uppercase.find(text.upper()) if len(text) == 1 else -1
+            expected = f"A to {ascii_uppercase[options - 1]}"
+        else:
+            first = int(self.label == "one_based")
+            index = int(text) - first if text.isdecimal() else -1
+            expected = f"{first} to {first + options - 1}"
+        if not 0 <= index < options:
+            raise DataError(
+                f"{self.label_column} is {label!r}, expected {expected} (a {self.label} label of {options} options)"
+            )
+        return index
+
+
+@dataclass(kw_only=True)
+class YesNo(NamedAnswer):
+    """Ask whether something holds; the answer is ``true`` or ``false``.
+
+    Attributes:
+        question_column: Column or path of the question.
+        label_column: Column or path of the gold answer, a boolean.
+    """
+
+    words: ClassVar[frozenset[str]] = frozenset({"question", "names", "answer"})
+
+    prompt: str = "Question: {question}\nReply with {names}.\nReply:"
+    target: str = " the correct answer is {answer}"
+    question_column: str
+    label_column: str
+
+    def render(self, row: Row) -> Example:
+        """Turn the boolean into a word."""
+        label = lookup(row, self.label_column)
+        if not isinstance(label, bool):
+            raise DataError(f"{self.label_column} is {label!r:.80}, expected a boolean, true or false without quotes")
+        question = text_at(row, self.question_column).strip()
+        return self._closed(row, str(label).lower(), ("true", "false"), question=question)
+
+    @property
+    def _pattern(self) -> str:
+        return "true|false"
+
+    def _paths(self) -> Sequence[str]:
+        return self.question_column, self.label_column
+
+
+@dataclass(kw_only=True)
+class NumberAnswer(TwoReadings):
+    """Ask for a number behind a marker, after free reasoning if the data has it.
+
+    Template words: ``reasoning`` (may be empty) and ``number``. Reasoning in a column of its own goes into the target
+    template by that column's name. Numbers are equal if they differ by at most 0.001.
+
+    Attributes:
+        answer_column: Column or path of the answer, a text or a number.
+        split_on: Text between reasoning and number in that column; None if the column is the number alone.
+        remove: Regular expression of what is taken out of the reasoning, such as a calculator's notes.
+        marker: Text that stands before the number in targets and predictions.
+    """
+
+    words: ClassVar[frozenset[str]] = frozenset({"reasoning", "number"})
+
+    answer_column: str
+    split_on: str | None = None
+    remove: str | None = None
+    marker: str = "####"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("{number}", "the answer would not be written")
+        self._require(self.marker, "the number is read behind it")
+
+    def render(self, row: Row) -> Example:
+        """Divide the answer column into reasoning and number."""
+        text = text_at(row, self.answer_column)
+        reasoning, _, tail = text.rpartition(self.split_on) if self.split_on else ("", "", text)
+        number = read_number(tail)
+        if number is None:
+            raise DataError(f"{self.answer_column} is {text[-40:]!r}, which gives no number; expected one")
+        if self.remove:
+            reasoning = re.sub(self.remove, "", reasoning)
+        return self._example(row, number, reasoning=reasoning.strip(), number=number)
+
+    def extract(self, text: str) -> str | None:
+        """Return the first number behind the last marker."""
+        return number_after(text, self.marker)
+
+    def extract_lenient(self, text: str) -> str | None:
+        """Return the last number anywhere in the text."""
+        return last_number(text)
+
+    def same(self, found: str | None, answer: str) -> bool:
+        """Compare two numbers with a tolerance of 0.001."""
+        return close(found, answer)
+
+    def _paths(self) -> Sequence[str]:
+        return (self.answer_column,)
+
+
+@dataclass(kw_only=True)
+class LetteredOptions(TwoReadings):
+    """Ask for the letter of an option behind a marker, after free reasoning if the data has it.
+
+    Template words: ``question``; ``options``, a line ``A) …`` for each; ``reasoning`` (may be empty); ``answer``, the
+    gold letter. ``Example.options`` stays empty: a target holds its row's own reasoning, so those of the other letters
+    are not known, and a letter without reasoning is no text that the model was trained to write.
+
+    Attributes:
+        question_column: Column or path of the question.
+        options_column: Column or path of the list of options, each of which begins with its letter, as in "A)12".
+        option_count: Options that each row must have.
+        label_column: Column or path of the gold letter.
+        reasoning_column: Column or path of the reasoning; None if there is none.
+        marker: Text that stands before the letter in targets and predictions.
+    """
+
+    words: ClassVar[frozenset[str]] = frozenset({"question", "options", "reasoning", "answer"})
+
+    prompt: str = "Question: {question}\n{options}\nAnswer:"
+    target: str = " {reasoning}\n#### {answer}"
+    question_column: str
+    options_column: str
+    option_count: int = 5
+    label_column: str
+    reasoning_column: str | None = None
+    marker: str = "####"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("{answer}", "the answer would not be written")
+        self._require(self.marker, "the letter is read behind it")
+
+    def render(self, row: Row) -> Example:
+        """Set the options apart from their letters."""
+        options = _options(row, [self.options_column], self.option_count)
+        for letter, option in zip(self._letters, options, strict=True):
+            if not option.startswith(f"{letter})"):
+                raise DataError(f"{self.options_column} has {option!r:.80}, expected it to begin with '{letter})'")
+        label = lookup(row, self.label_column)
+        if not isinstance(label, str) or label not in tuple(self._letters):
+            raise DataError(f"{self.label_column} is {label!r:.80}, expected a letter A to {self._letters[-1]}")
+        return self._example(
+            row,
+            label,
+            question=text_at(row, self.question_column).strip(),
+            options="\n".join(f"{option[:2]} {option[2:].strip()}" for option in options),
+            reasoning=text_at(row, self.reasoning_column).strip() if self.reasoning_column else "",
+            answer=label,
+        )
+
+    def extract(self, text: str) -> str | None:
+        """Return the letter directly behind the last marker."""
+        return letter_after(text, self.marker, self._letters)
+
+    def extract_lenient(self, text: str) -> str | None:
+        """Return the first capital that is an option's letter, even inside a word."""
+        return first_letter(text, self._letters)
+
+    @property
+    def _letters(self) -> str:
+        return ascii_uppercase[: self.option_count]
+
+    def _paths(self) -> Sequence[str]:
+        reasoning = [self.reasoning_column] if self.reasoning_column else []
+        return self.question_column, self.options_column, self.label_column, *reasoning
+
+
+def _options(row: Row, paths: Sequence[str], count: int | None) -> list[str]:
+    """Return a row's options, stripped.
+
+    Raises:
+        DataError: If one is no text, or if there are fewer than two or not ``count``.
+    """
+    options: list[str] = []
+    for path in paths:
+        value = lookup(row, path)
+        for option in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(option, str | int | float):
+                raise DataError(f"{path} is {value!r:.80}, expected a text or a list of texts")
+            options.append(str(option).strip())
+    if len(options) < 2 or (count is not None and len(options) != count):
+        expected = "at least 2" if count is None else str(count)
+        raise DataError(f"{', '.join(paths)} gives {len(options)} options {options!r:.80}, expected {expected}")
+    return options

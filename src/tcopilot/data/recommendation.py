@@ -1,0 +1,279 @@
+"""Next-item recommendation from whole histories: leave-one-out rows, items written as text, ranking metrics.
+
+Shape letters: ``U`` users, ``I`` items, ``F`` features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from string import Formatter
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from scipy.sparse import csr_array, diags_array
+
+from tcopilot.data.answers import tidy
+from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError, Example, Row
+from tcopilot.evaluation.metrics import hit_at_k, ndcg_at_k
+
+SHOWN = 3  # problems of a file that are printed in full
+HELD_OUT = {"test": 1, "validation": 2}  # how far from the end of a history a split's item stands
+FEATURES, ITERATIONS = 32, 20  # features of an item for collaborative ids, and steps to find them
+
+
+@dataclass(kw_only=True)
+class NextItem(Benchmark):
+    """Ask for the item that a user takes next, and rank all items.
+
+    The rows of all splits come from one file, ``interactions.jsonl``, of ``{"user": 7, "items": [3, 1, 2]}``. Items
+    are numbers from 1, in the order of time. Splits are leave-one-out: a user's last item is for test, the one before
+    it for validation; every item from the second on of the rest is a training target, given those before it.
+
+    Template words: ``title``; ``user``; ``item``, such as ``item_1253``; ``history``, the last items, comma-separated.
+    The target may use ``title`` and ``item`` alone, since ``catalogue`` holds it for every item.
+
+    ``Example.answer`` is the target, white space apart. ``Example.target`` equals the item's ``catalogue`` text to
+    the character, so ``catalogue.index(target)`` is its place: the item's number in the file less 1.
+
+    Attributes:
+        title: What the texts call the data set, such as ``Beauty``.
+        items: Number of items; None is the largest one in the file.
+        index: How items are written. ``random``: numbers, shuffled. ``sequential``: numbers by first appearance, user
+            after user (P5), which puts neighbours of a history close together. ``collaborative``: paths such
+            as ``item_3_11_5``, where items with a common start are taken by the same users. The last two
+            read training parts only; items that occur nowhere there come last, in the file's numbering.
+        seed: Seed of ``index=random``.
+        history: Items in the prompt, the last ones; the items to leave out of a ranking are always all of them.
+        cutoffs: K of hit@K and ndcg@K.
+        metric: The figure by which λ is chosen; the first of ``metrics``.
+    """
+
+    words: ClassVar[frozenset[str]] = frozenset({"title", "user", "history", "item"})
+
+    prompt: str = (
+        "So far {title} user_{user} has picked, in this order: {history}. Which {title} item fits this user next?"
+    )
+    target: str = " {title} {item}"
+    splits: dict[str, str] = field(default_factory=lambda: {split: split for split in SPLITS})
+    metric: str = "ndcg@10"
+    title: str
+    items: int | None = None
+    index: Literal["random", "sequential", "collaborative"] = "random"
+    seed: int = 0
+    history: int = 20
+    cutoffs: list[int] = field(default_factory=lambda: [5, 10, 20, 100])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._read: tuple[list[list[int]], int] | None = None
+        self._names: list[str] = []
+        self._catalogue: list[str] = []
+        key = f"data.benchmarks.{self.name}"
+        if self.index not in INDICES:
+            raise DataError(f"{key}.index is {self.index!r}; choose one of {', '.join(INDICES)}")
+        if self.history < 1:
+            raise DataError(f"{key}.history is {self.history}; a prompt needs at least 1 item")
+        if not self.cutoffs or min(self.cutoffs) < 1 or list(self.cutoffs) != sorted(set(self.cutoffs)):
+            raise DataError(f"{key}.cutoffs is {list(self.cutoffs)}; give positive numbers that rise, such as [5, 10]")
+        if self.metric not in self._figures:
+            raise DataError(
+                f"{key}.metric is {self.metric!r}; with these cutoffs choose of {', '.join(self._figures)}"
+            )
+        used = {name for _, name, _, _ in Formatter().parse(self.target) if name}
+        if "item" not in used or not used <= {"title", "item"}:
+            raise DataError(
+                f"{key}.target is {self.target!r}; it must use {{item}} and may use {{title}}, no other word"
+            )
+
+    def file(self, split: str) -> str:
+        """Name the one file of all splits."""
+        return "interactions.jsonl"
+
+    def derive(self, split: str, rows: Iterable[Row]) -> list[dict[str, Any]]:
+        """Make the leave-one-out rows ``{user, history, item}`` of a split; every history is whole.
+
+        Raises:
+            DataError: If a row has no user or items, or they cannot be used, with file, row (from 1) and what to do.
+        """
+        users, sequences = self._checked(rows)
+        self._number(sequences)
+        made = []
+        for user, items in zip(users, sequences, strict=True):
+            places = range(1, len(items) - 2) if split == "train" else [len(items) - HELD_OUT[split]]
+            made += [{"user": user, "history": items[:place], "item": items[place]} for place in places]
+        return made
+
+    @property
+    def catalogue(self) -> Sequence[str]:
+        """List the target of every item in the order of their numbers; empty until rows were derived."""
+        return self._catalogue
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Name hit@K and ndcg@K of all cutoffs, the one that chooses λ first."""
+        return (self.metric, *(name for name in self._figures if name != self.metric))
+
+    def score_rank(self, rank: int | None) -> dict[str, float]:
+        """Judge a ranking by the place of the gold item in it, from 1; 0 or None if it is not there."""
+        figures = {"hit": hit_at_k, "ndcg": ndcg_at_k}
+        return {
+            name: figures[kind]([rank], int(cutoff))[0] for name in self.metrics for kind, cutoff in [name.split("@")]
+        }
+
+    def score(self, prediction: str, answer: str) -> dict[str, float]:
+        """Judge a generated text as a ranking that holds one item."""
+        return self.score_rank(int(self.correct(prediction, answer)))
+
+    def render(self, row: Row) -> Example:
+        """Write history and item as text; what the user has is ``seen``, the prompt shows its last items."""
+        if not self._names:
+            raise DataError(f"{self.name}: items have no names yet; call derive first")
+        item, history = row["item"], row["history"]
+        example = self._example(
+            row,
+            "",
+            title=self.title,
+            user=str(row["user"]),
+            history=", ".join(self._names[number - 1] for number in history[-self.history :]),
+            item=self._names[item - 1],
+        )
+        return example._replace(answer=tidy(example.target) or "", seen=tuple(number - 1 for number in history))
+
+    def extract(self, text: str) -> str | None:
+        """Return the text with white space collapsed; None if it is blank."""
+        return tidy(text)
+
+    def _paths(self) -> Sequence[str]:
+        return "user", "history", "item"
+
+    @property
+    def _figures(self) -> tuple[str, ...]:
+        return tuple(f"{kind}@{cutoff}" for kind in ("hit", "ndcg") for cutoff in self.cutoffs)
+
+    def _checked(self, rows: Iterable[Row]) -> tuple[list[Any], list[list[int]]]:
+        """Return users and their items."""
+        where = getattr(rows, "file", self.file("train"))
+        first: dict[Any, int] = {}
+        sequences: list[list[int]] = []
+        problems: list[str] = []
+        for number, row in enumerate(rows, start=1):
+            problem = self._problem(row)
+            if problem is None and row["user"] in first:
+                problem = f"user {row['user']!r} has row {first[row['user']]} already; give each user one row"
+            if problem is not None:
+                problems.append(f"{self.name}: {where}, row {number}: {problem}")
+                continue
+            first[row["user"]] = number
+            sequences.append(list(row["items"]))
+        if len(problems) > SHOWN:
+            problems = [*problems[:SHOWN], f"{self.name}: {where}: and {len(problems) - SHOWN} more such problems"]
+        if problems:
+            raise DataError("\n".join(problems))
+        return list(first), sequences
+
+    def _problem(self, row: Row) -> str | None:
+        """Say what is wrong with one row of the file, and what was expected."""
+        missing = [column for column in ("user", "items") if column not in row]
+        if missing:
+            return f"no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, row))}"
+        user, items = row["user"], row["items"]
+        if not isinstance(user, int | str):
+            return f"user is {user!r}; expected a number or a text"
+        if not isinstance(items, list):
+            return f"items is {items!r}; expected a list of item numbers"
+        bad = [item for item in items if type(item) is not int or item < 1]
+        if bad:
+            return f"items holds {bad[0]!r}; expected whole numbers from 1"
+        if self.items is not None and max(items, default=0) > self.items:
+            return f"items holds {max(items)}, and data.benchmarks.{self.name}.items is {self.items}; raise it"
+        if len(items) < 3:
+            return f"user {user!r} has {len(items)} items; leave-one-out needs at least 3, so remove the row"
+        if len(set(items)) < len(items):
+            twice = next(item for place, item in enumerate(items) if item in items[:place])
+            return f"user {user!r} has item {twice} twice; a ranking leaves out what was seen, so keep only the first"
+        return None
+
+    def _number(self, sequences: list[list[int]]) -> None:
+        """Give every item its name, unless the same interactions were read before."""
+        items = self.items or max((max(sequence) for sequence in sequences), default=0)
+        if not sequences or self._read == (sequences, items):
+            return
+        self._read = (sequences, items)
+        self._names = INDICES[self.index]([sequence[:-2] for sequence in sequences], items, self.seed)
+        self._catalogue = [self.target.format(title=self.title, item=name) for name in self._names]
+
+
+def random_names(sequences: Sequence[Sequence[int]], items: int, seed: int) -> list[str]:
+    """Name items by a seeded permutation of 1 … I.
+
+    >>> sorted(random_names([], 4, seed=0))
+    ['item_1', 'item_2', 'item_3', 'item_4']
+    """
+    return [f"item_{number}" for number in Random(seed).sample(range(1, items + 1), items)]
+
+
+def sequential_names(sequences: Sequence[Sequence[int]], items: int, seed: int = 0) -> list[str]:
+    """Number items in the order in which they first appear; those that do not come last.
+
+    >>> sequential_names([[4, 2], [2, 1]], 4)
+    ['item_3', 'item_2', 'item_4', 'item_1']
+    """
+    order = dict.fromkeys(item for sequence in sequences for item in sequence)
+    order |= dict.fromkeys(range(1, items + 1))
+    places = {item: place for place, item in enumerate(order, start=1)}
+    return [f"item_{places[item]}" for item in range(1, items + 1)]
+
+
+def collaborative_names(sequences: Sequence[Sequence[int]], items: int, seed: int = 0) -> list[str]:
+    """Name items by paths of three numbers, such that items with a common start are taken by the same users.
+
+    Items get spectral features: the leading singular vectors of the user-item matrix with both degrees normalised.
+    A group of items is halved along the direction in which its features vary most, and so on down to single items;
+    the leaves' order, cut into equal parts twice, gives the paths. This is the idea of P5's collaborative ids
+    (spectral clustering of co-occurrence, again inside each cluster) with one decomposition in place of hundreds, and
+    with clusters of equal size. It is deterministic on one machine.
+    """
+    features_IF, degrees_I = _spectral_features(sequences, items)
+    order = [int(item) for item in _halved(features_IF, np.flatnonzero(degrees_I))]
+    order += [item for item in range(items) if not degrees_I[item]]
+    base = next(base for base in range(1, items + 1) if base**3 >= items)
+    names = [""] * items
+    for place, item in enumerate(order):
+        names[item] = f"item_{place // base**2 + 1}_{place // base % base + 1}_{place % base + 1}"
+    return names
+
+
+INDICES = {"random": random_names, "sequential": sequential_names, "collaborative": collaborative_names}
+
+
+def _spectral_features(sequences: Sequence[Sequence[int]], items: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return features [I, F] of length 1 (0 for items that no one has) and the number of users of each item [I]."""
+    rows = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
+    columns = np.array([item - 1 for sequence in sequences for item in sequence])
+    matrix_UI = csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(sequences), items))
+    degrees_U, degrees_I = matrix_UI.sum(axis=1), matrix_UI.sum(axis=0)
+    # Adding the mean degree keeps a few users apart from all others from taking a feature for themselves.
+    scales_U, scales_I = (1 / np.sqrt(degrees + degrees.mean()) for degrees in (degrees_U, degrees_I))
+    scaled_UI = diags_array(scales_U) @ matrix_UI @ diags_array(scales_I)
+    # Subspace iteration from a fixed start: ARPACK's restarts are random, so two runs may give two orders.
+    basis_IF = np.random.RandomState(0).standard_normal((items, min(FEATURES, *scaled_UI.shape)))
+    for _ in range(ITERATIONS):
+        basis_IF, _ = np.linalg.qr(scaled_UI.T @ (scaled_UI @ basis_IF))
+    _, values_F, rotation_FF = np.linalg.svd(scaled_UI @ basis_IF, full_matrices=False)
+    features_IF = basis_IF @ rotation_FF.T * values_F
+    lengths_I = np.linalg.norm(features_IF, axis=1, keepdims=True)
+    return features_IF / np.maximum(lengths_I, np.finfo(float).tiny), degrees_I
+
+
+def _halved(features_IF: np.ndarray, group: np.ndarray) -> list[int]:
+    """Order a group of items: halve it along the direction of largest variance, then order each half."""
+    if len(group) < 2:
+        return group.tolist()
+    centred_GF = features_IF[group] - features_IF[group].mean(axis=0)
+    direction_F = np.linalg.eigh(centred_GF.T @ centred_GF)[1][:, -1]
+    direction_F *= np.sign(direction_F[np.abs(direction_F).argmax()])  # the sign of an eigenvector is arbitrary
+    order = group[np.argsort(centred_GF @ direction_F, kind="stable")]
+    half = len(order) // 2
+    return _halved(features_IF, order[:half]) + _halved(features_IF, order[half:])
