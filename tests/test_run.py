@@ -102,7 +102,7 @@ def test_a_run_directory_is_complete(finished):
         assert (finished.folder / name).is_file(), name
     saved = {path.name for path in (finished.folder / "checkpoints").iterdir()}
     assert saved == {"round=100.ckpt", "round=120.ckpt"}
-    names = {path.name for path in (finished.folder / "predictions").iterdir()}
+    names = {path.name for path in (finished.folder / "predictions").glob("*.jsonl")}
     assert names == {
         f"{split}-{finished.task}-weight={w}.jsonl" for split in ("validation", "test") for w in ("0", "0.5", "1", "2")
     }
@@ -197,9 +197,9 @@ def test_predictions_hold_what_was_asked_said_and_judged(finished):
             rows = composed.predictions(finished.folder, split, w, finished.task)
             assert len(rows) == 60
             for row in rows:
-                assert set(row) == {"id", "prompt", "target", "answer", "prediction", "extracted", "correct"}
-                assert row["correct"] == task.correct(row["prediction"], row["answer"])
-            share = sum(row["correct"] for row in rows) / 60
+                assert set(row) == {"id", "prompt", "target", "answer", "prediction", "extracted", "scores"}
+                assert row["scores"] == {"accuracy": float(task.correct(row["prediction"], row["answer"]))}
+            share = sum(row["scores"]["accuracy"] for row in rows) / 60
             assert composed.value(found, split, "accuracy", w, finished.task) == pytest.approx(share)
 
 
@@ -207,7 +207,7 @@ def test_the_gain_can_be_recomputed_from_the_predictions(finished):
     found = composed.results(finished.folder)
     (gain,) = found["gain"]
     pilot, fused = (
-        [row["correct"] for row in composed.predictions(finished.folder, "test", w, finished.task)]
+        [row["scores"]["accuracy"] for row in composed.predictions(finished.folder, "test", w, finished.task)]
         for w in (0.0, found["selected_weight"])
     )
     assert gain["pilot"] == pytest.approx(sum(pilot) / 60)
@@ -264,14 +264,15 @@ def test_the_weight_is_the_best_on_validation(finished):
 
 def test_the_choice_of_the_weight_does_not_see_the_test_rows(finished, tmp_path, monkeypatch):
     chosen = composed.results(finished.folder)["selected_weight"]
-    judge = Evaluator.predict
+    judge = Evaluator.scores
     for favoured in (0.0, 0.5, 1.0, 2.0):
 
-        def predict(self, split, name, weight, favoured=favoured):
-            right = judge(self, split, name, weight)
-            return right if split == "validation" else [weight == favoured] * len(right)
+        def scores(self, split, name, weights, favoured=favoured):
+            found = judge(self, split, name, weights)
+            rows = len(found[0.0]["accuracy"])
+            return found if split == "validation" else {w: {"accuracy": [float(w == favoured)] * rows} for w in found}
 
-        monkeypatch.setattr(Evaluator, "predict", predict)
+        monkeypatch.setattr(Evaluator, "scores", scores)
         found = composed.results(composed.evaluate(finished.folder, tmp_path / str(favoured)))
         assert found["selected_weight"] == chosen
         assert found["gain"][0]["fused"] == (chosen == favoured)
@@ -454,7 +455,7 @@ def test_the_equal_time_control_stands_beside_the_gain(tmp_path, capsys):
     assert (control["name"], control["split"], control["n"]) == ("Pilot, equal time", "test", 16)
     assert control["rounds"] > 0
     rows = composed.predictions(folder / "control", "test", 0.0)
-    assert control["value"] == sum(row["correct"] for row in rows) / 16
+    assert control["value"] == sum(row["scores"]["accuracy"] for row in rows) / 16
     assert "Pilot, equal time" in capsys.readouterr().out
     assert found["rounds"] == 4  # the joint run's own
 
@@ -565,7 +566,10 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
 
 
 def test_the_returned_gain_is_what_a_sweep_maximises(tmp_path, monkeypatch):
-    monkeypatch.setattr(Evaluator, "predict", lambda self, split, name, weight: [weight > 0] * 10)
+    def scores(self, split, name, weights):
+        return {weight: {"accuracy": [float(weight > 0)] * 10} for weight in weights}
+
+    monkeypatch.setattr(Evaluator, "scores", scores)
     small = composed.compose_config(*composed.QUIET, *SHORT, f"paths.run_dir={tmp_path}")
     assert composed.run.train(small) == 1.0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tcopilot.checks import ConfigError, config_problems, refuse_missing
 from tcopilot.copilot import Copilot
 from tcopilot.data.benchmarks import DataError
 from tcopilot.data.module import TCopilotDataModule
+from tcopilot.evaluation.evaluate import Decoding
 from tcopilot.families import decoder_depth
 from tcopilot.mistake_log import MistakeLog
 from tcopilot.modeling import TCopilotConfig, TCopilotModel, fused_class
@@ -108,6 +109,7 @@ def fused_model(cfg: DictConfig, prepared: Prepared) -> TCopilotModel:
             pilot,
             layers=copilot_layers(cfg.copilot.layers, decoder_depth((donor or pilot).config)),
             donor=donor,
+            tokens=len(prepared.tokenizer),
             **{
                 name: cfg.copilot[name]
                 for name in (
@@ -136,6 +138,12 @@ def evaluation_weights(weight: Any) -> list[float] | None:
     return [float(weight)] if isinstance(weight, int | float) else [float(value) for value in weight]
 
 
+def decoding(node: DictConfig) -> Decoding:
+    """How answers are had, from the config's `evaluation` group."""
+    values = OmegaConf.to_container(node, resolve=True)
+    return Decoding(**{field.name: values[field.name] for field in fields(Decoding)})
+
+
 def training_module(cfg: DictConfig, model: TCopilotModel, rounds: int) -> TCopilotModule:
     """The LightningModule with both learners."""
     if cfg.pilot.gradient_checkpointing:
@@ -152,19 +160,21 @@ def training_module(cfg: DictConfig, model: TCopilotModel, rounds: int) -> TCopi
         }
     return TCopilotModule(
         model,
-        pilot=None if cfg.pilot.frozen else learner(cfg.pilot),
-        copilot=learner(cfg.copilot) if cfg.copilot.enabled else None,
+        pilot=None if cfg.pilot.frozen else learner(cfg.pilot, rounds),
+        copilot=learner(cfg.copilot, rounds) if cfg.copilot.enabled else None,
         rounds=rounds,
         micro_batch_size=cfg.pilot.micro_batch_size,
         **options,
     )
 
 
-def learner(node: DictConfig) -> Learner:
-    """Optimiser, schedule and clipping of one model."""
-    return Learner(
-        instantiate(node.optimizer, _convert_="all"), instantiate(node.scheduler, _convert_="all"), node.clip
-    )
+def learner(node: DictConfig, rounds: int) -> Learner:
+    """Optimiser, schedule and clipping of one model; a warm-up below 1 is a share of the rounds."""
+    schedule = OmegaConf.to_container(node.scheduler, resolve=True)
+    warm_up = schedule.get("num_warmup_steps", 0)
+    if isinstance(warm_up, float):
+        schedule["num_warmup_steps"] = round(warm_up * rounds) if warm_up < 1 else round(warm_up)
+    return Learner(instantiate(node.optimizer, _convert_="all"), instantiate(schedule, _convert_="all"), node.clip)
 
 
 def trainer(cfg: DictConfig, callbacks: list[Callback], log: MistakeLog | None, rounds: int) -> Trainer:

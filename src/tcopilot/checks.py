@@ -15,6 +15,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from tcopilot.copilot import PATTERNS, POSITIONS
 from tcopilot.decoding import FEEDBACKS
+from tcopilot.evaluation.evaluate import MODES
+from tcopilot.evaluation.recommendation import RANKINGS
 from tcopilot.functional import POOLINGS
 from tcopilot.fusion import FUSIONS
 from tcopilot.heads import HEADS
@@ -156,7 +158,11 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
         yield "fusion.weight=auto: λ* in closed form belongs to fusion.space=probability; give numbers for logits"
     yield from _one_of("fusion.space", cfg.fusion.space, FUSIONS)
     yield from _one_of("fusion.feedback", cfg.fusion.feedback, FEEDBACKS)
-    for key in ("num_beams", "max_new_tokens", "batch_size"):
+    modes = cfg.evaluation.modes
+    if not isinstance(modes, ListConfig) or not modes or not set(modes) <= set(MODES):
+        yield f"evaluation.modes={modes}: give a list of {', '.join(MODES)}"
+    yield from _one_of("evaluation.ranking", cfg.evaluation.ranking, RANKINGS)
+    for key in ("num_beams", "max_new_tokens", "batch_size", "ranking_beams"):
         value = cfg.evaluation[key]
         if not (value is None and key == "max_new_tokens") and (not is_whole(value) or value < 1):
             yield f"evaluation.{key}={value}: must be a whole number, at least 1"

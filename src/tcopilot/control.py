@@ -10,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from tcopilot import build
 from tcopilot.build import Prepared
-from tcopilot.evaluation.evaluate import Decoding, Evaluator
+from tcopilot.evaluation.evaluate import UNCOMPARED, Evaluator
 from tcopilot.evaluation.results import Control
-from tcopilot.evaluation.significance import wilson_interval
+from tcopilot.evaluation.significance import mean_interval
 
 log = logging.getLogger(__name__)
 WARM_UP_ROUNDS, TRIAL_ROUNDS = 5, 30
@@ -30,7 +30,7 @@ def equal_time_controls(cfg: DictConfig, prepared: Prepared, seconds: float, fol
         folder: where the control's predictions go.
 
     Returns:
-        One control per benchmark, on the split that the run reports.
+        One control per benchmark and metric, on the split that the run reports.
     """
     alone = OmegaConf.merge(cfg, {"copilot": {"enabled": False}})
     _trained(alone, prepared, WARM_UP_ROUNDS)
@@ -38,18 +38,15 @@ def equal_time_controls(cfg: DictConfig, prepared: Prepared, seconds: float, fol
     rounds = max(1, round(seconds / (trial.seconds["pilot"] / TRIAL_ROUNDS)))
     log.info("Control: the Pilot alone for %d rounds, the joint run's %.0f s", rounds, seconds)
     module = _trained(alone, prepared, rounds)
-    decoding = Decoding(cfg.evaluation.num_beams, cfg.evaluation.max_new_tokens, cfg.evaluation.batch_size)
+    decoding = build.decoding(cfg.evaluation)
     evaluator = Evaluator(module.model, prepared.tokenizer, prepared.data, folder / "predictions", decoding)
+    split, seconds = cfg.evaluation.report_on, round(module.seconds["pilot"], 2)
     controls = []
     for name in prepared.data.benchmark_names:
-        right = evaluator.predict(cfg.evaluation.report_on, name, 0.0)
-        controls.append(
-            Control(
-                "Pilot, equal time", name, cfg.evaluation.report_on, prepared.data.benchmarks[name].metric,
-                sum(right) / len(right), len(right), wilson_interval(sum(right), len(right)),
-                rounds, round(module.seconds["pilot"], 2),
-            )
-        )  # fmt: skip
+        scores = evaluator.scores(split, name, [0.0])[0.0]
+        for metric, values in ((metric, values) for metric, values in scores.items() if metric not in UNCOMPARED):
+            found = (sum(values) / len(values), len(values), mean_interval(values))
+            controls.append(Control("Pilot, equal time", name, split, metric, *found, rounds, seconds))
     return controls
 
 

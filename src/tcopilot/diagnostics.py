@@ -23,6 +23,29 @@ if TYPE_CHECKING:
     from tcopilot.modeling import TCopilotModel
 
 
+@torch.no_grad()
+def correct_targets(model: TCopilotModel, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Score given targets in one pass, with the feedback that the model's decoding uses.
+
+    Args:
+        model: the fused model; its λ is not used.
+        batch: prompts and targets.
+
+    Returns:
+        log p̂ [B, N, V] in float32 and f^C [B, N, V]; None for the latter without a Copilot.
+    """
+    copilot = model.copilot
+    states = trace_pilot(model.pilot, batch, StatePooler() if copilot is None else copilot.pooler)
+    log_probs_BNV = torch.log_softmax(states.logits_BNV.float(), dim=-1)
+    if copilot is None:
+        return log_probs_BNV, None
+    corrections_BNV, _ = correct_text(
+        copilot, model.config.feedback, log_probs_BNV, states.targets_BN[:, :-1],
+        states.source_BMP, states.source_mask_BM, states.states_BNP,
+    )  # fmt: skip
+    return log_probs_BNV, corrections_BNV
+
+
 class ErrorStatistics:
     """Sums over target tokens, from teacher-forced passes, of what Theorem 4.1 speaks of.
 
@@ -34,20 +57,13 @@ class ErrorStatistics:
     def __init__(self, weights: Sequence[float], fusion: str = "probability") -> None:
         self.weights = list(weights)
         self._fuse = build_fusion(fusion)
-        self._sums: Tensor | None = None
+        self._sums = torch.zeros(5 + 2 * len(self.weights), dtype=torch.float64)
 
     @torch.no_grad()
     def observe(self, model: TCopilotModel, batch: Batch) -> None:
         """Add a batch by a teacher-forced pass of a fused model, with the feedback that its decoding uses."""
-        copilot = model.copilot
-        states = trace_pilot(model.pilot, batch, StatePooler() if copilot is None else copilot.pooler)
-        log_probs_BNV, corrections_BNV = torch.log_softmax(states.logits_BNV.float(), dim=-1), None
-        if copilot is not None:
-            corrections_BNV, _ = correct_text(
-                copilot, model.config.feedback, log_probs_BNV, states.targets_BN[:, :-1],
-                states.source_BMP, states.source_mask_BM, states.states_BNP,
-            )  # fmt: skip
-        self.update(log_probs_BNV, corrections_BNV, states.targets_BN, states.target_mask_BN)
+        log_probs_BNV, corrections_BNV = correct_targets(model, batch)
+        self.update(log_probs_BNV, corrections_BNV, batch.target_ids_BN, batch.target_mask_BN)
 
     @torch.no_grad()
     def update(
@@ -69,12 +85,11 @@ class ErrorStatistics:
             nll_BN = -fused_BNV.gather(-1, index).squeeze(-1)
             per_token += [nll_BN, nll_BN.double().square()]
         sums = torch.stack([(value.double() * mask_BN).sum() for value in per_token])
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._sums = self._sums.to(sums.device) + sums
 
     def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
-        """Add up the sums of all ranks."""
-        if self._sums is not None:
-            self._sums = sum_over_ranks(self._sums)
+        """Add up the sums of all ranks; one without rows takes part too."""
+        self._sums = sum_over_ranks(self._sums)
 
     def nll(self) -> dict[float, float]:
         """Mean −log p̃_y per target token, in nats, for each λ."""

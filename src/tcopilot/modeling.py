@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, ModelOutput, Seq2SeqLMOutput
 
 from tcopilot.copilot import Copilot, CopilotConfig, CopilotState
 from tcopilot.decoding import FEEDBACKS, correct_next, correct_text
@@ -258,7 +258,7 @@ class TCopilotModel(PreTrainedModel, GenerationMixin):
 
     def generate_at_weights(
         self, weights: Sequence[float], input_ids: Tensor, attention_mask: Tensor, **kwargs: Any
-    ) -> list[Tensor]:
+    ) -> list[Any]:
         """Decode every prompt at several λ at once; Pilot and Copilot read each prompt once, not once for each λ.
 
         Args:
@@ -268,7 +268,8 @@ class TCopilotModel(PreTrainedModel, GenerationMixin):
             **kwargs: arguments of `generate`; those with tensors are for one λ and serve all.
 
         Returns:
-            For each λ what `generate` returns at it, of one length for all.
+            For each λ what `generate` returns at it, of one length for all; of an output class only sequences and
+            scores.
         """
         count = len(weights)
         if self.copilot is None or len(set(weights)) == 1:
@@ -280,14 +281,22 @@ class TCopilotModel(PreTrainedModel, GenerationMixin):
         if self.config.is_encoder_decoder:
             encoded_BMP = self.get_encoder()(input_ids, attention_mask=attention_mask).last_hidden_state
             kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded_BMP.repeat_interleave(count, dim=0))
-        tokens = self.generate(
+        found = self.generate(
             input_ids=input_ids.repeat_interleave(count, dim=0),
             attention_mask=attention_mask.repeat_interleave(count, dim=0),
             weights_B=torch.tensor(weights, device=input_ids.device).repeat(len(input_ids)),
             copies=count,
             **kwargs,
         )
-        return [part.flatten(0, 1) for part in tokens.unflatten(0, (len(input_ids), count, -1)).unbind(1)]
+
+        def parts(rows: Tensor | None) -> list[Tensor | None]:
+            split = None if rows is None else rows.unflatten(0, (len(input_ids), count, -1)).unbind(1)
+            return [None] * count if split is None else [part.flatten(0, 1) for part in split]
+
+        if isinstance(found, Tensor):
+            return parts(found)
+        pairs = zip(parts(found.sequences), parts(getattr(found, "sequences_scores", None)), strict=True)
+        return [ModelOutput(sequences=tokens, sequences_scores=scores) for tokens, scores in pairs]
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Decode from the fused distribution; arguments as in transformers. Prompts must be left-padded."""

@@ -27,7 +27,7 @@ from tcopilot.callbacks.checkpoint import checkpoints, round_of
 from tcopilot.checks import ConfigError, evaluation_problems, refuse_missing
 from tcopilot.control import equal_time_controls
 from tcopilot.data.benchmarks import DataError
-from tcopilot.evaluation.evaluate import Decoding, Evaluation, Evaluator
+from tcopilot.evaluation.evaluate import Evaluation, Evaluator
 from tcopilot.evaluation.results import Results, gain_table, git_revision, weight_table
 from tcopilot.modeling import TCopilotModel, fused_class
 from tcopilot.module import TCopilotModule, TrainingDivergedError
@@ -154,7 +154,7 @@ def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
 
 
 def _evaluated(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_dir: Path) -> tuple[Results, Evaluation]:
-    decoding = Decoding(cfg.evaluation.num_beams, cfg.evaluation.max_new_tokens, cfg.evaluation.batch_size)
+    decoding = build.decoding(cfg.evaluation)
     evaluator = Evaluator(model, prepared.tokenizer, prepared.data, run_dir / "predictions", decoding)
     splits = (cfg.evaluation.select_on, cfg.evaluation.report_on)
     found = evaluator.run(build.evaluation_weights(cfg.fusion.weight), splits)
@@ -163,6 +163,11 @@ def _evaluated(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_di
         notes.insert(0, f"λ* in closed form on {splits[0]}: {found.best_weight:.3f}")
     if splits[0] == splits[1]:
         notes.append(f"λ was chosen on the very rows reported ({splits[0]}): the gain is optimistic")
+    notes += [
+        f"{name}: {len(rows)} rows could not be read and were left out (data.on_error=skip)"
+        for name, rows in prepared.data.skipped.items()
+        if rows
+    ]
     results = Results(
         seed=cfg.seed, git=git_revision(), config="config.yaml", params={}, rounds=0, train_seconds=0.0,
         selected_weight=found.selected_weight, selected_on=splits[0], rows=found.rows, gain=found.gain,

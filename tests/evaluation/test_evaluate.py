@@ -9,6 +9,7 @@ from training import source_side, tiny_model
 
 from tcopilot.data import GeneratedTask, TCopilotDataModule, word_tokenizer
 from tcopilot.evaluation.evaluate import Decoding, Evaluator, _select
+from tcopilot.evaluation.generation import Generation
 
 FAMILIES = ("t5", "llama")
 WEIGHTS = [0.5, 1.0]
@@ -39,10 +40,11 @@ def written(folder, split="test", weight=1.0, benchmark="word_problems") -> list
 def outcomes(monkeypatch, right) -> None:
     """Replace decoding by `right(split, weight, row number)`."""
 
-    def predict(self, split, benchmark, weight):
-        return [right(split, weight, i) for i in range(len(self.data.evaluation_rows(split, benchmark)))]
+    def scores(self, split, benchmark, weights):
+        places = range(len(self.data.evaluation_rows(split, benchmark)))
+        return {weight: {"accuracy": [float(right(split, weight, i)) for i in places]} for weight in weights}
 
-    monkeypatch.setattr(Evaluator, "predict", predict)
+    monkeypatch.setattr(Evaluator, "scores", scores)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,7 +52,7 @@ def test_answers_do_not_depend_on_the_batch_they_are_decoded_in(family, tmp_path
     said = []
     for size in (1, 5, 64):
         judge = evaluator(family, tmp_path / str(size), decoding=Decoding(batch_size=size))
-        judge.predict("test", "word_problems", 1.0)
+        judge.scores("test", "word_problems", [1.0])
         rows = written(tmp_path / str(size))
         said.append({row["id"]: row["prediction"] for row in rows})
     assert len(said[0]) == 10
@@ -58,39 +60,87 @@ def test_answers_do_not_depend_on_the_batch_they_are_decoded_in(family, tmp_path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_outcomes_come_in_the_order_of_the_rows(family, tmp_path):
+def test_scores_come_in_the_order_of_the_rows(family, tmp_path, monkeypatch):
     judge = evaluator(family, tmp_path, decoding=Decoding(batch_size=3))
     rows = judge.data.evaluation_rows("test", "word_problems")
-    judge._generate = lambda batch, _: [rows[i]["answer"] if i % 3 == 0 else "no" for i in places(batch, rows)]
-    assert judge.predict("test", "word_problems", 0.0) == [i % 3 == 0 for i in range(10)]
+    right = {row["id"]: i % 3 == 0 for i, row in enumerate(rows)}
+    answered_by(monkeypatch, lambda row, weight: right[row["id"]])
+    assert judge.scores("test", "word_problems", [0.0]) == {0.0: {"accuracy": [float(i % 3 == 0) for i in range(10)]}}
 
 
-def places(batch, rows) -> list[int]:
-    """Where a batch's rows stand among all rows."""
-    ids = {row["id"]: place for place, row in enumerate(rows)}
-    return [ids[number] for number in batch.ids_B.tolist()]
+def answered_by(monkeypatch, right, before=lambda rows: None) -> None:
+    """Replace decoding by `right(row, weight)`; `before` is told of each batch."""
+
+    def answer(self, rows, weights):
+        before(rows)
+        return {
+            weight: [{"id": row["id"], "scores": {"accuracy": float(right(row, weight))}} for row in rows]
+            for weight in weights
+        }
+
+    monkeypatch.setattr(Generation, "answer", answer)
 
 
-def test_what_is_decoded_is_on_disk_at_once(tmp_path):
+def test_what_is_decoded_is_on_disk_at_once(tmp_path, monkeypatch):
     judge = evaluator("t5", tmp_path, decoding=Decoding(batch_size=4))
-    decode, calls = judge._generate, []
+    batches = []
 
-    def broken(batch, limit):
-        calls.append(batch)
-        if len(calls) == 3:
+    def stop_at_the_third(rows):
+        batches.append(rows)
+        if len(batches) == 3:
             raise KeyboardInterrupt
-        return decode(batch, limit)
 
-    judge._generate = broken
+    answered_by(monkeypatch, lambda row, weight: True, stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        judge.predict("test", "word_problems", 1.0)
+        judge.scores("test", "word_problems", [1.0])
     assert len(written(tmp_path)) == 8
+
+
+@pytest.mark.parametrize("cut", ["between rows", "inside a line"])
+def test_a_stopped_evaluation_goes_on_and_ends_as_if_it_had_not_stopped(tmp_path, cut, monkeypatch):
+    whole = evaluator("t5", tmp_path / "whole").scores("test", "word_problems", [0.0, 1.0])
+    decode, batches = Generation.answer, []
+
+    def answer(self, rows, weights):
+        batches.append([row["id"] for row in rows])
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return decode(self, rows, weights)
+
+    monkeypatch.setattr(Generation, "answer", answer)
+    stopped = lambda: evaluator("t5", tmp_path / "stopped", decoding=Decoding(batch_size=4))  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        stopped().scores("test", "word_problems", [0.0, 1.0])
+    if cut == "inside a line":
+        file = tmp_path / "stopped" / "test-word_problems-weight=1.jsonl"
+        file.write_text(file.read_text()[:-20])
+    answered = {number for batch in batches[:2] for number in batch}
+    assert stopped().scores("test", "word_problems", [0.0, 1.0]) == whole
+    again = {number for batch in batches[3:] for number in batch}
+    assert len(answered & again) == (1 if cut == "inside a line" else 0)
+    for weight in (0.0, 1.0):
+        assert written(tmp_path / "stopped", weight=weight) == written(tmp_path / "whole", weight=weight)
+
+
+@pytest.mark.parametrize("change", ["model", "decoding", "feedback", "rows"])
+def test_predictions_of_another_setting_are_not_taken_up(tmp_path, change, monkeypatch):
+    asked = []
+    answered_by(monkeypatch, lambda row, weight: True, asked.append)
+    evaluator("t5", tmp_path).scores("test", "word_problems", [1.0])
+    evaluator("t5", tmp_path).scores("test", "word_problems", [1.0])
+    assert len(asked) == 1
+    options = {"model": {"seed": 1}, "feedback": {"feedback": "own"}}.get(change, {})
+    judge = evaluator("t5", tmp_path, decoding=Decoding(num_beams=2) if change == "decoding" else None, **options)
+    if change == "rows":
+        judge.data.benchmarks["word_problems"].version = 2
+    judge.scores("test", "word_problems", [1.0])
+    assert len(asked) == 2
 
 
 def test_repeating_an_evaluation_replaces_its_predictions(tmp_path):
     judge = evaluator("t5", tmp_path)
     for _ in range(2):
-        judge.predict("test", "word_problems", 1.0)
+        judge.scores("test", "word_problems", [1.0])
     assert len(written(tmp_path)) == 10
 
 
@@ -101,7 +151,7 @@ def test_answers_end_at_the_limit_of_the_benchmark_unless_another_is_given(famil
         longest = []
         generate = judge.model.generate
         judge.model.generate = lambda **options: longest.append(options["max_new_tokens"]) or generate(**options)  # noqa: B023
-        judge.predict("test", "word_problems", 1.0)
+        judge.scores("test", "word_problems", [1.0])
         assert set(longest) == {tokens}
         assert max(len(row["prediction"].split()) for row in written(tmp_path)) <= tokens
 
@@ -153,18 +203,18 @@ def test_the_choice_is_the_same_whatever_the_test_rows_say(favoured, tmp_path, m
 
 
 def test_ties_go_to_the_likelier_and_then_to_the_smaller_weight():
-    even = {w: {"a": [True, False]} for w in (0.0, 0.5, 1.0)}
+    even = {"a": {w: {"accuracy": [1.0, 0.0]} for w in (0.0, 0.5, 1.0)}}
     assert _select(even, {0.0: 2.0, 0.5: 1.0, 1.0: 1.5}) == 0.5
     assert _select(even, {0.0: 2.0, 0.5: 1.0, 1.0: 1.0}) == 0.5
-    assert _select(even, dict.fromkeys(even, 1.0)) == 0.0
-    better = even | {1.0: {"a": [True, True]}}
+    assert _select(even, dict.fromkeys(even["a"], 1.0)) == 0.0
+    better = {"a": even["a"] | {1.0: {"accuracy": [1.0, 1.0], "another": [0.0, 0.0]}}}
     assert _select(better, {0.0: 1.0, 0.5: 1.0, 1.0: 9.0}) == 1.0
 
 
 def test_benchmarks_count_alike_in_the_choice_however_many_rows_they_have():
-    pilot = {"big": [True] * 90 + [False] * 10, "small": [False] * 4}
-    fused = {"big": [True] * 80 + [False] * 20, "small": [True, True, False, False]}
-    assert _select({0.0: pilot, 1.0: fused}, {0.0: 1.0, 1.0: 1.0}) == 1.0
+    shares = {"big": {0.0: [1.0] * 90 + [0.0] * 10, 1.0: [1.0] * 80 + [0.0] * 20}, "small": {0.0: [0.0], 1.0: [0.5]}}
+    outcomes = {name: {w: {"accuracy": v} for w, v in by_weight.items()} for name, by_weight in shares.items()}
+    assert _select(outcomes, {0.0: 1.0, 1.0: 1.0}) == 1.0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -188,7 +238,7 @@ def test_without_a_copilot_there_is_one_weight_to_score(weights, tmp_path):
     assert {r.weight for r in found.rows} == {0.0}
     assert found.selected_weight == 0.0
     assert found.gain[0].difference == 0.0
-    assert {path.name for path in tmp_path.iterdir()} == {
+    assert {path.name for path in tmp_path.glob("*.jsonl")} == {
         f"{split}-word_problems-weight=0.jsonl" for split in ("validation", "test")
     }
 
@@ -198,7 +248,7 @@ def test_a_mixture_is_reported_benchmark_by_benchmark(tmp_path):
     assert [gain.benchmark for gain in found.gain] == ["word_problems", "multiple_choice"]
     named = {(r.benchmark, r.metric) for r in found.rows}
     assert named == {("word_problems", "accuracy"), ("multiple_choice", "accuracy"), ("all", "nll")}
-    assert [verdict.split(":")[0] for verdict in found.verdicts] == ["word_problems", "multiple_choice"]
+    assert [v.split(":")[0] for v in found.verdicts] == ["word_problems, accuracy", "multiple_choice, accuracy"]
 
 
 def test_data_with_one_split_reports_the_rows_that_the_weight_was_chosen_on_once(tmp_path):
@@ -221,7 +271,7 @@ def test_beam_search_is_used_where_it_is_asked_for(tmp_path):
     said = []
     for beams in (1, 4):
         judge = evaluator("llama", tmp_path / str(beams), decoding=Decoding(num_beams=beams, max_new_tokens=3))
-        judge.predict("test", "word_problems", 1.0)
+        judge.scores("test", "word_problems", [1.0])
         said.append([row["prediction"] for row in written(tmp_path / str(beams))])
     assert said[0] != said[1]
 

@@ -189,18 +189,28 @@ def test_tables_survive_missing_rows(results, control):
 
 def test_weight_table_is_the_curve_with_the_selected_weight_marked(results):
     table = weight_table(results)
-    for head in ("gsm8k/validation", "gsm8k/test", "accuracy", "nll"):
-        assert head in text(table)
-    for cell in ("45.34 %", "43.75 %", "1.1111"):
-        assert cell in line(table, "0.5 (selected)")
-    assert "selected" not in line(table, "40.12 %")
+    for split, metric, cell in (
+        ("validation", "acc", "45.34 %"),
+        ("test", "acc", "43.75 %"),
+        ("test", "nll", "1.1111"),
+    ):
+        assert cell in line(table, split, metric, cell)
+    assert column_of(table, "45.34 %") == column_of(table, "λ = 0.5") == column_of(table, "(selected)")
+    assert column_of(table, "40.12 %") == column_of(table, "λ = 0 ") != column_of(table, "(selected)")
+
+
+def column_of(table, cell: str) -> int:
+    """In which column a text stands, by the borders before it."""
+    found = next(row for row in text(table).splitlines() if cell in row)
+    return found[: found.index(cell)].replace("┃", "│").count("│")
 
 
 def test_weight_table_marks_each_benchmark(results):
     results.rows.append(Row("svamp", "validation", "accuracy", 0.3, 0.77, 100, (0.7, 0.8)))
     results.selected_weight = {"gsm8k": 0.5, "svamp": 0.3}
-    assert "0.3 (svamp)" in line(weight_table(results), "77.00 %")
-    assert "0.5 (gsm8k)" in line(weight_table(results), "45.34 %")
+    table = weight_table(results)
+    assert column_of(table, "(svamp)") == column_of(table, "77.00 %") == column_of(table, "λ = 0.3")
+    assert column_of(table, "(gsm8k)") == column_of(table, "45.34 %") == column_of(table, "λ = 0.5")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from tcopilot.data.benchmarks import Benchmark, DataError, ExactMatch, Example
 from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.kinds import LetteredOptions, MultipleChoice, NumberAnswer, YesNo
 from tcopilot.data.module import TCopilotDataModule
+from tcopilot.data.recommendation import NextItem
 from tcopilot.data.tasks import GeneratedTask
 from tcopilot.data.tokenizers import byte_tokenizer, word_tokenizer
 
@@ -17,6 +18,7 @@ __all__ = [
     "GeneratedTask",
     "LetteredOptions",
     "MultipleChoice",
+    "NextItem",
     "NumberAnswer",
     "PromptTargetCollator",
     "TCopilotDataModule",

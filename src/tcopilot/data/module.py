@@ -158,7 +158,7 @@ class TCopilotDataModule(LightningDataModule):
                 else:
                     self._evaluation[split, name] = rows
         if problems:
-            raise DataError("\n".join(problems))
+            raise DataError("\n".join(dict.fromkeys(problems)))
         weights = None if self.weights is None else [self.weights[name] for name in self.benchmarks]
         self._train = mixture(train, weights, self.seed)
         self._lengths = None if self.streaming or not self.group_by_length else self._train["length"][:]

@@ -1,47 +1,61 @@
-"""Evaluation: generate answers at each λ, judge them, choose λ on validation, compare with the Pilot on test.
+"""Evaluation: answer every row at every λ, choose λ on validation, compare with the Pilot on test.
 
-Shapes: B batch, M source length, N target length, V vocabulary.
+How a row is answered is a mode: as generated text, as the likeliest option, or as a ranking of all items.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tcopilot.data.batch import Batch
 from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.diagnostics import ErrorStatistics
+from tcopilot.distributed import is_first, rank, sum_over_processes, world_size
+from tcopilot.evaluation.generation import Generation
+from tcopilot.evaluation.likelihood import Likelihood
+from tcopilot.evaluation.metrics import consistency_problems
+from tcopilot.evaluation.predictions import Prediction, PredictionFiles, claim, fingerprint
+from tcopilot.evaluation.recommendation import ItemRanking
 from tcopilot.evaluation.results import Gain, Row
-from tcopilot.evaluation.significance import compare, wilson_interval
+from tcopilot.evaluation.significance import compare, mean_interval
 from tcopilot.modeling import TCopilotModel
 
 log = logging.getLogger(__name__)
+MODES = ("generation", "likelihood")
+UNCOMPARED = frozenset({"no_answer"})  # reported, but neither better nor worse
+
+Scores = dict[str, list[float]]
+"""Metric to one value per row."""
 
 
 @dataclass
 class Decoding:
-    """How answers are decoded.
+    """How answers are had.
 
     Attributes:
         num_beams: 1 is greedy; the paper uses 4.
         max_new_tokens: longest answer; None takes each benchmark's own, or what its training targets need.
-        batch_size: prompts decoded at once.
+        batch_size: sequences (prompts times λ, or options) in one pass.
+        modes: `generation`, `likelihood` or both. The first decides on λ. Benchmarks without options have no
+            likelihood mode, and those that rank a catalogue only rank.
+        ranking: `beam` searches a catalogue with `ranking_beams`; `exhaustive` scores every item.
+        ranking_beams: at least the largest cutoff of the ranking metrics.
     """
 
     num_beams: int = 1
     max_new_tokens: int | None = None
     batch_size: int = 64
+    modes: Sequence[str] = ("generation",)
+    ranking: str = "beam"
+    ranking_beams: int = 100
 
 
 @dataclass
@@ -55,15 +69,36 @@ class Evaluation:
     verdicts: list[str] = field(default_factory=list)
 
 
+class Mode(Protocol):
+    """A way to answer rows.
+
+    Attributes:
+        suffix: what its prediction files are told apart by.
+        metrics: names of the scores, the deciding one first.
+    """
+
+    suffix: str
+    metrics: tuple[str, ...]
+
+    def rows_at_once(self, weights: int) -> int:
+        """Rows of a batch at that many λ."""
+
+    def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
+        """Return one prediction per λ and row."""
+
+
 class Evaluator:
     """Runs a fused model over the rows of a data module.
+
+    Every process of a job takes its share of the rows; each row is answered once, and all processes return the same
+    figures. A stopped evaluation goes on where it was if it is started again with the same folder.
 
     Args:
         model: the fused model; its λ is changed while it runs and left at the selected one.
         tokenizer: the Pilot's.
         data: prepared rows.
-        folder: where predictions go, one JSON line per row as soon as it is decoded.
-        decoding: how answers are decoded.
+        folder: where predictions go, one JSON line per row as soon as it is answered.
+        decoding: how answers are had.
     """
 
     def __init__(
@@ -102,67 +137,99 @@ class Evaluator:
             statistics = self._statistics(chosen_on, sorted({0.0, *given}))
         candidates = sorted({0.0, *given})
         for split in dict.fromkeys((chosen_on, reported)):
-            outcomes = {weight: self._split(found, split, weight) for weight in candidates}
+            outcomes = {name: self.scores(split, name, candidates) for name in self.data.benchmark_names}
             observed = statistics if split == chosen_on else self._statistics(split, candidates)
+            for name, by_weight in outcomes.items():
+                self._report(found, split, name, by_weight)
             likelihood, intervals = observed.nll(), observed.nll_intervals()
-            rows = [row for name in self.data.benchmark_names for row in self._rows(split, name)]
+            rows = [row for name in self.data.benchmark_names for row in self.data.evaluation_rows(split, name)]
             tokens = sum(len(row["target_ids"]) for row in rows)
             found.rows += [Row("all", split, "nll", w, nll, tokens, intervals[w]) for w, nll in likelihood.items()]
             if split == chosen_on:
                 found.selected_weight = given[0] if len(given) == 1 else _select(outcomes, likelihood)
-        for name in self.data.benchmark_names:
-            comparison = compare(outcomes[0.0][name], outcomes[found.selected_weight][name])
-            found.gain.append(Gain.of(name, self.data.benchmarks[name].metric, comparison))
-            found.verdicts.append(f"{name}: {comparison.verdict}")
+        for name, by_weight in outcomes.items():
+            for place, metric in enumerate(metric for metric in by_weight[0.0] if metric not in UNCOMPARED):
+                comparison = compare(by_weight[0.0][metric], by_weight[found.selected_weight][metric])
+                found.gain.append(Gain.of(name, metric, comparison))
+                if not place:  # the table has the others'
+                    found.verdicts.append(f"{name}, {metric}: {comparison.verdict}")
         if len(given) > 1 and found.selected_weight == max(given):
             found.verdicts.append(f"λ = {max(given):g} is the largest one tried: a larger one may be better still")
         self.model.weight = found.selected_weight
         return found
 
-    @torch.no_grad()
-    def predict(self, split: str, benchmark: str, weight: float) -> list[bool]:
-        """Decode every row at one λ; returns whether each answer is right, in the rows' order.
+    def scores(self, split: str, benchmark: str, weights: Sequence[float]) -> dict[float, Scores]:
+        """Answer every row of a benchmark's split in every mode.
 
-        Predictions are appended to `<folder>/<split>-<benchmark>-weight=<λ>.jsonl` batch by batch, so that whatever
-        is done stays, should the run be stopped.
+        Predictions go to `<folder>/<split>-<benchmark>-weight=<λ>.jsonl` batch by batch (likelihoods to a file of
+        their own), so that whatever is done stays, should the run be stopped, and is not done again.
+
+        Returns:
+            λ to metric to values in the rows' order.
         """
-        rows = self._rows(split, benchmark)
-        task = self.data.benchmarks[benchmark]
-        self.model.weight = weight
-        right: dict[int, bool] = {}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{split}-{benchmark}-weight={weight:g}.jsonl"
-        with (
-            path.open("w", encoding="utf-8") as file,
-            _progress(f"{split} {benchmark} λ={weight:g}", len(rows)) as bar,
-        ):
-            for batch, members in self._batches(rows):
-                texts = self._generate(batch, self._longest_answer(benchmark))
-                for row, text in zip(members, texts, strict=True):
-                    right[row["id"]] = task.correct(text, row["answer"])
-                    prediction = {"prediction": text, "extracted": task.extract(text), "correct": right[row["id"]]}
-                    shown = {key: row[key] for key in ("id", "prompt", "target", "answer")}
-                    file.write(json.dumps({**shown, **prediction}, ensure_ascii=False) + "\n")
-                file.flush()
-                bar(len(members), sum(right.values()) / len(right))
-        return [right[row["id"]] for row in rows]
+        claim(self.folder, self._key())
+        rows = self.data.evaluation_rows(split, benchmark)
+        found: dict[float, Scores] = {weight: {} for weight in weights}
+        for mode in self._modes(benchmark):
+            files = PredictionFiles(self.folder, f"{split}-{benchmark}{mode.suffix}", weights)
+            self._answer(mode, files, rows, weights, f"{split} {benchmark}{mode.suffix}")
+            for weight, predictions in files.finish([row["id"] for row in rows]).items():
+                for metric in mode.metrics:
+                    found[weight][metric] = [prediction["scores"][metric] for prediction in predictions]
+        return found
 
-    @torch.no_grad()
+    def _answer(self, mode: Mode, files: PredictionFiles, rows, weights: Sequence[float], title: str) -> None:
+        """Answer this process's share of what is not answered yet; rows of similar length together."""
+        done = files.done()
+        open_rows = [row for row in rows if any(row["id"] not in done[weight] for weight in weights)]
+        ordered = sorted(open_rows, key=lambda row: len(row["source_ids"]))[rank() :: world_size()]
+        size, metric = mode.rows_at_once(len(weights)), mode.metrics[0]
+        if len(open_rows) < len(rows):
+            log.info("%s: %d of %d rows are answered already", title, len(rows) - len(open_rows), len(rows))
+        sums, asked = dict.fromkeys(weights, 0.0), 0
+        with _progress(title, len(ordered)) as bar:
+            for first in range(0, len(ordered), size):
+                members = ordered[first : first + size]
+                answers = mode.answer(members, weights)
+                files.append(answers)
+                asked += len(members)
+                for weight in weights:
+                    sums[weight] += sum(prediction["scores"][metric] for prediction in answers[weight])
+                bar(len(members), metric, {weight: total / asked for weight, total in sums.items()})
+
+    def _modes(self, benchmark: str) -> list[Mode]:
+        task, decoding = self.data.benchmarks[benchmark], self.decoding
+        if task.catalogue is not None:
+            ranking = (decoding.ranking, decoding.ranking_beams, decoding.batch_size)
+            return [ItemRanking(self.model, self.tokenizer, self._collate, task, *ranking)]
+        modes: list[Mode] = []
+        for name in decoding.modes:
+            if name == "generation":
+                options = (decoding.num_beams, self._longest_answer(benchmark), decoding.batch_size)
+                modes.append(Generation(self.model, self.tokenizer, self._collate, task, *options))
+            elif self.data.has_options(benchmark):
+                modes.append(Likelihood(self.model, self._collate, decoding.batch_size))
+        return modes
+
     def _statistics(self, split: str, weights: Sequence[float]) -> ErrorStatistics:
         """Teacher-forced pass over a split: fused likelihood at every λ at once, and λ* in closed form."""
         statistics = ErrorStatistics(weights, self.model.config.fusion)
         for name in self.data.benchmark_names:
-            for batch, _ in self._batches(self._rows(split, name)):
+            rows = sorted(self.data.evaluation_rows(split, name), key=lambda row: len(row["source_ids"]))
+            share, size = rows[rank() :: world_size()], self.decoding.batch_size
+            for first in range(0, len(share), size):
+                batch = self._collate(share[first : first + size]).to(self.model.device)
                 statistics.observe(self.model, batch)
+        statistics.reduce(sum_over_processes)
         return statistics
 
-    def _split(self, found: Evaluation, split: str, weight: float) -> dict[str, list[bool]]:
-        outcomes = {name: self.predict(split, name, weight) for name in self.data.benchmark_names}
-        for name, right in outcomes.items():
-            metric, n = self.data.benchmarks[name].metric, len(right)
-            interval = wilson_interval(sum(right), n)
-            found.rows.append(Row(name, split, metric, weight, sum(right) / n, n, interval))
-        return outcomes
+    def _report(self, found: Evaluation, split: str, name: str, by_weight: dict[float, Scores]) -> None:
+        for weight, scores in by_weight.items():
+            for metric, values in scores.items():
+                mean, interval = sum(values) / len(values), mean_interval(values)
+                found.rows.append(Row(name, split, metric, weight, mean, len(values), interval))
+            figures = {metric: sum(values) / len(values) for metric, values in scores.items()}
+            found.verdicts += [f"{name}, {split}, λ = {weight:g}: {text}" for text in consistency_problems(figures)]
 
     def _longest_answer(self, benchmark: str) -> int:
         """Tokens to wait for: as configured, else the longest training target with a little room."""
@@ -172,53 +239,49 @@ class Evaluator:
         longest = self.data.summary()
         return 2 + int(longest.get(f"{benchmark}/train", longest[f"{benchmark}/validation"])["target_max"])
 
-    def _rows(self, split: str, benchmark: str) -> list[dict[str, Any]]:
-        return self.data.evaluation_rows(split, benchmark)
-
-    def _batches(self, rows: list[dict[str, Any]]) -> Iterator[tuple[Batch, list[dict[str, Any]]]]:
-        """Batches of rows of similar length: less padding, same answers."""
-        ordered = sorted(rows, key=lambda row: len(row["source_ids"]))
-        for first in range(0, len(ordered), self.decoding.batch_size):
-            members = ordered[first : first + self.decoding.batch_size]
-            yield self._collate(members).to(self.model.device), members
-
-    def _generate(self, batch: Batch, max_new_tokens: int) -> list[str]:
-        tokens = self.model.generate(
-            input_ids=batch.source_ids_BM,
-            attention_mask=batch.source_mask_BM.long(),
-            max_new_tokens=max_new_tokens,
-            num_beams=self.decoding.num_beams,
-            do_sample=False,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-        )
-        answer: Tensor = tokens if self.model.config.is_encoder_decoder else tokens[:, batch.source_ids_BM.shape[1] :]
-        return self.tokenizer.batch_decode(answer, skip_special_tokens=True)
+    def _key(self) -> dict[str, Any]:
+        """Everything that an answer depends on."""
+        config = self.model.config
+        benchmarks = {name: task.version for name, task in self.data.benchmarks.items()}
+        decoding = {key: list(value) if key == "modes" else value for key, value in asdict(self.decoding).items()}
+        decoding.pop("batch_size")  # changes no answer
+        decoding.pop("modes")  # have files of their own
+        return {
+            "model": fingerprint(self.model),
+            "data": self.data.fingerprint(),
+            "benchmarks": benchmarks,
+            "fusion": config.fusion,
+            "feedback": config.feedback,
+            "decoding": decoding,
+        }
 
 
-def _select(outcomes: dict[float, dict[str, list[bool]]], likelihood: dict[float, float]) -> float:
-    """The λ with the best mean accuracy over benchmarks; ties go to the better likelihood, then to the smaller λ."""
+def _select(outcomes: dict[str, dict[float, Scores]], likelihood: dict[float, float]) -> float:
+    """The λ with the best mean over benchmarks of each one's first metric; ties go to the better likelihood, then to
+    the smaller λ.
+    """
 
     def merit(weight: float) -> tuple[float, float, float]:
-        shares = [sum(right) / len(right) for right in outcomes[weight].values()]
+        first = [next(iter(by_weight[weight].values())) for by_weight in outcomes.values()]
+        shares = [sum(values) / len(values) for values in first]
         return sum(shares) / len(shares), -likelihood[weight], -weight
 
-    return max(outcomes, key=merit)
+    return max(likelihood, key=merit)
 
 
 class _progress:
-    """A bar with examples per second and running accuracy; silent where the output is no terminal."""
+    """A bar with examples per second and the running score; silent where the output is no terminal."""
 
     def __init__(self, title: str, total: int) -> None:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
+            TextColumn("{task.fields[state]}"),
         )
         self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-        self._bar.disable = not self._bar.console.is_terminal
-        self._task = self._bar.add_task(title, total=total, speed="")
+        self._bar.disable = not (self._bar.console.is_terminal and is_first())
+        self._task = self._bar.add_task(title, total=total, state="")
 
     def __enter__(self):
         self._bar.start()
@@ -227,6 +290,9 @@ class _progress:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def _advance(self, rows: int, accuracy: float) -> None:
+    def _advance(self, rows: int, metric: str, means: dict[float, float]) -> None:
         speed = self._bar.tasks[0].speed or 0.0
-        self._bar.update(self._task, advance=rows, speed=f"{speed:.0f}/s, {100 * accuracy:.1f} % right")
+        shown = ", ".join(
+            f"{100 * mean:.1f} % at λ={weight:g}" for weight, mean in list(means.items())[:: len(means) - 1 or 1]
+        )
+        self._bar.update(self._task, advance=rows, state=f"{speed:.1f}/s, {metric} {shown}")

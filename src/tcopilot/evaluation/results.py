@@ -206,17 +206,19 @@ def gain_table(results: Results) -> Table:
 
 
 def weight_table(results: Results) -> Table:
-    """Lay out every metric over λ, one line per λ; the selected one is marked."""
+    """Lay out every metric over λ, one line per benchmark, split and metric; the selected λ is marked."""
     curves: dict[tuple[str, str, str], dict[float, Row]] = {}
     for row in results.rows:
         curves.setdefault((row.benchmark, row.split, row.metric), {})[row.weight] = row
-    table = Table("λ", title="Metrics over λ", caption=f"λ chosen on {results.selected_on}")
-    for benchmark, split, metric in curves:
-        table.add_column(f"{benchmark}/{split}\n{metric}", justify="right")
-    for weight in sorted({row.weight for row in results.rows}):
-        mark = _mark(results.selected_weight, weight)
-        cells = [_value(key[2], curve[weight].value) if weight in curve else "" for key, curve in curves.items()]
-        table.add_row(f"{weight:g}{mark}", *cells, style="bold" if mark else None)
+    table = Table(
+        *("benchmark", "split", "metric"), title="Metrics over λ", caption=f"λ chosen on {results.selected_on}"
+    )
+    weights = sorted({row.weight for row in results.rows})
+    for weight in weights:
+        table.add_column(f"λ = {weight:g}{_mark(results.selected_weight, weight)}", justify="right")
+    for (benchmark, split, metric), curve in curves.items():
+        cells = [_value(metric, curve[weight].value) if weight in curve else "" for weight in weights]
+        table.add_row(benchmark, split, metric, *cells)
     return table
 
 
@@ -262,9 +264,9 @@ def _test_row(results: Results, gain: Gain) -> Row | None:
 def _mark(selected: float | Mapping[str, float], weight: float) -> str:
     """Say for whom λ was selected: "" for nobody, the benchmarks' names if it was chosen for each."""
     if not isinstance(selected, Mapping):
-        return " (selected)" if weight == selected else ""
+        return "\n(selected)" if weight == selected else ""
     names = [name for name, chosen in selected.items() if chosen == weight]
-    return f" ({', '.join(names)})" if names else ""
+    return f"\n({', '.join(names)})" if names else ""
 
 
 def _value(metric: str, value: float) -> str:

@@ -46,6 +46,31 @@ def wilson_interval(correct: int, n: int, level: float = 0.95) -> Interval:
     return float(low), float(high)
 
 
+def mean_interval(values: Sequence[bool | float], level: float = 0.95, seed: int = 0) -> Interval:
+    """Bound the mean of one score per row: Wilson's interval for right/wrong answers, the bootstrap for graded ones.
+
+    Args:
+        values: One score per row.
+        level: Coverage of the interval.
+        seed: Seed of the resampling.
+
+    Returns:
+        Lower and upper bound in the unit of the values.
+
+    Raises:
+        ValueError: If there is no value, or one that is not finite.
+
+    Example:
+        >>> mean_interval([1.0] * 8 + [0.0] * 2) == wilson_interval(8, 10)
+        True
+        >>> mean_interval([0.5, 0.5])
+        (0.5, 0.5)
+    """
+    if all(value in (0, 1) for value in values):
+        return wilson_interval(int(sum(values)), len(values), level)
+    return paired_bootstrap([0.0] * len(values), values, level, seed=seed)
+
+
 def paired_bootstrap(
     before: Sequence[bool | float],
     after: Sequence[bool | float],

@@ -1,0 +1,103 @@
+"""Answers as a ranking of all items: how recommendation sets are evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.data.recommendation import NextItem
+from tcopilot.evaluation.predictions import Prediction
+from tcopilot.evaluation.ranking import ItemTrie, Ranking, rank_by_beams, rank_exhaustively
+from tcopilot.modeling import TCopilotModel
+
+RANKINGS = ("beam", "exhaustive")
+SHOWN = 10  # best items that a prediction lists
+
+
+class ItemRanking:
+    """Rank a catalogue for each user at every λ, and look up where the item that was taken stands.
+
+    Args:
+        model: the fused model.
+        tokenizer: the Pilot's.
+        collate: makes batches of rows.
+        benchmark: brings the catalogue and the metrics.
+        ranking: `beam` or `exhaustive`.
+        num_beams: beams of the search.
+        sequences: users times λ times beams, or nodes of the catalogue's trie, in one pass.
+    """
+
+    suffix = ""
+
+    def __init__(
+        self,
+        model: TCopilotModel,
+        tokenizer: PreTrainedTokenizerBase,
+        collate: PromptTargetCollator,
+        benchmark: NextItem,
+        ranking: str,
+        num_beams: int,
+        sequences: int,
+    ) -> None:
+        self._model, self._collate, self._benchmark = model, collate, benchmark
+        self._ranking, self._num_beams, self._sequences = ranking, num_beams, sequences
+        self._end = tokenizer.eos_token_id
+        self._trie = ItemTrie.from_texts(benchmark.catalogue, tokenizer)
+        self._places = {text: place for place, text in enumerate(benchmark.catalogue)}
+        self.metrics = benchmark.metrics
+
+    def rows_at_once(self, weights: int) -> int:
+        """Users of a batch at that many λ."""
+        per_user = weights * self._num_beams if self._ranking == "beam" else 32
+        return max(1, self._sequences // per_user)
+
+    def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
+        """Return one prediction per λ and user, with the best items, the place of the gold one, and the scores."""
+        batch = self._collate(rows).to(self._model.device)
+        seen, keep = [row["seen"] for row in rows], max(self._benchmark.cutoffs)
+        if self._ranking == "beam":
+            found = rank_by_beams(self._model, batch, self._trie, seen, keep, weights, self._num_beams, self._end)
+        else:
+            found = rank_exhaustively(self._model, batch, self._trie, seen, keep, weights, self._sequences)
+        gold = [self._places[row["target"]] for row in rows]
+        return {weight: self._judged(rows, gold, ranking) for weight, ranking in found.items()}
+
+    def _judged(self, rows: Sequence[dict[str, Any]], gold: list[int], ranking: Ranking) -> list[Prediction]:
+        catalogue = self._benchmark.catalogue
+        return [
+            {
+                **{key: row[key] for key in ("id", "prompt", "target", "answer")},
+                "prediction": [catalogue[item].strip() for item in items[:SHOWN] if item >= 0],
+                "rank": place,
+                "scores": self._benchmark.score_rank(place),
+            }
+            for row, items, place in zip(rows, ranking.items_BK, ranking.ranks(gold), strict=True)
+        ]
+
+
+def ranking_problems(name: str, benchmark: NextItem, ranking: str, num_beams: int, most_seen: int) -> list[str]:
+    """Cutoffs that a ranking cannot reach: more than the beams, or than the items that some user has not seen.
+
+    Args:
+        name: of the benchmark.
+        benchmark: brings cutoffs and catalogue.
+        ranking: `beam` or `exhaustive`.
+        num_beams: beams of the search.
+        most_seen: items of the user who has most.
+    """
+    problems, largest = [], max(benchmark.cutoffs)
+    if ranking == "beam" and largest > num_beams:
+        problems.append(
+            f"evaluation.ranking_beams={num_beams}: that many beams cannot find the {largest} items of {name}'s "
+            f"largest cutoff; raise it to {largest}, or lower data.benchmarks.{name}.cutoffs"
+        )
+    reachable = len(benchmark.catalogue) - most_seen
+    if largest > reachable:
+        problems.append(
+            f"data.benchmarks.{name}.cutoffs={list(benchmark.cutoffs)}: some user has only {reachable} items left to "
+            f"rank; lower the cutoffs to at most {reachable}"
+        )
+    return problems
