@@ -1,0 +1,211 @@
+"""How tables look: as sheets of text for the terminal and Markdown, and as flat records for CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tcopilot.evaluation import published
+from tcopilot.evaluation.significance import p_text
+
+if TYPE_CHECKING:
+    from tcopilot.evaluation.runs import Found
+    from tcopilot.evaluation.tables import Line, Spread, Summary
+
+WIDTH = 200  # characters of a table that is no terminal's
+LEFT = {"", "benchmark", "metric", "verdict"}  # heads of columns of words
+NONE, IMPOSSIBLE = "–", "†"
+
+
+@dataclass
+class Sheet:
+    """A table as text, for the terminal and for Markdown alike; `None` among the rows is a rule."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str] | None]
+    notes: list[str]
+
+
+def lay_out(summaries: Sequence[Summary]) -> list[Sheet]:
+    """Lay out the gains of each group, and then all groups in the paper's columns."""
+    laid = [_gain_sheet(summary) for summary in summaries if summary.lines]
+    lines = [line for summary in summaries for line in summary.lines]
+    columns = []
+    for suite in published.REASONING:
+        names = published.members(suite)
+        if any(line.benchmark in names for line in lines):
+            columns += [(published.benchmarks()[name].label, name, None) for name in names]
+            columns.append(("avg", f"{suite}_avg", None))
+    if columns:
+        laid.append(_paper_sheet("In the paper's columns", summaries, columns))
+    for name in published.members("recommendation"):
+        if metrics := dict.fromkeys(line.metric for line in lines if line.benchmark == name):
+            columns = [(metric, name, metric) for metric in sorted(metrics, key=rank)]
+            laid.append(_paper_sheet(published.benchmarks()[name].label, summaries, columns))
+    return laid
+
+
+def rank(metric: str) -> tuple[str, int]:
+    """Order hits before NDCG and both by K; anything else comes first, with an empty name.
+
+    >>> rank("ndcg@10"), rank("accuracy")
+    (('ndcg', 10), ('', 0))
+    """
+    found = re.fullmatch(r"(hit|ndcg)@(\d+)", metric)
+    return (found[1], int(found[2])) if found else ("", 0)
+
+
+def show(summaries: Sequence[Summary]) -> None:
+    """Print the sheets, as wide as the terminal is."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    for sheet in lay_out(summaries):
+        table = Table(title=escape(sheet.title), title_justify="left")
+        for head in sheet.head:
+            table.add_column(head, justify="left" if head in LEFT else "right", no_wrap=head not in ("", "verdict"))
+        for row in sheet.rows:
+            table.add_row(*map(escape, row)) if row else table.add_section()
+        console.print(table)
+        for note in (*sheet.notes, ""):
+            console.print(escape(note))
+
+
+def as_markdown(summaries: Sequence[Summary], found: Found) -> str:
+    """Write the sheets as Markdown tables with their notes beneath."""
+    parts = []
+    for sheet in lay_out(summaries):
+        rule = ["---" if head in LEFT else "---:" for head in sheet.head]
+        rows = [sheet.head, rule, *filter(None, sheet.rows)]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        parts.append("\n".join([f"### {sheet.title}", "", *lines, "", *(f"- {note}" for note in sheet.notes)]))
+    if problems := found.problems():
+        parts.append("\n".join(["### Left out", "", *(f"- {problem}" for problem in problems)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def as_csv(summaries: Sequence[Summary], _: Found) -> str:
+    """Write one line for each group, benchmark and metric; lists are parted by spaces."""
+    rows = [
+        {"group": summary.group.label, "pilot": summary.group.pilot, "copilot": summary.group.copilot}
+        | {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in record.items()}
+        for summary in summaries
+        for record in _records(summary)
+    ]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def as_json(summaries: Sequence[Summary], found: Found) -> str:
+    """Write everything the tables show as one JSON object."""
+    shown = [
+        {"label": summary.group.label, "pilot": summary.group.pilot, "copilot": summary.group.copilot}
+        | {"runs": [str(run.folder) for run in summary.group.runs], "published_metric": summary.published_metric}
+        | {"lines": _records(summary), "missing": summary.missing, "notes": summary.notes}
+        for summary in summaries
+    ]
+    unreadable = [{"folder": str(folder), "reason": reason} for folder, reason in found.unreadable]
+    data = {"groups": shown, "unfinished": [str(folder) for folder in found.unfinished], "unreadable": unreadable}
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+FORMATS = {"markdown": as_markdown, "csv": as_csv, "json": as_json}
+
+
+def _records(summary: Summary) -> list[dict[str, Any]]:
+    """Return the lines as flat records; figures are not rounded."""
+    records = []
+    for line in summary.lines:
+        record = {"benchmark": line.benchmark, "metric": line.metric, "split": summary.group.runs[0].split}
+        record |= {name: getattr(line, name) for name in ("unit", "n", "seeds", "weights")}
+        for name in ("pilot", "fused", "gain"):
+            record[f"{name}_mean"], record[f"{name}_sd"] = getattr(line, name) or (None, None)
+        record |= {"relative_percent": line.relative, "p_value": line.p_value, "verdict": line.verdict}
+        for side in ("pilot", "fused"):
+            record[f"published_{side}"] = getattr(line, f"published_{side}")
+            record[f"{side}_minus_published"] = line.beyond(side)
+        records.append(record | {"published_impossible": sorted(line.impossible)})
+    return records
+
+
+def _gain_sheet(summary: Summary) -> Sheet:
+    head = ["benchmark", "metric", "n", "seeds", "λ", "Pilot", "published", "Pilot + Copilot", "published", "gain"]
+    rows = []
+    for line in summary.lines:
+        weights = dict.fromkeys(f"{weight:g}" for weight in sorted(line.weights))
+        cells = [line.benchmark, line.metric, line.n, " ".join(map(str, line.seeds)), " ".join(weights)]
+        for side in ("pilot", "fused"):
+            beyond = line.beyond(side)
+            difference = "" if beyond is None else f" ({beyond:+.1f})"
+            cells += [_text(getattr(line, side), line.unit), _theirs(line, side) + difference]
+        relative = NONE if line.relative is None else f"{line.relative:+.1f} %"
+        p_value = NONE if line.p_value is None else p_text(line.p_value)
+        rows.append([*cells, _text(line.gain, line.unit, "+"), relative, p_value, line.verdict])
+    several = len(summary.group.runs) > 1
+    basis = "p of a paired t test over seeds" if several else "p paired over the test rows; 1 seed: no spread"
+    what = f"{summary.group.runs[0].split} rows; %, gains in points, losses in their own unit; {basis}"
+    if any(line.published_pilot is not None for line in summary.lines):
+        lenient = summary.published_metric == "accuracy_lenient"
+        which = " accuracy stands beside our accuracy_lenient" if lenient else ""
+        what += f"; published{which} (in brackets: ours minus it)"
+    missing = [f"no {average}, missing: {', '.join(names)}" for average, names in summary.missing.items()]
+    notes = [what, *missing, *summary.notes]
+    return Sheet(summary.group.label, [*head, "relative", "p", "verdict"], rows, notes)
+
+
+def _paper_sheet(title: str, summaries: Sequence[Summary], columns: Sequence[tuple[str, str, str | None]]) -> Sheet:
+    """Lay out groups in the paper's columns: ours, the published figure, and how far ours lies above it.
+
+    A column is its head, the benchmark and the metric; None is the metric of the group that the paper compares with.
+    """
+    rows, metrics, notes = [], {}, []
+    for summary in summaries:
+        group, usual = summary.group, summary.published_metric
+        lines = [summary.line(benchmark, metric or usual) for _, benchmark, metric in columns]
+        if not any(lines):
+            continue
+        metrics[group.label] = usual
+        rows += [None] if rows else []
+        sides = {"pilot": f"{group.pilot}: {group.keys}" if group.keys else group.pilot}
+        if group.copilot:
+            sides["fused"] = f"+ {group.copilot}"
+        for side, name in sides.items():
+            rows.append([name, *(_text(getattr(line, side), line.unit) if line else NONE for line in lines)])
+            rows.append(["  published", *(_theirs(line, side) if line else NONE for line in lines)])
+            beyond = [line.beyond(side) if line else None for line in lines]
+            if any(step is not None for step in beyond):
+                rows.append(["  ours minus it", *(NONE if step is None else f"{step:+.1f}" for step in beyond)])
+        of = f" for {group.label}" if len(summaries) > 1 else ""
+        averages = {f"{benchmark} {metric or usual}" for _, benchmark, metric in columns}
+        notes += [f"no {a}{of}, missing: {', '.join(m)}" for a, m in summary.missing.items() if a in averages]
+        notes += [note for note in summary.notes if note[0] == IMPOSSIBLE and note not in notes]
+    used = "%, mean ± sd over seeds; published: means of 3 runs, no spread given"
+    if columns[0][2] is None:
+        each = [f"{metric} for {label}" for label, metric in metrics.items()]
+        used = f"metric: {'; '.join(each) if len(set(metrics.values())) > 1 else metrics.popitem()[1]}; {used}"
+    return Sheet(title, ["", *(head for head, _, _ in columns)], rows, [used, *notes])
+
+
+def _theirs(line: Line, side: str) -> str:
+    """Write the published figure; † marks an impossible one."""
+    theirs = getattr(line, f"published_{side}")
+    return NONE if theirs is None else f"{theirs:.1f}{IMPOSSIBLE if side in line.impossible else ''}"
+
+
+def _text(spread: Spread | None, unit: str, sign: str = "") -> str:
+    if spread is None:
+        return NONE
+    digits = 1 if unit else 4
+    return f"{spread.mean:{sign}.{digits}f}" + ("" if spread.sd is None else f" ± {spread.sd:.{digits}f}")
