@@ -10,7 +10,7 @@ shift $(($# < 2 ? $# : 2))
 cd "$(dirname "$0")/.."
 
 reasoning=(piqa winogrande hellaswag boolq siqa openbookqa aqua gsm8k mawps svamp)
-common=(pilot=tiny_llama rounds=30 "fusion.weight=[0,0.3,1]" trainer.enable_progress_bar=false "data.path=$data")
+common=(pilot=tiny_llama rounds=30 "fusion.weight=[0,0.3,1]" "data.path=$data")
 for name in "${reasoning[@]}"; do
   "$python" train.py "${common[@]}" data="$name" data.max_eval_rows=200 \
     "evaluation.modes=[generation,likelihood]" paths.run_dir="$out/$name" "$@"
@@ -19,4 +19,4 @@ for name in beauty lastfm; do
   "$python" train.py "${common[@]}" data="$name" data.max_train_rows=2000 data.max_eval_rows=20 \
     data.benchmarks.$name.history=5 evaluation.ranking=exhaustive paths.run_dir="$out/$name" "$@"
 done
-"$python" -m tcopilot.evaluation.tables "$out" --markdown "$out/table.md"
+"$(dirname "$python")/tcopilot-table" "$out" --markdown "$out/table.md"

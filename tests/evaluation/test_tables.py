@@ -10,7 +10,7 @@ from written_runs import ARITHMETIC, REASONING, published_run, write_run, write_
 from tcopilot.evaluation import published
 from tcopilot.evaluation.runs import find_runs, group_runs
 from tcopilot.evaluation.sheets import lay_out
-from tcopilot.evaluation.tables import Seen, line_over_seeds, main, summarise
+from tcopilot.evaluation.tables import Seen, join_benchmarks, line_over_seeds, main, summarise
 
 CUTS = (5, 10, 20, 100)
 
@@ -98,6 +98,23 @@ def test_an_average_names_what_a_seed_lacks(tmp_path):
     (summary,) = summaries_of(tmp_path)
     assert summary.missing == {"arithmetic_avg accuracy": ["aqua", "svamp"]}
     assert [summary.line(name, "accuracy").seeds for name in ("aqua", "gsm8k", "svamp")] == [[0], [0, 1], [1]]
+
+
+def test_one_run_for_each_benchmark_gives_one_table(tmp_path, capsys):
+    for name, gain in (("piqa", 0.1), ("gsm8k", 0.2)):
+        for seed in (0, 1):
+            figures = {(name, "accuracy"): (0.5, 0.5 + gain)}
+            write_run(tmp_path / f"{name}{seed}", figures, seed, data__benchmarks={name: {"name": name, "seed": seed}})
+    write_run(tmp_path / "other", {("piqa", "accuracy"): (0.5, 0.9)}, fusion__weight=[0, 2])
+    whole, other = join_benchmarks([summarise(group) for group in group_runs(find_runs([tmp_path]).runs)])
+    assert [(line.benchmark, line.gain.mean) for line in whole.lines] == [
+        ("piqa", pytest.approx(10)), ("gsm8k", pytest.approx(20)),
+    ]  # fmt: skip
+    assert whole.group.label.endswith("one run for each benchmark")
+    assert not any(line.benchmark.endswith("_avg") for line in whole.lines)
+    assert [line.gain.mean for line in other.lines] == [pytest.approx(40)]
+    assert main([str(tmp_path), "--csv", "-"]) == 0
+    assert capsys.readouterr().out.count("one run for each benchmark") == 2
 
 
 def test_rows_of_another_test_set_are_noted(tmp_path):

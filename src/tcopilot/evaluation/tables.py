@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -107,6 +107,38 @@ def summarise(group: Group, metric: str | None = None) -> Summary:
     return summary
 
 
+def join_benchmarks(summaries: Sequence[Summary]) -> list[Summary]:
+    """Put groups that differ only in their data, such as one run for each set, into one summary.
+
+    Averages over a suite stay away: its members come from models that were trained apart.
+    """
+    order, joined = list(published.benchmarks()), {}
+    for summary in summaries:
+        config = summary.group.config
+        kept = sorted((k, str(v)) for k, v in config.items() if k.split(".")[0] not in ("data", "evaluation"))
+        names = {line.benchmark for line in summary.lines}
+        parts = joined.setdefault((summary.group.pilot, summary.group.copilot, str(kept)), [])
+        place = next(
+            (part for part in parts if names.isdisjoint(line.benchmark for s in part for line in s.lines)), None
+        )
+        parts.append([summary]) if place is None else place.append(summary)
+    made = []
+    for part in (part for parts in joined.values() for part in parts):
+        if len(part) == 1:
+            made += part
+            continue
+        group = part[0].group
+        models = f"{group.pilot} + {group.copilot}" if group.copilot else f"{group.pilot} alone"
+        whole = Summary(
+            replace(group, keys="", label=f"{models}, one run for each benchmark"), part[0].published_metric, []
+        )
+        whole.lines = [line for s in part for line in s.lines if not line.benchmark.endswith("_avg")]
+        whole.lines.sort(key=lambda line: order.index(line.benchmark) if line.benchmark in order else len(order))
+        whole.notes = list(dict.fromkeys(note for s in part for note in s.notes))
+        made.append(whole)
+    return made
+
+
 def line_over_seeds(benchmark: str, metric: str, seen: Sequence[Seen]) -> Line:
     """Make one line of one metric's figures, one for each seed.
 
@@ -152,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    summaries = [summarise(group, asked.metric) for group in group_runs(runs)]
+    summaries = join_benchmarks([summarise(group, asked.metric) for group in group_runs(runs)])
     if not quiet:
         sheets.show(summaries)
     for problem in found.problems():

@@ -1,0 +1,54 @@
+"""Each of the twelve sets, from its real rows to a results file, with both Pilots of the tests."""
+
+from pathlib import Path
+
+import composed
+import pytest
+
+ROWS = composed.ROOT.parent / "shared" / "data"
+REASONING = ("piqa", "winogrande", "hellaswag", "boolq", "siqa", "openbookqa", "aqua", "gsm8k", "mawps", "svamp")
+OPEN = ("aqua", "gsm8k", "mawps", "svamp")  # answers that are no choice between given options
+SMALL = [
+    *("debug=limit", "data.max_train_rows=64", "data.max_eval_rows=6", "fusion.weight=[0,0.3,1]"),
+    *("mistake_log.log.capacity_rounds=4", f"data.path={ROWS}"),
+]  # fmt: skip
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not ROWS.is_dir(), reason="no local copy of the benchmarks")]
+
+
+def figures(folder: Path, benchmark: str) -> set[tuple[str, str, float]]:
+    return {
+        (r["split"], r["metric"], r["weight"]) for r in composed.results(folder)["rows"] if r["benchmark"] == benchmark
+    }
+
+
+@pytest.mark.parametrize("pilot", ["tiny_t5", "tiny_llama"])
+@pytest.mark.parametrize("name", REASONING)
+def test_a_reasoning_set_trains_and_is_scored_by_text_and_by_likelihood(name, pilot, tmp_path):
+    modes = "evaluation.modes=[generation,likelihood]"
+    folder = composed.train(tmp_path, *SMALL, f"pilot={pilot}", f"data={name}", modes)
+    metrics = {"accuracy", "accuracy_lenient", "no_answer"}
+    metrics |= set() if name in OPEN else {"accuracy_sum", "accuracy_mean"}
+    found = figures(folder, name)
+    assert found == {(s, m, w) for s in ("validation", "test") for m in metrics for w in (0.0, 0.3, 1.0)}
+    (gain, *_) = composed.results(folder)["gain"]
+    assert gain["metric"] == "accuracy"
+
+
+@pytest.mark.parametrize("ranking", ["beam", "exhaustive"])
+@pytest.mark.parametrize("name", ["beauty", "lastfm"])
+def test_a_recommendation_set_ranks_its_whole_catalogue(name, ranking, tmp_path):
+    given = [f"data.benchmarks.{name}.history=3", "data.max_eval_rows=2", f"evaluation.ranking={ranking}"]
+    folder = composed.train(tmp_path, *SMALL, "pilot=tiny_llama", f"data={name}", *given)
+    metrics = {f"{kind}@{k}" for kind in ("hit", "ndcg") for k in (5, 10, 20, 100)}
+    assert figures(folder, name) == {
+        (s, m, w) for s in ("validation", "test") for m in metrics for w in (0.0, 0.3, 1.0)
+    }
+    assert not any("hit" in note and "must" in note for note in composed.results(folder)["notes"])
+
+
+@pytest.mark.parametrize("name", ["commonsense", "arithmetic"])
+def test_a_mixture_reports_each_of_its_sets(name, tmp_path):
+    folder = composed.train(tmp_path, *SMALL, "pilot=tiny_t5", f"data={name}")
+    reported = {gain["benchmark"] for gain in composed.results(folder)["gain"]}
+    assert reported == set(REASONING[:6] if name == "commonsense" else REASONING[6:])
