@@ -6,6 +6,7 @@ from tcopilot import Copilot, families
 from tcopilot.adapters import Lora
 from tcopilot.families import SUPPORTED, UnsupportedFamilyError
 from tcopilot.log_attention import LogAttention
+from tcopilot.states import StatePooler, trace_pilot
 
 
 @pytest.mark.parametrize("family", SUPPORTED)
@@ -140,3 +141,34 @@ def test_a_config_without_a_depth_is_refused():
     config.model_type = "odd"
     with pytest.raises(UnsupportedFamilyError, match="odd: the config does not say how many decoder layers"):
         families.decoder_depth(config)
+
+
+HEADS = {family: (family, {}) for family in families.SUPPORTED} | {
+    "t5 untied": ("t5", {"tie_word_embeddings": False}),
+    "t5 with dropout": ("t5", {"dropout_rate": 0.3}),
+    "bart with dropout": ("bart", {"dropout": 0.3}),
+    "llama untied": ("llama", {"tie_word_embeddings": False}),
+    "gemma2 with a tight cap": ("gemma2", {"final_logit_softcapping": 0.5}),
+    "gemma2 without a cap": ("gemma2", {"final_logit_softcapping": None}),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_logits_from_the_heads_input_are_those_of_the_models_own_forward(tiny_pilot, make_batch, case):
+    family, changes = HEADS[case]
+    pilot = tiny_pilot(family, **changes).train()
+    if family == "bart":
+        pilot.final_logits_bias.normal_()
+    states = trace_pilot(pilot, make_batch(pilot), StatePooler())
+    logits = families.logits_from_head_input(pilot, states.head_input_BNP)
+    torch.testing.assert_close(logits, states.logits_BNV, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "gemma2"])
+def test_the_plain_head_alone_would_not_give_the_logits_of_every_family(tiny_pilot, make_batch, family):
+    pilot = tiny_pilot(family, **({"final_logit_softcapping": 0.5} if family == "gemma2" else {}))
+    if family == "bart":
+        pilot.final_logits_bias.normal_()
+    states = trace_pilot(pilot, make_batch(pilot), StatePooler())
+    plain = pilot.get_output_embeddings()(states.head_input_BNP)
+    assert (plain - states.logits_BNV).abs().max() > 0.1

@@ -1,6 +1,10 @@
 """The Mistake Log, filled by real rounds of training."""
 
+import gc
 import io
+import random
+import sys
+import time
 
 import pytest
 import torch
@@ -17,10 +21,13 @@ from training import (
     train_on,
 )
 
+from tcopilot import log_spill
+from tcopilot.checkpoints import pack
 from tcopilot.log_storage import DenseStorage, TopKStorage
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log import LoggedRounds, MistakeLog
 from tcopilot.sampling import Balanced, Fifo, Latest, Prioritised, Reservoir
-from tcopilot.states import StatePooler, trace_pilot
+from tcopilot.states import PilotStates, StatePooler, trace_pilot
+from tcopilot.tally import Tally
 
 WIDTH = 16
 POLICIES = (Latest, Fifo, Reservoir, Prioritised, Balanced)
@@ -127,8 +134,9 @@ def test_later_training_and_changes_of_the_appended_tensors_leave_the_log_alone(
     log.append(states)
     before = all_records(log)
     with torch.no_grad():
-        for tensor in vars(states).values():
-            tensor.zero_()
+        for value in vars(states).values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
     assert before.probs_BNV.any()
     assert all(torch.equal(old, new) for old, new in zip(before, all_records(log), strict=True))
 
@@ -309,3 +317,289 @@ def test_a_round_that_the_policy_did_not_admit_takes_no_further_micro_batch(monk
     assert len(log) == 2
     assert log.rounds[0].round == 0
     assert log.seen_rounds == 2
+
+
+def made_up(rows=4, source=8, target=4, width=8, vocab=16, seed=0):
+    """States that no Pilot made, for tests of size and time."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(rows, target, dtype=torch.bool)
+    return PilotStates(
+        torch.randn(rows, target, vocab, generator=generator),
+        torch.randn(rows, source, width, generator=generator),
+        torch.ones(rows, source, dtype=torch.bool),
+        torch.randn(rows, target, width, generator=generator),
+        torch.randint(vocab, (rows, target), generator=generator),
+        mask,
+        torch.arange(rows) + rows * seed,
+        torch.arange(rows) % 3,
+    )
+
+
+def equal(left, right):
+    """Whether two drawn batches are equal to the bit."""
+    return all(torch.equal(one, two) for one, two in zip(left, right, strict=True))
+
+
+# Running sums -------------------------------------------------------------------------------------------------------
+
+
+def test_a_tally_adds_and_finds_as_a_list_would():
+    numbers = random.Random(0)
+    tally, values = Tally(), []
+    for _ in range(300):
+        if values and numbers.random() < 0.5:
+            slot = numbers.randrange(len(values))
+            values[slot] = tally[slot] = numbers.choice([0, 0, 1, 7])
+        else:
+            values.append(numbers.choice([0, 1, 5]))
+            tally.append(values[-1])
+        assert tally.total == sum(values)
+        slot = numbers.randrange(len(values) + 1)
+        assert tally.before(slot) == sum(values[:slot])
+        places = [(slot, rest) for slot, value in enumerate(values) for rest in range(value)]
+        if places:
+            target = numbers.randrange(len(places))
+            assert tally.find(target) == places[target]
+
+
+@pytest.mark.parametrize("policy", [Fifo, Prioritised, Balanced])
+def test_rounds_that_come_and_go_are_counted_as_in_a_plain_list(policy):
+    numbers, log, plain = random.Random(1), MistakeLog(10**6, policy=policy()), []
+    for step in range(400):
+        if len(plain) > 3 and numbers.random() < (0.3 if step < 200 else 0.7):
+            index = numbers.randrange(-len(plain), len(plain))
+            assert log.rounds.pop(index) is plain.pop(index)
+            continue
+        log.append(made_up(rows=numbers.randint(1, 4), seed=step % 5))
+        plain.append(log.rounds[-1])
+    held = list(log.rounds)
+    assert [logged.round for logged in held] == [logged.round for logged in plain]
+    assert len(log) == sum(map(len, plain))
+    assert log.nbytes == sum(logged.nbytes for logged in plain)
+    everything = [(logged, row) for logged in plain for row in range(len(logged))]
+    assert [log.rounds.record(index) for index in range(len(log))] == everything
+    fresh = LoggedRounds(log.policy.weights)
+    for logged in plain:
+        fresh.append(logged)
+    assert fresh.sums == log.rounds.sums
+    assert sorted(fresh.groups) == sorted(log.rounds.groups)
+    for group in fresh.groups:
+        weights = torch.cat([log.policy.weights(r).get(group, torch.zeros(len(r)).long()) for r in plain])
+        step = max(1, int(weights.sum()) // 50)
+        for number in range(0, int(weights.sum()), step):
+            assert log.rounds.pick(group, number) == int((weights.cumsum(0) <= number).sum())
+
+
+def test_a_round_that_is_not_there_is_an_index_error():
+    with pytest.raises(IndexError, match="round 0 of 0"):
+        MistakeLog().rounds[0]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_round_takes_no_longer_with_a_hundred_times_as_many_rounds_held(policy):
+    states, logs = made_up(), {}
+    for rounds in (100, 10_000):
+        log = logs[rounds] = MistakeLog(capacity_rounds=rounds, policy=policy())
+        log.append(states)
+        one = log.rounds[0]
+        state = {**log.state_dict(), "seen_rounds": rounds}
+        state["rounds"] = [{**state["rounds"][0], "round": i} for i in range(rounds)]
+        log.load_state_dict(state)
+        assert len(log.rounds) == rounds
+        assert one.nbytes * rounds == log.nbytes
+
+    def seconds(log):
+        began = time.perf_counter()
+        log.append(states)
+        log.sample(4)
+        log.statistics()
+        return time.perf_counter() - began
+
+    gc.disable()  # its pauses belong to all objects of the test run
+    try:
+        took = {rounds: [] for rounds in logs}
+        for _ in range(60):
+            for rounds, log in logs.items():
+                took[rounds].append(seconds(log))
+    finally:
+        gc.enable()
+    assert min(took[10_000]) < 2.5 * min(took[100])  # a walk over the rounds takes 20 times as long
+
+
+# Bytes --------------------------------------------------------------------------------------------------------------
+
+
+def storage_bytes():
+    """Bytes of all distinct storages of the tensors that the garbage collector knows."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) is torch.Tensor:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = max(storage.nbytes(), storages.get(storage.data_ptr(), 0))
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("storage", [DenseStorage, lambda: TopKStorage(4)], ids=["dense", "topk"])
+@pytest.mark.parametrize("policy", [Fifo, Reservoir])
+def test_the_byte_limit_holds_for_all_storages_that_the_log_keeps_alive(policy, storage, micro_batches):
+    limit = 200_000
+    log = MistakeLog(capacity_rounds=10**6, max_bytes=limit, policy=policy(), storage=storage())
+    gc.freeze()  # what is there already is not counted
+    used = []
+    for seed in range(25):
+        for part in range(micro_batches):
+            wide = made_up(rows=6, source=30, target=20, width=32, vocab=64, seed=seed * 3 + part)
+            log.append(wide.rows(slice(part, part + 4)), extend=part > 0)  # views into larger tensors
+            log.sample(3)
+            del wide
+        used.append(storage_bytes())
+        assert used[-1] == log.nbytes
+    gc.unfreeze()
+    assert max(used) <= limit
+    assert max(used) > limit - 2 * log.rounds[0].nbytes
+    assert log.seen_rounds == 25 > len(log.rounds)
+
+
+# Spilling -----------------------------------------------------------------------------------------------------------
+
+
+def bin_files(folder):
+    return sorted(folder.rglob("*.bin"))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_spilled_log_draws_what_one_in_memory_draws(policy, tmp_path):
+    batches = [random_batch("llama", seed=s, rows=6, benchmarks=[0, 1, 1, 1, 2, 0]) for s in range(8)]
+    logs = []
+    for spill in (None, str(tmp_path / "new" / "folder")):
+        drawn = []
+        log = MistakeLog(capacity_rounds=4, policy=policy(), seed=3, spill=spill)
+        watch = EachRound(lambda trainer, module, log=log, drawn=drawn: drawn.append(log.sample(9)))
+        train_on(small_module(tiny_model("llama"), len(batches), micro_batch_size=4), batches, log, [watch])
+        logs.append((log, drawn))
+    (memory, expected), (spilled, found) = logs
+    assert len(expected) == len(found) == 8
+    assert all(equal(left, right) for left, right in zip(expected, found, strict=True))
+    assert memory.statistics() == spilled.statistics()
+    assert [logged.round for logged in memory.rounds] == [logged.round for logged in spilled.rounds]
+    assert bin_files(tmp_path)
+
+
+def test_all_rounds_but_the_newest_lie_in_files_that_go_with_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(log_spill, "FILE_BYTES", 1)  # one file for each round
+    log = MistakeLog(capacity_rounds=3, spill=str(tmp_path))
+    sizes = []
+    for seed in range(6):
+        log.append(made_up(seed=seed))
+        gc.collect()
+        sizes.append(len(bin_files(tmp_path)))
+    assert sizes == [0, 1, 2, 2, 2, 2]
+    assert sum(path.stat().st_size for path in bin_files(tmp_path)) < 1.2 * log.nbytes
+    log.max_bytes = 1
+    log.append(made_up())
+    gc.collect()
+    assert not bin_files(tmp_path)
+    log.append(made_up())
+    assert len(log.rounds) == 1
+    del log
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_rounds_that_a_reservoir_does_not_admit_write_nothing(tmp_path, monkeypatch):
+    log = MistakeLog(capacity_rounds=2, policy=Reservoir(), spill=str(tmp_path))
+    for seed in range(3):
+        log.append(made_up(seed=seed))
+    monkeypatch.setattr(log.policy, "evict", lambda rounds, seen, generator: rounds - 1)  # the newest always leaves
+    log.append(made_up())
+    moved = []
+    monkeypatch.setattr(log.spill, "move", lambda tensors: moved.append(tensors) or tensors)
+    for seed in range(5):
+        log.append(made_up(seed=seed))
+    assert not moved
+    assert len(log.rounds) == 2
+
+
+def test_small_rounds_share_a_file(tmp_path):
+    log = MistakeLog(capacity_rounds=200, spill=str(tmp_path))
+    for seed in range(200):
+        log.append(made_up(seed=seed))
+    assert len(bin_files(tmp_path)) == 1
+    order = [log.rounds[i].tensors["targets"].tolist() for i in range(200)]
+    assert order == [made_up(seed=seed).targets_BN.tolist() for seed in range(200)]
+
+
+@pytest.mark.parametrize("spills", [(True, False), (False, True), (True, True)])
+def test_the_state_of_a_spilled_log_needs_no_other_file(spills, tmp_path):
+    def new(spill):
+        return MistakeLog(3, policy=Reservoir(), seed=2, spill=str(tmp_path) if spill else None, dtype="bfloat16")
+
+    old = new(spills[0])
+    for seed in range(5):
+        old.append(made_up(seed=seed))
+    state = old.state_dict()
+    packed = pack(state)[1].values()
+    mine = {t.data_ptr() for logged in state["rounds"] for t in logged["tensors"].values()}
+    assert mine <= {t.data_ptr() for t in packed}  # a checkpoint is written from the files, not from copies
+    file = io.BytesIO()
+    torch.save(state, file)
+    assert len(file.getvalue()) < 3 * old.nbytes + 40_000
+    file.seek(0)
+    restored = new(spills[1])
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    del state, packed
+    for seed in range(4):
+        assert equal(old.sample(7), restored.sample(7))
+        old.append(made_up(seed=seed))
+        restored.append(made_up(seed=seed))
+    expected = old.sample(7)
+    again = new(False)
+    again.load_state_dict(restored.state_dict())
+    state = restored.state_dict()
+    del old, restored
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+    assert equal(again.sample(99), (after := new(False)).load_state_dict(state) or after.sample(99))
+    assert len(expected.targets_BN) == 7
+
+
+def test_a_restored_log_owns_what_it_holds():
+    log = MistakeLog(policy=InOrder())
+    log.append(made_up())
+    state = log.state_dict()
+    restored = MistakeLog(policy=InOrder())
+    restored.load_state_dict(state)
+    for tensor in (*state["rounds"][0]["tensors"].values(), state["rounds"][0]["energy_B"]):
+        tensor.zero_()
+    assert restored.sample(4).probs_BNV.any()
+    assert restored.statistics()["error_energy"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_spilled_log_takes_hardly_any_memory(tmp_path):
+    def own_memory():  # kB
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+    states = made_up(rows=8, source=8, target=64, width=8, vocab=4096)  # 8.4 MB a round
+    log = MistakeLog(spill=str(tmp_path))
+    log.append(states)
+    log.sample(2)
+    before = own_memory()
+    for _ in range(20):
+        log.append(states)
+        log.sample(2)
+    assert log.nbytes > 160e6
+    assert own_memory() - before < 60_000
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_anything_is_lost(tmp_path):
+    (tmp_path / "file").write_text("")
+    log = MistakeLog(spill=str(tmp_path / "file"), policy=InOrder())
+    log.append(made_up())
+    with pytest.raises(OSError, match="file"):
+        log.append(made_up(seed=1))
+    assert len(log.rounds) == 1
+    assert torch.equal(log.sample(4).targets_BN, made_up().targets_BN)

@@ -1,12 +1,15 @@
 """How often each policy draws which record, against theory, on logs filled by real rounds of training."""
 
+import math
+from collections import Counter
+
 import pytest
 import torch
 from scipy.stats import binom, chisquare
 from training import learner, random_batch, small_module, tiny_model, train_on
 
 from tcopilot.mistake_log import MistakeLog
-from tcopilot.sampling import Balanced, Fifo, Latest, Prioritised, Reservoir
+from tcopilot.sampling import Balanced, Fifo, Latest, Prioritised, Reservoir, _without_replacement
 from tcopilot.states import PilotStates
 
 DRAWS = 4000
@@ -89,7 +92,9 @@ def test_prioritised_draws_in_proportion_to_the_length_of_the_error():
 
 def test_prioritised_next_to_never_draws_a_record_without_error():
     log = filled(Prioritised(), rows=(3,))
-    log.rounds[0].energy_B = torch.tensor([0.0, 1.0, 4.0])
+    state = log.state_dict()
+    state["rounds"][0]["energy_B"] = torch.tensor([0.0, 0.25, 1.0])
+    log.load_state_dict(state)
     observed = counts(log)
     assert observed[0] == 0
     assert follows(observed[1:], [1, 2])
@@ -141,3 +146,37 @@ def test_reservoir_holds_old_rounds_where_fifo_does_not():
 def test_reservoir_draws_what_it_holds_equally_often():
     log = filled(Reservoir(), rows=(2, 3, 1, 4, 2), capacity_rounds=3)
     assert follows(counts(log), [1] * len(log))
+
+
+def test_a_draw_without_replacement_is_any_ordered_choice_equally_often():
+    generator = torch.Generator().manual_seed(3)
+    observed = Counter(tuple(_without_replacement(5, 3, generator).tolist()) for _ in range(6000))
+    assert len(observed) == 60
+    assert follows(list(observed.values()), [1] * 60)
+
+
+def test_a_draw_from_very_many_records_costs_what_it_draws():
+    drawn = _without_replacement(10**15, 64, torch.Generator().manual_seed(0))
+    assert len(set(drawn.tolist())) == 64
+    assert drawn.max() > 10**14
+
+
+@pytest.mark.parametrize("policy", [Prioritised, Balanced])
+def test_weighted_draws_stay_right_after_rounds_have_left_the_middle(policy):
+    log = filled(policy(), rows=(3, 2, 4, 1), benchmarks=[[0, 0, 1], [2, 2], [0, 1, 1, 3], [1]])
+    log.rounds.pop(1)
+    if policy is Balanced:  # benchmark 2 is gone
+        kinds = log.concatenated("benchmark").tolist()
+        expected = [1 / kinds.count(kind) for kind in kinds]
+    else:
+        expected = log.concatenated("energy").sqrt()
+    assert follows(counts(log, draws=3 * DRAWS), expected)
+
+
+def test_an_error_that_is_not_a_number_counts_as_one_in_a_prioritised_draw():
+    log = filled(Prioritised(), rows=(2,))
+    state = log.state_dict()
+    state["rounds"][0]["energy_B"] = torch.tensor([float("nan"), 0.25])
+    log.load_state_dict(state)
+    assert follows(counts(log), [2, 1])
+    assert math.isnan(log.statistics()["error_energy"])

@@ -178,6 +178,29 @@ def input_embeddings(model: PreTrainedModel) -> Tensor:
         return embed(torch.arange(embed.num_embeddings, device=embed.weight.device)).detach().clone()
 
 
+def logits_from_head_input(model: PreTrainedModel, head_input_BNP: Tensor) -> Tensor:
+    """The model's logits from what its language-model head reads: the decoder's output after the final norm.
+
+    A tied T5 scales that output down, BART adds a bias to the logits, Gemma2 caps them.
+
+    Args:
+        model: of a supported family, adapters or not.
+        head_input_BNP: the last of its decoder's hidden states.
+
+    Returns:
+        Logits [B, N, V], as the model's own forward pass computes them.
+    """
+    config = model.config
+    if config.model_type == "t5" and getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
+        head_input_BNP = head_input_BNP * config.d_model**-0.5
+    logits_BNV = model.get_output_embeddings()(head_input_BNP)
+    if (bias_1V := getattr(model, "final_logits_bias", None)) is not None:
+        logits_BNV = logits_BNV + bias_1V.to(logits_BNV.device)
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits_BNV = torch.tanh(logits_BNV / cap) * cap
+    return logits_BNV
+
+
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The full model of a config on the meta device: classes and shapes, no memory."""
     config = copy.deepcopy(config)

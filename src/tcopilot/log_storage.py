@@ -1,12 +1,17 @@
 """How the Mistake Log stores p̂, from which ℓ follows with the target ids.
 
-Shapes: B records, N target length, V vocabulary, k kept entries.
+Shapes: B records, N target length, P Pilot width, V vocabulary, k kept entries.
 """
 
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tcopilot.chunked import CHUNK_ELEMENTS
+from tcopilot.families import logits_from_head_input
+from tcopilot.states import PilotStates
 
 
 class Storage(Protocol):
@@ -14,14 +19,17 @@ class Storage(Protocol):
 
     names: tuple[str, ...]
 
-    def pack(self, probs_BNV: Tensor, targets_BN: Tensor, mask_BN: Tensor) -> dict[str, Tensor]:
-        """Turn float32 p̂ into the tensors to keep, each with leading dimensions [B, N]; the mask is for statistics."""
+    def describe(self, pilot: PreTrainedModel) -> str:
+        """Say in a few words what is kept of p̂; raise ValueError if this Pilot's p̂ cannot be kept so."""
 
-    def unpack(self, packed: dict[str, Tensor], targets_BN: Tensor) -> Tensor:
-        """Rebuild p̂ [B, N, V] in float32."""
+    def pack(self, states: PilotStates, probs_BNV: Tensor) -> dict[str, Tensor]:
+        """Turn p̂ (float32) or what it came from into the tensors to keep, each with leading dimensions [B, N]."""
 
-    def bytes_per_token(self, vocab_size: int) -> int:
-        """Bytes of one target token, for the estimate before training."""
+    def unpack(self, packed: dict[str, Tensor], targets_BN: Tensor, pilot: PreTrainedModel | None) -> Tensor:
+        """Rebuild p̂ [B, N, V] in float32, where needed with the Pilot's frozen parts."""
+
+    def bytes_per_token(self, vocab_size: int, width: int, dtype: torch.dtype) -> int:
+        """Bytes of one target token, for the estimate before training; `dtype` is what the Pilot computes in."""
 
     def statistics(self) -> dict[str, float]:
         """Figures for the log's dashboard."""
@@ -45,15 +53,19 @@ class DenseStorage:
     def __init__(self, dtype: str = "float32") -> None:
         self.dtype = getattr(torch, dtype)
 
-    def pack(self, probs_BNV: Tensor, targets_BN: Tensor, mask_BN: Tensor) -> dict[str, Tensor]:
+    def describe(self, pilot: PreTrainedModel) -> str:
+        """All of p̂."""
+        return f"p̂ ({_name(self.dtype)})"
+
+    def pack(self, states: PilotStates, probs_BNV: Tensor) -> dict[str, Tensor]:
         """Keep p̂ as it is."""
         return {"probs": probs_BNV.to(self.dtype)}
 
-    def unpack(self, packed: dict[str, Tensor], targets_BN: Tensor) -> Tensor:
+    def unpack(self, packed: dict[str, Tensor], targets_BN: Tensor, pilot: PreTrainedModel | None = None) -> Tensor:
         """Give p̂ back."""
         return packed["probs"].float()
 
-    def bytes_per_token(self, vocab_size: int) -> int:
+    def bytes_per_token(self, vocab_size: int, width: int, dtype: torch.dtype) -> int:
         """V entries."""
         return vocab_size * self.dtype.itemsize
 
@@ -91,8 +103,13 @@ class TopKStorage:
         self._vocab_size = 0
         self._lost = self._total = 0.0
 
-    def pack(self, probs_BNV: Tensor, targets_BN: Tensor, mask_BN: Tensor) -> dict[str, Tensor]:
+    def describe(self, pilot: PreTrainedModel) -> str:
+        """The largest entries of p̂."""
+        return f"the {self.k} largest entries of p̂ ({_name(self.dtype)})"
+
+    def pack(self, states: PilotStates, probs_BNV: Tensor) -> dict[str, Tensor]:
         """Keep k values, their indices and p̂ of the target; measure what is lost."""
+        targets_BN, mask_BN = states.targets_BN, states.target_mask_BN
         self._vocab_size = probs_BNV.shape[-1]
         values_BNk, indices_BNk = probs_BNV.topk(min(self.k, self._vocab_size), dim=-1)
         target_BN1 = probs_BNV.gather(-1, targets_BN.unsqueeze(-1))
@@ -107,7 +124,7 @@ class TopKStorage:
         self._total += (energy_BN * mask_BN).sum().item()
         return packed
 
-    def unpack(self, packed: dict[str, Tensor], targets_BN: Tensor) -> Tensor:
+    def unpack(self, packed: dict[str, Tensor], targets_BN: Tensor, pilot: PreTrainedModel | None = None) -> Tensor:
         """Put the kept entries back and spread the remaining mass evenly over the others."""
         values_BNk, indices_BNk = packed["values"].float(), packed["indices"].long()
         target_BN1, targets_BN1 = packed["target_prob"].float(), targets_BN.unsqueeze(-1)
@@ -118,7 +135,7 @@ class TopKStorage:
         probs_BNV = rest_BN1.expand(*targets_BN.shape, self._vocab_size).clone()
         return probs_BNV.scatter_(-1, indices_BNk, values_BNk).scatter_(-1, targets_BN1, target_BN1)
 
-    def bytes_per_token(self, vocab_size: int) -> int:
+    def bytes_per_token(self, vocab_size: int, width: int, dtype: torch.dtype) -> int:
         """Return the bytes of k values with their indices and p̂ of the target."""
         k = min(self.k, vocab_size)
         return k * (self.dtype.itemsize + 4) + self.dtype.itemsize
@@ -134,3 +151,86 @@ class TopKStorage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them."""
         self._vocab_size, self._lost, self._total = state["vocab_size"], state["lost"], state["total"]
+
+
+class FrozenHeadStorage:
+    """What the Pilot's head reads, from which the frozen head rebuilds p̂ when a record is drawn: P numbers, not V.
+
+    Exact up to the rounding of one matrix product, for as long as the head does not change: with LoRA elsewhere or a
+    frozen Pilot. The numbers are kept in the type in which the head reads them (bfloat16 in bf16-mixed training), so
+    keeping them loses nothing (but for a tied T5 in bf16-mixed: its scaling then rounds once more).
+    """
+
+    names = ("head_input",)
+
+    def describe(self, pilot: PreTrainedModel) -> str:
+        """The head's input.
+
+        Raises:
+            ValueError: if the head is trained, for then an error of the past cannot be rebuilt.
+        """
+        head = pilot.get_output_embeddings()
+        if not is_frozen(head):
+            raise ValueError(
+                "log_storage=frozen_head keeps what the Pilot's head reads and rebuilds p̂ through the head, but this "
+                "Pilot's head is trained, so that past errors could not be rebuilt. Freeze it "
+                "(adapter@pilot.adapter=lora without the head among its targets, or pilot.frozen=true), or use "
+                "log_storage@mistake_log.log.storage=topk"
+            )
+        return "the input of the frozen head"
+
+    def pack(self, states: PilotStates, probs_BNV: Tensor) -> dict[str, Tensor]:
+        """Keep the head's input; p̂ is not needed.
+
+        Raises:
+            ValueError: see `describe`.
+        """
+        self.describe(states.pilot)
+        return {"head_input": states.head_input_BNP.to(_read_type(states.pilot.get_output_embeddings()))}
+
+    def unpack(self, packed: dict[str, Tensor], targets_BN: Tensor, pilot: PreTrainedModel | None) -> Tensor:
+        """Run the head, a few rows at a time: logits and p̂ of all rows never stand side by side."""
+        if pilot is None:
+            raise ValueError(
+                "a log with log_storage=frozen_head needs the Pilot to draw: append a round, or set `pilot`"
+            )
+        weight = next(pilot.get_output_embeddings().parameters())
+        (rows, length), vocab_size = targets_BN.shape, weight.shape[0]
+        probs_BNV = torch.empty(rows, length, vocab_size, device=targets_BN.device)
+        step = max(1, CHUNK_ELEMENTS // max(1, length * vocab_size))
+        for first in range(0, rows, step):
+            piece = packed["head_input"][first : first + step].to(weight.device, weight.dtype)
+            logits = logits_from_head_input(pilot, piece).float()
+            probs_BNV[first : first + step] = torch.softmax(logits, dim=-1)
+        return probs_BNV
+
+    def bytes_per_token(self, vocab_size: int, width: int, dtype: torch.dtype) -> int:
+        """P numbers."""
+        return width * dtype.itemsize
+
+    def statistics(self) -> dict[str, float]:
+        """Nothing is lost."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the Pilot has the head."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether training leaves all of a module as it is, adapters in it included."""
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _read_type(head: nn.Module) -> torch.dtype:
+    """The type to which the head rounds its input: autocast's where that is on, else that of its weights."""
+    weight = next(head.parameters())
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

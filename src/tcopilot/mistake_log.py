@@ -1,23 +1,36 @@
 """The Mistake Log (Section 2.2): what the Pilot saw, how it saw it and where it went wrong, round after round.
 
 A round's records are stored together on the CPU and leave together, so every policy is bounded in rounds, and in bytes
-where a limit is given. Sampling draws single records.
+where a limit is given. Sampling draws single records. No append, draw or statistic takes longer in a longer log, but
+for the logarithm of its length: running sums say where a record is.
+
+What a record keeps of X̃: an encoder's output as it is; of a decoder-only Pilot the prompt's ids where its input
+embedding is frozen (LoRA, a frozen Pilot), from which the embedding gives X̃ exactly, else the embedded prompt. How p̂
+is kept is the storage's business, see `log_storage.py`.
 
 Shapes: B records, M source length, N target length, P Pilot width, V vocabulary.
 """
 
-from collections import deque
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from tcopilot.functional import token_errors
-from tcopilot.log_storage import DenseStorage, Storage
+from tcopilot.log_spill import Spill
+from tcopilot.log_storage import DenseStorage, Storage, is_frozen
 from tcopilot.sampling import Fifo, SamplingPolicy
 from tcopilot.states import PilotStates
+from tcopilot.tally import Tally
+
+_OF_SOURCE = ("source", "source_ids", "source_mask")
+ENERGY_UNIT = 2**40  # ‖ℓ‖² of 1 as a whole number: sums of whole numbers do not depend on what came and went
 
 
 class MistakeRecord(NamedTuple):
@@ -50,8 +63,102 @@ class LoggedRound:
         """Bytes of its tensors."""
         return sum(tensor.nbytes for tensor in (*self.tensors.values(), self.energy_B, self.repeated_B))
 
+    def figures(self) -> dict[str, int]:
+        """Whole numbers whose sums over the rounds held are the log's statistics."""
+        finite_B = self.energy_B.isfinite()
+        energy_B = self.energy_B.double().masked_fill(~finite_B, 0.0) * ENERGY_UNIT
+        return {
+            "bytes": self.nbytes,
+            "record_rounds": len(self) * self.round,
+            "energy": int(energy_B.long().sum()),
+            "not_finite": int((~finite_B).sum()),
+            "repeated": int(self.repeated_B.sum()),
+        }
+
     def __len__(self) -> int:
         return len(self.energy_B)
+
+
+class LoggedRounds(Sequence[LoggedRound]):
+    """Rounds, oldest first, of which any may leave; finding a round or a record takes O(log n) steps.
+
+    Rounds lie in slots, in which those that left leave gaps; when half are gaps the slots are made anew.
+
+    Args:
+        weigh: a round's weights by group, see `SamplingPolicy.weights`; read when the round comes.
+    """
+
+    def __init__(self, weigh: Callable[[LoggedRound], dict[Any, Tensor]]) -> None:
+        self._weigh = weigh
+        self._slots: list[LoggedRound | None] = []
+        self._held, self._records = Tally(), Tally()
+        self._weights: dict[Any, Tally] = {}
+        self.sums: Counter[str] = Counter()
+
+    def append(self, logged: LoggedRound) -> None:
+        """Add the newest round."""
+        weights = self._weigh(logged)
+        for group in weights.keys() - self._weights.keys():
+            self._weights[group] = Tally([0] * len(self._slots))
+        for group, tally in self._weights.items():
+            tally.append(int(weights[group].sum()) if group in weights else 0)
+        self._slots.append(logged)
+        self._held.append(1)
+        self._records.append(len(logged))
+        self.sums.update(logged.figures())
+
+    def pop(self, index: int = -1) -> LoggedRound:
+        """Take a round out."""
+        slot = self._slot(index)
+        logged, self._slots[slot] = self._slots[slot], None
+        for tally in (self._held, self._records, *self._weights.values()):
+            tally[slot] = 0
+        self.sums.subtract(logged.figures())
+        if len(self._slots) > 2 * len(self) + 64:
+            self._close_gaps()
+        return logged
+
+    def _close_gaps(self) -> None:
+        full = [slot for slot, logged in enumerate(self._slots) if logged is not None]
+        self._slots = [self._slots[slot] for slot in full]
+        self._held, self._records = (tally.only(full) for tally in (self._held, self._records))
+        self._weights = {group: tally.only(full) for group, tally in self._weights.items() if tally.total}
+
+    def _slot(self, index: int) -> int:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"round {index} of {len(self)}")
+        return self._held.find(index % len(self))[0]
+
+    @property
+    def records(self) -> int:
+        """Number of records held."""
+        return self._records.total
+
+    @property
+    def groups(self) -> list[Any]:
+        """Groups of weights that are not all 0."""
+        return [group for group, tally in self._weights.items() if tally.total]
+
+    def record(self, index: int) -> tuple[LoggedRound, int]:
+        """The round of a record, counted over all of them oldest first, and the row in it."""
+        slot, row = self._records.find(index)
+        return self._slots[slot], row
+
+    def pick(self, group: Any, number: int) -> int:
+        """Return the record to which a number points, taken modulo the group's total weight."""
+        tally = self._weights[group]
+        slot, rest = tally.find(number % tally.total)
+        ends_B = self._weigh(self._slots[slot])[group].cumsum(0)
+        return self._records.before(slot) + int(torch.searchsorted(ends_B, rest, right=True))
+
+    def __getitem__(self, index: int) -> LoggedRound:
+        return self._slots[self._slot(index)]
+
+    def __iter__(self) -> Iterator[LoggedRound]:
+        return (logged for logged in self._slots if logged is not None)
+
+    def __len__(self) -> int:
+        return self._held.total
 
 
 class MistakeLog:
@@ -59,11 +166,18 @@ class MistakeLog:
 
     Args:
         capacity_rounds: most rounds held (the paper: 128).
-        max_bytes: most bytes held; None for no limit. One round always stays.
+        max_bytes: most bytes of tensors held after an append, in memory or in files; None for no limit. The newest
+            round is added before others leave, so there is one round more for a moment. One round always stays.
         policy: which round leaves when the log is full, and how records are drawn.
         storage: how p̂ is stored.
         dtype: type of X̃ and h̄ in the log.
         seed: of the draws.
+        spill: folder for memory-mapped files; all rounds but the newest go there. None keeps them in memory. The
+            draws are the same.
+
+    Attributes:
+        pilot: what rebuilds X̃ and p̂ from frozen parts: the Pilot of the last append. Set it to draw from a restored
+            log before the first append.
 
     Raises:
         ValueError: if the capacity is below one round or the byte limit is not positive.
@@ -77,6 +191,7 @@ class MistakeLog:
         storage: Storage | None = None,
         dtype: torch.dtype | str = torch.float32,
         seed: int = 0,
+        spill: str | None = None,
     ) -> None:
         if capacity_rounds < 1:
             raise ValueError(
@@ -91,19 +206,31 @@ class MistakeLog:
         self.policy = Fifo() if policy is None else policy
         self.storage = DenseStorage() if storage is None else storage
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        self.rounds: deque[LoggedRound] = deque()
+        self.rounds = LoggedRounds(self.policy.weights)
+        self.spill = None if spill is None else Spill(spill)
+        self.pilot: PreTrainedModel | None = None
         self.seen_rounds = 0
         self._seen_ids: set[int] = set()
         self._generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
         """Number of records held."""
-        return sum(len(logged) for logged in self.rounds)
+        return self.rounds.records
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors held."""
-        return sum(logged.nbytes for logged in self.rounds)
+        """Bytes of the tensors held, in memory or in files."""
+        return self.rounds.sums["bytes"]
+
+    def describe(self, pilot: PreTrainedModel) -> str:
+        """Say what a record of this Pilot keeps, for people.
+
+        Raises:
+            ValueError: if the storage cannot keep this Pilot's p̂, see `FrozenHeadStorage`.
+        """
+        kind, name = _source_kind(pilot), str(self.dtype).removeprefix("torch.")
+        source = "prompt ids" if kind == "source_ids" else f"X̃ ({name})"
+        return f"{source}, h̄ ({name}), {self.storage.describe(pilot)}"
 
     @torch.no_grad()
     def append(self, states: PilotStates, extend: bool = False, rows_per_piece: int = 64) -> None:
@@ -119,22 +246,24 @@ class MistakeLog:
         logged = self._logged(states, self.seen_rounds - int(extend), rows_per_piece)
         if extend:
             logged = _joined(self.rounds.pop(), logged)
+        elif self.spill is not None and self.rounds and self.rounds[-1].round == self.seen_rounds - 1:
+            complete = self.rounds[-1]
+            complete.tensors = self.spill.move(complete.tensors)
         self.rounds.append(logged)
         self.seen_rounds = logged.round + 1
         while len(self.rounds) > self.capacity_rounds or self._over_bytes():
-            del self.rounds[self.policy.evict(len(self.rounds), self.seen_rounds, self._generator)]
+            self.rounds.pop(self.policy.evict(len(self.rounds), self.seen_rounds, self._generator))
 
     def _logged(self, states: PilotStates, round: int, rows_per_piece: int) -> LoggedRound:
+        self.pilot = states.pilot
         packed, energies = [], []
         for first in range(0, len(states.targets_BN), rows_per_piece):
-            rows = slice(first, first + rows_per_piece)
-            probs_BNV = torch.softmax(states.logits_BNV[rows].float(), dim=-1)
-            targets_BN, mask_BN = states.targets_BN[rows], states.target_mask_BN[rows]
-            energies.append(_mean_energy(probs_BNV, targets_BN, mask_BN).cpu())
-            kept = self.storage.pack(probs_BNV, targets_BN, mask_BN)
-            packed.append({name: _to_cpu(tensor) for name, tensor in kept.items()})
+            piece = states.rows(slice(first, first + rows_per_piece))
+            probs_BNV = torch.softmax(piece.logits_BNV.float(), dim=-1)
+            energies.append(_mean_energy(probs_BNV, piece.targets_BN, piece.target_mask_BN).cpu())
+            packed.append({name: _to_cpu(tensor) for name, tensor in self.storage.pack(piece, probs_BNV).items()})
         tensors = {
-            "source": _to_cpu(states.source_BMP, self.dtype),
+            **self._source(states),
             "source_mask": _to_cpu(states.source_mask_BM),
             "states": _to_cpu(states.states_BNP, self.dtype),
             "targets": _to_cpu(states.targets_BN),
@@ -147,6 +276,18 @@ class MistakeLog:
         self._seen_ids.update(ids)
         return LoggedRound(tensors, round, torch.cat(energies), repeated_B)
 
+    def _source(self, states: PilotStates) -> dict[str, Tensor]:
+        kind = "source" if states.source_ids_BM is None else _source_kind(states.pilot)
+        if self.rounds and kind not in self.rounds[-1].tensors:
+            raise ValueError(
+                "the Mistake Log holds rounds of a Pilot whose input embedding was "
+                f"{'trained' if kind == 'source_ids' else 'frozen'} and now is not: start a new log"
+            )
+        if kind == "source_ids":
+            return {kind: _to_cpu(states.source_ids_BM)}
+        return {kind: _to_cpu(states.source_BMP, self.dtype)}
+
+    @torch.no_grad()
     def sample(self, records: int, device: torch.device | str = "cpu") -> MistakeRecord:
         """Draw records by the policy and pad them to one shape.
 
@@ -160,26 +301,29 @@ class MistakeLog:
         if not self.rounds:
             raise ValueError("the Mistake Log is empty: append a round before drawing from it")
         drawn = [self._row(index) for index in self.policy.draw(self, records, self._generator).tolist()]
-        source, source_mask, states, targets, target_mask = (
-            pad_sequence([row[name] for row in drawn], batch_first=True)
-            for name in ("source", "source_mask", "states", "targets", "target_mask")
-        )
-        packed = {
+        padded = {
             name: pad_sequence([row[name] for row in drawn], batch_first=True).to(device, non_blocking=True)
-            for name in self.storage.names
+            for name in drawn[0]
         }
-        targets = targets.to(device, non_blocking=True)
         return MistakeRecord(
-            source.to(device, non_blocking=True),
-            source_mask.to(device, non_blocking=True),
-            states.to(device, non_blocking=True),
-            self.storage.unpack(packed, targets),
-            targets,
-            target_mask.to(device, non_blocking=True),
+            padded["source"] if "source" in padded else self._embedded(padded["source_ids"], padded["source_mask"]),
+            padded["source_mask"],
+            padded["states"],
+            self.storage.unpack({name: padded[name] for name in self.storage.names}, padded["targets"], self.pilot),
+            padded["targets"],
+            padded["target_mask"],
         )
 
+    def _embedded(self, source_ids_BM: Tensor, source_mask_BM: Tensor) -> Tensor:
+        """X̃ from the prompt's ids, through the Pilot's frozen embedding."""
+        if self.pilot is None:
+            raise ValueError("a log that keeps prompt ids needs the Pilot to draw: append a round, or set `pilot`")
+        embed = self.pilot.get_input_embeddings()
+        source_BMP = embed(source_ids_BM.to(next(embed.parameters()).device)).to(source_ids_BM.device)
+        return source_BMP.masked_fill(~source_mask_BM.unsqueeze(-1), 0)
+
     def concatenated(self, name: str) -> Tensor:
-        """One value per record held, in log order: `energy`, `repeated` or `benchmark`."""
+        """One value per record held, in log order: `energy`, `repeated` or `benchmark`. It takes time with the log."""
         if name == "benchmark":
             return torch.cat([logged.tensors["benchmark"] for logged in self.rounds])
         return torch.cat([getattr(logged, f"{name}_B") for logged in self.rounds])
@@ -192,20 +336,23 @@ class MistakeLog:
             ‖ℓ‖² per target token), `repeated_share` (records of rows that had been logged before) and, for lossy
             storage, `truncation_error` (relative, see `TopKStorage`).
         """
-        sizes = torch.tensor([len(logged) for logged in self.rounds], dtype=torch.float)
-        ages = torch.tensor([self.seen_rounds - 1 - logged.round for logged in self.rounds], dtype=torch.float)
+        records, sums = len(self), self.rounds.sums
         return {
-            "records": float(len(self)),
+            "records": float(records),
             "rounds": float(len(self.rounds)),
             "bytes": float(self.nbytes),
-            "age_rounds": ((ages * sizes).sum() / sizes.sum()).item(),
-            "error_energy": self.concatenated("energy").mean().item(),
-            "repeated_share": self.concatenated("repeated").float().mean().item(),
+            "age_rounds": self.seen_rounds - 1 - sums["record_rounds"] / records,
+            "error_energy": math.nan if sums["not_finite"] else sums["energy"] / ENERGY_UNIT / records,
+            "repeated_share": sums["repeated"] / records,
             **self.storage.statistics(),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next append and the next draw depend on: tensors and plain values only."""
+        """Everything that the next append and the next draw depend on: tensors and plain values only.
+
+        Of a spilled log too, so that a checkpoint needs no other file; its tensors then lie in the files, which stay
+        for as long as they are used.
+        """
         return {
             "rounds": [
                 {"tensors": r.tensors, "round": r.round, "energy_B": r.energy_B, "repeated_B": r.repeated_B}
@@ -219,7 +366,12 @@ class MistakeLog:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a log; the draws go on as if nothing had happened."""
-        self.rounds = deque(LoggedRound(**logged) for logged in state["rounds"])
+        self.rounds = LoggedRounds(self.policy.weights)
+        for logged in state["rounds"]:
+            spilled = self.spill is not None and logged["round"] < state["seen_rounds"] - 1
+            own = self.spill.move if spilled else _owned  # what is given may lie in a checkpoint's file
+            rest = _owned({name: logged[name] for name in ("energy_B", "repeated_B")})
+            self.rounds.append(LoggedRound(own(logged["tensors"]), logged["round"], **rest))
         self.seen_rounds = state["seen_rounds"]
         self._seen_ids = set(state["seen_ids"].tolist())
         self._generator.set_state(state["generator"].cpu())
@@ -229,23 +381,31 @@ class MistakeLog:
         return self.max_bytes is not None and len(self.rounds) > 1 and self.nbytes > self.max_bytes
 
     def _row(self, index: int) -> dict[str, Tensor]:
-        for logged in self.rounds:
-            if index < len(logged):
-                break
-            index -= len(logged)
-        source_mask, target_mask = logged.tensors["source_mask"][index], logged.tensors["target_mask"][index]
+        logged, row = self.rounds.record(index)
+        source_mask, target_mask = logged.tensors["source_mask"][row], logged.tensors["target_mask"][row]
         first = int(source_mask.int().argmax())  # the prompt is one run of real tokens, padded on either side
         prompt = slice(first, first + int(source_mask.sum()))
         target = slice(0, int(target_mask.sum()))
-        row = {name: logged.tensors[name][index, prompt] for name in ("source", "source_mask")}
-        for name in ("states", "targets", "target_mask", *self.storage.names):
-            row[name] = logged.tensors[name][index, target]
-        return row
+        return {
+            name: tensor[row, prompt if name in _OF_SOURCE else target]
+            for name, tensor in logged.tensors.items()
+            if name != "benchmark"
+        }
+
+
+def _source_kind(pilot: PreTrainedModel) -> str:
+    """What the log keeps of X̃: `source_ids` where a frozen embedding rebuilds it, else `source`."""
+    rebuilt = not pilot.config.is_encoder_decoder and is_frozen(pilot.get_input_embeddings())
+    return "source_ids" if rebuilt else "source"
 
 
 def _to_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An owned copy on the CPU: the log must not keep the Pilot's graph or a shared buffer alive."""
     return torch.empty_like(tensor, dtype=dtype, device="cpu").copy_(tensor.detach())
+
+
+def _owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _to_cpu(tensor) for name, tensor in tensors.items()}
 
 
 def _joined(first: LoggedRound, second: LoggedRound) -> LoggedRound:

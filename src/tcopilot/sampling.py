@@ -1,17 +1,20 @@
 """Policies of the Mistake Log: which round leaves a full log, and how records are drawn from it.
 
-Adding a policy is one class here and one YAML in `configs/mistake_log`.
+Adding a policy is one class here and one YAML in `configs/mistake_log`. What a policy does in a round must not grow
+with the log: weighted draws go through the log's running sums of `weights`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Generator, Tensor
 
 if TYPE_CHECKING:
-    from tcopilot.mistake_log import MistakeLog
+    from tcopilot.mistake_log import LoggedRound, MistakeLog
+
+WEIGHT_UNIT = 2**32  # a weight of 1.0 as a whole number
 
 
 class SamplingPolicy(Protocol):
@@ -19,6 +22,9 @@ class SamplingPolicy(Protocol):
 
     def evict(self, rounds: int, seen: int, generator: Generator) -> int:
         """Index, among the `rounds` held, oldest first, of the round that leaves; `seen` rounds were appended."""
+
+    def weights(self, logged: LoggedRound) -> dict[Any, Tensor]:
+        """Whole-number weights [B] of a round's records by group, summed up by the log; {} if draws need none."""
 
     def draw(self, log: MistakeLog, records: int, generator: Generator) -> Tensor:
         """Indices of the records drawn, counted over the log oldest first."""
@@ -31,9 +37,13 @@ class Fifo:
         """The oldest round leaves."""
         return 0
 
+    def weights(self, logged: LoggedRound) -> dict[Any, Tensor]:
+        """None: all records are alike."""
+        return {}
+
     def draw(self, log: MistakeLog, records: int, generator: Generator) -> Tensor:
         """Uniform over all records; each at most once in a draw."""
-        return torch.randperm(len(log), generator=generator)[:records]
+        return _without_replacement(len(log), records, generator)
 
 
 class Latest(Fifo):
@@ -42,7 +52,7 @@ class Latest(Fifo):
     def draw(self, log: MistakeLog, records: int, generator: Generator) -> Tensor:
         """Uniform over the newest round; each record at most once in a draw."""
         newest = len(log.rounds[-1])
-        return len(log) - newest + torch.randperm(newest, generator=generator)[:records]
+        return len(log) - newest + _without_replacement(newest, records, generator)
 
 
 class Reservoir(Fifo):
@@ -57,16 +67,48 @@ class Reservoir(Fifo):
 class Prioritised(Fifo):
     """The newest rounds, each record drawn in proportion to the root of its mean ‖ℓ‖², with replacement."""
 
+    def weights(self, logged: LoggedRound) -> dict[Any, Tensor]:
+        """√energy, a NaN counting as 1 (the loss reports it); ‖ℓ‖² is at most 2."""
+        energy_B = logged.energy_B.double().nan_to_num(nan=1.0).clamp(1e-12, 2.0)
+        return {"error": (energy_B.sqrt() * WEIGHT_UNIT).long()}
+
     def draw(self, log: MistakeLog, records: int, generator: Generator) -> Tensor:
         """Independent draws; a record without any error is next to never drawn."""
-        weights = log.concatenated("energy").nan_to_num(nan=1.0).clamp_min(1e-12).sqrt()  # the loss reports the NaN
-        return torch.multinomial(weights, records, replacement=True, generator=generator)
+        places = _random_integers(records, generator)
+        return torch.tensor([log.rounds.pick("error", place) for place in places])
 
 
 class Balanced(Fifo):
     """The newest rounds, every benchmark of a mixture equally often, with replacement."""
 
+    def weights(self, logged: LoggedRound) -> dict[Any, Tensor]:
+        """1 for the records of a benchmark, one group each."""
+        benchmark_B = logged.tensors["benchmark"]
+        return {kind: (benchmark_B == kind).long() for kind in benchmark_B.unique().tolist()}
+
     def draw(self, log: MistakeLog, records: int, generator: Generator) -> Tensor:
-        """Independent draws, a record weighing 1 / (records of its benchmark)."""
-        _, kind, counts = log.concatenated("benchmark").unique(return_inverse=True, return_counts=True)
-        return torch.multinomial(1.0 / counts[kind], records, replacement=True, generator=generator)
+        """Independent draws: first a benchmark among those held, then one of its records."""
+        held = sorted(log.rounds.groups)
+        kinds, places = _random_integers(records, generator), _random_integers(records, generator)
+        return torch.tensor(
+            [log.rounds.pick(held[kind % len(held)], place) for kind, place in zip(kinds, places, strict=True)]
+        )
+
+
+def _without_replacement(n: int, k: int, generator: Generator) -> Tensor:
+    """The first min(k, n) places of a random order of 0 … n − 1, in O(k): Fisher–Yates that keeps swapped places only.
+
+    Every ordered choice is equally likely, as in `torch.randperm(n)[:k]`, which takes O(n).
+    """
+    swapped: dict[int, int] = {}
+    drawn = []
+    for i, number in enumerate(_random_integers(min(k, n), generator)):
+        j = i + number % (n - i)
+        drawn.append(swapped.get(j, j))
+        swapped[j] = swapped.get(i, i)
+    return torch.tensor(drawn, dtype=torch.int64)
+
+
+def _random_integers(count: int, generator: Generator) -> list[int]:
+    """Uniform over 0 … 2⁶³ − 2, so that a remainder modulo n is uniform up to n / 2⁶³."""
+    return torch.randint(2**63 - 1, (count,), generator=generator).tolist()

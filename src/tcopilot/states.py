@@ -8,7 +8,7 @@ h is defined on what transformers returns as hidden states, without the embeddin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,6 +54,9 @@ class PilotStates:
         target_mask_BN: True on target tokens.
         ids_B: row ids in the training set.
         benchmark_B: index of the benchmark of each row.
+        source_ids_BM: prompt ids, of a decoder-only Pilot, whose embedding gives X̃; None with an encoder.
+        head_input_BNP: what the Pilot's head made the logits from, detached.
+        pilot: the Pilot itself, whose frozen parts can rebuild the logits and X̃ later.
     """
 
     logits_BNV: Tensor
@@ -64,6 +67,14 @@ class PilotStates:
     target_mask_BN: Tensor
     ids_B: Tensor
     benchmark_B: Tensor
+    source_ids_BM: Tensor | None = None
+    head_input_BNP: Tensor | None = None
+    pilot: PreTrainedModel | None = None
+
+    def rows(self, rows: slice) -> PilotStates:
+        """Some of the rows, as views."""
+        cut = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **cut)
 
 
 def trace_pilot(pilot: PreTrainedModel, batch: Batch, pooler: StatePooler) -> PilotStates:
@@ -75,10 +86,10 @@ def trace_pilot(pilot: PreTrainedModel, batch: Batch, pooler: StatePooler) -> Pi
         pooler: the pooling of h over layers.
 
     Returns:
-        The states; `source_BMP` and `states_BNP` are detached, `logits_BNV` is not.
+        The states; all are detached but `logits_BNV`.
     """
     trace = _trace_encoder_decoder if pilot.config.is_encoder_decoder else _trace_decoder_only
-    logits_BNV, source_BMP, states_BNP = trace(pilot, batch, pooler)
+    logits_BNV, source_BMP, states_BNP, head_input_BNP = trace(pilot, batch, pooler)
     return PilotStates(
         logits_BNV,
         source_BMP.detach(),
@@ -88,6 +99,9 @@ def trace_pilot(pilot: PreTrainedModel, batch: Batch, pooler: StatePooler) -> Pi
         batch.target_mask_BN,
         batch.ids_B,
         batch.benchmark_B,
+        None if pilot.config.is_encoder_decoder else batch.source_ids_BM,
+        head_input_BNP.detach(),
+        pilot,
     )
 
 
@@ -112,7 +126,8 @@ def _trace_decoder_only(pilot, batch, pooler):
         logits_to_keep=length + 1,
     )
     predicting = slice(prompt - 1, prompt - 1 + length)
-    return out.logits[:, :-1], out.hidden_states[0][:, :prompt], pooler(out.hidden_states, predicting)
+    hidden = out.hidden_states
+    return out.logits[:, :-1], hidden[0][:, :prompt], pooler(hidden, predicting), hidden[-1][:, predicting]
 
 
 def _trace_encoder_decoder(pilot, batch, pooler):
@@ -124,4 +139,5 @@ def _trace_encoder_decoder(pilot, batch, pooler):
         output_hidden_states=True,
         use_cache=False,
     )
-    return out.logits, out.encoder_last_hidden_state, pooler(out.decoder_hidden_states)
+    hidden = out.decoder_hidden_states
+    return out.logits, out.encoder_last_hidden_state, pooler(hidden), hidden[-1]

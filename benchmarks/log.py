@@ -1,0 +1,165 @@
+"""Cost of the Mistake Log from 10² to 10⁵ rounds held, and the size of a record of large models.
+
+    python benchmarks/log.py [--rounds 100 1000 10000 100000] [--repeats 200] [--policies fifo …] [--json FILE]
+
+Every log is full, so an append also evicts. Logs of all lengths are timed in turn in one process, and the figures are
+medians over the turns; `ratio` is a length's sample time over that of the shortest log. Records are small, so that
+little but the log's own work is timed.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tcopilot.log_storage import DenseStorage, FrozenHeadStorage, TopKStorage
+from tcopilot.mistake_log import MistakeLog
+from tcopilot.sampling import Balanced, Fifo, Latest, Prioritised, Reservoir
+from tcopilot.states import PilotStates
+
+POLICIES = {"fifo": Fifo, "latest": Latest, "reservoir": Reservoir, "prioritised": Prioritised, "balanced": Balanced}
+ROWS, SOURCE, TARGET, WIDTH, VOCAB = 4, 8, 4, 8, 16
+DRAWN = 16  # records of a draw
+MODELS = {"LLaMA-3.2-1B": (2048, 128_256), "LLaMA-3.2-3B": (3072, 128_256), "LLaMA-3.1-8B": (4096, 128_256),
+          "Qwen2.5-0.5B": (896, 151_936), "Qwen2.5-3B": (2048, 151_936), "Qwen2.5-7B": (3584, 152_064)}  # fmt: skip
+LENGTHS = {"M": 150, "N": 200}  # tokens of a prompt and of a target
+
+
+@dataclass
+class Cost:
+    """One line of the first table; medians in seconds."""
+
+    policy: str
+    rounds: int
+    append: float
+    sample: float
+    statistics: float
+    ratio: float = 1.0
+    append_ratio: float = 1.0
+
+
+@dataclass
+class Size:
+    """One line of the second table: bytes of a record, and how many times smaller than dense in bfloat16."""
+
+    model: str
+    storage: str
+    probs_bytes: int
+    record_bytes: int
+    probs_ratio: float
+    record_ratio: float
+
+
+def main() -> None:
+    """Measure all costs, work out all sizes and print both."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, nargs="+", default=[100, 1000, 10_000, 100_000])
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    costs = [cost for name in arguments.policies for cost in measure(name, arguments.rounds, arguments.repeats)]
+    sizes = [size for model in MODELS for size in record_sizes(model)]
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    table = Table(title=f"Full logs, {ROWS} records a round, {DRAWN} records a draw")
+    for column in ("policy", "rounds held", "append", "ratio", "sample", "ratio", "statistics"):
+        table.add_column(column, justify="right")
+    for c in costs:
+        times = (_micro(c.append), f"{c.append_ratio:.2f}", _micro(c.sample), f"{c.ratio:.2f}", _micro(c.statistics))
+        table.add_row(c.policy, f"{c.rounds:,}", *times)
+    console.print(table)
+    table = Table(title=f"Bytes of a record in bf16-mixed training with LoRA, {LENGTHS}, h̄ in bfloat16")
+    for column in ("Pilot", "storage", "p̂ MB", "smaller", "record MB", "smaller"):
+        table.add_column(column, justify="right")
+    for s in sizes:
+        p, whole = f"{s.probs_bytes / 1e6:.2f}", f"{s.record_bytes / 1e6:.2f}"
+        table.add_row(s.model, s.storage, p, f"{s.probs_ratio:.1f} ×", whole, f"{s.record_ratio:.1f} ×")
+    console.print(table)
+    if arguments.json:
+        found = {"costs": [asdict(c) for c in costs], "sizes": [asdict(s) for s in sizes]}
+        arguments.json.write_text(json.dumps(found, indent=1))
+
+
+def measure(name: str, lengths: list[int], repeats: int) -> list[Cost]:
+    """Time appends, draws and statistics of full logs of all lengths, in turn."""
+    states = _states()
+    logs = {length: _full(POLICIES[name], length, states) for length in lengths}
+    actions: dict[str, Callable[[MistakeLog], object]] = {
+        "append": lambda log: log.append(states),
+        "sample": lambda log: log.sample(DRAWN),
+        "statistics": lambda log: log.statistics(),
+    }
+    seconds: dict[tuple[int, str], list[float]] = {(n, action): [] for n in lengths for action in actions}
+    gc.collect()
+    gc.freeze()  # pauses of the collector belong to no one call
+    for _ in range(repeats):
+        for length, log in logs.items():
+            for action, act in actions.items():
+                began = time.perf_counter()
+                act(log)
+                seconds[length, action].append(time.perf_counter() - began)
+    gc.unfreeze()
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    costs = [Cost(name, n, *(medians[n, action] for action in actions)) for n in lengths]
+    for cost in costs:
+        cost.ratio, cost.append_ratio = cost.sample / costs[0].sample, cost.append / costs[0].append
+    return costs
+
+
+def record_sizes(model: str) -> list[Size]:
+    """Bytes of a record by what is kept of p̂, against dense p̂ with X̃ and h̄, all in bfloat16."""
+    width, vocab = MODELS[model]
+    source, target = LENGTHS.values()
+    half = torch.bfloat16
+    ways = {
+        "dense": (DenseStorage("bfloat16"), width * 2),
+        "topk, k = 256": (TopKStorage(256, "bfloat16"), 8),
+        "frozen_head": (FrozenHeadStorage(), 8),
+    }
+    sizes = []
+    for name, (storage, of_prompt) in ways.items():
+        probs = target * storage.bytes_per_token(vocab, width, half)
+        record = probs + source * (of_prompt + 1) + target * (width * 2 + 8 + 1)  # X̃ or ids; h̄, targets; masks
+        first = sizes[0] if sizes else Size("", "", probs, record, 1, 1)
+        sizes.append(Size(model, name, probs, record, first.probs_bytes / probs, first.record_bytes / record))
+    return sizes
+
+
+def _full(policy: type, rounds: int, states: PilotStates) -> MistakeLog:
+    log = MistakeLog(capacity_rounds=rounds, policy=policy())
+    for _ in range(rounds):
+        log.append(states)
+    return log
+
+
+def _states() -> PilotStates:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(ROWS, TARGET, dtype=torch.bool)
+    return PilotStates(
+        torch.randn(ROWS, TARGET, VOCAB, generator=generator),
+        torch.randn(ROWS, SOURCE, WIDTH, generator=generator),
+        torch.ones(ROWS, SOURCE, dtype=torch.bool),
+        torch.randn(ROWS, TARGET, WIDTH, generator=generator),
+        torch.randint(VOCAB, (ROWS, TARGET), generator=generator),
+        mask,
+        torch.arange(ROWS),
+        torch.arange(ROWS) % 3,
+    )
+
+
+def _micro(seconds: float) -> str:
+    return f"{seconds * 1e6:,.0f} µs"
+
+
+if __name__ == "__main__":
+    main()

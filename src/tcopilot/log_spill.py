@@ -1,0 +1,95 @@
+"""Where a Mistake Log larger than the memory goes: tensors in memory-mapped files.
+
+A spilled tensor is a tensor like any other; its pages come from the file when they are read and may leave the memory
+again. A file goes when the last tensor in it goes, so whatever still holds one, a state dict for example, stays valid.
+"""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import sys
+import tempfile
+import weakref
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FILE_BYTES = 2**22  # smaller rounds share a file: a process may map some 65,000 files only
+_ALIGNMENT = 64  # bytes
+
+
+class Spill:
+    """A folder of memory-mapped files that this process made for itself.
+
+    What a killed process leaves behind is a folder `mistake_log-…`, which may be deleted.
+
+    Args:
+        folder: in which the own folder is made, when the first tensor comes.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.parent = Path(folder)
+        self.folder: Path | None = None
+        self._file: weakref.ref[np.ndarray] = lambda: None  # the mapped file that takes the next tensors, if it lives
+        self._used = self._files = 0
+
+    def move(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy tensors into a file and return them as they lie there.
+
+        Raises:
+            OSError: if the folder cannot be written or the disk is full; found here, not when a page is written.
+        """
+        needed = sum(_aligned(tensor.nbytes) for tensor in tensors.values())
+        file = self._file()
+        if file is None or self._used + needed > len(file):
+            file = self._open(max(needed, FILE_BYTES))
+        return {name: self._placed(tensor, file) for name, tensor in tensors.items()}
+
+    def _placed(self, tensor: Tensor, file: np.ndarray) -> Tensor:
+        if not tensor.numel():
+            return tensor
+        # A storage of its own for each tensor: whoever saves one must not save the file.
+        place = torch.frombuffer(file, dtype=tensor.dtype, count=tensor.numel(), offset=self._used)
+        self._used += _aligned(tensor.nbytes)
+        return place.view(tensor.shape).copy_(tensor)
+
+    def _open(self, size: int) -> np.ndarray:
+        if self.folder is None:
+            self.parent.mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(prefix="mistake_log-", dir=self.parent))
+            weakref.finalize(self, _remove, self.folder, os.getpid())
+        path = self.folder / f"{self._files}.bin"
+        with path.open("wb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+        storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=size)  # keeps no file open
+        _give_back_freed_memory()
+        mapped = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+        weakref.finalize(mapped, _remove, path, os.getpid())
+        self._file, self._used, self._files = weakref.ref(mapped), 0, self._files + 1
+        return mapped
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _give_back_freed_memory() -> None:
+    """Make glibc return what was freed: between small blocks it would keep all that the moved rounds have taken."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _remove(path: Path, process: int) -> None:
+    if os.getpid() != process:
+        return  # a forked data worker does not own the files
+    if path.suffix:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
