@@ -29,9 +29,10 @@ from training import (
 )
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, get_scheduler
 
+from tcopilot import checkpoints as checkpoints_module
 from tcopilot.adapters import Lora
-from tcopilot.callbacks import CleanStop, CopilotHealth, RandomState, RoundCheckpoint, health
-from tcopilot.callbacks.checkpoint import checkpoints
+from tcopilot.callbacks import CleanStop, CopilotHealth, RandomState, RoundCheckpoint, health, stop
+from tcopilot.checkpoints import SafeCheckpointIO, checkpoints, newest_good
 from tcopilot.log_storage import TopKStorage
 from tcopilot.mistake_log import MistakeLog
 from tcopilot.module import TrainingDivergedError
@@ -68,7 +69,9 @@ class Run:
         self.losses = Losses()
         saver = RoundCheckpoint(str(folder), every, keep)
         self.trainer = trainer_for(
-            [self.losses, saver, RandomState(), CleanStop(), *callbacks], self.log, **(trainer or {})
+            [self.losses, saver, RandomState(), CleanStop(), *callbacks],
+            self.log,
+            **{"plugins": [SafeCheckpointIO()], **(trainer or {})},
         )
         torch.manual_seed(seed)
         np.random.seed(seed)
@@ -117,14 +120,14 @@ def test_a_crashed_run_resumes_from_its_checkpoint_to_the_bit(family, saved_afte
     whole = Run(family, tmp_path / "whole").fit()
     with pytest.raises(Crash):
         Run(family, tmp_path / "cut", every=saved_after, callbacks=[crash_after(saved_after + 1)]).fit()
-    resumed = Run(family, tmp_path / "cut", seed=99).fit(tmp_path / "cut" / f"round={saved_after}.ckpt")
+    resumed = Run(family, tmp_path / "cut", seed=99).fit(tmp_path / "cut" / f"round={saved_after}")
     assert_same_end(whole, resumed, saved_after)
 
 
 @pytest.mark.parametrize("options", [{"own_feedback": 0.5}, {"micro_batch_size": 3}, {"pilot": None}], ids=str)
 def test_resuming_is_exact_with_every_kind_of_round(options, tmp_path):
     whole = Run("t5", tmp_path / "whole", every=4, keep=9, **options).fit()
-    resumed = Run("t5", tmp_path / "more", seed=99, **options).fit(tmp_path / "whole" / "round=4.ckpt")
+    resumed = Run("t5", tmp_path / "more", seed=99, **options).fit(tmp_path / "whole" / "round=4")
     assert_same_end(whole, resumed, 4)
 
 
@@ -134,7 +137,7 @@ def test_resuming_is_exact_with_a_truncated_log_under_every_policy(policy, tmp_p
         return MistakeLog(capacity_rounds=3, policy=policy(), storage=TopKStorage(4), dtype="bfloat16")
 
     whole = Run("llama", tmp_path / "whole", every=6, log=log()).fit()
-    resumed = Run("llama", tmp_path / "more", seed=99, log=log()).fit(tmp_path / "whole" / "round=6.ckpt")
+    resumed = Run("llama", tmp_path / "more", seed=99, log=log()).fit(tmp_path / "whole" / "round=6")
     assert_same_end(whole, resumed, 6)
 
 
@@ -142,7 +145,7 @@ def test_resuming_is_exact_with_a_truncated_log_under_every_policy(policy, tmp_p
 def test_validation_between_rounds_does_not_change_what_a_resumed_run_does(saved_after, tmp_path):
     options = {"trainer": {"limit_val_batches": 1, "val_check_interval": 5}}
     whole = Run("t5", tmp_path / "whole", every=saved_after, keep=9, **options).fit()
-    path = tmp_path / "whole" / f"round={saved_after}.ckpt"
+    path = tmp_path / "whole" / f"round={saved_after}"
     resumed = Run("t5", tmp_path / "more", seed=99, **options).fit(path)
     assert_same_end(whole, resumed, saved_after)
 
@@ -161,8 +164,8 @@ def test_a_run_can_be_resumed_more_than_once(tmp_path):
     with pytest.raises(Crash):
         Run("llama", tmp_path / "cut", every=3, callbacks=[crash_after(5)]).fit()
     with pytest.raises(Crash):
-        Run("llama", tmp_path / "cut", seed=7, every=3, callbacks=[crash_after(8)]).fit(tmp_path / "cut/round=3.ckpt")
-    resumed = Run("llama", tmp_path / "cut", seed=8).fit(tmp_path / "cut/round=6.ckpt")
+        Run("llama", tmp_path / "cut", seed=7, every=3, callbacks=[crash_after(8)]).fit(tmp_path / "cut/round=3")
+    resumed = Run("llama", tmp_path / "cut", seed=8).fit(tmp_path / "cut/round=6")
     assert_same_end(whole, resumed, 6)
 
 
@@ -170,7 +173,7 @@ def test_without_the_random_state_a_resumed_run_with_dropout_would_differ(tmp_pa
     whole = Run("t5", tmp_path / "whole", every=5).fit()
     resumed = Run("t5", tmp_path / "more", seed=99)
     resumed.trainer.callbacks[:] = [c for c in resumed.trainer.callbacks if not isinstance(c, RandomState)]
-    resumed.fit(tmp_path / "whole" / "round=5.ckpt")
+    resumed.fit(tmp_path / "whole" / "round=5")
     assert resumed.losses.pilot != whole.losses.pilot[5:]
 
 
@@ -180,15 +183,15 @@ def test_all_three_random_states_go_on_where_they_were(tmp_path):
 
     straight, again = [], []
     Run("llama", tmp_path / "whole", every=5, callbacks=[draw(straight)]).fit()
-    Run("llama", tmp_path / "more", seed=99, callbacks=[draw(again)]).fit(tmp_path / "whole" / "round=5.ckpt")
+    Run("llama", tmp_path / "more", seed=99, callbacks=[draw(again)]).fit(tmp_path / "whole" / "round=5")
     assert len(again) == 5
     assert again == straight[5:]
 
 
 def test_seconds_go_on_counting_after_a_resume(tmp_path):
     whole = Run("llama", tmp_path / "whole", every=5).fit()
-    saved = torch.load(tmp_path / "whole" / "round=5.ckpt", weights_only=True)["seconds"]
-    resumed = Run("llama", tmp_path / "more").fit(tmp_path / "whole" / "round=5.ckpt")
+    saved = SafeCheckpointIO().load_checkpoint(tmp_path / "whole" / "round=5")["seconds"]
+    resumed = Run("llama", tmp_path / "more").fit(tmp_path / "whole" / "round=5")
     for name in ("pilot", "copilot"):
         assert 0 < saved[name] < resumed.module.seconds[name]
         assert saved[name] < whole.module.seconds[name]
@@ -203,45 +206,44 @@ def names(folder):
 
 def test_checkpoints_are_named_by_round_and_only_the_newest_stay(tmp_path):
     Run("llama", tmp_path / "two", every=3, keep=2).fit()
-    assert names(tmp_path / "two") == ["round=10.ckpt", "round=9.ckpt"]
-    assert [path.name for path in checkpoints(tmp_path / "two")] == ["round=9.ckpt", "round=10.ckpt"]
+    assert names(tmp_path / "two") == ["round=10", "round=9"]
+    assert [path.name for path in checkpoints(tmp_path / "two")] == ["round=9", "round=10"]
     Run("llama", tmp_path / "one", every=1, keep=1).fit()
-    assert names(tmp_path / "one") == ["round=10.ckpt"]
+    assert names(tmp_path / "one") == ["round=10"]
     Run("llama", tmp_path / "all", every=4, keep=99).fit()
-    assert names(tmp_path / "all") == ["round=10.ckpt", "round=4.ckpt", "round=8.ckpt"]
+    assert names(tmp_path / "all") == ["round=10", "round=4", "round=8"]
     Run("llama", tmp_path / "end", every=None).fit()
-    assert names(tmp_path / "end") == ["round=10.ckpt"]
+    assert names(tmp_path / "end") == ["round=10"]
 
 
 def test_a_finished_run_that_is_resumed_trains_no_further(tmp_path):
     whole = Run("llama", tmp_path / "whole").fit()
-    resumed = Run("llama", tmp_path / "more", seed=99).fit(tmp_path / "whole" / "round=10.ckpt")
+    resumed = Run("llama", tmp_path / "more", seed=99).fit(tmp_path / "whole" / "round=10")
     assert resumed.losses.pilot == []
     assert_equal(weights(whole.model), weights(resumed.model))
 
 
 def test_a_crash_while_saving_leaves_the_checkpoint_before_it_intact(tmp_path, monkeypatch):
-    run = Run("llama", tmp_path, every=3)
-    save = run.trainer.save_checkpoint
+    sealed = checkpoints_module._sealed
 
-    def cut_off(path, *args, **options):
-        save(path, *args, **options)
-        if run.module.round + 1 == 6:
-            with open(path, "r+b") as file:
-                file.truncate(1000)
+    def cut_off(body):
+        if body["round"] == 6:
             raise Crash
+        return sealed(body)
 
-    monkeypatch.setattr(run.trainer, "save_checkpoint", cut_off)
-    with pytest.raises(Crash):
-        run.fit()
-    assert [path.name for path in checkpoints(tmp_path)] == ["round=3.ckpt"]
-    resumed = Run("llama", tmp_path, seed=99).fit(checkpoints(tmp_path)[-1])
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints_module, "_sealed", cut_off)
+        with pytest.raises(Crash):
+            Run("llama", tmp_path / "cut", every=3).fit()
+    assert names(tmp_path / "cut") == [".round=6.tmp", "round=3"]
+    resumed = Run("llama", tmp_path / "cut", seed=99, every=3).fit(newest_good(tmp_path / "cut", 1))
+    assert names(tmp_path / "cut") == ["round=10", "round=9"]
     assert_same_end(Run("llama", tmp_path / "whole").fit(), resumed, 3)
 
 
 def test_a_checkpoint_loads_as_tensors_and_plain_values_only(tmp_path):
     run = Run("t5", tmp_path, own_feedback=0.5, log=MistakeLog(storage=TopKStorage(3))).fit()
-    state = torch.load(tmp_path / "round=10.ckpt", weights_only=True)
+    state = SafeCheckpointIO().load_checkpoint(tmp_path / "round=10")
     assert state["state_dict"].keys() == run.module.state_dict().keys()
     assert {name.split("{")[0] for name in state["callbacks"]} == {"MistakeLogCallback", "RandomState"}
 
@@ -264,20 +266,20 @@ def test_frozen_pretrained_weights_are_left_out_of_the_file_and_found_again(fami
 
     options = {"pilot": None} if how == "frozen" else {}
     whole = Run(family, tmp_path / "whole", every=5, model=model(0), **options).fit()
-    saved = torch.load(tmp_path / "whole" / "round=5.ckpt", weights_only=True)["state_dict"]
+    saved = SafeCheckpointIO().load_checkpoint(tmp_path / "whole" / "round=5")["state_dict"]
     pilot = [name for name in saved if name.startswith("model.pilot.")]
     assert all("lora_" in name for name in pilot)
     assert bool(pilot) == (how == "lora")
     trainable = {f"model.{name}" for name, p in whole.model.named_parameters() if p.requires_grad}
     assert trainable <= saved.keys()
     resumed = Run(family, tmp_path / "more", seed=99, model=model(99), **options)
-    resumed.fit(tmp_path / "whole" / "round=5.ckpt")
+    resumed.fit(tmp_path / "whole" / "round=5")
     assert_same_end(whole, resumed, 5)
 
 
 def test_frozen_weights_that_were_never_pretrained_stay_in_the_file(tmp_path):
     whole = Run("llama", tmp_path, every=5, pilot=None).fit()
-    saved = torch.load(tmp_path / "round=5.ckpt", weights_only=True)["state_dict"]
+    saved = SafeCheckpointIO().load_checkpoint(tmp_path / "round=5")["state_dict"]
     assert whole.module.state_dict().keys() == saved.keys()
 
 
@@ -299,23 +301,23 @@ class Signal(Callback):
 @pytest.fixture
 def handlers():
     """The signal handlers before the test; put back after it, whatever the test does."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in stop.SIGNALS}
     yield before
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", stop.SIGNALS, ids=lambda number: number.name)
 def test_a_stopped_run_finishes_its_round_saves_and_resumes_as_if_never_stopped(family, number, tmp_path, handlers):
     stopped = Run(family, tmp_path / "cut", callbacks=[Signal(3, number)]).fit()
     assert stopped.module.round == len(stopped.losses.pilot) == 4
-    assert names(tmp_path / "cut") == ["round=4.ckpt"]
+    assert names(tmp_path / "cut") == ["round=4"]
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
     whole = Run(family, tmp_path / "whole").fit()
     assert stopped.losses.pilot == whole.losses.pilot[:4]
-    resumed = Run(family, tmp_path / "cut", seed=99).fit(tmp_path / "cut" / "round=4.ckpt")
+    resumed = Run(family, tmp_path / "cut", seed=99).fit(tmp_path / "cut" / "round=4")
     assert_same_end(whole, resumed, 4)
 
 
@@ -330,9 +332,9 @@ def test_a_run_stopped_where_validation_is_due_resumes_as_if_never_stopped(stopp
 
 def test_a_resumed_run_can_be_stopped_again(tmp_path, handlers):
     Run("llama", tmp_path, callbacks=[Signal(2)]).fit()
-    Run("llama", tmp_path, seed=5, callbacks=[Signal(6)]).fit(tmp_path / "round=3.ckpt")
-    assert names(tmp_path) == ["round=3.ckpt", "round=7.ckpt"]
-    resumed = Run("llama", tmp_path, seed=6).fit(tmp_path / "round=7.ckpt")
+    Run("llama", tmp_path, seed=5, callbacks=[Signal(6)]).fit(tmp_path / "round=3")
+    assert names(tmp_path) == ["round=3", "round=7"]
+    resumed = Run("llama", tmp_path, seed=6).fit(tmp_path / "round=7")
     assert_same_end(Run("llama", tmp_path / "whole").fit(), resumed, 7)
 
 
@@ -369,8 +371,8 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path, handlers):
 
     with pytest.raises(TrainingDivergedError, match="round 8"):
         Run("llama", tmp_path, every=3, callbacks=[EachRound(poison)]).fit()
-    state = torch.load(checkpoints(tmp_path)[-1], weights_only=True)["state_dict"]
-    assert checkpoints(tmp_path)[-1].name == "round=6.ckpt"
+    state = SafeCheckpointIO().load_checkpoint(checkpoints(tmp_path)[-1])["state_dict"]
+    assert checkpoints(tmp_path)[-1].name == "round=6"
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 

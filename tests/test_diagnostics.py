@@ -94,8 +94,13 @@ def test_batches_and_ranks_add_up_to_one_pass_over_all_rows():
     whole = over(slice(0, 4)).summary()
     assert over(slice(0, 1), slice(1, 4)).summary() == pytest.approx(whole)
     first, second = over(slice(0, 2)), over(slice(2, 4))
+    own = first.summary()
     first.reduce(lambda sums: sums + second._sums)
-    assert first.summary() == pytest.approx(whole)
+    reduced = first.summary()
+    quantiles = {name for name in whole if "_norm_p" in name}
+    assert len(quantiles) == 6
+    for name in whole:  # sums are exact over ranks, quantiles are of a rank's own rows
+        assert reduced[name] == pytest.approx(own[name] if name in quantiles else whole[name])
 
 
 def test_the_best_weight_minimises_the_squared_error_left():
@@ -113,3 +118,26 @@ def test_the_interval_of_the_likelihood_is_the_normal_one_over_target_tokens():
     values = -LOG_PROBS[0, :2].gather(-1, TARGETS[0, :2, None]).squeeze(-1).double()
     half = 1.96 * values.std(correction=0).item() / math.sqrt(2)
     assert result.nll_intervals()[0.0] == pytest.approx((values.mean().item() - half, values.mean().item() + half))
+
+
+def test_sizes_of_errors_and_corrections_are_kept_for_every_target_token_and_none_of_the_padding():
+    result = statistics(ERRORS / 2)
+    norms = result.norms()
+    expected = ERRORS[0, :2].norm(dim=-1)
+    torch.testing.assert_close(norms["error_norm"], expected)
+    torch.testing.assert_close(norms["correction_norm"], expected / 2)
+    low, high = sorted(expected.tolist())
+    summary = result.summary()
+    for percent in (10, 50, 90):
+        value = low + percent / 100 * (high - low)
+        assert summary[f"error_norm_p{percent}"] == pytest.approx(value)
+        assert summary[f"correction_norm_p{percent}"] == pytest.approx(value / 2)
+
+
+def test_a_rank_without_rows_has_no_quantiles_but_the_sums_of_all():
+    idle, busy = ErrorStatistics([0.0, 1.0]), statistics(ERRORS)
+    idle.reduce(lambda sums: sums + busy._sums)
+    summary = idle.summary()
+    assert summary["error_energy"] == pytest.approx(ENERGY)
+    assert not [name for name in summary if "_norm_p" in name]
+    assert len(idle.norms()["error_norm"]) == 0

@@ -1,4 +1,4 @@
-"""Does f^C estimate ℓ on rows that neither model was trained on? Error ratio, λ*, cosine and fused likelihood.
+"""Does f^C estimate ℓ on rows that neither model was trained on? Error ratio, λ*, cosine, sizes, fused likelihood.
 
 A Copilot that has collapsed to 0, or has memorised its log, looks fine on its training loss, but not here.
 
@@ -21,6 +21,8 @@ from tcopilot.states import StatePooler, trace_pilot
 if TYPE_CHECKING:
     from tcopilot.data.batch import Batch
     from tcopilot.modeling import TCopilotModel
+
+PERCENTILES = (10, 50, 90)
 
 
 @torch.no_grad()
@@ -58,6 +60,7 @@ class ErrorStatistics:
         self.weights = list(weights)
         self._fuse = build_fusion(fusion)
         self._sums = torch.zeros(5 + 2 * len(self.weights), dtype=torch.float64)
+        self._norms: list[tuple[Tensor, Tensor]] = []  # of each batch: ‖ℓ‖ and ‖f^C‖ [2, B, N], mask [B, N]
 
     @torch.no_grad()
     def observe(self, model: TCopilotModel, batch: Batch) -> None:
@@ -80,6 +83,7 @@ class ErrorStatistics:
             (errors_BNV * no_correction).sum(-1),
             -log_probs_BNV.gather(-1, index).squeeze(-1),
         ]
+        self._norms.append((torch.stack([v.float() for v in per_token[1:3]]).sqrt(), mask_BN))  # no sync now
         for weight in self.weights:
             fused_BNV = log_probs_BNV if weight == 0 else self._fuse(log_probs_BNV, no_correction, weight)
             nll_BN = -fused_BNV.gather(-1, index).squeeze(-1)
@@ -90,6 +94,12 @@ class ErrorStatistics:
     def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
         """Add up the sums of all ranks; one without rows takes part too."""
         self._sums = sum_over_ranks(self._sums)
+
+    def norms(self) -> dict[str, Tensor]:
+        """‖ℓ‖ (`error_norm`) and ‖f^C‖ (`correction_norm`) of each target token that this rank saw, on the CPU."""
+        seen = [norms_2BN[:, mask_BN].cpu() for norms_2BN, mask_BN in self._norms]
+        error, correction = torch.cat(seen, dim=1) if seen else torch.zeros(2, 0)
+        return {"error_norm": error, "correction_norm": correction}
 
     def nll(self) -> dict[float, float]:
         """Mean −log p̃_y per target token, in nats, for each λ."""
@@ -107,12 +117,12 @@ class ErrorStatistics:
         return best_weight(self._sums[3].item(), self._sums[2].item())
 
     def summary(self) -> dict[str, float]:
-        """Means per target token.
+        """Means per target token, over all ranks after `reduce`; quantiles are of this rank's target tokens.
 
         Returns:
             `pilot_nll` (nats), `error_energy` E‖ℓ‖², `correction_energy` E‖f^C‖², `error_ratio` E‖f^C−ℓ‖² / E‖ℓ‖²
-            (below 1: the Copilot knows something), `cosine` of f^C with ℓ, `best_weight` λ*, and `fused_nll` at the
-            first λ.
+            (below 1: the Copilot knows something), `cosine` of f^C with ℓ, `best_weight` λ*, `fused_nll` at the
+            first λ, and `error_norm_p10`, `_p50`, `_p90` of ‖ℓ‖ with `correction_norm_…` of ‖f^C‖.
         """
         tokens, energy, correction, inner, pilot_nll = self._sums[:5].tolist()
         norm = (energy * correction) ** 0.5
@@ -124,4 +134,14 @@ class ErrorStatistics:
             "error_ratio": (energy - 2 * inner + correction) / energy if energy else 1.0,
             "cosine": inner / norm if norm else 0.0,
             "best_weight": self.best_weight,
+            **self._quantiles(),
+        }
+
+    def _quantiles(self) -> dict[str, float]:
+        points = torch.tensor(PERCENTILES) / 100
+        return {
+            f"{name}_p{percent}": value
+            for name, norms in self.norms().items()
+            if len(norms)
+            for percent, value in zip(PERCENTILES, torch.quantile(norms, points).tolist(), strict=True)
         }

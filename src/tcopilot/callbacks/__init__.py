@@ -1,9 +1,21 @@
-"""Lightning callbacks: the Mistake Log's owner, checkpoints by round, random states, a clean stop, and alarms."""
+"""Lightning callbacks: the log's owner, checkpoints, random states, a clean stop, alarms, speed, histograms."""
 
+from tcopilot.callbacks.agreement import Agreement
 from tcopilot.callbacks.checkpoint import RoundCheckpoint
 from tcopilot.callbacks.health import CopilotHealth
+from tcopilot.callbacks.histograms import ErrorHistograms
 from tcopilot.callbacks.mistake_log import MistakeLogCallback
 from tcopilot.callbacks.random_state import RandomState
 from tcopilot.callbacks.stop import CleanStop
+from tcopilot.callbacks.throughput import Throughput
 
-__all__ = ["CleanStop", "CopilotHealth", "MistakeLogCallback", "RandomState", "RoundCheckpoint"]
+__all__ = [
+    "Agreement",
+    "CleanStop",
+    "CopilotHealth",
+    "ErrorHistograms",
+    "MistakeLogCallback",
+    "RandomState",
+    "RoundCheckpoint",
+    "Throughput",
+]

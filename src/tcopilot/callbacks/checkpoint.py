@@ -1,68 +1,121 @@
-"""Checkpoints named by round, written so that a crash leaves the one before intact."""
+"""When checkpoints are saved, what goes into them, and how many stay."""
 
-import os
+from __future__ import annotations
+
+import copy
+import logging
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from tcopilot import distributed
+from tcopilot.checkpoints import (
+    PER_RANK,
+    CheckpointError,
+    checkpoints,
+    discard,
+    remove_leftovers,
+    round_of,
+    save,
+)
+
+__all__ = ["RoundCheckpoint", "checkpoints", "round_of"]
+log = logging.getLogger(__name__)
+
 
 class RoundCheckpoint(Callback):
-    """Saves the training state every few rounds and keeps the newest files.
+    """Saves the training state every few rounds and keeps the newest checkpoints.
+
+    A state that is due is taken when its round ends, and written before the next one starts: then all that the round
+    and its validation have logged is on disk too, and a resumed run continues the very same curves.
 
     Args:
-        folder: where `round=<n>.ckpt` files go.
+        folder: where the checkpoints `round=<n>` go.
         every_n_rounds: how often; None saves only when training ends or is stopped.
-        keep: how many files stay.
+        keep: how many stay.
     """
 
     def __init__(self, folder: str, every_n_rounds: int | None = None, keep: int = 2) -> None:
         self.folder = Path(folder)
         self.every_n_rounds = every_n_rounds
         self.keep = keep
+        self._due: tuple[int, dict[str, Any]] | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Clear up after a crash.
+
+        Raises:
+            CheckpointError: if a new run would mix its checkpoints with those of another.
+        """
+        if trainer.ckpt_path is None and (others := checkpoints(self.folder)):
+            raise CheckpointError(
+                f"{self.folder} holds checkpoints of an earlier run, {others[-1].name} the newest: give another "
+                f"paths.run_dir, or go on with that run (resume=<its folder>), or remove them"
+            )
+        if trainer.is_global_zero:
+            remove_leftovers(self.folder)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Save when due. The round just finished counts."""
+        """Take the state if it is due. The round just finished counts."""
         rounds = pl_module.round + 1
         stopping = trainer.should_stop or rounds == pl_module.rounds
         if not stopping and self.every_n_rounds and rounds % self.every_n_rounds == 0:
-            self.save(trainer, rounds)
+            state = _state(trainer)
+            self._due = rounds, state | {"loops": copy.deepcopy(state["loops"])}  # the loader reads on
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Write it while nothing has been trained since."""
+        self._write_due(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep a state that is still good if validation fails; one of several processes cannot save alone."""
+        if distributed.world_size() == 1:
+            try:
+                self._write_due(trainer)
+            except CheckpointError as error:
+                log.error("%s", error)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last state, also after a clean stop."""
+        self._due = None
         if pl_module.round < pl_module.rounds:  # the epoch is the whole budget: it is not over, a resumed run goes on
             progress = trainer.fit_loop.epoch_progress
             for counts in (progress.total, progress.current):
                 counts.processed = counts.completed = 0
-        self.save(trainer, pl_module.round)
+        self._write(trainer, pl_module.round, _state(trainer))
 
-    def save(self, trainer: Trainer, rounds: int) -> None:
-        """Write under a temporary name, flush to disk, rename; then drop the oldest files."""
-        path = self.folder / f"round={rounds}.ckpt"
-        unfinished = path.with_suffix(".tmp")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        trainer.save_checkpoint(unfinished, weights_only=False)
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put aside what belongs to one process; Lightning would save the first one's and give it to all."""
+        states = checkpoint["callbacks"]
+        own = [callback.state_key for callback in trainer.callbacks if getattr(callback, "per_rank", False)]
+        checkpoint[PER_RANK] = {"callbacks": {key: states.pop(key) for key in own if key in states}}
+
+    def _write_due(self, trainer: Trainer) -> None:
+        if self._due is not None:
+            due, self._due = self._due, None
+            self._write(trainer, *due)
+
+    def _write(self, trainer: Trainer, rounds: int, state: dict[str, Any]) -> None:
+        path = self.folder / f"round={rounds}"
+        if trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == path.resolve():
+            return  # no round was trained since it was loaded
+        for logger in trainer.loggers:
+            logger.save()
+        save(state, path)
         if trainer.is_global_zero:
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-            for old in checkpoints(self.folder)[: -self.keep]:
-                old.unlink()
+            self._drop_others(rounds)
+
+    def _drop_others(self, rounds: int) -> None:
+        """Drop the oldest, and those of later rounds: a resumed run has passed them over as damaged."""
+        saved = checkpoints(self.folder)
+        past = [path for path in saved if round_of(path) <= rounds]
+        for path in [*past[: -self.keep], *saved[len(past) :]]:
+            try:
+                discard(path)
+            except OSError as error:
+                log.warning("%s could not be removed: %s", path, error)
 
 
-def checkpoints(folder: str | Path) -> list[Path]:
-    """Checkpoints of a folder, oldest round first.
-
-    >>> checkpoints("no such folder")
-    []
-    """
-    return sorted(Path(folder).glob("round=*.ckpt"), key=round_of)
-
-
-def round_of(path: str | Path) -> int:
-    """Round after which a checkpoint was saved.
-
-    >>> round_of("checkpoints/round=40.ckpt")
-    40
-    """
-    return int(Path(path).stem.split("=")[1])
+def _state(trainer: Trainer) -> dict[str, Any]:
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)  # all processes; only one saves

@@ -1,5 +1,7 @@
 """Alarms for a Copilot that trains without learning anything that helps."""
 
+from typing import Any
+
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -39,6 +41,14 @@ class CopilotHealth(Callback):
             )
         if log["age_rounds"] > STALE_ROUNDS:
             self._raise("stale", f"records in the Mistake Log are {log['age_rounds']:.0f} rounds old on average")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The causes warned of, so that a resumed run does not repeat them."""
+        return {"raised": sorted(self.raised)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember them."""
+        self.raised = set(state_dict["raised"])
 
     def _raise(self, cause: str, message: str) -> None:
         if cause not in self.raised:

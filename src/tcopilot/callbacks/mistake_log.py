@@ -15,6 +15,8 @@ class MistakeLogCallback(Callback):
         every_n_rounds: how often its statistics are logged, under `log/`.
     """
 
+    per_rank = True
+
     def __init__(self, log: MistakeLog, every_n_rounds: int = 50) -> None:
         self.mistake_log = log  # Lightning replaces an attribute named `log`
         self.every_n_rounds = every_n_rounds
@@ -43,12 +45,13 @@ class MistakeLogCallback(Callback):
                 "log/energy_ratio_to_validation": energy / max(float(held_out), 1e-12),
             }
             for logger in trainer.loggers:
-                logger.log_metrics(figures, step=pl_module.round)
+                logger.log_metrics(figures, step=pl_module.round - 1)  # as all lines of this round
 
     def state_dict(self) -> dict[str, Any]:
         """The log, as tensors and plain values."""
         return self.mistake_log.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the log."""
-        self.mistake_log.load_state_dict(state_dict)
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore the log from the file: `load_state_dict` would get a copy of it in memory, where it may not fit."""
+        if (state := checkpoint["callbacks"].pop(self.state_key, None)) is not None:
+            self.mistake_log.load_state_dict(state)

@@ -12,8 +12,10 @@ class RandomState(Callback):
     """Carries the global random states of Python, NumPy and torch from round to round and into checkpoints.
 
     Every round starts where the last one ended, whatever validation or a new loader drew in between, since a resumed
-    run may not repeat those.
+    run may not repeat those. Each process has its own.
     """
+
+    per_rank = True
 
     def __init__(self) -> None:
         self._between: dict[str, Any] | None = None  # the states between two rounds

@@ -9,8 +9,14 @@ from lightning import Callback, LightningModule, Trainer
 log = logging.getLogger(__name__)
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what SLURM sends ahead of its time limit
+
+
 class CleanStop(Callback):
-    """Turns the first SIGINT or SIGTERM into a stop after the current round; a second SIGINT stops at once."""
+    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a stop after the current round; a second SIGINT stops at once.
+
+    Of several processes, one that is told to stop stops all of them, after the same round.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -18,7 +24,7 @@ class CleanStop(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen while rounds run."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             try:
                 self._before[number] = signal.signal(number, self._request)
             except ValueError:  # not in the main thread, where nobody can press Ctrl-C either
@@ -26,7 +32,7 @@ class CleanStop(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Stop after this round."""
-        if self.requested:
+        if self._agreed(trainer):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -34,6 +40,15 @@ class CleanStop(Callback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+        self._agreed(trainer)
+
+    def _agreed(self, trainer: Trainer) -> bool:
+        """Whether any process was told to stop; all of them learn it, for what they do after training."""
+        if trainer.world_size == 1:
+            return self.requested
+        agreed = trainer.strategy.reduce_boolean_decision(self.requested, all=False)
+        self.requested |= agreed  # a signal that arrived meanwhile counts the next time
+        return agreed
 
     def _request(self, number: int, frame: Any) -> None:
         if self.requested and number == signal.SIGINT:

@@ -1,0 +1,54 @@
+"""How fast rounds are, whose time they take, and how much memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import deque
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+RSS_UNITS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+
+
+class Throughput(Callback):
+    """Logs speed, both models' share of time and peak memory, over the rounds since the line before.
+
+    Time is that inside training steps: loading, validation, checkpoints and logging do not count.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: deque[Any] = deque()
+        self._rows: deque[int] = deque()
+        self._before: dict[str, float] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start counting; a resumed run does so anew."""
+        self._restart(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count a round, and log when a line is due."""
+        self._tokens.append(trainer.callback_metrics["train/target_tokens"])
+        self._rows.append(len(batch) * trainer.world_size)
+        if (pl_module.round + 1) % trainer.log_every_n_steps == 0:
+            seconds = {name: total - self._before[name] for name, total in pl_module.seconds.items()}
+            whole = max(sum(seconds.values()), 1e-9)
+            figures = {
+                "speed/target_tokens_per_second": torch.stack(list(self._tokens)).sum() / whole,
+                "speed/rows_per_second": sum(self._rows) / whole,
+                **{f"time/{name}_share": part / whole for name, part in seconds.items()},
+                "memory/rss_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / RSS_UNITS_PER_MIB,
+            }
+            if pl_module.device.type == "cuda":
+                figures["memory/gpu_peak_mib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**20
+            pl_module.log_dict(figures)
+            self._restart(pl_module)
+
+    def _restart(self, pl_module: LightningModule) -> None:
+        self._tokens.clear()
+        self._rows.clear()
+        self._before = dict(pl_module.seconds)

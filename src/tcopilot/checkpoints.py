@@ -1,0 +1,456 @@
+"""Checkpoints of tensors and plain values, complete or absent, verified before use. Nothing in them can be executed.
+
+A checkpoint is a folder `round=<n>`. `main` is what all processes share, `rank<r>` what belongs to process r alone;
+each is a `.safetensors` file of the tensors and a `.json` file of the structure around them. `manifest.json` holds
+size and SHA-256 of each. The folder gets its name when all is on disk: a crash leaves nothing or a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins import CheckpointIO
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tcopilot import distributed
+
+log = logging.getLogger(__name__)
+FORMAT, VERSION = "tcopilot checkpoint", 1
+PER_RANK = "per_rank"  # key of the state that belongs to one process; `save` puts it into that process's files
+MANIFEST = "manifest.json"
+KINDS = ("json", "safetensors")
+DTYPES = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be written or must not be used; the message says why and how to go on."""
+
+
+# Values to JSON and tensors -----------------------------------------------------------------------------------------
+
+
+def pack(value: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Split nested dicts, lists, tuples, plain values and tensors into a structure for JSON and named tensors.
+
+    One tensor that occurs twice, as tied weights do, is kept once and is one tensor again after `unpack`. Tensors
+    that overlap otherwise are copied.
+
+    >>> pack({3: (1, None)})[0]
+    {'dict': [[3, {'tuple': [1, None]}]]}
+
+    Raises:
+        CheckpointError: if anything else is in it, with its place.
+    """
+    packer = _Packer()
+    return packer.pack(value, "checkpoint"), packer.tensors
+
+
+def unpack(structure: Any, tensors: dict[str, Tensor]) -> Any:
+    """Undo `pack`.
+
+    >>> unpack({"dict": [[3, {"tuple": [1, None]}]]}, {})
+    {3: (1, None)}
+    """
+    if isinstance(structure, list):
+        return [unpack(item, tensors) for item in structure]
+    if not isinstance(structure, dict):
+        return structure
+    ((kind, content),) = structure.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "tuple":
+        return tuple(unpack(item, tensors) for item in content)
+    if kind == "dict":
+        return {unpack(key, tensors): unpack(item, tensors) for key, item in content}
+    raise ValueError(f"unknown kind of value: {kind!r}")
+
+
+class _Packer:
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._names: dict[Any, str] = {}  # which tensor is in the file already
+        self._storages: set[int] = set()
+
+    def pack(self, value: Any, place: str) -> Any:
+        if _is_plain(value):
+            return value
+        if isinstance(value, Tensor):
+            return {"tensor": self._tensor(value, place)}
+        if type(value) in (list, tuple):
+            items = [self.pack(item, f"{place}[{i}]") for i, item in enumerate(value)]
+            return items if type(value) is list else {"tuple": items}
+        if isinstance(value, dict):
+            return {
+                "dict": [[self._key(key, place), self.pack(item, f"{place}[{key!r}]")] for key, item in value.items()]
+            }
+        raise _refusal(place, type(value).__qualname__)
+
+    def _key(self, key: Any, place: str) -> Any:
+        if _is_plain(key) or (type(key) is tuple and all(_is_plain(part) for part in key)):
+            return self.pack(key, place)
+        raise _refusal(f"a key of {place}", type(key).__qualname__)
+
+    def _tensor(self, tensor: Tensor, place: str) -> str:
+        if tensor.layout is not torch.strided or tensor.dtype not in DTYPES or tensor.is_meta:
+            raise _refusal(place, f"tensor of {tensor.dtype}, {tensor.layout} on {tensor.device}")
+        start = (tensor.device, tensor.data_ptr()) if tensor.numel() else object()  # empty ones share no data
+        view = (start, tensor.dtype, tensor.shape, tensor.stride())
+        if view not in self._names:
+            owned = tensor.detach().cpu().contiguous()
+            if owned.untyped_storage().data_ptr() in self._storages:
+                owned = owned.clone()
+            self._storages.add(owned.untyped_storage().data_ptr())
+            self._names[view] = str(len(self.tensors))
+            self.tensors[self._names[view]] = owned
+        return self._names[view]
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _refusal(place: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{place} is a {what}: a checkpoint holds dicts, lists, tuples, numbers, texts, None and dense tensors only, "
+        f"so that loading it can execute nothing. Change the state_dict it comes from"
+    )
+
+
+# Names --------------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Checkpoints of a folder, oldest round first, whether they are intact or not.
+
+    >>> checkpoints("no such folder")
+    []
+    """
+    return sorted((path for path in Path(folder).glob("round=*") if _round(path) is not None), key=round_of)
+
+
+def round_of(path: str | Path) -> int:
+    """Round after which a checkpoint was saved.
+
+    >>> round_of("checkpoints/round=40")
+    40
+    """
+    return int(Path(path).name.split("=")[1])
+
+
+def _round(path: Path) -> int | None:
+    return round_of(path) if re.fullmatch(r"round=\d+", path.name) else None
+
+
+# Writing ------------------------------------------------------------------------------------------------------------
+
+
+def save(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint; all processes of the job must call this, and all raise if one of them fails.
+
+    Args:
+        checkpoint: the first process's goes into `main`; everyone's own `checkpoint[PER_RANK]`, if there is one, into
+            that process's files.
+        path: the folder it becomes. One of that name is replaced when the new one is complete.
+
+    Raises:
+        CheckpointError: if it cannot be written. What was written of it is removed; the ones before stay.
+    """
+    world_size = distributed.world_size()
+    rank = distributed.rank() if world_size > 1 else 0
+    draft = path.with_name(f".{path.name}.tmp")
+    sums = torch.zeros(world_size + 1, len(KINDS), 1 + 32, dtype=torch.int64)  # size and SHA-256 of the parts' files
+
+    def begin() -> None:
+        if rank == 0:
+            remove_leftovers(path.parent)
+            draft.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
+        own = {PER_RANK: checkpoint.get(PER_RANK, {})}
+        sums[1 + rank] = _write(draft, f"rank{rank}", own)
+        if rank == 0:
+            sums[0] = _write(draft, "main", {key: value for key, value in checkpoint.items() if key != PER_RANK})
+
+    def finish() -> None:
+        if rank == 0:
+            names = [f"{part}.{kind}" for part in _parts(world_size) for kind in KINDS]
+            files = {
+                name: {"bytes": size, "sha256": bytes(digest).hex()}
+                for name, (size, *digest) in zip(names, everyones.flatten(0, 1).tolist(), strict=True)
+            }
+            body = {
+                "format": FORMAT,
+                "version": VERSION,
+                "round": _round(path),
+                "world_size": world_size,
+                "files": files,
+            }
+            (draft / MANIFEST).write_text(_sealed(body), encoding="utf-8")
+            _flush(draft / MANIFEST)
+            _flush(draft)
+            discard(path)
+            draft.rename(path)
+            _flush(path.parent)
+
+    try:
+        _together(begin)
+        _together(write)
+        everyones = distributed.sum_over_processes(sums)
+        _together(finish)
+    except (OSError, SafetensorError) as error:
+        if rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError(_not_saved(path, error)) from error
+    except CheckpointError:
+        if rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint, if there is one, in such a way that a crash meanwhile does not leave half of it."""
+    if path.exists():
+        names = (path.with_name(f".{path.name}.old{number}.tmp") for number in itertools.count())
+        trash = next(name for name in names if not name.exists())
+        path.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what crashed saves have left in a folder, as far as the file system lets go of it."""
+    for path in folder.glob(".round=*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _together(action: Callable[[], None]) -> None:
+    """Do this process's part and wait for the others; raise on all of them if one fails, for none may go on alone."""
+    problem = None
+    try:
+        action()
+    except Exception as error:
+        problem = error
+    failed = distributed.sum_over_processes(torch.tensor(float(problem is not None)))
+    if problem is not None:
+        raise problem
+    if failed:
+        raise OSError("another process of this job could not write its part, and says why itself")
+
+
+def _write(folder: Path, part: str, value: Any) -> Tensor:
+    structure, tensors = pack(value)
+    save_file(tensors, folder / f"{part}.safetensors")
+    (folder / f"{part}.json").write_text(json.dumps(structure), encoding="utf-8")
+    sums = []
+    for kind in KINDS:
+        path = folder / f"{part}.{kind}"
+        _flush(path)
+        sums.append([path.stat().st_size, *bytes.fromhex(_sha256(path))])
+    return torch.tensor(sums)
+
+
+def _flush(path: Path) -> None:
+    """Force a file or a folder's entries to the disk; not all file systems can do the latter."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sealed(body: dict[str, Any]) -> str:
+    """The manifest's text, with a checksum of itself."""
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, sort_keys=True, indent=1) + "\n"
+
+
+def _parts(world_size: int) -> list[str]:
+    return ["main", *(f"rank{rank}" for rank in range(world_size))]
+
+
+def _not_saved(path: Path, error: Exception) -> str:
+    good = next((str(old) for old in reversed(checkpoints(path.parent)) if verify(old) is None), None)
+    mend = "Free some space there, or make the folder writable"
+    if good is None:
+        return f"{path} could not be saved: {error}. No checkpoint was saved before it. {mend}, and start the run anew"
+    return (
+        f"{path} could not be saved: {error}. Last good checkpoint: {good}. {mend}, "
+        f"and go on with: python train.py resume={path.parent.parent}"
+    )
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def verify(path: str | Path, world_size: int | None = None) -> str | None:
+    """Say what is wrong with a checkpoint, or None if it is whole, unchanged and fits.
+
+    Args:
+        path: its folder.
+        world_size: number of processes of this job; None accepts any.
+    """
+    path = Path(path)
+    try:
+        manifest = _manifest(path)
+        _check_files(path, manifest, _parts(manifest["world_size"]))
+        if world_size is not None:
+            _check_world_size(path, manifest, world_size)
+    except CheckpointError as problem:
+        return str(problem)
+    return None
+
+
+def newest_good(folder: str | Path, world_size: int) -> Path | None:
+    """Find the newest checkpoint that is intact; None if the folder has none at all.
+
+    Args:
+        folder: where checkpoints are.
+        world_size: number of processes of this job.
+
+    Raises:
+        CheckpointError: if none is intact, or if the newest intact one is of another number of processes.
+    """
+    for old in sorted(Path(folder).glob("*.ckpt")):
+        _say(f"{old} is not used: it is a pickle file, which can execute code when it is loaded")
+    problems = []
+    for path in reversed(checkpoints(folder)):
+        if (problem := verify(path)) is None:
+            for found in problems:
+                _say(f"{found}. The one before it is used: {path}")
+            _check_world_size(path, _manifest(path), world_size)
+            return path
+        problems.append(problem)
+    if problems:
+        raise CheckpointError(f"{folder}: no checkpoint is intact, start the run anew. " + ". ".join(problems))
+    return None
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Gives Lightning this module's checkpoints. Several processes save together, through `RoundCheckpoint` only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint of a single process.
+
+        Raises:
+            CheckpointError: if it cannot be written, or if there are several processes: Lightning asks the first only.
+        """
+        if distributed.world_size() > 1:
+            raise CheckpointError(f"{path}: with several processes, states are saved by callbacks.checkpoint only")
+        save(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read what all processes share and what belongs to this one, onto the CPU, after checking both.
+
+        Raises:
+            CheckpointError: if either is damaged, or if it is of another number of processes.
+        """
+        path, world_size = Path(path), distributed.world_size()
+        own = f"rank{distributed.rank() if world_size > 1 else 0}"
+        manifest = _manifest(path)
+        _check_world_size(path, manifest, world_size)
+        _check_files(path, manifest, ["main", own])
+        checkpoint, states = _read(path, "main", owned=True), _read(path, own, owned=False)[PER_RANK]
+        return checkpoint | {"callbacks": checkpoint.get("callbacks", {}) | states.get("callbacks", {})}
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint."""
+        discard(Path(path))
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder, and so no checkpoint")
+    try:
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no {MANIFEST}: it is no checkpoint, or parts of it are lost") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path / MANIFEST} does not describe a checkpoint")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(f"{path} has format version {manifest.get('version')}; this program reads {VERSION}")
+    if text != _sealed({key: value for key, value in manifest.items() if key != "sha256"}):
+        raise CheckpointError(f"{path / MANIFEST} has been changed: its own checksum does not fit")
+    _check_manifest(path, manifest)
+    return manifest
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a manifest that names anything but the files of a checkpoint, such as files elsewhere."""
+    files, world_size, rounds = (manifest.get(key) for key in ("files", "world_size", "round"))
+    known = isinstance(files, dict) and type(world_size) is int and world_size >= 1
+    if not known or len(files) != (1 + world_size) * len(KINDS):
+        raise CheckpointError(f"{path / MANIFEST} does not list the files of a checkpoint")
+    expected = {f"{part}.{kind}" for part in _parts(world_size) for kind in KINDS}
+    for name, entry in files.items():
+        if name not in expected:
+            raise CheckpointError(f"{path / MANIFEST} names {name!r}, which is no file of a checkpoint")
+        if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
+            raise CheckpointError(f"{path / MANIFEST} does not describe {name}")
+    if _round(path) not in (None, rounds):
+        raise CheckpointError(f"{path} was saved after round {rounds}: it has been renamed")
+
+
+def _check_files(path: Path, manifest: dict[str, Any], parts: list[str]) -> None:
+    for file in (path / f"{part}.{kind}" for part in parts for kind in KINDS):
+        saved = manifest["files"][file.name]
+        try:
+            size = file.stat().st_size if file.is_file() else None
+            same = size == saved["bytes"] and _sha256(file) == saved["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read ({error})") from None
+        if size is None:
+            raise CheckpointError(f"{file} is missing")
+        if size != saved["bytes"]:
+            raise CheckpointError(f"{file} has {size} bytes instead of {saved['bytes']}")
+        if not same:
+            raise CheckpointError(f"{file} has been changed: its SHA-256 is not the one it was saved with")
+
+
+def _check_world_size(path: Path, manifest: dict[str, Any], world_size: int) -> None:
+    if (saved := manifest["world_size"]) != world_size:
+        raise CheckpointError(
+            f"{path} was saved by {saved} process{'es' * (saved != 1)}, each with its own Mistake Log and random "
+            f"state; this run has {world_size}. Resume with {saved} (trainer.devices × trainer.num_nodes), or start a "
+            f"new run from an export"
+        )
+
+
+def _read(path: Path, part: str, owned: bool) -> Any:
+    """Read a part. Unless they shall be `owned`, tensors stay in the file, for a log may be larger than the memory."""
+    try:
+        structure = json.loads((path / f"{part}.json").read_text(encoding="utf-8"))
+        tensors = load_file(path / f"{part}.safetensors")
+        return unpack(structure, {name: tensor.clone() for name, tensor in tensors.items()} if owned else tensors)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{path / part}.*: the content is not that of a checkpoint ({error})") from None
+
+
+def _say(text: str) -> None:
+    if distributed.is_first():
+        log.warning(text)
