@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tcopilot import build
 from tcopilot.build import Prepared
+from tcopilot.distributed import agree_on
 from tcopilot.evaluation.evaluate import UNCOMPARED, Evaluator
 from tcopilot.evaluation.results import Control
 from tcopilot.evaluation.significance import mean_interval
@@ -35,7 +36,7 @@ def equal_time_controls(cfg: DictConfig, prepared: Prepared, seconds: float, fol
     alone = OmegaConf.merge(cfg, {"copilot": {"enabled": False}})
     _trained(alone, prepared, WARM_UP_ROUNDS)
     trial = _trained(alone, prepared, TRIAL_ROUNDS)
-    rounds = max(1, round(seconds / (trial.seconds["pilot"] / TRIAL_ROUNDS)))
+    rounds = agree_on(max(1, round(seconds / (trial.seconds["pilot"] / TRIAL_ROUNDS))))
     log.info("Control: the Pilot alone for %d rounds, the joint run's %.0f s", rounds, seconds)
     module = _trained(alone, prepared, rounds)
     decoding = build.decoding(cfg.evaluation)

@@ -1,20 +1,51 @@
-"""The processes of one job, or the only one: who am I, wait, add up."""
+"""The processes of one job, or the only one: who am I, wait, agree, add up."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
+T = TypeVar("T")
 
-def _on() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+
+class DisagreementError(RuntimeError):
+    """Processes of one job were started with different configs or data."""
+
+
+class LostProcessError(RuntimeError):
+    """Another process of the job is gone, so that this one cannot go on."""
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Tell whether an error is what gloo and NCCL raise when another process does not answer any more."""
+    signs = ("Connection closed", "Connection reset", "Broken pipe", "Read error", "Timed out", "timeout", "NCCL")
+    return world_size() > 1 and any(sign in str(error) for sign in signs)
+
+
+def start() -> None:
+    """Join the processes that `torchrun` has started, so that they can agree before training sets anything up.
+
+    Processes that Lightning starts itself join when training begins, and a single process never does.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _on():
+        gpu = torch.cuda.is_available()
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
-    return distributed.get_rank() if _on() else 0
+    """Number of this process, from 0; before the processes have joined, by what their starter says."""
+    if _on():
+        return distributed.get_rank()
+    return next((int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), 0)
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Number of processes that have joined."""
     return distributed.get_world_size() if _on() else 1
 
 
@@ -29,11 +60,43 @@ def barrier() -> None:
         distributed.barrier()
 
 
+def agree_on(value: T) -> T:
+    """Return the first process's value, on all of them."""
+    if not _on():
+        return value
+    values = [value]
+    distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def refuse_differences(settings: dict[str, Any]) -> None:
+    """Compare settings over all processes.
+
+    Raises:
+        DisagreementError: on every process, naming each setting that differs and its values.
+    """
+    if not _on():
+        return
+    everyone: list[Any] = [None] * world_size()
+    distributed.all_gather_object(everyone, settings)
+    different = [name for name in settings if any(other[name] != everyone[0][name] for other in everyone)]
+    if different:
+        shown = "; ".join(f"{name}: {', '.join(str(other[name]) for other in everyone)}" for name in different)
+        raise DisagreementError(
+            f"the {len(everyone)} processes of this job were not started alike. By process, {shown}. Start all with "
+            f"the same overrides, code and data, and give paths.run_dir if each makes its own"
+        )
+
+
 def sum_over_processes(value: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes, on each of them."""
     if not _on():
         return value
-    device = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else value.device
-    total = value.to(device, copy=True)
+    gpu = distributed.get_backend() == "nccl"
+    total = value.to(torch.device("cuda", torch.cuda.current_device()) if gpu else value.device, copy=True)
     distributed.all_reduce(total)
     return total.to(value.device)
+
+
+def _on() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

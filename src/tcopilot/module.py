@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tcopilot.data.batch import Batch
 from tcopilot.diagnostics import ErrorStatistics
+from tcopilot.distributed import sum_over_processes
 from tcopilot.mistake_log import MistakeLog, MistakeRecord
 from tcopilot.modeling import TCopilotModel
 from tcopilot.objectives import Objective, RootMeanSquaredError, objective_sum
@@ -53,7 +54,7 @@ class TCopilotModule(LightningModule):
         rounds: rounds of the whole run, for the schedules.
         objective: what the Copilot learns.
         micro_batch_size: rows per Pilot forward pass; None takes the whole batch. Gradients add up over a round.
-        copilot_batch_size: records per Copilot update.
+        copilot_batch_size: records per Copilot update, over all processes; each draws its share from its own log.
         steps_per_round: Copilot updates per round.
         own_feedback: probability that a sequence of the log is trained on the Copilot's own outputs, those of a
             teacher-forced pass, instead of ℓ_{<i}; a pair moves linearly from the first to the second over the run.
@@ -84,6 +85,7 @@ class TCopilotModule(LightningModule):
         self.own_feedback = (own_feedback,) * 2 if isinstance(own_feedback, float | int) else tuple(own_feedback)
         self.mistake_log: MistakeLog | None = None
         self.seconds = {"pilot": 0.0, "copilot": 0.0}
+        self.gradient_norms: dict[str, list[Tensor]] = {}  # of this round's updates
         if pilot is None:
             model.pilot.requires_grad_(False)
 
@@ -120,7 +122,7 @@ class TCopilotModule(LightningModule):
                 states = self._trace(micro_batch)
                 if self.learners["copilot"] is not None:
                     self.mistake_log.append(states, extend=i > 0)
-                loss = self._pilot_loss(states) * self.trainer.world_size / tokens
+                loss = self._pilot_loss(states) * self.trainer.world_size / tokens  # DDP averages over ranks
                 pilot_loss += loss.detach() / self.trainer.world_size
                 self.seconds["pilot"] += time.perf_counter() - began
                 began = time.perf_counter()
@@ -130,7 +132,9 @@ class TCopilotModule(LightningModule):
                     self.seconds["copilot"] += time.perf_counter() - began
                     began = time.perf_counter()
                 del states
-                self._check(pilot_loss, copilot_loss)
+                if last:
+                    pilot_loss = self._sum_over_ranks(pilot_loss)
+                    self._check(pilot_loss, copilot_loss)
                 if loss.requires_grad:
                     self.manual_backward(loss)
         self._update()
@@ -194,7 +198,7 @@ class TCopilotModule(LightningModule):
         )
 
     def _draw(self) -> MistakeRecord:
-        return self.mistake_log.sample(self.copilot_batch_size, self.device)
+        return self.mistake_log.sample(self.copilot_batch_size // self.trainer.world_size, self.device)
 
     def _copilot_loss(self, record: MistakeRecord) -> Tensor:
         """The objective over the records of all ranks; its gradient here is this rank's share of it."""
@@ -229,12 +233,18 @@ class TCopilotModule(LightningModule):
         self._step(self.learners["copilot"], self._as_list(self.optimizers())[-1])
 
     def _step(self, learner: Learner, optimizer: Any) -> None:
-        if learner.clip is not None:
-            self.clip_gradients(optimizer, gradient_clip_val=learner.clip, gradient_clip_algorithm="norm")
+        name = next(name for name, one in self._active() if one is learner)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if learner.clip is None:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        else:
+            norm = nn.utils.clip_grad_norm_(parameters, learner.clip)
+        self.gradient_norms.setdefault(name, []).append(norm)  # before clipping; a tensor, so nothing waits for it
         optimizer.step()
         optimizer.zero_grad()
 
     def _check(self, pilot_loss: Tensor, copilot_loss: Tensor | None) -> None:
+        """Stop at a loss that is not finite; both are sums over all ranks, so that all of them stop."""
         losses = {"pilot": pilot_loss, "copilot": copilot_loss}
         values = torch.stack([loss.detach() for loss in losses.values() if loss is not None]).tolist()
         if not all(torch.isfinite(torch.tensor(values))):
@@ -252,6 +262,9 @@ class TCopilotModule(LightningModule):
             values[f"lr/{name}"] = scheduler.get_last_lr()[0]
         for name, seconds in self.seconds.items():
             values[f"time/{name}_seconds"] = seconds
+        for name, norms in self.gradient_norms.items():
+            values[f"train/{name}_gradient_norm"] = torch.stack(norms).mean()
+        self.gradient_norms.clear()
         self.log_dict(values, on_step=True)
         self.log("pilot", pilot_loss, prog_bar=True, logger=False)
         if copilot_loss is not None:
@@ -262,9 +275,7 @@ class TCopilotModule(LightningModule):
         return block() if active and block is not None else nullcontext()
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        if self.trainer.world_size == 1:
-            return value
-        return self.trainer.strategy.reduce(value.clone(), reduce_op="sum")
+        return sum_over_processes(value)
 
     def _add_gradients_over_ranks(self, model: nn.Module) -> None:
         if self.trainer.world_size == 1:

@@ -1,0 +1,321 @@
+"""What a job of a multirun does around its run: a folder by its overrides, done once, failing alone."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+import shlex
+import sys
+import textwrap
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from tcopilot.callbacks.checkpoint import checkpoints
+from tcopilot.checks import ConfigError, process_count, refuse_missing
+from tcopilot.distributed import is_first
+from tcopilot.evaluation.results import LOSSES, Results
+
+DONE, FAILED, JOB = "done.json", "failed.json", "job.yaml"
+NOT_COMPARED = ("paths", "resume", "traceback", "logger")  # they do not change what a job finds
+LONGEST = 100  # characters of a job's folder before it is cut; file systems allow 255 bytes
+SHOWN = 8
+
+
+def job_folder(overrides: str) -> str:
+    """Folder of a job: its overrides, in letters that need no quotes in a shell or an override.
+
+    A name that had to be changed ends with a hash, so that no two jobs share a folder.
+
+    >>> job_folder("copilot-half__seed-1")
+    'copilot-half__seed-1'
+    >>> job_folder("experiment-paper/base"), job_folder("")
+    ('experiment-paper_base-19f0aa6b', 'job')
+    """
+    name = re.sub(r"[^\w.+-]+", "_", overrides, flags=re.ASCII).strip("._")[:LONGEST]
+    if name == overrides:
+        return name or "job"
+    return f"{name}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+
+
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+
+
+def in_multirun() -> bool:
+    """Whether this process runs a job of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def job(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float:
+    """Run a config; as a job of a sweep only if it was not done before, and from where it was left.
+
+    Args:
+        cfg: the composed config.
+        run: trains or evaluates it and returns its `validation_gain`.
+
+    Returns:
+        What a sweeper maximises, see `validation_gain`.
+
+    Raises:
+        ConfigError: if the folder holds a job of another config, or the sweep cannot work.
+    """
+    if not in_multirun():
+        return run(cfg)
+    if problems := sweep_problems(cfg, HydraConfig.get()):
+        raise ConfigError(problems)
+    refuse_missing(cfg)
+    folder = Path(cfg.paths.run_dir)
+    done = json.loads((folder / DONE).read_text()) if (folder / DONE).exists() else None
+    started = bool(checkpoints(folder / "checkpoints"))
+    settings = _settings(cfg)
+    if done is not None and done["config"] != fingerprint(settings):
+        raise ConfigError([_other_config(folder, done["config"], settings)])
+    if done is not None:
+        print(f"done before: {folder} (gain on validation {done['gain']:+.4f})", flush=True)
+        return done["gain"]
+    if started and not cfg.get("resume"):
+        before = _job_settings(folder)
+        if before != settings:
+            raise ConfigError([_other_config(folder, fingerprint(before), settings)])
+        cfg.resume = str(folder)
+    if is_first():
+        (_output_dir() / FAILED).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(settings), folder / JOB)
+    with _isolated():
+        gain = run(cfg)
+    if is_first():
+        _write(folder / DONE, {"config": fingerprint(settings), "gain": gain, "time": _now()})
+    return gain
+
+
+def validation_gain(results: Results) -> float:
+    """The figure that sweepers maximise: the gain in the first benchmark's metric on the rows that λ was chosen on.
+
+    Not the gain reported, which is of test rows: a sweep that saw it would choose on test. Where lower is better the
+    sign is turned.
+    """
+    if not results.gain:
+        return 0.0
+    of = results.gain[0]
+    weights = (0.0, results.weight_of(of.benchmark))
+    pilot, fused = (results.find(of.benchmark, of.metric, results.selected_on, weight) for weight in weights)
+    return pilot.value - fused.value if of.metric in LOSSES else fused.value - pilot.value
+
+
+def note_failure(error: Exception, explained: bool) -> None:
+    """Print what ended a job and leave it in the job's folder; the sweep goes on.
+
+    Args:
+        error: what was raised.
+        explained: whether its message is all that a user needs.
+    """
+    trace = "".join(traceback.format_exception(error))
+    print(f"error: {error}" if explained else trace, file=sys.stderr, flush=True)
+    text = str(error) if explained else f"{type(error).__name__}: {error}"
+    _write(_output_dir() / FAILED, {"error": text, "traceback": trace, "time": _now()})
+
+
+def how_to_restart(sweep_dir: str) -> str:
+    """What to do about a sweep that did not finish."""
+    return (
+        f"Start the sweep again with the same command and hydra.sweep.dir={sweep_dir}: finished jobs are skipped, "
+        f"others go on from their newest checkpoint"
+    )
+
+
+def sweep_problems(cfg: DictConfig, hydra: DictConfig) -> list[str]:
+    """What makes a sweep, or a job of it, impossible or wasteful.
+
+    Args:
+        cfg: the composed config, of the sweep or of a job.
+        hydra: Hydra's own part of it.
+    """
+    overrides, problems = _overrides(hydra), []
+    for override in overrides:
+        if override.key_or_group == "fusion.weight" and override.is_sweep_override() and "run" not in cfg:
+            problems.append(
+                f"{override.input_line}: every value would train the same models again; λ is swept at evaluation. "
+                f"Give a list, fusion.weight=[…], which trains once and leaves every λ in results.json"
+            )
+    if "trainer" not in cfg or (processes := process_count(cfg)) == 1:
+        return problems
+    launcher, nodes = hydra.runtime.choices["hydra/launcher"], int(cfg.trainer.get("num_nodes", 1))
+    tasks = f"hydra.launcher.tasks_per_node={processes // nodes}"
+    tasks += f" hydra.launcher.nodes={nodes}" if nodes > 1 else ""
+    devices = f"trainer.devices={cfg.trainer.devices}"
+    if launcher == "submitit_slurm":
+        if hydra.launcher.tasks_per_node * hydra.launcher.nodes != processes:
+            problems.append(f"{devices} in a sweep with launcher={launcher}: a task for each process; give {tasks}")
+        return problems
+    runs = _single_runs(hydra, overrides)
+    shared = shlex.join(text for text in hydra.overrides.task if not text.startswith("launcher="))
+    lines = [
+        f"{devices} in a sweep with launcher={launcher}: each of a job's {processes} processes would start the whole "
+        f"sweep again. Start one run per command:",
+        *(f"      {run}" for run in runs[:SHOWN]),
+        *([f"      and {len(runs) - SHOWN} more"] if len(runs) > SHOWN else []),
+        "    or let SLURM start the processes of every job:",
+        f"      python {hydra.job.name}.py -m {shared} launcher=submitit_slurm {tasks}",
+    ]
+    return [*problems, "\n".join(lines)]
+
+
+class SweepCallback(Callback):
+    """Hydra's callback around a whole multirun: refuses it, names its folders, and ends it with the right status."""
+
+    def __init__(self) -> None:
+        self.before: dict[Path, int] = {}
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuse what cannot work before any job starts; settle the folders.
+
+        All jobs share one sweep folder, also if their names differ, and their own are named by what they do not share.
+        """
+        if problems := sweep_problems(config, config.hydra):
+            print(f"error: {ConfigError(problems)}", file=sys.stderr, flush=True)
+            sys.exit(1)
+        overrides = _overrides(config.hydra)
+        swept = {override.key_or_group for override in overrides if override.is_sweep_override()}
+        shared = {override.key_or_group for override in overrides} - swept if swept else ()
+        keys = ",".join(f"'{key}'" for key in sorted(shared))
+        given = config.hydra.overrides.hydra  # Hydra composes every job with these, whoever launches it
+        with read_write(given):
+            if not any(text.startswith("hydra.sweep.dir=") for text in given):
+                given.append(f"hydra.sweep.dir='{config.hydra.sweep.dir}'")
+            given.append(f"hydra.job.config.override_dirname.exclude_keys=[{keys}]")
+        self.before = _failures(config)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Name the jobs that failed and leave with status 1 if there are any."""
+        failed = [path for path, time in _failures(config).items() if self.before.get(path) != time]
+        if not failed:
+            return
+        print("1 job failed:" if len(failed) == 1 else f"{len(failed)} jobs failed:", file=sys.stderr)
+        for path in failed:
+            said = " ".join(json.loads(path.read_text())["error"].split())
+            print(f"  - {path.parent}: {textwrap.shorten(said, 200)} (more in its {FAILED})", file=sys.stderr)
+        print(how_to_restart(config.hydra.sweep.dir), file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """Hash of what a job is to do."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved config without what does not change the result, wherever its folder lies."""
+    text = OmegaConf.to_yaml(cfg, resolve=True).replace(str(cfg.paths.run_dir), "<run_dir>")
+    settings = OmegaConf.to_container(OmegaConf.create(text))
+    return {key: value for key, value in settings.items() if key not in NOT_COMPARED}
+
+
+def _job_settings(folder: Path) -> dict[str, Any]:
+    return OmegaConf.to_container(OmegaConf.load(folder / JOB)) if (folder / JOB).exists() else {}
+
+
+def _other_config(folder: Path, before: str, settings: dict[str, Any]) -> str:
+    old, new = (dict(_leaves(tree)) for tree in (_job_settings(folder), settings))
+    different = [
+        f"{key}={old.get(key)} there, {new.get(key)} now" for key in {**old, **new} if old.get(key) != new.get(key)
+    ]
+    shown = "; ".join(different[:SHOWN]) + (f"; and {len(different) - SHOWN} more" if len(different) > SHOWN else "")
+    return (
+        f"{folder} holds a job of another config: {before} there, {fingerprint(settings)} now ({shown}). Give another "
+        f"hydra.sweep.dir, or remove that folder"
+    )
+
+
+def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for name, part in tree.items():
+            yield from _leaves(part, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, tree
+
+
+@contextmanager
+def _isolated() -> Iterator[None]:
+    """Give the process back as it was: a job must not depend on the jobs before it, whether they failed or not."""
+    gc.collect()  # here, not at the end: while a failed job is cleaned up its error still holds its models
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    environment = dict(os.environ)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # CUDA's is seeded by every run
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            for restore, state in zip(
+                (random.setstate, np.random.set_state, torch.set_rng_state), states, strict=True
+            ):
+                restore(state)
+            torch.use_deterministic_algorithms(deterministic)
+            for name in set(os.environ) - set(environment):
+                del os.environ[name]
+            os.environ.update(environment)
+
+
+def _overrides(hydra: DictConfig) -> list[Override]:
+    """Overrides of the command line and of the sweeper's config."""
+    params = OmegaConf.select(hydra, "sweeper.params") or {}
+    given = [*(f"{key}={value}" for key, value in params.items()), *hydra.overrides.task]
+    return OverridesParser.create().parse_overrides(given)
+
+
+def _single_runs(hydra: DictConfig, overrides: list[Override]) -> list[str]:
+    """The command of every job by itself; what only a sweeper can expand stays as it is."""
+    values: dict[str, list[str]] = {}
+    for override in overrides:
+        if override.is_choice_sweep() or override.is_range_sweep():
+            key = override.get_key_element()
+            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            values[override.get_key_element()] = [override.input_line]
+    values = {key: texts for key, texts in values.items() if key not in ("launcher", "sweep")}
+    return [f"python {hydra.job.name}.py {shlex.join(run)}" for run in itertools.product(*values.values())]
+
+
+def _output_dir() -> Path:
+    """Where Hydra puts this job; a job with `resume=…` goes on in another folder."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def _failures(config: DictConfig) -> dict[Path, int]:
+    """Notes of failed jobs in the sweep's folder, also of earlier starts, and when each was written."""
+    return {path: path.stat().st_mtime_ns for path in sorted(Path(config.hydra.sweep.dir).glob(f"*/{FAILED}"))}
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    """Write a file that is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,0 +1,178 @@
+"""Several processes are one: the same losses, weights and figures, on whatever they are told to train."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import composed
+import pytest
+from processes import run_in_processes
+from safetensors.torch import load_file
+
+from tcopilot.checks import config_problems
+from tcopilot.distributed import DisagreementError, agree_on, rank, refuse_differences
+
+SMALL = [
+    *(f"data.benchmarks.word_problems.{name}" for name in ("train=400", "validation=24", "test=20")),
+    *("rounds=8", "data.batch_size=16", "mistake_log=latest", "fusion.weight=[0.5,1]", "evaluation.batch_size=16"),
+    *("trainer.val_check_interval=4", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=true"),
+]  # fmt: skip
+LLAMA = ["pilot=tiny_llama"]
+VARIANTS = {
+    "t5": [],
+    "llama": LLAMA,
+    "lora": [*LLAMA, "adapter@pilot.adapter=lora", "copilot=lora", "adapter.dropout=0"],
+    "two micro-batches": ["pilot.micro_batch_size=4"],
+    "soft head, inclusive": [*LLAMA, "copilot.head=soft", "copilot.context=inclusive"],
+}
+
+
+def trained(folder: Path, *overrides: str) -> Path:
+    done = composed.program("train.py", *SMALL, *overrides, f"paths.run_dir={folder}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """The figures of each round that do not measure time or one process's log."""
+    with (folder / "metrics.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    kept = [name for name in lines[0] if name.startswith(("train/", "val/", "lr/"))]
+    kept = [name for name in kept if "norm" not in name and "seconds" not in name]
+    return [{name: float(line[name]) for name in kept if line[name]} for line in lines]
+
+
+def assert_same(one: Path, two: Path) -> None:
+    for before, after in zip(metrics(one), metrics(two), strict=True):
+        assert after == pytest.approx(before, rel=1e-5, abs=1e-6)
+    first, second = (load_file(folder / "export" / "model.safetensors") for folder in (one, two))
+    assert first.keys() == second.keys()
+    assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-5
+    for left, right in zip(*(composed.results(folder)["rows"] for folder in (one, two)), strict=True):
+        assert (left["metric"], left["weight"], left["n"]) == (right["metric"], right["weight"], right["n"])
+        assert left["value"] == pytest.approx(right["value"], rel=1e-5)
+
+
+def overrides_of(variant: str) -> list[str]:
+    given = VARIANTS[variant]
+    if variant != "lora":
+        return given
+    return [g for g in given if not g.startswith("adapter.dropout")] + [
+        f"{model}.adapter.dropout=0" for model in ("pilot", "copilot")
+    ]
+
+
+@pytest.mark.parametrize(
+    "variant", [name if name == "t5" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
+)
+def test_two_processes_train_what_one_trains(variant, tmp_path):
+    given = overrides_of(variant)
+    alone = [g for g in given if not g.startswith("pilot.micro_batch_size")]
+    one, two = trained(tmp_path / "one", *alone), trained(tmp_path / "two", *given, "trainer=two_ranks")
+    assert_same(one, two)
+    for split, rows in (("validation", 24), ("test", 20)):
+        for weight in (0.0, 0.5, 1.0):
+            ids = [row["id"] for row in composed.predictions(two, split, weight)]
+            assert len(ids) == len(set(ids)) == rows
+
+
+# Processes that were not started alike -----------------------------------------------------------------------------
+
+
+def differences_job(folder: Path) -> None:
+    assert agree_on(rank()) == 0
+    refuse_differences({"seed": 1, "data": "same"})
+    with pytest.raises(DisagreementError, match=r"seed: 1, 2\. Start all") as error:
+        refuse_differences({"seed": 1 + rank(), "data": "same"})
+    assert "data:" not in str(error.value)
+    (folder / f"{rank()}").touch()
+
+
+def test_processes_agree_and_every_one_is_told_of_a_difference(tmp_path):
+    run_in_processes(differences_job, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+
+
+def started(rank: int, port: int, *overrides: str) -> subprocess.Popen:
+    """One process of a job of two, as a cluster would start it."""
+    place = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in place.items()}
+    command = [sys.executable, "train.py", *SMALL, "trainer=two_ranks", *overrides]
+    return subprocess.Popen(
+        command, cwd=composed.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+def test_a_job_whose_processes_differ_does_not_start(tmp_path):
+    port = 29500 + os.getpid() % 1000
+    job = [started(n, port, f"seed={n}", f"paths.run_dir={tmp_path}") for n in (0, 1)]
+    said = [process.communicate(timeout=200)[0] for process in job]
+    for process, text in zip(job, said, strict=True):
+        assert process.returncode == 1
+        assert "not started alike" in text
+        assert "seed: 0, 1" in text
+        assert "Traceback" not in text
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_stops_the_others_within_a_minute(tmp_path):
+    (tmp_path / "dying.py").write_text(
+        "import os\nfrom lightning import Callback\n\n\nclass Die(Callback):\n"
+        "    def on_train_batch_start(self, trainer, pl_module, *_):\n"
+        "        if trainer.global_rank == 1 and pl_module.round == 3:\n            os._exit(9)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "train.py", *SMALL, "trainer=two_ranks", f"paths.run_dir={tmp_path}/run"]
+    command += ["+callbacks.die._target_=dying.Die", "callbacks.checkpoint.every_n_rounds=2"]
+    began = time.monotonic()
+    done = subprocess.run(command, cwd=composed.ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert time.monotonic() - began < 120  # start-up included
+    assert done.returncode != 0
+    assert "another process of this job" in done.stderr
+    assert f"resume={tmp_path}/run" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "round=2").is_dir()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_training_and_evaluation_too(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    shared = {"cwd": composed.ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 250}
+    for script, given in (
+        ("train.py", [*SMALL, "trainer=two_ranks", "name=t", f"hydra.run.dir={tmp_path}/${{now:%H-%M-%S-%f}}"]),
+        ("eval.py", ["run=<run>", f"paths.run_dir={tmp_path}/evaluation"]),
+    ):
+        runs = sorted(path.parent for path in tmp_path.glob("*/results.json"))
+        given = [value.replace("<run>", str(runs[0]) if runs else "") for value in given]
+        done = subprocess.run([*torchrun, script, *given], **shared)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = runs  # both processes, started at different times, share one folder
+    assert json.loads((tmp_path / "evaluation" / "results.json").read_text())["rows"] == composed.results(run)["rows"]
+
+
+# What the config alone shows -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["trainer.devices=2"], "trainer.strategy=ddp"),
+        (["trainer=two_ranks", "data.batch_size=15"], "data.batch_size=15 does not divide over 2 processes"),
+        (["trainer=two_ranks", "copilot.batch_size=7"], "copilot.batch_size=7 does not divide over 2 processes"),
+        (["trainer=two_ranks", "data.batch_size=16", "pilot.micro_batch_size=16"], "choose a divisor of 8"),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused(overrides, said):
+    (problem,) = config_problems(composed.compose_config(*overrides))
+    assert said in problem
+
+
+def test_a_job_of_two_has_no_problem():
+    assert config_problems(composed.compose_config("trainer=two_ranks")) == []
