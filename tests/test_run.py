@@ -101,7 +101,7 @@ def test_a_run_directory_is_complete(finished):
     for name in ("config.yaml", "results.json", "metrics.csv", "export/config.json", "export/model.safetensors"):
         assert (finished.folder / name).is_file(), name
     saved = {path.name for path in (finished.folder / "checkpoints").iterdir()}
-    assert saved == {"round=100.ckpt", "round=120.ckpt"}
+    assert saved == {"round=100", "round=120"}
     names = {path.name for path in (finished.folder / "predictions").glob("*.jsonl")}
     assert names == {
         f"{split}-{finished.task}-weight={w}.jsonl" for split in ("validation", "test") for w in ("0", "0.5", "1", "2")
@@ -381,7 +381,7 @@ def test_evaluations_refuse_bad_input_before_weights_load(finished, overrides, s
 
 
 def test_an_evaluation_without_a_run_says_what_to_give(tmp_path):
-    with pytest.raises(ConfigError, match="run is not set: give run=<value>"):
+    with pytest.raises(ConfigError, match=r"give run=<run dir> to evaluate a run, or pilot\.path"):
         composed.run.evaluate(composed.compose_config(f"paths.run_dir={tmp_path}", "traceback=true", name="eval"))
 
 
@@ -566,12 +566,16 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
 
 
 def test_the_returned_gain_is_what_a_sweep_maximises(tmp_path, monkeypatch):
+    """The gain on validation; a sweep that saw the gain on test would choose on test."""
+    right = {("validation", 0): 2, ("validation", 1): 8, ("test", 0): 1, ("test", 1): 10}
+
     def scores(self, split, name, weights):
-        return {weight: {"accuracy": [float(weight > 0)] * 10} for weight in weights}
+        return {w: {"accuracy": [float(i < right[split, int(w)]) for i in range(10)]} for w in weights}
 
     monkeypatch.setattr(Evaluator, "scores", scores)
     small = composed.compose_config(*composed.QUIET, *SHORT, f"paths.run_dir={tmp_path}")
-    assert composed.run.train(small) == 1.0
+    assert composed.run.train(small) == pytest.approx(0.6)
+    assert composed.results(tmp_path)["gain"][0]["difference"] == pytest.approx(0.9)
 
 
 # Stops, resumes, divergence ------------------------------------------------------------------------------------------
@@ -585,7 +589,7 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_like_any_other(tmp_path):
         composed.train(folder, *SHORT, *STOP)
     assert left.value.code == composed.run.STOPPED
     assert not (folder / "results.json").exists()
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["round=2.ckpt"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["round=2"]
     with (folder / "metrics.csv").open() as file:
         before = [line["train/pilot_loss"] for line in csv.DictReader(file) if line["train/pilot_loss"]]
     assert len(before) == 2
@@ -621,7 +625,7 @@ def test_resuming_what_cannot_be_resumed_says_why(files, tmp_path):
     assert ("no checkpoint" if files else "no config.yaml") in str(refused.value)
 
 
-@pytest.mark.parametrize(("every", "said"), [(1, "round=2.ckpt"), ("null", "No state had been saved yet")])
+@pytest.mark.parametrize(("every", "said"), [(1, "round=2"), ("null", "No state had been saved yet")])
 def test_a_run_that_diverges_names_its_last_good_state(every, said, tmp_path, monkeypatch):
     loss = TCopilotModule._pilot_loss
     monkeypatch.setattr(
@@ -632,7 +636,7 @@ def test_a_run_that_diverges_names_its_last_good_state(every, said, tmp_path, mo
     for part in ("round 3", "pilot loss nan", "pilot.optimizer.lr", said):
         assert part in str(diverged.value)
     if every == 1:
-        assert str(diverged.value).endswith(str(tmp_path / "run" / "checkpoints" / "round=2.ckpt"))
+        assert str(diverged.value).endswith(str(tmp_path / "run" / "checkpoints" / "round=2"))
     with pytest.raises(SystemExit) as left:
         composed.train(tmp_path / "again", *SHORT, "traceback=false")
     assert left.value.code == 1
@@ -671,7 +675,7 @@ def test_the_programs_train_and_evaluate_from_the_command_line(tmp_path):
 def test_a_sweep_runs_every_job_into_a_folder_of_its_own(tmp_path):
     done = composed.program("train.py", "-m", *SHORT, "copilot=half,none", f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    params = [composed.results(tmp_path / job)["params"]["copilot"] for job in ("0", "1")]
+    params = [composed.results(tmp_path / f"copilot-{job}")["params"]["copilot"] for job in ("half", "none")]
     assert params[0] > params[1] == 0
 
 

@@ -6,23 +6,30 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from yaml import YAMLError
 
 from tcopilot.callbacks import MistakeLogCallback
-from tcopilot.checks import ConfigError, config_problems, refuse_missing
+from tcopilot.checkpoints import SafeCheckpointIO
+from tcopilot.checks import ConfigError, config_problems, refuse_misshapen, refuse_missing
 from tcopilot.copilot import Copilot
 from tcopilot.data.benchmarks import DataError
 from tcopilot.data.module import TCopilotDataModule
+from tcopilot.distributed import is_first
 from tcopilot.evaluation.evaluate import Decoding
 from tcopilot.families import decoder_depth
 from tcopilot.mistake_log import MistakeLog
 from tcopilot.modeling import TCopilotConfig, TCopilotModel, fused_class
 from tcopilot.module import Learner, TCopilotModule
+from tcopilot.parts import callbacks as callbacks
+from tcopilot.parts import part_problems, refusal
 from tcopilot.pilot import ModelSource, ModelSourceError
 from tcopilot.preflight import (
     copilot_layers,
@@ -31,6 +38,7 @@ from tcopilot.preflight import (
     memory_problems,
     model_problems,
     source_problems,
+    tokenizer_problems,
 )
 
 
@@ -52,10 +60,12 @@ def prepare(cfg: DictConfig) -> Prepared:
         ConfigError: with every problem found in config and data.
     """
     refuse_missing(cfg)
+    refuse_misshapen(cfg)
     pilot = model_source(cfg.pilot, "pilot")
     donor = model_source(cfg.copilot, "copilot") if cfg.copilot.enabled and cfg.copilot.path else None
     problems, log, tokenizer = config_problems(cfg), None, None
-    if cfg.copilot.enabled:
+    problems += [] if problems else part_problems(cfg)
+    if cfg.copilot.enabled and not any(problem.startswith(("mistake_log.log", "seed")) for problem in problems):
         log = _attempt(problems, lambda: instantiate(cfg.mistake_log.log, _convert_="all"))
     data = _attempt(problems, lambda: instantiate(cfg.data))
     unreadable = source_problems(pilot, donor)
@@ -65,6 +75,7 @@ def prepare(cfg: DictConfig) -> Prepared:
     if data is not None and not unreadable:
         tokenizer = _attempt(problems, lambda: pilot.tokenizer(data.vocabulary))
     if tokenizer is not None:
+        problems += tokenizer_problems(pilot, tokenizer)
         problems += [] if donor is None else donor_problems(pilot, donor, tokenizer)
         _attempt(problems, lambda: data.prepare(tokenizer, pilot.source_side))
     if not problems:
@@ -90,6 +101,47 @@ def prepare_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, pilot: Pre
     if problems:
         raise ConfigError(problems)
     return data
+
+
+def read_export(run_dir: Path) -> tuple[TCopilotConfig, PreTrainedTokenizerBase]:
+    """Config and tokenizer of a finished run's export.
+
+    Raises:
+        ModelSourceError: if one of them cannot be read, or the export is of another kind.
+    """
+    source = ModelSource(str(run_dir / "export"), key="run")
+    config = source.stored_config
+    if not isinstance(config, TCopilotConfig) or config.pilot is None:
+        raise ModelSourceError(
+            f"run={run_dir}: export/config.json is of a {config.model_type!r} model, no export of ours"
+        )
+    return config, source.tokenizer()
+
+
+def load_export(run_dir: Path, config: TCopilotConfig) -> TCopilotModel:
+    """The fused model of a finished run's export, in float32.
+
+    Raises:
+        ModelSourceError: if weights are missing, of other shapes than the config says, or not finite.
+    """
+    source = ModelSource(str(run_dir / "export"), key="run")
+    return source.whole_model(fused_class(config.is_encoder_decoder), torch.float32)
+
+
+def read_config(file: Path, key: str) -> DictConfig:
+    """The config of an earlier run.
+
+    Raises:
+        ConfigError: if the file is no mapping in YAML.
+    """
+    try:
+        config = OmegaConf.load(file)
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError([f"{key}: {file} cannot be read ({reason}); give the folder of another run"]) from error
+    if not isinstance(config, DictConfig) or "paths" not in config:
+        raise ConfigError([f"{key}: {file} is not the config of a run; give the folder of another run"])
+    return config
 
 
 def model_source(node: DictConfig, key: str) -> ModelSource:
@@ -183,13 +235,20 @@ def trainer(cfg: DictConfig, callbacks: list[Callback], log: MistakeLog | None, 
         callbacks = [MistakeLogCallback(log, cfg.mistake_log.every_n_rounds), *callbacks]
     cfg = cfg.copy()
     cfg.trainer.val_check_interval = min(cfg.trainer.val_check_interval, rounds)  # Lightning refuses a longer one
-    loggers = [instantiate(node) for node in cfg.logger.values()]
-    return instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, default_root_dir=cfg.paths.run_dir)
-
-
-def callbacks(cfg: DictConfig) -> list[Callback]:
-    """The callbacks of the config, in its order."""
-    return [instantiate(node) for node in cfg.callbacks.values() if node is not None]
+    try:
+        loggers = [instantiate(node) for node in cfg.logger.values() if node is not None]
+        plugins = [*instantiate(cfg.trainer.get("plugins") or []), SafeCheckpointIO()]
+        return instantiate(
+            cfg.trainer,
+            callbacks=callbacks,
+            plugins=plugins,
+            logger=loggers or False,
+            default_root_dir=cfg.paths.run_dir,
+        )
+    except InstantiationException as error:
+        if (reason := refusal(error)) is None:
+            raise
+        raise ConfigError([f"{str(error).rpartition('full_key: ')[2] or 'trainer.plugins'}: {reason}"]) from error
 
 
 def parameter_counts(model: TCopilotModel) -> dict[str, int]:
@@ -204,7 +263,9 @@ def parameter_counts(model: TCopilotModel) -> dict[str, int]:
 
 
 def export(model: TCopilotModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write the fused model and its tokenizer as a folder that `from_pretrained` loads."""
+    """Write the fused model and its tokenizer as a folder that `from_pretrained` loads; the first process does."""
+    if not is_first():
+        return
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -224,11 +285,11 @@ def _attempt(problems: list[str], make: Any) -> Any:
         problems += str(error).splitlines()
     except Exception as error:
         cause, key = error.__cause__, str(error).rpartition("full_key: ")[2]
-        if not isinstance(error, InstantiationException) or not isinstance(cause, ValueError | TypeError):
+        message = refusal(error) if isinstance(error, InstantiationException) else None
+        if message is None:
             if problems:
                 return None  # a consequence of what was found already
             raise
-        message = " ".join(str(cause).split())
         named = isinstance(cause, DataError) or message.startswith(key.split(".")[0])
         problems.append(message if named else f"{key}: {message}")
     return None

@@ -19,86 +19,99 @@ from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tcopilot import build
+from tcopilot import build, distributed, sweep
 from tcopilot.adapters import merge_adapters
 from tcopilot.build import Prepared
-from tcopilot.callbacks import CleanStop, RoundCheckpoint
-from tcopilot.callbacks.checkpoint import checkpoints, round_of
+from tcopilot.callbacks import Agreement, CleanStop, RoundCheckpoint
+from tcopilot.checkpoints import CheckpointError, checkpoints, newest_good, round_of
 from tcopilot.checks import ConfigError, evaluation_problems, refuse_missing
 from tcopilot.control import equal_time_controls
 from tcopilot.data.benchmarks import DataError
+from tcopilot.distributed import DisagreementError, LostProcessError, agree_on, is_first, is_lost_process, rank
 from tcopilot.evaluation.evaluate import Evaluation, Evaluator
 from tcopilot.evaluation.results import Results, gain_table, git_revision, weight_table
+from tcopilot.logging import closing_wandb, log_evaluation
 from tcopilot.modeling import TCopilotModel, fused_class
 from tcopilot.module import TCopilotModule, TrainingDivergedError
-from tcopilot.pilot import ModelSourceError
+from tcopilot.pilot import ModelSource, ModelSourceError
 from tcopilot.preflight import log_bytes
+from tcopilot.transfer import put_on, transfer_problems
 
 log = logging.getLogger(__name__)
-USER_ERRORS = (ConfigError, DataError, ModelSourceError, TrainingDivergedError)
+USER_ERRORS = (
+    *(CheckpointError, ConfigError, DataError, DisagreementError, LostProcessError, ModelSourceError),
+    TrainingDivergedError,
+)
 STOPPED = 130  # exit status after Ctrl-C
 
 
-def train(cfg: DictConfig) -> float:
+def train(cfg: DictConfig) -> float | None:
     """Train Pilot and Copilot, export the fused model, evaluate it and write `results.json`.
 
     Args:
         cfg: composed from `configs/train.yaml`. With `resume=<run dir>` the config of that run is used instead.
 
     Returns:
-        The gain in the first benchmark's metric, which sweepers maximise.
+        The gain on validation in the first benchmark's metric, which sweepers maximise; None for a job of a sweep
+        that failed.
     """
-    with _errors_for_people(cfg):
-        return _train(_resumed(cfg))
+    with _errors_for_people(cfg), closing_wandb():
+        return sweep.job(_resumed(cfg), _train)
+    return None
 
 
-def evaluate(cfg: DictConfig) -> float:
+def evaluate(cfg: DictConfig) -> float | None:
     """Evaluate an exported run, at any λ and on any data, without training.
 
     Args:
         cfg: composed from `configs/eval.yaml`; `run` names the run directory.
 
     Returns:
-        The gain in the first benchmark's metric.
+        The gain on validation in the first benchmark's metric; None for a job of a sweep that failed.
     """
     with _errors_for_people(cfg):
-        return _evaluate(cfg)
+        return sweep.job(cfg, _evaluate)
+    return None
 
 
 def _train(cfg: DictConfig) -> float:
-    run_dir = Path(cfg.paths.run_dir)
+    run_dir = _shared_run_dir(cfg)
     _quiet_libraries()
+    if checkpoints(run_dir / "checkpoints") and not cfg.get("resume"):
+        mend = f"go on with it by resume={run_dir}, or choose another folder"
+        raise ConfigError([f"paths.run_dir={run_dir}: holds the checkpoints of an earlier run; {mend}"])
     prepared = build.prepare(cfg)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    _save_config(cfg, run_dir)
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = build.fused_model(cfg, prepared)
     rounds = prepared.data.total_rounds
     module = build.training_module(cfg, model, rounds)
     params = build.parameter_counts(model)  # now that a frozen Pilot is frozen
-    _summary(cfg, prepared, params, rounds)
+    if rank():
+        seed_everything(cfg.seed + rank(), workers=True, verbose=False)  # dropout of its own
+    _summary(cfg, prepared, model, params, rounds)
     _fit(cfg, prepared, module)
 
     model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
     merge_adapters(model)
     build.export(model, prepared.tokenizer, run_dir / "export")
     results, found = _evaluated(cfg, model, prepared, run_dir)
-    model.config.save_pretrained(run_dir / "export")  # now with the selected λ
+    if is_first():
+        model.config.save_pretrained(run_dir / "export")  # now with the selected λ
     results.params, results.rounds = params, module.round
-    results.train_seconds = round(sum(module.seconds.values()), 2)
-    results.save(run_dir / "results.json")
+    results.train_seconds = agree_on(round(sum(module.seconds.values()), 2))
+    _save_results(results, run_dir)
+    log_evaluation(module.trainer.loggers, results, run_dir)
     if cfg.control:
         results.controls = equal_time_controls(cfg, prepared, results.train_seconds, run_dir / "control")
-        results.save(run_dir / "results.json")
+        _save_results(results, run_dir)
     return _report(results, found, run_dir / "results.json")
 
 
 def _evaluate(cfg: DictConfig) -> float:
     _quiet_libraries()
     refuse_missing(cfg)
-    source = Path(cfg.run)
-    if not (source / "export" / "config.json").exists():
-        raise ConfigError([f"run={cfg.run}: no export/config.json there; give the folder of a finished training run"])
+    source = _trained_run(cfg)
     trained = OmegaConf.load(source / "config.yaml")
     for key in ("data", "evaluation"):
         if cfg.get(key) is not None:
@@ -106,38 +119,47 @@ def _evaluate(cfg: DictConfig) -> float:
     for key, value in cfg.fusion.items():
         if value is not None:
             trained.fusion[key] = value
+    run_dir = _shared_run_dir(cfg)
     trained.paths.run_dir = cfg.paths.run_dir
     trained.control = None
-    run_dir = Path(cfg.paths.run_dir)
 
     if problems := evaluation_problems(trained):
         raise ConfigError(problems)
 
     tokenizer = AutoTokenizer.from_pretrained(source / "export")
-    pilot = AutoConfig.from_pretrained(source / "export").pilot
-    data = build.prepare_data(trained, tokenizer, pilot)
-    model = fused_class(pilot.is_encoder_decoder).from_pretrained(source / "export", dtype=torch.float32)
+    config = AutoConfig.from_pretrained(source / "export")
+    other = ModelSource(cfg.pilot.path) if cfg.pilot.path else None
+    if other is not None:
+        trained.name, trained.pilot.path, trained.copilot.path = "transfer", cfg.pilot.path, str(source / "export")
+        if problems := transfer_problems(other, config, tokenizer):
+            raise ConfigError(problems)
+    data = build.prepare_data(trained, tokenizer, config.pilot)
+    model = fused_class(config.is_encoder_decoder).from_pretrained(source / "export", dtype=torch.float32)
+    if other is not None:
+        model = put_on(other, model, tokenizer)
     model.set_fusion(trained.fusion.space)
     model.config.feedback = trained.fusion.feedback
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(trained, run_dir / "config.yaml", resolve=True)
+    _save_config(trained, run_dir)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     prepared = Prepared(build.model_source(trained.pilot, "pilot"), None, tokenizer, data, None)
     results, found = _evaluated(trained, model, prepared, run_dir)
     results.params = build.parameter_counts(model)
     if (source / "results.json").exists():
         before = Results.load(source / "results.json")
-        results.rounds, results.train_seconds, results.params = before.rounds, before.train_seconds, before.params
-    results.save(run_dir / "results.json")
+        results.rounds, results.train_seconds = before.rounds, before.train_seconds
+        results.params = before.params if other is None else results.params
+    if other is not None:
+        results.notes.insert(0, f"the Copilot of {source} on a Pilot that it was not trained with: {cfg.pilot.path}")
+    _save_results(results, run_dir)
     return _report(results, found, run_dir / "results.json")
 
 
 def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
-    callbacks = build.callbacks(cfg)
+    callbacks = [Agreement(_settings(cfg, prepared)), *build.callbacks(cfg)]
     trainer = build.trainer(cfg, callbacks, prepared.log, module.rounds)
     stop = next((c for c in callbacks if isinstance(c, CleanStop)), None)
     saver = next((c for c in callbacks if isinstance(c, RoundCheckpoint)), None)
-    start = _newest_checkpoint(cfg)
+    start = _newest_checkpoint(cfg, trainer.world_size)
     if start is not None:
         _keep_metrics(trainer, Path(cfg.paths.run_dir) / "metrics.csv", round_of(start))
     try:
@@ -146,8 +168,13 @@ def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
         saved = checkpoints(saver.folder) if saver else []
         last = f"Last good state: {saved[-1]}" if saved else "No state had been saved yet"
         raise TrainingDivergedError(f"{error}. {last}") from None
-    finally:
-        _finish_wandb(failed=sys.exc_info()[0] is not None)
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        raise LostProcessError(
+            f"another process of this job is gone (its own message says why), so process {rank()} stops too. "
+            f"Go on with: python train.py resume={cfg.paths.run_dir}"
+        ) from error
     if stop is not None and stop.requested:
         log.info("Stopped after round %d. Go on with: python train.py resume=%s", module.round, cfg.paths.run_dir)
         sys.exit(STOPPED)
@@ -176,23 +203,82 @@ def _evaluated(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_di
     return results, found
 
 
+def _trained_run(cfg: DictConfig) -> Path:
+    """The finished run whose export is evaluated: `run`, or the one that `copilot.path` belongs to."""
+    if bool(cfg.run) == bool(cfg.copilot.path):
+        transfer = "pilot.path=<model> copilot.path=<run dir>/export for its Copilot on another Pilot"
+        raise ConfigError([f"give run=<run dir> to evaluate a run, or {transfer}"])
+    source = Path(cfg.run) if cfg.run else Path(cfg.copilot.path).resolve().parent
+    if not (source / "export" / "config.json").exists() or not (source / "config.yaml").exists():
+        key = f"run={cfg.run}" if cfg.run else f"copilot.path={cfg.copilot.path}"
+        what = "export/config.json" if cfg.run else "config.yaml beside the export"
+        raise ConfigError([f"{key}: no {what} there; give the folder of a finished training run"])
+    return source
+
+
+def _shared_run_dir(cfg: DictConfig) -> Path:
+    """Join the processes of the job, and let all write to the first one's run directory."""
+    distributed.start()
+    cfg.paths.run_dir = agree_on(str(cfg.paths.run_dir))
+    return Path(cfg.paths.run_dir)
+
+
+def _save_config(cfg: DictConfig, run_dir: Path) -> None:
+    if is_first():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+
+
+def _save_results(results: Results, run_dir: Path) -> None:
+    if is_first():
+        results.save(run_dir / "results.json")
+
+
+def _settings(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
+    """What all processes of a job must have in common: each key of the config, and the rows."""
+    flat: dict[str, Any] = {"data": prepared.data.fingerprint()}
+
+    def add(node: Any, place: str) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                add(value, f"{place}.{key}" if place else str(key))
+        else:
+            flat[place] = node
+
+    add(OmegaConf.to_container(cfg, resolve=True), "")
+    return flat
+
+
 def _report(results: Results, found: Evaluation, path: Path) -> float:
+    if not is_first():
+        return sweep.validation_gain(results)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(weight_table(results))
     console.print(gain_table(results))
     for note in results.notes:
         console.print(note)
     print(f"results: {path}", flush=True)
-    return results.gain[0].difference if results.gain else 0.0
+    return sweep.validation_gain(results)
 
 
-def _summary(cfg: DictConfig, prepared: Prepared, params: dict[str, int], rounds: int) -> None:
-    """Three lines before training: parameters, the full log's size, the budget."""
+def _summary(cfg: DictConfig, prepared: Prepared, model: TCopilotModel, params: dict[str, int], rounds: int) -> None:
+    """Say before training what is trained, what the log keeps and how large it grows, and the budget.
+
+    Raises:
+        ConfigError: if the log's storage cannot keep this Pilot's p̂.
+    """
+    try:
+        kept = None if prepared.log is None else prepared.log.describe(model.pilot)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    if not is_first():
+        return
     table = Table(title="Transformer Copilot", show_header=False)
     for name in ("pilot", "copilot"):
         table.add_row(f"{name} parameters", f"{params[f'{name}_trainable']:,} trainable of {params[name]:,}")
     if prepared.log is not None:
         size = log_bytes(cfg, prepared.pilot, prepared.data, prepared.log) / 2**20
+        table.add_row("a record keeps", kept)
         table.add_row("full Mistake Log", f"{size:.1f} MiB, {prepared.log.capacity_rounds} rounds")
     rows = "stream" if prepared.data.train_rows is None else f"{prepared.data.train_rows:,} training rows"
     table.add_row("budget", f"{rounds:,} rounds of {cfg.data.batch_size} rows; {rows}")
@@ -215,13 +301,13 @@ def _resumed(cfg: DictConfig) -> DictConfig:
     return before
 
 
-def _newest_checkpoint(cfg: DictConfig) -> str | None:
+def _newest_checkpoint(cfg: DictConfig, world_size: int) -> Path | None:
     if not cfg.get("resume"):
         return None
-    saved = checkpoints(Path(cfg.resume) / "checkpoints")
-    if not saved:
+    newest = newest_good(Path(cfg.resume) / "checkpoints", world_size)
+    if newest is None:
         raise ConfigError([f"resume={cfg.resume}: no checkpoint in {cfg.resume}/checkpoints; start the run anew"])
-    return str(saved[-1])
+    return newest
 
 
 def _keep_metrics(trainer: Trainer, path: Path, rounds: int) -> None:
@@ -229,17 +315,12 @@ def _keep_metrics(trainer: Trainer, path: Path, rounds: int) -> None:
     if not path.exists():
         return
     with path.open(newline="") as file:
-        lines = [{key: value for key, value in line.items() if value} for line in csv.DictReader(file)]
+        lines = [{key: value for key, value in line.items() if key and value} for line in csv.DictReader(file)]
+    done = [line for line in lines if line.get("step", "").isdigit() and int(line["step"]) < rounds]  # from step 0
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger) and trainer.is_global_zero:
-            logger.experiment.metrics += [line for line in lines if int(line["step"]) <= rounds]
+            logger.experiment.metrics += done
             logger.experiment.save()
-
-
-def _finish_wandb(failed: bool) -> None:
-    """Close the dashboard's run, so that the next job of a sweep opens its own."""
-    if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
-        sys.modules["wandb"].finish(exit_code=int(failed))
 
 
 def _quiet_libraries() -> None:
@@ -251,12 +332,16 @@ def _quiet_libraries() -> None:
         ".*set_vital.*",  # torchdata 0.11 on torch 2.13
         ".*treespec.*",  # lightning 2.6 on torch 2.13
         ".*Experiment logs directory.*",  # the run directory also holds config.yaml
+        ".*sync_dist=True.*",  # what is logged is summed over processes already
     ):
         warnings.filterwarnings("ignore", message=message)
 
 
 class _errors_for_people:
-    """Print an error that the user can mend as one message and exit with status 1, unless `traceback=true`."""
+    """Print an error that the user can mend as one message and exit with status 1, unless `traceback=true`.
+
+    In a sweep an error ends its own job only; Ctrl-C ends the sweep.
+    """
 
     def __init__(self, cfg: DictConfig) -> None:
         self.off = cfg.get("traceback", False)
@@ -264,12 +349,19 @@ class _errors_for_people:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        explained = isinstance(error, USER_ERRORS) and not self.off
+        if sweep.in_multirun() and isinstance(error, Exception):
+            sweep.note_failure(error, explained)
+            return True
+        if sweep.in_multirun() and error is not None:
+            print(sweep.how_to_restart(HydraConfig.get().sweep.dir), file=sys.stderr, flush=True)
         if isinstance(error, KeyboardInterrupt):
             print(
                 "stopped; predictions and states written so far are in the run directory", file=sys.stderr, flush=True
             )
             sys.exit(STOPPED)
-        if isinstance(error, USER_ERRORS) and not self.off:
+        if explained:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
+        return False

@@ -1,0 +1,46 @@
+"""A Copilot on a Pilot that it was not trained with (Table 3): what fits, and putting both together."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from tcopilot.modeling import TCopilotConfig, TCopilotModel, fused_class
+from tcopilot.pilot import ModelSource, ModelSourceError
+
+
+def transfer_problems(pilot: ModelSource, trained: TCopilotConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What keeps a Copilot from reading another Pilot: family, tokenizer, vocabulary or width. No weights are loaded.
+
+    Args:
+        pilot: the other Pilot.
+        trained: config of the export whose Copilot is to be used.
+        tokenizer: the one it was trained with.
+    """
+    if trained.copilot is None:
+        return ["copilot.path: this export has no Copilot (copilot=none), so there is nothing to put on another Pilot"]
+    try:
+        theirs, words = pilot.model_config, pilot.tokenizer().get_vocab()
+    except ModelSourceError as error:
+        return [str(error)]
+    needed = (trained.pilot.model_type, trained.copilot["pilot_width"], trained.copilot["vocab_size"])
+    given = (theirs.model_type, theirs.hidden_size, theirs.vocab_size)
+    names = ("family", "width", "rows of the vocabulary")
+    problems = [
+        f"pilot.path={pilot.path}: {name} {have}, and the Copilot was trained with {want}; choose a Pilot that has it"
+        for name, want, have in zip(names, needed, given, strict=True)
+        if want != have
+    ]
+    if words != tokenizer.get_vocab():
+        problems.append(
+            f"pilot.path={pilot.path}: its tokenizer has other words than the one that the Copilot was trained with; "
+            f"their errors would mean other tokens"
+        )
+    return problems
+
+
+def put_on(pilot: ModelSource, trained: TCopilotModel, tokenizer: PreTrainedTokenizerBase) -> TCopilotModel:
+    """Return a fused model of another Pilot and the Copilot of a trained one, which loses it."""
+    other, config = pilot.load(tokenizer), trained.config
+    cls = fused_class(config.is_encoder_decoder)
+    fusion = {"fusion": config.fusion, "weight": config.weight, "feedback": config.feedback}
+    return cls.from_pilot(other, trained.detach_copilot(), **fusion)
