@@ -17,11 +17,11 @@ seeds: .venv/run ## The demo for seeds 0, 1, 2 and both architectures
 
 .PHONY: test
 test: .venv/dev ## Run the tests
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist loadfile
 
 .PHONY: test-slow
 test-slow: .venv/dev ## Run the tests that take minutes
-	$(RUN) -m pytest -q -m "slow and not gpu"
+	$(RUN) -m pytest -q -m "slow and not gpu" -n 2 --dist loadfile
 
 .PHONY: lint
 lint: .venv/dev ## Check format and lint rules
@@ -32,8 +32,10 @@ format: .venv/dev ## Format the code
 	.venv/bin/ruff format . && .venv/bin/ruff check --fix .
 
 .PHONY: benchmark
-benchmark: .venv/run ## Time a joint round against a Pilot-only round
+benchmark: .venv/run ## Time rounds, decoding and the log beside their floors (about eight minutes)
 	$(RUN) benchmarks/round.py
+	$(RUN) benchmarks/decode.py
+	$(RUN) benchmarks/log.py
 
 .PHONY: clean
 clean: ## Remove the environment and caches; runs stay

@@ -1,0 +1,313 @@
+"""The documentation: what it names exists, its commands compose, and its additions are made as written and used."""
+
+import dataclasses
+import importlib
+import json
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import composed
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import MissingConfigException
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tcopilot import TCopilotForCausalLM, families, fusion
+from tcopilot.checks import config_problems
+from tcopilot.log_attention import LogAttention
+
+DOCS = composed.ROOT / "docs"
+DOCUMENTS = {
+    path.relative_to(composed.ROOT).as_posix(): path for path in (composed.ROOT / "README.md", *DOCS.glob("*.md"))
+}
+ALGORITHM, EXTENDING = DOCS / "algorithm.md", DOCS / "extending.md"
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
+FILE = re.compile(r"^# (\S+\.(?:yaml|py))\n")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+NAME = re.compile(r"\btcopilot(?:\.\w+)+")
+PATH = re.compile(r"`((?:configs|src|tests|docs|scripts|benchmarks)/[\w./-]+)`")
+PROGRAM = re.compile(r"(?:^|\s)(train|eval)\.py\b([^;]*)")
+OF_THE_MACHINE = ("torch finds no CUDA device", "the package is not installed")
+PLUGINS = {
+    "hydra/sweeper/optuna": "hydra_optuna_sweeper",
+    "hydra/launcher/submitit": "hydra_submitit_launcher",
+    "hydra/launcher/joblib": "hydra_joblib_launcher",
+}
+MOST_LINES = 30  # of one block
+
+
+def blocks(document: Path, *languages: str) -> list[str]:
+    """Fenced blocks of some languages."""
+    return [body for _, language, body in FENCE.findall(document.read_text()) if language in languages]
+
+
+def files(document: Path) -> dict[str, str]:
+    """Blocks that begin with the file that they belong to, by that file."""
+    return {FILE.match(body)[1]: body for body in blocks(document, "yaml", "python") if FILE.match(body)}
+
+
+def commands(document: Path) -> list[tuple[str, ...]]:
+    """Program and overrides of all `train.py` and `eval.py` lines, placeholders filled in; a sweep's first job."""
+    text = document.read_text()
+    spans = re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+    lines = "\n".join(blocks(document, "bash", "")).replace("\\\n", " ").splitlines()
+    found = {}
+    for line in (*lines, *spans):
+        if match := PROGRAM.search(line):
+            program, rest = match.groups()
+            given = shlex.split(re.sub(r"\$\w+", "0", re.sub(r"<[^>]*>", "x", rest)), comments=True)
+            parts = (
+                re.sub(r"=choice\(([^,)]*).*\)", r"=\1", part) for part in given if part != "-m" and "…" not in part
+            )
+            found[program, *(part if "[" in part else part.partition(",")[0] for part in parts)] = None
+    return list(found)
+
+
+def module_of(name: str) -> tuple[str, Path]:
+    """The module in which a dotted name is found, and its file."""
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        place = composed.ROOT.joinpath("src", *parts[:cut])
+        for file in (place.with_suffix(".py"), place / "__init__.py"):
+            if file.is_file():
+                return ".".join(parts[:cut]), file
+    raise ModuleNotFoundError(name)
+
+
+def resolve(name: str) -> object:
+    """The object of a dotted name; fields of dataclasses count as attributes."""
+    module, _ = module_of(name)
+    found = importlib.import_module(module)
+    for part in name.removeprefix(module).split(".")[1:]:
+        fields = {field.name for field in dataclasses.fields(found)} if dataclasses.is_dataclass(found) else ()
+        found = None if part in fields and not hasattr(found, part) else getattr(found, part)
+    return found
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """A copy of the configs and a working folder with everything that docs/extending.md adds, package included."""
+    root = tmp_path_factory.mktemp("extended")
+    shutil.copytree(composed.CONFIGS, root / "configs")
+    rules, listed_before, written = dict(fusion.FUSIONS), families.SUPPORTED, files(EXTENDING)
+    package = {name: written.pop(name) for name in list(written) if name.startswith("src/")}
+    for name, body in written.items():
+        assert not (composed.ROOT / name).exists(), name
+        (root / name).write_text(body)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.syspath_prepend(str(root))
+        patch.setattr(composed, "CONFIGS", root / "configs")
+        exec(package.pop("src/tcopilot/fusion.py"), added := dict(vars(fusion)))  # FUSIONS itself, not a copy
+        exec(package.pop("src/tcopilot/families.py"), listed := {})
+        patch.setattr(families, "SUPPORTED", listed["SUPPORTED"])
+        assert not package
+        yield SimpleNamespace(root=root, rule=added["UnsureFusion"], listed_before=listed_before)
+    fusion.FUSIONS.clear()
+    fusion.FUSIONS.update(rules)
+
+
+def trained(group: str, folder: Path) -> SimpleNamespace:
+    """The run of the one documented command that sets a group, on generated rows that are quick to draw."""
+    (overrides,) = [rest for program, *rest in commands(EXTENDING) if any(p.startswith(f"{group}=") for p in rest)]
+    small = composed.SMALL[1:] if not any(part.startswith("data=") for part in overrides) else []
+    composed.train(folder, *overrides, *small)
+    export = AutoConfig.from_pretrained(folder / "export")
+    return SimpleNamespace(folder=folder, results=composed.results(folder), export=export)
+
+
+# What is named exists ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_dotted_name_is_a_thing_in_the_package(name):
+    for dotted in sorted(set(NAME.findall(DOCUMENTS[name].read_text()))):
+        resolve(dotted)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_link_and_every_path_leads_to_a_file(name):
+    document = DOCUMENTS[name]
+    text = FENCE.sub("", document.read_text())
+    places = {link: document.parent / link.partition("#")[0] for link in LINK.findall(text) if "://" not in link}
+    places |= {path: composed.ROOT / path for path in PATH.findall(text)}
+    assert [given for given, place in places.items() if not place.exists()] == []
+
+
+def test_a_name_that_does_not_exist_would_be_found():
+    resolve("tcopilot.mistake_log.MistakeRecord.errors_BNV")
+    resolve("tcopilot.copilot.CopilotState.cache")
+    for wrong in ("tcopilot.functional.token_error", "tcopilot.nothing", "tcopilot.copilot.CopilotState.nothing"):
+        with pytest.raises(AttributeError):
+            resolve(wrong)
+
+
+def test_every_function_of_the_algorithm_is_linked_to_its_own_file():
+    rows = [line for line in ALGORITHM.read_text().splitlines() if NAME.search(line)]
+    assert len(rows) > 25
+    for row in rows:
+        pairs = re.findall(r"\[`(tcopilot[\w.]+)`\]\(([^)]+)\)", row)
+        assert [name for name, _ in pairs] == NAME.findall(row), row
+        for name, link in pairs:
+            assert (DOCS / link).resolve() == module_of(name)[1], name
+
+
+def test_every_equation_that_the_code_cites_is_in_the_table():
+    table = ALGORITHM.read_text().partition("**Letters.**")[0]
+    cited = " ".join(path.read_text() for path in (composed.ROOT / "src").rglob("*.py"))
+    numbers = {int(end) for pair in re.findall(r"Eq\. (\d)(?:–(\d))?", cited) for end in pair if end}
+    assert numbers >= {4, 5, 6, 7, 8}
+    assert [number for number in sorted(numbers) if f"| Eq. {number}" not in table] == []
+
+
+def test_every_key_of_the_algorithm_page_is_in_the_config():
+    cfg = composed.compose_config()
+    keys = re.findall(r"`((?:copilot|fusion|mistake_log)\.[\w.]+)(?:=[^`]*)?`", ALGORITHM.read_text())
+    assert len(keys) > 10
+    for key in keys:
+        parent, _, name = key.rpartition(".")
+        node = cfg
+        for part in parent.split("."):
+            node = node[part]
+        assert name in node, key
+
+
+# Commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    # test_experiments.py composes those of experiments.md
+    {c: None for name, path in DOCUMENTS.items() if name != "docs/experiments.md" for c in commands(path)},
+    ids=" ".join,
+)
+def test_every_documented_command_composes(extended, command):
+    program, *overrides = command
+    try:
+        with initialize_config_dir(str(extended.root / "configs"), version_base="1.3"):
+            cfg = compose(program, ["paths.run_dir=runs/x", *overrides], return_hydra_config=True)
+    except MissingConfigException as error:
+        missing = [plugin for group, plugin in PLUGINS.items() if group in str(error)]
+        if not missing or any((Path(folder) / "hydra_plugins" / missing[0]).exists() for folder in sys.path):
+            raise
+        pytest.skip(f"{missing[0]} is not installed")
+    if program == "train":
+        assert [p for p in config_problems(cfg) if not any(part in p for part in OF_THE_MACHINE)] == []
+
+
+def test_the_commands_are_found():
+    assert ("eval", "run=runs/demo/x", "fusion.weight=[0,0.3,1.0]") in commands(DOCUMENTS["README.md"])
+    assert ("train", "mistake_log=fifo", "seed=0") in commands(DOCUMENTS["README.md"])
+    assert ("train", "data=marbles", "data.path=marbles", "debug=fdr") in commands(EXTENDING)
+
+
+# docs/extending.md, as written ------------------------------------------------------------------------------------
+
+
+def test_every_addition_is_short():
+    assert {
+        name: len(body.splitlines()) for name, body in files(EXTENDING).items() if body.count("\n") >= MOST_LINES
+    } == {}
+    assert len(files(EXTENDING)) == len(blocks(EXTENDING, "python", "yaml")) == 9
+
+
+def test_a_benchmark_is_added_by_a_yaml_and_rows(extended, tmp_path):
+    runpy.run_path(str(extended.root / "make_marbles.py"))
+    run = trained("data", tmp_path)
+    assert {row["benchmark"] for row in run.results["rows"]} == {"marbles", "all"}
+    (file,) = (run.folder / "predictions").glob("test-marbles-weight=0.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    prompt = re.fullmatch(r"Question: Tim has (\d+) red and 4 blue marbles. How many\?\nAnswer:", rows[0]["prompt"])
+    assert rows[0]["answer"] == str(int(prompt[1]) + 4)
+
+
+def test_a_log_policy_is_added_by_a_class_and_a_yaml(extended, tmp_path, monkeypatch):
+    policy, drawn = importlib.import_module("newer_half").NewerHalf, []
+    draw = policy.draw
+
+    def watched(self, log, records, generator):
+        places = draw(self, log, records, generator)
+        drawn.append((len(log), len(places), int(places.min())))
+        return places
+
+    monkeypatch.setattr(policy, "draw", watched)
+    trained("mistake_log", tmp_path)
+    held = [size for size, _, _ in drawn]
+    assert len(drawn) == 8  # two rounds of four updates
+    assert held == [16] * 4 + [32] * 4
+    assert all(records == 16 and first >= size // 2 for size, records, first in drawn)
+
+
+def test_a_fusion_rule_is_added_by_a_class_with_its_entry_and_a_yaml(extended, tmp_path, monkeypatch):
+    asked, rule = [], extended.rule.__call__
+
+    def watched(self, log_probs_BNV, corrections_BNV, weight):
+        asked.append(weight)
+        return rule(self, log_probs_BNV, corrections_BNV, weight)
+
+    monkeypatch.setattr(extended.rule, "__call__", watched)
+    run = trained("fusion", tmp_path)
+    assert run.export.fusion == "unsure"
+    assert {row["weight"] for row in run.results["rows"]} == {0, 1, 2, 4}
+    assert any(isinstance(weight, torch.Tensor) and weight.max() == 4 for weight in asked)
+
+
+def test_the_program_finds_a_class_beside_it(extended, tmp_path):
+    shutil.copy(composed.ROOT / "train.py", extended.root)
+    (command,) = [rest for _, *rest in commands(EXTENDING) if "mistake_log=newer_half" in rest]
+    given = [*command, *composed.SMALL[1:], f"paths.run_dir={tmp_path}"]
+    done = composed.program(str(extended.root / "train.py"), *given)
+    assert done.returncode == 0, done.stderr
+    assert "newer_half.NewerHalf" in (tmp_path / "config.yaml").read_text()
+
+
+def test_the_new_fusion_rule_keeps_to_what_the_page_asks_of_rules(extended):
+    log_probs = torch.log_softmax(torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)) * 4, dim=-1)
+    errors = torch.nn.functional.one_hot(torch.arange(6).view(2, 3), 7) - log_probs.exp()
+    rule = extended.rule()
+    for weight in (2.0, torch.tensor([1.0, 4.0]).view(2, 1, 1)):
+        fused = rule(log_probs, errors, weight)
+        assert fused.isfinite().all()
+        torch.testing.assert_close(fused.exp().sum(-1), torch.ones(2, 3))
+        torch.testing.assert_close(rule(log_probs, torch.zeros_like(errors), weight), log_probs)
+    sure = torch.log_softmax(torch.tensor([[[40.0, 0.0, 0.0]]]), dim=-1)
+    torch.testing.assert_close(rule(sure, torch.tensor([[[-1.0, 1.0, 0.0]]]), 4.0).exp(), sure.exp())
+
+
+def test_a_family_is_added_by_its_name_and_a_yaml(extended, tmp_path):
+    assert (*extended.listed_before, "arcee") == families.SUPPORTED  # the page's list is the package's, and one more
+    run = trained("pilot", tmp_path)
+    assert run.export.pilot.model_type == "arcee"
+    model = AutoModelForCausalLM.from_pretrained(run.folder / "export")
+    attention = [layer.self_attn for layer in model.copilot.body.layers]
+    assert [type(one).__name__ for one in attention] == ["ArceeAttention", "LogAttention"]
+    assert type(attention[1].attention).__name__ == "ArceeAttention"
+    assert model.copilot.head.weight.abs().sum() > 0  # it was 0 before the first update
+
+
+def test_the_check_of_a_new_family_passes(extended, capsys):
+    runpy.run_path(str(extended.root / "check_family.py"))
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in printed] == ["none", "pilot"]
+
+
+@pytest.mark.parametrize(
+    ("family", "why"), [("stablelm", "missing 3 required keyword-only arguments"), ("olmo2", "size of tensor")]
+)
+def test_families_that_are_said_not_to_fit_do_not(monkeypatch, family, why):
+    monkeypatch.setattr(families, "SUPPORTED", (*families.SUPPORTED, family))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 56, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    pilot = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **heads))
+    prompt = torch.arange(3, 10)[None]
+    pilot(input_ids=prompt)  # nothing is wrong with the model itself
+    fused = TCopilotForCausalLM.from_pilot(pilot)
+    assert isinstance(fused.copilot.body.layers[1].self_attn, LogAttention)
+    with pytest.raises((TypeError, RuntimeError), match=why):
+        fused(input_ids=prompt)
