@@ -19,6 +19,7 @@ from yaml import YAMLError
 from tcopilot.callbacks import MistakeLogCallback
 from tcopilot.checkpoints import SafeCheckpointIO
 from tcopilot.checks import ConfigError, config_problems, refuse_misshapen, refuse_missing
+from tcopilot.configuration import TCopilotConfig
 from tcopilot.copilot import Copilot
 from tcopilot.data.benchmarks import DataError
 from tcopilot.data.module import TCopilotDataModule
@@ -26,7 +27,7 @@ from tcopilot.distributed import is_first
 from tcopilot.evaluation.evaluate import Decoding
 from tcopilot.families import decoder_depth
 from tcopilot.mistake_log import MistakeLog
-from tcopilot.modeling import TCopilotConfig, TCopilotModel, fused_class
+from tcopilot.modeling import TCopilotModel, fused_class
 from tcopilot.module import Learner, TCopilotModule
 from tcopilot.parts import callbacks as callbacks
 from tcopilot.parts import part_problems, refusal

@@ -16,116 +16,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, ModelOutput, Seq2SeqLMOutput
 
-from tcopilot.copilot import Copilot, CopilotConfig, CopilotState
-from tcopilot.decoding import FEEDBACKS, correct_next, correct_text
+from tcopilot.cache import CANNOT_UNDO, TCopilotCache, is_repeatable, of_pilot
+from tcopilot.configuration import TCopilotConfig
+from tcopilot.copilot import Copilot, CopilotConfig
+from tcopilot.decoding import correct_next, correct_text
 from tcopilot.fusion import build_fusion
 from tcopilot.states import position_ids as count_positions
 
 IGNORED_LABEL = -100
-_CANNOT_UNDO = "a fused model cannot undo decoding steps; use greedy, sampling or beam search"
-_SHARED_SETTINGS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "is_encoder_decoder")
-
-
-class TCopilotConfig(PreTrainedConfig):
-    """Config of a fused model: the Pilot's own config, the Copilot's architecture and how both are fused.
-
-    Args:
-        pilot: the Pilot's config, or its dictionary.
-        copilot: a `CopilotConfig`, its dictionary, or None for a bare Pilot.
-        fusion: `probability` (Eq. 8) or `logits`.
-        weight: λ ≥ 0; 0 is the Pilot, exactly.
-        feedback: `observed` or `own` (Algorithm 2 as written).
-
-    Raises:
-        ValueError: if λ is negative or fusion or feedback are unknown.
-    """
-
-    model_type = "t_copilot"
-    sub_configs = {"pilot": AutoConfig}
-    has_no_defaults_at_init = True
-
-    def __init__(self, pilot=None, copilot=None, fusion="probability", weight=1.0, feedback="observed", **kwargs):
-        if isinstance(pilot, dict):
-            pilot = AutoConfig.for_model(**pilot)
-        # A copy: transformers resets the attention implementation of the configs inside a composite one, and a live
-        # model whose config loses it builds no masks and turns non-causal.
-        pilot = copy.deepcopy(pilot)
-        if isinstance(copilot, CopilotConfig):
-            copilot = copilot.to_dict()
-        build_fusion(fusion)
-        if feedback not in FEEDBACKS:
-            raise ValueError(f"fusion.feedback={feedback!r} is not one of {', '.join(FEEDBACKS)}")
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"fusion.weight={weight}: λ must be 0 (the Pilot) or positive")
-        if pilot is not None:
-            for name in _SHARED_SETTINGS:
-                kwargs.setdefault(name, getattr(pilot, name, None))
-            kwargs.setdefault("tie_word_embeddings", False)
-        self.pilot = pilot
-        self.copilot = copilot
-        self.fusion = fusion
-        self.weight = float(weight)
-        self.feedback = feedback
-        super().__init__(**kwargs)
-
-    def get_text_config(self, decoder=None, encoder=None):
-        """The Pilot's config, from which generation reads cache shapes and vocabulary size."""
-        return self if self.pilot is None else self.pilot
-
-
-class TCopilotCache(Cache):
-    """The caches of both models under one name, so that beam search reorders them together."""
-
-    is_compileable = False
-    is_croppable = False
-
-    def __init__(self, pilot: Cache) -> None:
-        self.pilot = pilot
-        self.copilot: CopilotState | None = None
-
-    @property
-    def layers(self):
-        """The Pilot's cache layers: whoever asks for lengths or masks means the Pilot."""
-        return self.pilot.layers
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that the Pilot has seen."""
-        return self.pilot.get_seq_length(layer_idx)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Mask sizes of the Pilot's cache."""
-        return self.pilot.get_mask_sizes(query_length, layer_idx)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the surviving beams, in both models."""
-        self.pilot.reorder_cache(beam_idx)
-        if self.copilot is not None:
-            self.copilot.cache.reorder_cache(beam_idx)
-            self.copilot.apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, in both models."""
-        self.pilot.batch_repeat_interleave(repeats)
-        if self.copilot is not None:
-            self.copilot.cache.batch_repeat_interleave(repeats)
-            self.copilot.apply(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows, in both models."""
-        self.pilot.batch_select_indices(indices)
-        if self.copilot is not None:
-            self.copilot.cache.batch_select_indices(indices)
-            self.copilot.apply(lambda tensor: tensor[indices])
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: assisted and prompt-lookup decoding would need to undo Copilot steps."""
-        raise ValueError(_CANNOT_UNDO)
 
 
 @dataclass
@@ -315,7 +218,7 @@ class TCopilotModel(PreTrainedModel, GenerationMixin):
 
     def _assisted_decoding(self, *args, **kwargs):
         if not self._is_pilot_only(kwargs.get("weights_B")):
-            raise ValueError(_CANNOT_UNDO)
+            raise ValueError(CANNOT_UNDO)
         return super()._assisted_decoding(*args, **kwargs)
 
     def _expansion(self, kwargs: dict[str, Any]) -> int:
@@ -408,7 +311,7 @@ class TCopilotForCausalLM(TCopilotModel):
         if past_key_values is None and use_cache and not self._is_pilot_only(weights_B):
             past_key_values = TCopilotCache(DynamicCache())
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if past or not _is_repeatable(past_key_values):
+        if past or not is_repeatable(past_key_values):
             copies = 1
         if copies > 1:
             input_ids, attention_mask, position_ids = _first_of(copies, input_ids, attention_mask, position_ids)
@@ -430,7 +333,7 @@ class TCopilotForCausalLM(TCopilotModel):
         kwargs.pop("output_hidden_states", None)
         out = self.pilot(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
-            past_key_values=_of_pilot(past_key_values),
+            past_key_values=of_pilot(past_key_values),
             output_hidden_states=True, logits_to_keep=max(wanted, corrected), **kwargs,
         )  # fmt: skip
         pilot_BNV, source = out.logits[:, -corrected:], out.hidden_states[0][:, :start]
@@ -541,7 +444,7 @@ class TCopilotForSeq2SeqLM(TCopilotModel):
         if past_key_values is None and use_cache and not self._is_pilot_only(weights_B):
             past_key_values = TCopilotCache(EncoderDecoderCache(DynamicCache(), DynamicCache()))
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if past or not _is_repeatable(past_key_values):
+        if past or not is_repeatable(past_key_values):
             copies = 1
         if copies > 1:
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask = _first_of(
@@ -559,7 +462,7 @@ class TCopilotForSeq2SeqLM(TCopilotModel):
             (out.logits,) = _repeat(copies, out.logits, cache=past_key_values)
             return out
         kwargs.pop("output_hidden_states", None)
-        out = self.pilot(**shared, past_key_values=_of_pilot(past_key_values), output_hidden_states=True, **kwargs)
+        out = self.pilot(**shared, past_key_values=of_pilot(past_key_values), output_hidden_states=True, **kwargs)
         states_BNP = self._pooled(out.decoder_hidden_states)
         if past:
             parts = self._correct_next(out.logits, decoder_input_ids, states_BNP, past_key_values)
@@ -581,15 +484,6 @@ class TCopilotForSeq2SeqLM(TCopilotModel):
             loss=loss, logits=logits, past_key_values=past_key_values,
             encoder_last_hidden_state=out.encoder_last_hidden_state, **extra,
         )  # fmt: skip
-
-
-def _is_repeatable(cache: Cache | None) -> bool:
-    """Whether rows of a cache can be repeated after it was filled; static caches have their rows from the start."""
-    return isinstance(_of_pilot(cache), DynamicCache | EncoderDecoderCache)
-
-
-def _of_pilot(cache: Cache | None) -> Cache | None:
-    return cache.pilot if isinstance(cache, TCopilotCache) else cache
 
 
 def _first_of(copies: int, *tensors: Tensor | None) -> list[Tensor | None]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from tcopilot.modeling import TCopilotConfig, TCopilotModel, fused_class
+from tcopilot.configuration import TCopilotConfig
+from tcopilot.modeling import TCopilotModel, fused_class
 from tcopilot.pilot import ModelSource, ModelSourceError
 
 

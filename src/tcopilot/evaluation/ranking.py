@@ -21,9 +21,10 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerB
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from tcopilot.cache import TCopilotCache
 from tcopilot.copilot import CopilotState
 from tcopilot.data.batch import Batch
-from tcopilot.modeling import TCopilotCache, TCopilotModel
+from tcopilot.modeling import TCopilotModel
 
 IMPOSSIBLE = -5e8  # beam search of transformers marks empty places by −1e9; sums of log-probabilities stay far above
 

@@ -1,0 +1,59 @@
+"""The config of a fused model: its Pilot's own, its Copilot's architecture, and how both are fused."""
+
+import copy
+import math
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from tcopilot.copilot import CopilotConfig
+from tcopilot.decoding import FEEDBACKS
+from tcopilot.fusion import build_fusion
+
+_SHARED_SETTINGS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "is_encoder_decoder")
+
+
+class TCopilotConfig(PreTrainedConfig):
+    """Config of a fused model: the Pilot's own config, the Copilot's architecture and how both are fused.
+
+    Args:
+        pilot: the Pilot's config, or its dictionary.
+        copilot: a `CopilotConfig`, its dictionary, or None for a bare Pilot.
+        fusion: `probability` (Eq. 8) or `logits`.
+        weight: λ ≥ 0; 0 is the Pilot, exactly.
+        feedback: `observed` or `own` (Algorithm 2 as written).
+
+    Raises:
+        ValueError: if λ is negative or fusion or feedback are unknown.
+    """
+
+    model_type = "t_copilot"
+    sub_configs = {"pilot": AutoConfig}
+    has_no_defaults_at_init = True
+
+    def __init__(self, pilot=None, copilot=None, fusion="probability", weight=1.0, feedback="observed", **kwargs):
+        if isinstance(pilot, dict):
+            pilot = AutoConfig.for_model(**pilot)
+        # A copy: transformers resets the attention implementation of the configs inside a composite one, and a live
+        # model whose config loses it builds no masks and turns non-causal.
+        pilot = copy.deepcopy(pilot)
+        if isinstance(copilot, CopilotConfig):
+            copilot = copilot.to_dict()
+        build_fusion(fusion)
+        if feedback not in FEEDBACKS:
+            raise ValueError(f"fusion.feedback={feedback!r} is not one of {', '.join(FEEDBACKS)}")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"fusion.weight={weight}: λ must be 0 (the Pilot) or positive")
+        if pilot is not None:
+            for name in _SHARED_SETTINGS:
+                kwargs.setdefault(name, getattr(pilot, name, None))
+            kwargs.setdefault("tie_word_embeddings", False)
+        self.pilot = pilot
+        self.copilot = copilot
+        self.fusion = fusion
+        self.weight = float(weight)
+        self.feedback = feedback
+        super().__init__(**kwargs)
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """The Pilot's config, from which generation reads cache shapes and vocabulary size."""
+        return self if self.pilot is None else self.pilot
