@@ -256,11 +256,6 @@ def test_a_logger_that_is_not_installed_is_refused(name, tmp_path, no_weights, m
     assert f"pip install {name}" in complaint(tmp_path / "run", *composed.SMALL, f"logger={name}")
 
 
-def test_several_processes_are_refused_until_their_work_is_divided():
-    problems = checks.config_problems(composed.compose_config("trainer.devices=2", "trainer.strategy=ddp"))
-    assert [problem for problem in problems if "trainer.devices=2" in problem and "one process" in problem]
-
-
 @pytest.mark.parametrize("key", ["callbacks.checkpoint.keep", "mistake_log.every_n_rounds", "pilot.optimizer.lr"])
 def test_a_value_that_must_be_there_cannot_be_null(key):
     assert [p for p in checks.config_problems(composed.compose_config(f"{key}=null")) if p.startswith(f"{key}=None")]

@@ -31,7 +31,7 @@ def names_in(group: str) -> list[str]:
 def group_values() -> list[str]:
     """Every `group=value` that the folders on disk allow, but for whole runs."""
     groups = sorted(path.name for path in composed.CONFIGS.iterdir() if path.is_dir())
-    groups = [group for group in groups if group not in ("experiment", "paths", "hydra")]
+    groups = [group for group in groups if group not in ("experiment", "paths", "hydra", "launcher", "sweep")]
     return [f"{key}={name}" for group in groups for key in GROUPS.get(group, (group,)) for name in names_in(group)]
 
 

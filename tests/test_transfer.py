@@ -3,7 +3,7 @@
 import composed
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tcopilot.checks import ConfigError
 
@@ -42,7 +42,7 @@ def test_the_pilot_is_the_other_one_and_the_copilot_is_the_runs(runs, form, tmp_
     fused.attach(donor.detach_copilot())
     fused.weight = 1.0
     rows = composed.predictions(tmp_path / "eval", "test", 1.0)
-    tokenizer = composed.run.AutoTokenizer.from_pretrained(other / "export")
+    tokenizer = AutoTokenizer.from_pretrained(other / "export")
     for row in rows[:5]:
         ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
         with torch.no_grad():

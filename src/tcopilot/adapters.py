@@ -31,16 +31,21 @@ class Lora:
         Raises:
             ValueError: if a target names no linear layer, or a figure is out of range.
         """
+        if isinstance(self.targets, str) or not all(isinstance(name, str) for name in self.targets or ()):
+            raise ValueError(f"targets={self.targets}: give a list of names, such as [q_proj, v_proj]")
+        self.targets = tuple(self.targets or ())
         names = {name.rsplit(".", 1)[-1] for name, part in module.named_modules() if isinstance(part, nn.Linear)}
         if missing := sorted(set(self.targets) - names) or ([] if self.targets else ["none"]):
             raise ValueError(
                 f"targets={list(self.targets)}: no linear layer is called {', '.join(missing)}; "
                 f"there are {', '.join(sorted(names))}"
             )
-        if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+        whole = type(self.r) is int
+        numbers = all(type(value) in (int, float) for value in (self.alpha, self.dropout))
+        if not whole or self.r < 1 or not numbers or not self.alpha > 0 or not 0 <= self.dropout < 1:
             raise ValueError(
-                f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}: r must be at least 1, alpha above 0 and "
-                f"dropout in [0, 1)"
+                f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}: r must be a whole number, at least 1, "
+                f"alpha above 0 and dropout in [0, 1)"
             )
 
     def __call__(self, module: nn.Module) -> None:

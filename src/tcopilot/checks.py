@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from tcopilot.copilot import PATTERNS, POSITIONS
 from tcopilot.decoding import FEEDBACKS
@@ -23,8 +26,46 @@ from tcopilot.heads import HEADS
 from tcopilot.log_attention import CONTEXTS
 
 PRECISIONS = ("32-true", "bf16-mixed")
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_spawn")
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
+ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps", "tpu")
 DTYPES = ("float32", "bfloat16", "float16")
+SECTIONS = (
+    "pilot", "copilot", "data", "data.benchmarks", "mistake_log", "mistake_log.log", "fusion", "evaluation",
+    "trainer", "callbacks", "logger", "paths",
+)  # fmt: skip
+PARTS = {  # what is built from a config of its own, and the group that it is chosen from
+    "pilot.optimizer": "optimizer@pilot.optimizer",
+    "pilot.scheduler": "scheduler@pilot.scheduler",
+    "pilot.adapter": "adapter@pilot.adapter",
+    "copilot.optimizer": "optimizer@copilot.optimizer",
+    "copilot.scheduler": "scheduler@copilot.scheduler",
+    "copilot.adapter": "adapter@copilot.adapter",
+    "mistake_log.log.policy": "mistake_log",
+    "mistake_log.log.storage": "log_storage@mistake_log.log.storage",
+    "objective": "objective",
+    "trainer": "trainer",
+    "data": "data",
+}
+FLAGS = (
+    "pilot.frozen", "pilot.gradient_checkpointing", "copilot.enabled", "copilot.gradient_checkpointing",
+    "copilot.train_error_input", "data.streaming", "data.group_by_length", "trainer.enable_progress_bar",
+)  # fmt: skip
+FIXED = {  # what the joint round leaves no choice in
+    "trainer.max_epochs": (1, "one Lightning epoch is the whole budget; set rounds"),
+    "trainer.min_epochs": (0, "more would keep a clean stop from ending the run"),
+    "trainer.enable_checkpointing": (False, "callbacks.checkpoint writes the states"),
+    "trainer.use_distributed_sampler": (False, "the data module divides batches among processes"),
+}
+FOREIGN = {  # what Lightning offers and a budget of rounds with two optimisers cannot use
+    "max_steps": "set rounds",
+    "limit_train_batches": "set rounds",
+    "overfit_batches": "set data.max_train_rows, or use debug=overfit",
+    "fast_dev_run": "use debug=fdr",
+    "barebones": "use logger=csv",
+    "accumulate_grad_batches": "set pilot.micro_batch_size",
+    "gradient_clip_val": "set pilot.clip and copilot.clip",
+    "gradient_clip_algorithm": "set pilot.clip and copilot.clip",
+}
 CHOICES = {
     "pilot.dtype": DTYPES,
     "copilot.dtype": DTYPES,
@@ -40,7 +81,8 @@ CHOICES = {
 }
 COUNTS = (
     "data.batch_size", "data.eval_batch_size", "copilot.batch_size", "copilot.steps_per_round",
-    "mistake_log.every_n_rounds", "callbacks.checkpoint.keep", "trainer.val_check_interval",
+    "mistake_log.every_n_rounds", "callbacks.checkpoint.keep", "trainer.val_check_interval", "trainer.num_nodes",
+    "data.shuffle_buffer",
 )  # fmt: skip
 COUNTS_OR_NULL = (
     "rounds", "data.rounds", "data.max_train_rows", "data.max_eval_rows", "data.max_source_length",
@@ -48,6 +90,23 @@ COUNTS_OR_NULL = (
 )  # fmt: skip
 POSITIVE = ("pilot.optimizer.lr", "copilot.optimizer.lr")
 POSITIVE_OR_NULL = ("data.epochs", "pilot.clip", "copilot.clip")
+WHOLE = ("mistake_log.log.capacity_rounds", "mistake_log.log.storage.k")  # their classes say how small they may be
+SEEDS = ("seed", "data.seed", "mistake_log.log.seed")
+RANGES = {  # numbers between two bounds, and whether they must be whole
+    **dict.fromkeys(SEEDS, (0, 2**32 - 1, True)),
+    "data.num_workers": (0, math.inf, True),
+    "trainer.log_every_n_steps": (0, math.inf, True),
+    "trainer.num_sanity_val_steps": (-1, math.inf, True),
+    **{
+        f"{name}.{key}": (0, largest, False)
+        for name in ("pilot", "copilot")
+        for key, largest in (
+            ("optimizer.weight_decay", math.inf),
+            ("scheduler.num_warmup_steps", math.inf),
+            ("scheduler.min_lr_rate", 1),
+        )
+    },
+}
 
 
 class ConfigError(ValueError):
@@ -60,24 +119,97 @@ class ConfigError(ValueError):
 
 
 def refuse_missing(cfg: DictConfig) -> None:
-    """Refuse a config with mandatory values left open (`???`); nothing else can be judged before they are given.
+    """Refuse a config with mandatory values left open (`???`) or that refer to nothing (`${nothing}`).
+
+    Nothing else can be judged before they are given.
+
+    Raises:
+        ConfigError: naming every open key, or the first one that refers to nothing.
+    """
+    try:
+        missing = sorted(OmegaConf.missing_keys(cfg))
+        if not missing:
+            OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError([f"{error.full_key}: {reason}; give {error.full_key}=<value>"]) from error
+    if missing:
+        raise ConfigError([f"{key} is not set: give {key}=<value>" for key in missing])
+
+
+def refuse_misshapen(cfg: DictConfig) -> None:
+    """Refuse a config with a value where a group of keys is expected; nothing else can be judged then.
 
     Raises:
         ConfigError: naming every such key.
     """
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise ConfigError([f"{key} is not set: give {key}=<value>" for key in missing])
+    if problems := list(_shape(cfg)):
+        raise ConfigError(problems)
 
 
 def config_problems(cfg: DictConfig) -> list[str]:
     """Problems that the composed config shows by itself, without any model or data."""
-    checks = (_trainer, _numbers, _choices, _batches, _evaluation, _learners, _copilot_options)
-    return [problem for check in checks for problem in check(cfg)]
+    checks = (
+        *(_names, _flags, _trainer, _loops, _numbers, _ranges, _choices),
+        *(_batches, _evaluation, _learners, _copilot_options),
+    )
+    return [problem for check in checks for problem in _guarded(check, cfg)]
 
 
 def evaluation_problems(cfg: DictConfig) -> list[str]:
     """The part of `config_problems` that an evaluation without training depends on."""
-    return list(_evaluation(cfg))
+    return [problem for check in (_names, _evaluation) for problem in _guarded(check, cfg)]
+
+
+def _guarded(check: Callable[[DictConfig], Iterator[str]], cfg: DictConfig) -> Iterator[str]:
+    """Turn a key that was deleted into a problem."""
+    try:
+        yield from check(cfg)
+    except (ConfigAttributeError, ConfigKeyError) as error:
+        yield f"{error.full_key} is not in the config: do not delete it, give {error.full_key}=<value>"
+
+
+def _shape(cfg: DictConfig) -> Iterator[str]:
+    bad: list[str] = []
+    for key in dict.fromkeys((*SECTIONS, *PARTS)):
+        parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
+        if not isinstance(parent, DictConfig) or (key.startswith("copilot.") and not cfg.copilot.get("enabled")):
+            continue  # told by the parent, or there is nothing to build
+        node, group = parent.get(key.rpartition(".")[2]), PARTS.get(key, key)
+        fits = isinstance(node, DictConfig) and (key not in PARTS or "_target_" in node)
+        if fits or (key.endswith(".adapter") and (node is None or node == {})):
+            continue
+        choice = f"{group}={node}" if isinstance(node, str) else f"{group}=<name>"
+        bad.append(key)
+        yield f"{key}={node}: expected a group of keys, not a value; to choose one write {choice}"
+    for key in ("callbacks", "logger"):
+        for name, node in cfg[key].items() if key not in bad else ():
+            if node is not None and not (isinstance(node, DictConfig) and "_target_" in node):
+                yield f"{key}.{name}={node}: expected a group of keys with _target_, the class to build, or null"
+
+
+def _names(cfg: DictConfig) -> Iterator[str]:
+    name = cfg.name
+    if not isinstance(name, str) or not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
+        yield f"name={name}: it becomes a folder under runs/; give a name without .. and without a leading /"
+    if OmegaConf.is_interpolation(cfg.paths, "run_dir"):
+        return  # Hydra's own folder, before Hydra has one
+    folder = cfg.paths.run_dir
+    if not isinstance(folder, str) or not folder:
+        yield f"paths.run_dir={folder}: give the folder that the run writes to"
+        return
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    if not there.is_dir():
+        yield f"paths.run_dir={folder}: {there} is a file; give a folder"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield f"paths.run_dir={folder}: {there} cannot be written to; give another folder"
+
+
+def _flags(cfg: DictConfig) -> Iterator[str]:
+    for key in FLAGS:
+        value = OmegaConf.select(cfg, key, default=True)
+        if not isinstance(value, bool):
+            yield f"{key}={value}: give true or false"
 
 
 def _trainer(cfg: DictConfig) -> Iterator[str]:
@@ -96,26 +228,40 @@ def _trainer(cfg: DictConfig) -> Iterator[str]:
         )
     if devices == "0":
         yield "trainer.devices=0: must be at least 1"
+    elif not _is_devices(cfg.trainer.devices):
+        yield f"trainer.devices={devices}: give a number of devices, a list of their numbers, -1 (all) or auto"
+    yield from _one_of("trainer.accelerator", cfg.trainer.accelerator, ACCELERATORS)
     if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         yield (
             f"trainer.accelerator={cfg.trainer.accelerator}: torch finds no CUDA device on this machine; use "
             f"trainer=cpu, or install a torch built for CUDA"
         )
-    if _processes(cfg) > 1:
-        yield (
-            f"trainer.devices={devices}: one run trains in one process so far (logs, checkpoints and evaluation of "
-            f"several are not divided yet); use trainer.devices=1"
-        )
+    if process_count(cfg) > 1 and strategy == "auto":
+        yield f"trainer.devices={devices} with trainer.strategy=auto: several processes need trainer.strategy=ddp"
     for name in ("wandb", "tensorboard"):
         if name in cfg.logger and importlib.util.find_spec(name) is None:
             yield f"logger={name}: the package is not installed; pip install {name}, or use logger=csv"
 
 
+def _loops(cfg: DictConfig) -> Iterator[str]:
+    """Settings of Lightning's loops: validation, and what the joint round decides itself."""
+    share = cfg.trainer.limit_val_batches
+    if share is not None and not (_is_number(share) and share >= 0 and (is_whole(share) or share <= 1)):
+        yield f"trainer.limit_val_batches={share}: give a number of batches, or a share in [0.0, 1.0]"
+    for key, (only, why) in FIXED.items():
+        value = OmegaConf.select(cfg, key, default=only)
+        if value is None or type(value) is not type(only) or value != only:
+            yield f"{key}={value}: must be {str(only).lower()}: {why}"
+    for name, mend in FOREIGN.items():
+        if cfg.trainer.get(name) is not None:
+            yield f"trainer.{name}={cfg.trainer[name]}: training is a budget of rounds, stepped by hand; {mend}"
+
+
 def _numbers(cfg: DictConfig) -> Iterator[str]:
     for key in (*COUNTS, *COUNTS_OR_NULL):
         value = OmegaConf.select(cfg, key, default=1)  # a part that is not there has nothing to check
-        if key == "data.rounds" and value == cfg.rounds:
-            continue
+        if key == "data.rounds" and str(value) == str(cfg.rounds):
+            continue  # told as rounds
         if not (value is None and key in COUNTS_OR_NULL) and (not is_whole(value) or value < 1):
             yield f"{key}={value}: must be a whole number, at least 1"
     for key in (*POSITIVE, *POSITIVE_OR_NULL):
@@ -124,6 +270,23 @@ def _numbers(cfg: DictConfig) -> Iterator[str]:
             yield f"{key}={value}: must be a number above 0"
     if cfg.data.rounds is None and cfg.data.epochs is None:
         yield "rounds=null and data.epochs=null: training needs a budget; give one of them"
+
+
+def _ranges(cfg: DictConfig) -> Iterator[str]:
+    for key in WHOLE:
+        value = OmegaConf.select(cfg, key, default=1)
+        if not is_whole(value):
+            yield f"{key}={value}: must be a whole number, at least 1"
+    most = OmegaConf.select(cfg, "mistake_log.log.max_bytes")
+    if most is not None and not is_whole(most):
+        yield f"mistake_log.log.max_bytes={most}: give a positive number of bytes, or null for no limit"
+    for key, (low, high, whole) in RANGES.items():
+        value = OmegaConf.select(cfg, key, default=low)
+        if key in SEEDS[1:] and str(value) == str(cfg.seed):
+            continue  # told as seed
+        if not (_is_number(value) and low <= value <= high and (is_whole(value) or not whole)):
+            bounds = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+            yield f"{key}={value}: must be a {'whole ' if whole else ''}number, {bounds}"
 
 
 def _choices(cfg: DictConfig) -> Iterator[str]:
@@ -135,7 +298,7 @@ def _choices(cfg: DictConfig) -> Iterator[str]:
 
 
 def _batches(cfg: DictConfig) -> Iterator[str]:
-    batch, micro, ranks = cfg.data.batch_size, cfg.pilot.micro_batch_size, _processes(cfg)
+    batch, micro, ranks = cfg.data.batch_size, cfg.pilot.micro_batch_size, process_count(cfg)
     if not is_whole(batch) or batch < 1:
         return
     if batch % ranks:
@@ -145,6 +308,9 @@ def _batches(cfg: DictConfig) -> Iterator[str]:
             f"pilot.micro_batch_size={micro} does not divide data.batch_size={batch} over {ranks} process(es); "
             f"choose a divisor of {batch // ranks}"
         )
+    records = cfg.copilot.get("batch_size")
+    if cfg.copilot.enabled and is_whole(records) and records % ranks and not batch % ranks:
+        yield f"copilot.batch_size={records} does not divide over {ranks} processes; change it or trainer.devices"
 
 
 def _evaluation(cfg: DictConfig) -> Iterator[str]:
@@ -159,7 +325,7 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
     yield from _one_of("fusion.space", cfg.fusion.space, FUSIONS)
     yield from _one_of("fusion.feedback", cfg.fusion.feedback, FEEDBACKS)
     modes = cfg.evaluation.modes
-    if not isinstance(modes, ListConfig) or not modes or not set(modes) <= set(MODES):
+    if not isinstance(modes, ListConfig) or not modes or not set(modes) <= set(MODES) or len(set(modes)) < len(modes):
         yield f"evaluation.modes={modes}: give a list of {', '.join(MODES)}"
     yield from _one_of("evaluation.ranking", cfg.evaluation.ranking, RANKINGS)
     for key in ("num_beams", "max_new_tokens", "batch_size", "ranking_beams"):
@@ -196,13 +362,14 @@ def _copilot_options(cfg: DictConfig) -> Iterator[str]:
     if cfg.copilot.enabled:
         given = cfg.copilot.own_feedback
         shares = given if isinstance(given, ListConfig) else [given]
-        if len(shares) > 2 or not all(_is_number(share) and 0 <= share <= 1 for share in shares):
+        if not 1 <= len(shares) <= 2 or not all(_is_number(share) and 0 <= share <= 1 for share in shares):
             yield f"copilot.own_feedback={given}: give a probability in [0, 1], or two to move between over the run"
 
 
-def _processes(cfg: DictConfig) -> int:
+def process_count(cfg: DictConfig) -> int:
     """Number of processes that the trainer will start, as far as the config says so."""
-    devices, nodes = cfg.trainer.devices, int(cfg.trainer.get("num_nodes", 1))
+    devices, nodes = cfg.trainer.devices, cfg.trainer.get("num_nodes", 1)
+    nodes = nodes if is_whole(nodes) and nodes > 0 else 1  # told elsewhere
     if isinstance(devices, ListConfig):
         return max(1, len(devices)) * nodes
     if str(devices).isdigit():
@@ -219,6 +386,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_devices(value: Any) -> bool:
+    if isinstance(value, ListConfig):
+        return bool(value) and all(is_whole(number) and number >= 0 for number in value)
+    parts = str(value).split(",")
+    return not isinstance(value, bool | float) and (
+        str(value) in ("auto", "-1") or all(part.strip().isdigit() for part in parts if part or len(parts) == 1)
+    )
+
+
 def _one_of(key: str, value: Any, allowed: Any) -> Iterator[str]:
-    if value not in list(allowed):
+    if isinstance(value, bool) or value not in list(allowed):
         yield f"{key}={value}: use one of {', '.join('null' if name is None else str(name) for name in allowed)}"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from tcopilot.data.tokenizers import byte_tokenizer, word_tokenizer
 
@@ -57,10 +63,11 @@ class ModelSource:
                 raise ModelSourceError(f"{self.key}.path is not set: give a Hub id or a folder with a model")
             try:
                 return AutoConfig.for_model(**self.config)
-            except (ValueError, TypeError, StrictDataclassError) as error:
+            except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
                 reason = str(error).strip().splitlines()[-1].strip().partition(" Should contain one of")[0]
                 raise ModelSourceError(f"{self.key}.config={self.config}: {reason}") from error
-        return self._from_hub(AutoConfig)
+        stored = self.stored_config
+        return getattr(stored, "pilot", stored)  # an export of ours: its Pilot's
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -89,11 +96,16 @@ class ModelSource:
         return tokenizer
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """Load the weights, or build random ones (from torch's global seed) that fit the tokenizer."""
+        """Load the weights, or build random ones (from torch's global seed) that fit the tokenizer.
+
+        Raises:
+            ModelSourceError: if weights are missing, of other shapes than the config says, or not finite.
+        """
         auto = AutoModelForSeq2SeqLM if self.is_encoder_decoder else AutoModelForCausalLM
         dtype = getattr(torch, self.dtype)
         if self.path is not None:
-            model = self._from_hub(auto, dtype=dtype)
+            model = self.whole_model(auto, dtype)
+            model = getattr(model, "pilot", model)  # an export of ours: its Pilot
         else:
             self._fit_config(tokenizer)
             model = auto.from_config(self.model_config).to(dtype)
@@ -109,13 +121,90 @@ class ModelSource:
         if self.is_encoder_decoder:
             config.decoder_start_token_id = tokenizer.pad_token_id
 
+    @property
+    def stored_config(self) -> PreTrainedConfig:
+        """The config in the folder, of an export of ours with both models."""
+        return self._from_hub(AutoConfig)
+
+    def whole_model(self, auto: Any, dtype: torch.dtype) -> PreTrainedModel:
+        """The model with the weights of its files; transformers would make up those that are not there.
+
+        Raises:
+            ModelSourceError: if weights are missing, of other shapes than the config says, or not finite.
+        """
+        with _without_reports():
+            model, report = self._from_hub(auto, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        if other := sorted(report["mismatched_keys"]):
+            name, there, wanted = other[0]
+            raise ModelSourceError(
+                f"{self._name}: {name} has the shape {tuple(there)} in its file, and {tuple(wanted)} "
+                f"by config.json ({len(other)} such weights); config and weights do not belong together"
+            )
+        if missing := sorted(report["missing_keys"]):
+            raise ModelSourceError(
+                f"{self._name}: {len(missing)} weights are missing in its files, {missing[0]} "
+                f"among them; give a folder with all weights of the model"
+            )
+        if extra := sorted(name for name in report["unexpected_keys"] if name.startswith(("pilot.", "copilot."))):
+            raise ModelSourceError(
+                f"{self._name}: config.json has no place for {len(extra)} weights, {extra[0]} among them; config and "
+                f"weights do not belong together"
+            )
+        for name, parameter in model.named_parameters():
+            if parameter.numel() and not all(torch.isfinite(bound) for bound in parameter.detach().aminmax()):
+                raise ModelSourceError(
+                    f"{self._name}: {name} holds values that are not finite (NaN or infinite); the "
+                    f"model is damaged, give another copy of it"
+                )
+        return model
+
     def _from_hub(self, auto: Any, **options: Any) -> Any:
+        """Read a config, a tokenizer, or a model and the report on its weights; code beside them is never run."""
+        self._check_path()
         try:
             found = auto.from_pretrained(self.path, revision=self.revision, trust_remote_code=False, **options)
-            return found.pilot if hasattr(found, "pilot") else found  # an export of ours: config or model of its Pilot
-        except (OSError, ValueError) as error:
-            first_line = str(error).strip().splitlines()[0]
+        except Exception as error:  # files of any content make the libraries raise errors of any kind
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to run what is in it
+                first_line = "its weights are a pickle file with more than tensors in it, which is never run"
             raise ModelSourceError(
-                f"{self.key}.path={self.path}: {auto.__name__} cannot read it ({first_line}). Give a Hub id that this "
+                f"{self._name}: {auto.__name__} cannot read it ({first_line}). Give a Hub id that this "
                 f"machine can reach, or a folder with config.json, weights and tokenizer"
             ) from error
+        if code := getattr(found, "auto_map", None) or getattr(found, "init_kwargs", {}).get("auto_map"):
+            raise ModelSourceError(
+                f"{self._name}: it asks for code of its own (auto_map={code}), which is never run; "
+                f"give a model of transformers' own classes, without auto_map"
+            )
+        return found
+
+    @property
+    def _name(self) -> str:
+        return f"{self.key}={self.path}" if self.key == "run" else f"{self.key}.path={self.path}"
+
+    def _check_path(self) -> None:
+        for name in ("path", "revision"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name == "path" or value is not None):
+                raise ModelSourceError(f"{self.key}.{name}={value}: expected a text, got a {type(value).__name__}")
+        path = Path(self.path)
+        if path.is_file():
+            raise ModelSourceError(f"{self._name} is a file; give the folder that holds it")
+        if self.path.startswith(("/", ".", "~")) and not path.is_dir():
+            raise ModelSourceError(
+                f"{self._name}: there is no such folder; give a folder with config.json, weights and "
+                f"tokenizer, or a Hub id"
+            )
+
+
+@contextmanager
+def _without_reports() -> Iterator[None]:
+    """Silence transformers' table of what was loaded; what matters of it is raised."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)

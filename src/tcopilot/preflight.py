@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import psutil
+import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -19,14 +21,16 @@ from tcopilot.checks import is_whole
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.recommendation import ranking_problems
 from tcopilot.mistake_log import MistakeLog
+from tcopilot.parts import refusal
 from tcopilot.pilot import ModelSource, ModelSourceError
 
 
 def source_problems(*sources: ModelSource | None) -> list[str]:
-    """Models whose config cannot be read or whose family is not supported; their weights are not read."""
+    """Models whose config cannot be read or built, or whose family is not supported; their weights are not read."""
     problems = []
     for source in filter(None, sources):
-        problems += _collect(source.key, lambda source=source: families.check_family(source.model_config))
+        found = _collect(source.key, lambda source=source: families.check_family(source.model_config))
+        problems += found or _size_problems(source)
     return problems
 
 
@@ -50,6 +54,17 @@ def model_problems(cfg: DictConfig, pilot: ModelSource, donor: ModelSource | Non
             f"copilot.pattern=2"
         )
     return problems + _adapter_problems(cfg, "copilot", model.model_config)
+
+
+def tokenizer_problems(pilot: ModelSource, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """A tokenizer with more words than the model has rows for."""
+    words, rows = len(tokenizer), pilot.model_config.vocab_size
+    if words <= rows:
+        return []
+    return [
+        f"pilot.path={pilot.path}: its tokenizer has {words} words and its model {rows} rows; "
+        f"they do not belong together"
+    ]
 
 
 def donor_problems(pilot: ModelSource, donor: ModelSource, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -139,8 +154,11 @@ def log_bytes(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModule, log
         for what in ("source", "target")
     )
     vector = config.hidden_size * log.dtype.itemsize
-    token = vector + log.storage.bytes_per_token(config.vocab_size) + 9
-    record = source * (vector + 1) + target * token
+    computed = torch.bfloat16 if "bf16" in str(cfg.trainer.precision) else getattr(torch, pilot.dtype)
+    kept = log.storage.bytes_per_token(config.vocab_size, config.hidden_size, computed)
+    frozen = cfg.pilot.frozen or "_target_" in (cfg.pilot.adapter or {})
+    prompt = 8 if frozen and not pilot.is_encoder_decoder else vector  # ids where the embedding rebuilds X̃
+    record = source * (prompt + 1) + target * (vector + kept + 9)
     rounds = min(log.capacity_rounds, data.total_rounds)
     total = int(record * data.batch_size * rounds)
     return total if log.max_bytes is None else min(total, log.max_bytes)
@@ -160,6 +178,35 @@ def _answer_problems(cfg: DictConfig, data: TCopilotDataModule) -> list[str]:
                 f"compared; add generation"
             )
     return problems
+
+
+def _size_problems(source: ModelSource) -> list[str]:
+    """Sizes that no model can have; a config of one's own is also built, without memory."""
+    config, given = source.model_config, source.config or {}
+    heads, groups = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    where = f"{source.key}.config" if source.path is None else f"{source.key}.path={source.path}: config.json"
+    if heads and groups and (groups < 1 or heads % groups):
+        return [f"{where}: num_key_value_heads={groups} does not divide num_attention_heads={heads}; choose a divisor"]
+    if source.path is not None:
+        return []
+    problems = [
+        f"{where}.{name}={value}: must be at least 1"
+        for name, value in given.items()
+        if is_whole(value) and value < 1 and (name.startswith(("num_", "d_")) or name.endswith(("_size", "_dim")))
+    ]
+    known = type(config)()
+    problems += [
+        f"{where}.{name}={value}: {config.model_type} has no such value; look for its name in {type(config).__name__}"
+        for name, value in given.items()
+        if not hasattr(known, name)
+    ]
+    if problems:
+        return problems
+    try:
+        families.skeleton(config)
+    except Exception as error:  # what a library says to values of the user's own, of any kind
+        return [f"{where}={given}: no {config.model_type} can be built of it ({type(error).__name__}: {error})"]
+    return []
 
 
 def _adapter_problems(cfg: DictConfig, key: str, config: PreTrainedConfig) -> list[str]:
@@ -187,6 +234,8 @@ def _collect(key: str, check: Callable[[], None]) -> list[str]:
         check()
     except ModelSourceError as error:
         return [str(error)]
-    except (ValueError, TypeError) as error:
-        return [f"{key}: {error}"]
+    except (ValueError, TypeError, InstantiationException) as error:
+        if (reason := refusal(error)) is None:
+            raise
+        return [f"{key}: {reason}"]
     return []

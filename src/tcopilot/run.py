@@ -16,7 +16,6 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from tcopilot import build, distributed, sweep
@@ -31,7 +30,7 @@ from tcopilot.distributed import DisagreementError, LostProcessError, agree_on, 
 from tcopilot.evaluation.evaluate import Evaluation, Evaluator
 from tcopilot.evaluation.results import Results, gain_table, git_revision, weight_table
 from tcopilot.logging import closing_wandb, log_evaluation
-from tcopilot.modeling import TCopilotModel, fused_class
+from tcopilot.modeling import TCopilotModel
 from tcopilot.module import TCopilotModule, TrainingDivergedError
 from tcopilot.pilot import ModelSource, ModelSourceError
 from tcopilot.preflight import log_bytes
@@ -112,7 +111,7 @@ def _evaluate(cfg: DictConfig) -> float:
     _quiet_libraries()
     refuse_missing(cfg)
     source = _trained_run(cfg)
-    trained = OmegaConf.load(source / "config.yaml")
+    trained = build.read_config(source / "config.yaml", f"run={source}")
     for key in ("data", "evaluation"):
         if cfg.get(key) is not None:
             trained[key] = cfg[key]
@@ -126,15 +125,14 @@ def _evaluate(cfg: DictConfig) -> float:
     if problems := evaluation_problems(trained):
         raise ConfigError(problems)
 
-    tokenizer = AutoTokenizer.from_pretrained(source / "export")
-    config = AutoConfig.from_pretrained(source / "export")
+    config, tokenizer = build.read_export(source)
     other = ModelSource(cfg.pilot.path) if cfg.pilot.path else None
     if other is not None:
         trained.name, trained.pilot.path, trained.copilot.path = "transfer", cfg.pilot.path, str(source / "export")
         if problems := transfer_problems(other, config, tokenizer):
             raise ConfigError(problems)
     data = build.prepare_data(trained, tokenizer, config.pilot)
-    model = fused_class(config.is_encoder_decoder).from_pretrained(source / "export", dtype=torch.float32)
+    model = build.load_export(source, config)
     if other is not None:
         model = put_on(other, model, tokenizer)
     model.set_fusion(trained.fusion.space)
@@ -145,7 +143,7 @@ def _evaluate(cfg: DictConfig) -> float:
     results, found = _evaluated(trained, model, prepared, run_dir)
     results.params = build.parameter_counts(model)
     if (source / "results.json").exists():
-        before = Results.load(source / "results.json")
+        before = _results_of(source)
         results.rounds, results.train_seconds = before.rounds, before.train_seconds
         results.params = before.params if other is None else results.params
     if other is not None:
@@ -208,7 +206,7 @@ def _trained_run(cfg: DictConfig) -> Path:
     if bool(cfg.run) == bool(cfg.copilot.path):
         transfer = "pilot.path=<model> copilot.path=<run dir>/export for its Copilot on another Pilot"
         raise ConfigError([f"give run=<run dir> to evaluate a run, or {transfer}"])
-    source = Path(cfg.run) if cfg.run else Path(cfg.copilot.path).resolve().parent
+    source = Path(str(cfg.run)) if cfg.run else Path(str(cfg.copilot.path)).resolve().parent
     if not (source / "export" / "config.json").exists() or not (source / "config.yaml").exists():
         key = f"run={cfg.run}" if cfg.run else f"copilot.path={cfg.copilot.path}"
         what = "export/config.json" if cfg.run else "config.yaml beside the export"
@@ -216,17 +214,33 @@ def _trained_run(cfg: DictConfig) -> Path:
     return source
 
 
+def _results_of(run_dir: Path) -> Results:
+    try:
+        return Results.load(run_dir / "results.json")
+    except ValueError as error:
+        raise ConfigError([f"{error}; remove that file, or evaluate another run"]) from error
+
+
 def _shared_run_dir(cfg: DictConfig) -> Path:
     """Join the processes of the job, and let all write to the first one's run directory."""
+    folder = cfg.paths.run_dir
+    if not isinstance(folder, str) or not folder:
+        raise ConfigError([f"paths.run_dir={folder}: give the folder that the run writes to"])
     distributed.start()
-    cfg.paths.run_dir = agree_on(str(cfg.paths.run_dir))
+    cfg.paths.run_dir = agree_on(folder)
     return Path(cfg.paths.run_dir)
 
 
 def _save_config(cfg: DictConfig, run_dir: Path) -> None:
-    if is_first():
+    if not is_first():
+        return
+    try:
         run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    except OSError as error:
+        raise ConfigError(
+            [f"paths.run_dir={run_dir}: {error.strerror}; choose a folder that can be written"]
+        ) from error
 
 
 def _save_results(results: Results, run_dir: Path) -> None:
@@ -290,13 +304,13 @@ def _resumed(cfg: DictConfig) -> DictConfig:
     """The config of the run to resume, or the config at hand."""
     if not cfg.get("resume"):
         return cfg
-    path = Path(cfg.resume) / "config.yaml"
+    path = Path(str(cfg.resume)) / "config.yaml"
     if not path.exists():
         raise ConfigError([f"resume={cfg.resume}: no config.yaml there; give the folder of a run that was started"])
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     if ignored := [override for override in given if not override.startswith(("resume=", "paths."))]:
         log.warning("resume=%s goes on with that run's own config; not used: %s", cfg.resume, ", ".join(ignored))
-    before = OmegaConf.load(path)
+    before = build.read_config(path, f"resume={cfg.resume}")
     before.resume, before.paths.run_dir = cfg.resume, cfg.resume
     return before
 

@@ -5,10 +5,13 @@ A new benchmark of a known kind is one YAML under ``configs/data/``; a new kind 
 
 from __future__ import annotations
 
+import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from pathlib import PurePath
 from string import Formatter
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,6 +19,15 @@ from tcopilot.data.answers import tidy
 
 Row = Mapping[str, Any]
 SPLITS = ("train", "validation", "test")
+TYPES = {  # what an attribute's annotation stands for in a config
+    "str": "a text",
+    "int": "a whole number",
+    "list[str]": "a list of texts",
+    "list[int]": "a list of whole numbers",
+    "dict[str, str]": "a mapping of texts",
+    "None": "null",
+}
+LONGEST_NAME = 100  # characters; names become parts of file names
 
 
 class DataError(ValueError):
@@ -75,6 +87,8 @@ class Benchmark(ABC):
     source: str = ""
 
     def __post_init__(self) -> None:
+        if problems := list(self._wrong_values()):
+            raise DataError("; ".join(problems))
         unknown = sorted(set(self.splits) - set(SPLITS))
         if unknown:
             raise DataError(f"{self.name}: splits has {unknown}; the known ones are {list(SPLITS)}")
@@ -142,6 +156,27 @@ class Benchmark(ABC):
         """Name the columns read besides those of the templates; ``a.b`` is key b of column a."""
         return ()
 
+    def _wrong_values(self) -> Iterator[str]:
+        """Say which attributes are of another type than the class asks for, or cannot be used in file names."""
+        for item in fields(self):
+            value, kinds = getattr(self, item.name), str(item.type).split(" | ")
+            if set(kinds) <= set(TYPES) and not any(_is_of(value, kind) for kind in kinds):
+                expected = " or ".join(TYPES[kind] for kind in kinds)
+                yield f"data.benchmarks.{self.name}.{item.name}={value!r}: expected {expected}"
+        if isinstance(self.name, str) and (
+            not re.fullmatch(r"\w[\w.+-]*", self.name) or len(self.name) > LONGEST_NAME
+        ):
+            yield (
+                f"data.benchmarks: {self.name!r} becomes part of file names; give a name of letters, digits and "
+                f"_ . + -, at most {LONGEST_NAME}"
+            )
+        if isinstance(self.folder, str) and (
+            PurePath(self.folder).is_absolute() or ".." in PurePath(self.folder).parts
+        ):
+            yield f"data.benchmarks.{self.name}.folder={self.folder!r}: must lie under data.path"
+        if _is_of(self.max_new_tokens, "int") and self.max_new_tokens < 1:
+            yield f"data.benchmarks.{self.name}.max_new_tokens={self.max_new_tokens}: must be at least 1, or null"
+
     @cached_property
     def _fields(self) -> list[str]:
         """List what the templates read from the row itself."""
@@ -151,8 +186,11 @@ class Benchmark(ABC):
     def _example(self, row: Row, answer: str, /, **words: str) -> Example:
         values = {**row, **words}
         for name in self._fields:
-            if values.get(name.split(".")[0]) is None:
+            value = values.get(name.split(".")[0])
+            if value is None:
                 raise DataError(f"{name} is null or missing, expected a text")
+            if not is_finite(value):
+                raise DataError(f"{name} is {value}, expected a text or a finite number")
         return Example(self.prompt.format(**values), self.target.format(**values), answer)
 
 
@@ -167,6 +205,14 @@ class ExactMatch(Benchmark):
     prompt_column: str = "prompt"
     target_column: str = "target"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not any(name for _, name, _, _ in Formatter().parse(self.target)):
+            raise DataError(
+                f"data.benchmarks.{self.name}.target={self.target!r} holds no {{column}}: all answers would be the "
+                "same text"
+            )
+
     def render(self, row: Row) -> Example:
         """Fill the templates with the two columns; the answer is the tidied target."""
         prompt, target = text_at(row, self.prompt_column), text_at(row, self.target_column)
@@ -179,6 +225,25 @@ class ExactMatch(Benchmark):
 
     def _paths(self) -> Sequence[str]:
         return self.prompt_column, self.target_column
+
+
+def is_finite(value: Any) -> bool:
+    """Tell whether a value of a row is anything but the NaN or an infinity that JSON readers let through.
+
+    >>> is_finite("nan"), is_finite(3), is_finite(float("nan"))
+    (True, True, False)
+    """
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _is_of(value: Any, kind: str) -> bool:
+    plain = {"str": str, "int": int, "None": type(None)}
+    if kind in plain:
+        return isinstance(value, plain[kind]) and not isinstance(value, bool)
+    if kind == "dict[str, str]":
+        return isinstance(value, Mapping) and all(isinstance(part, str) for pair in value.items() for part in pair)
+    inner = kind.removeprefix("list[").removesuffix("]")
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(_is_of(part, inner) for part in value)
 
 
 def lookup(row: Row, path: str) -> Any:
@@ -203,9 +268,9 @@ def text_at(row: Row, path: str) -> str:
     """Return the text at a column or a dotted path; numbers and booleans are written out.
 
     Raises:
-        DataError: If a part of the path is missing, or if there is something else, such as null or a list.
+        DataError: If a part of the path is missing, or if there is something else, such as null, NaN or a list.
     """
     value = lookup(row, path)
-    if not isinstance(value, str | int | float):
+    if not isinstance(value, str | int | float) or not is_finite(value):
         raise DataError(f"{path} is {value!r:.80}, expected a text")
     return str(value)

@@ -23,7 +23,7 @@ from tcopilot.data.answers import (
     number_after,
     read_number,
 )
-from tcopilot.data.benchmarks import Benchmark, DataError, Example, Row, lookup, text_at
+from tcopilot.data.benchmarks import Benchmark, DataError, Example, Row, is_finite, lookup, text_at
 
 
 @dataclass(kw_only=True)
@@ -58,7 +58,7 @@ class TwoReadings(Benchmark):
         return self.same(self.extract(prediction), answer)
 
     def _require(self, text: str, why: str) -> None:
-        if text not in self.target:
+        if not text or text not in self.target:
             raise DataError(f"data.benchmarks.{self.name}.target={self.target!r} lacks {text!r}: {why}")
 
 
@@ -132,6 +132,15 @@ class MultipleChoice(NamedAnswer):
         super().__post_init__()
         if self.label not in ("zero_based", "one_based", "letter"):
             raise DataError(f"{self.name}: label is zero_based, one_based or letter, got {self.label!r}")
+        key = f"data.benchmarks.{self.name}"
+        if not self.option_columns:
+            raise DataError(f"{key}.option_columns=[]: name the column of the options, or one column for each")
+        if not self.option_name.strip():
+            raise DataError(f"{key}.option_name={self.option_name!r}: give a word, such as answer")
+        if self.option_count is not None and self.option_count < 2:
+            raise DataError(
+                f"{key}.option_count={self.option_count}: a choice needs at least 2, or null for any number"
+            )
 
     def render(self, row: Row) -> Example:
         """Name the options and the gold one."""
@@ -231,6 +240,12 @@ class NumberAnswer(TwoReadings):
         super().__post_init__()
         self._require("{number}", "the answer would not be written")
         self._require(self.marker, "the number is read behind it")
+        try:
+            re.compile(self.remove or "")
+        except re.error as error:
+            raise DataError(
+                f"data.benchmarks.{self.name}.remove={self.remove!r} is no regular expression: {error}"
+            ) from error
 
     def render(self, row: Row) -> Example:
         """Divide the answer column into reasoning and number."""
@@ -291,6 +306,11 @@ class LetteredOptions(TwoReadings):
         super().__post_init__()
         self._require("{answer}", "the answer would not be written")
         self._require(self.marker, "the letter is read behind it")
+        if not 2 <= self.option_count <= len(ascii_uppercase):
+            raise DataError(
+                f"data.benchmarks.{self.name}.option_count={self.option_count}: there are letters for 2 to "
+                f"{len(ascii_uppercase)} options"
+            )
 
     def render(self, row: Row) -> Example:
         """Set the options apart from their letters."""
@@ -337,7 +357,7 @@ def _options(row: Row, paths: Sequence[str], count: int | None) -> list[str]:
     for path in paths:
         value = lookup(row, path)
         for option in value if isinstance(value, list | tuple) else [value]:
-            if not isinstance(option, str | int | float):
+            if not isinstance(option, str | int | float) or not is_finite(option):
                 raise DataError(f"{path} is {value!r:.80}, expected a text or a list of texts")
             options.append(str(option).strip())
     if len(options) < 2 or (count is not None and len(options) != count):

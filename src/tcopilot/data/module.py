@@ -261,12 +261,26 @@ class TCopilotDataModule(LightningDataModule):
         if not self.benchmarks:
             raise DataError("data.benchmarks is empty; name at least one benchmark")
         for name, benchmark in self.benchmarks.items():
+            if not isinstance(benchmark, Benchmark):
+                raise DataError(f"data.benchmarks.{name}={benchmark!r:.80}: give a mapping with _target_, its class")
             if name != benchmark.name:
                 raise DataError(f"data.benchmarks.{name}.name is {benchmark.name!r}; it must equal its key")
         if self.on_error not in ("stop", "skip"):
             raise DataError(f"data.on_error is stop or skip, got {self.on_error!r}")
+        if not isinstance(self.weights, dict | None):
+            raise DataError(f"data.weights={self.weights}: give a mapping of benchmark names to numbers, or null")
         if self.weights is not None and set(self.weights) != set(self.benchmarks):
             raise DataError(f"data.weights names {sorted(self.weights)}, the benchmarks are {sorted(self.benchmarks)}")
+        for name, weight in (self.weights or {}).items():
+            if not _is_number(weight) or weight <= 0:
+                raise DataError(
+                    f"data.weights.{name}={weight}: must be a number above 0; leave out a benchmark to drop it"
+                )
+        if not _is_number(self._reader.validation_size):
+            raise DataError(
+                f"data.validation_size={self._reader.validation_size}: give a share of the train rows, such as 0.1, "
+                f"or a number of them"
+            )
         if self.streaming and self.rounds is None and self.epochs is not None:
             raise DataError("data.epochs needs a known number of rows; give data.rounds when data.streaming=true")
 
@@ -310,6 +324,10 @@ def _shortened(complaints: list[str], skipped: list[str], rows: list[PreparedRow
     if skipped:
         return [f"no row is left: {len(skipped)} were skipped, the first since {skipped[0]}"]
     return ["no row is left: all were dropped as too long"]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _complain(where: str, text: str) -> None:

@@ -113,6 +113,9 @@ class RowPreparer:
         for number, row in chunk:
             try:
                 example = benchmark.render(row)
+                for what, text in (("prompt", example.prompt), ("target", example.target)):
+                    if not text.strip():
+                        raise _Empty(f"the {what} is empty")
                 (example.prompt + example.target).encode()  # half a surrogate pair would stop the whole chunk
             except DataError as error:
                 skip(f"row {number + 1}: {error}")

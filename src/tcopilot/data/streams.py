@@ -62,17 +62,37 @@ class JsonLines:
     file: Path
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        with self.file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
+        try:
+            lines = self.file.open("rb")
+        except OSError as error:
+            raise DataError(f"{self.file} cannot be opened ({error.strerror}). Give a file that can.") from error
+        with lines:
+            for number, line in enumerate(_readable(self.file, lines), start=1):
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line)
-                except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
+                    row = json.loads(line, object_pairs_hook=_each_once)
+                except (ValueError, RecursionError) as error:  # malformed, too deep, or bytes that are not UTF-8
                     raise DataError(f"{self.file}, line {number}: not JSON ({error}). Mend or remove it.") from error
                 if not isinstance(row, dict):
                     raise DataError(f"{self.file}, line {number}: expected an object {{…}}, got {line[:40]!r}.")
                 yield row
+
+
+def _readable(file: Path, lines: Iterable[bytes]) -> Iterator[bytes]:
+    try:
+        yield from lines
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror or error}). Give a file that can.") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse an object that gives a key twice, of which JSON readers silently keep the last."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} comes twice")
+    return values
 
 
 def open_split(benchmark: Benchmark, split: str, path: str | Path | None, streaming: bool = False) -> RowSource | None:
