@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from test_callbacks import ROUNDS, Run, assert_equal, assert_same_end
 from torch import distributed
 
-from tcopilot import checkpoints
+from tcopilot import checkpoints, codec
 from tcopilot.callbacks import MistakeLogCallback, RandomState, RoundCheckpoint
 from tcopilot.checkpoints import (
     MANIFEST,
@@ -36,7 +36,7 @@ from tcopilot.checkpoints import (
 from tcopilot.mistake_log import MistakeLog
 from tcopilot.sampling import Fifo, Reservoir
 
-DTYPES = sorted(checkpoints.DTYPES, key=str)
+DTYPES = sorted(codec.DTYPES, key=str)
 
 
 def through_files(value, folder):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,6 @@ from hydra.core.hydra_config import HydraConfig
 from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.table import Table
-from transformers.utils import logging as transformers_logging
 
 from tcopilot import build, distributed, sweep
 from tcopilot.adapters import merge_adapters
@@ -24,16 +20,16 @@ from tcopilot.build import Prepared
 from tcopilot.callbacks import Agreement, CleanStop, RoundCheckpoint
 from tcopilot.checkpoints import CheckpointError, checkpoints, newest_good, round_of
 from tcopilot.checks import ConfigError, evaluation_problems, refuse_missing
+from tcopilot.console import quiet_libraries, show_results, show_summary
 from tcopilot.control import equal_time_controls
 from tcopilot.data.benchmarks import DataError
 from tcopilot.distributed import DisagreementError, LostProcessError, agree_on, is_first, is_lost_process, rank
-from tcopilot.evaluation.evaluate import Evaluation, Evaluator
-from tcopilot.evaluation.results import Results, gain_table, git_revision, weight_table
+from tcopilot.evaluation.evaluate import Evaluator
+from tcopilot.evaluation.results import Results, git_revision
 from tcopilot.logging import closing_wandb, log_evaluation
 from tcopilot.modeling import TCopilotModel
 from tcopilot.module import TCopilotModule, TrainingDivergedError
 from tcopilot.pilot import ModelSource, ModelSourceError
-from tcopilot.preflight import log_bytes
 from tcopilot.transfer import put_on, transfer_problems
 
 log = logging.getLogger(__name__)
@@ -75,7 +71,7 @@ def evaluate(cfg: DictConfig) -> float | None:
 
 def _train(cfg: DictConfig) -> float:
     run_dir = _shared_run_dir(cfg)
-    _quiet_libraries()
+    quiet_libraries()
     if checkpoints(run_dir / "checkpoints") and not cfg.get("resume"):
         mend = f"go on with it by resume={run_dir}, or choose another folder"
         raise ConfigError([f"paths.run_dir={run_dir}: holds the checkpoints of an earlier run; {mend}"])
@@ -88,13 +84,13 @@ def _train(cfg: DictConfig) -> float:
     params = build.parameter_counts(model)  # now that a frozen Pilot is frozen
     if rank():
         seed_everything(cfg.seed + rank(), workers=True, verbose=False)  # dropout of its own
-    _summary(cfg, prepared, model, params, rounds)
+    show_summary(cfg, prepared, model, params, rounds)
     _fit(cfg, prepared, module)
 
     model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
     merge_adapters(model)
     build.export(model, prepared.tokenizer, run_dir / "export")
-    results, found = _evaluated(cfg, model, prepared, run_dir)
+    results = _evaluated(cfg, model, prepared, run_dir)
     if is_first():
         model.config.save_pretrained(run_dir / "export")  # now with the selected λ
     results.params, results.rounds = params, module.round
@@ -104,11 +100,12 @@ def _train(cfg: DictConfig) -> float:
     if cfg.control:
         results.controls = equal_time_controls(cfg, prepared, results.train_seconds, run_dir / "control")
         _save_results(results, run_dir)
-    return _report(results, found, run_dir / "results.json")
+    show_results(results, run_dir / "results.json")
+    return sweep.validation_gain(results)
 
 
 def _evaluate(cfg: DictConfig) -> float:
-    _quiet_libraries()
+    quiet_libraries()
     refuse_missing(cfg)
     source = _trained_run(cfg)
     trained = build.read_config(source / "config.yaml", f"run={source}")
@@ -140,7 +137,7 @@ def _evaluate(cfg: DictConfig) -> float:
     _save_config(trained, run_dir)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     prepared = Prepared(build.model_source(trained.pilot, "pilot"), None, tokenizer, data, None)
-    results, found = _evaluated(trained, model, prepared, run_dir)
+    results = _evaluated(trained, model, prepared, run_dir)
     results.params = build.parameter_counts(model)
     if (source / "results.json").exists():
         before = _results_of(source)
@@ -149,7 +146,8 @@ def _evaluate(cfg: DictConfig) -> float:
     if other is not None:
         results.notes.insert(0, f"the Copilot of {source} on a Pilot that it was not trained with: {cfg.pilot.path}")
     _save_results(results, run_dir)
-    return _report(results, found, run_dir / "results.json")
+    show_results(results, run_dir / "results.json")
+    return sweep.validation_gain(results)
 
 
 def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
@@ -178,7 +176,7 @@ def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
         sys.exit(STOPPED)
 
 
-def _evaluated(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_dir: Path) -> tuple[Results, Evaluation]:
+def _evaluated(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_dir: Path) -> Results:
     decoding = build.decoding(cfg.evaluation)
     evaluator = Evaluator(model, prepared.tokenizer, prepared.data, run_dir / "predictions", decoding)
     splits = (cfg.evaluation.select_on, cfg.evaluation.report_on)
@@ -198,7 +196,7 @@ def _evaluated(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_di
         selected_weight=found.selected_weight, selected_on=splits[0], rows=found.rows, gain=found.gain,
         notes=notes,
     )  # fmt: skip
-    return results, found
+    return results
 
 
 def _trained_run(cfg: DictConfig) -> Path:
@@ -263,43 +261,6 @@ def _settings(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
     return flat
 
 
-def _report(results: Results, found: Evaluation, path: Path) -> float:
-    if not is_first():
-        return sweep.validation_gain(results)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(weight_table(results))
-    console.print(gain_table(results))
-    for note in results.notes:
-        console.print(note)
-    print(f"results: {path}", flush=True)
-    return sweep.validation_gain(results)
-
-
-def _summary(cfg: DictConfig, prepared: Prepared, model: TCopilotModel, params: dict[str, int], rounds: int) -> None:
-    """Say before training what is trained, what the log keeps and how large it grows, and the budget.
-
-    Raises:
-        ConfigError: if the log's storage cannot keep this Pilot's p̂.
-    """
-    try:
-        kept = None if prepared.log is None else prepared.log.describe(model.pilot)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
-    if not is_first():
-        return
-    table = Table(title="Transformer Copilot", show_header=False)
-    for name in ("pilot", "copilot"):
-        table.add_row(f"{name} parameters", f"{params[f'{name}_trainable']:,} trainable of {params[name]:,}")
-    if prepared.log is not None:
-        size = log_bytes(cfg, prepared.pilot, prepared.data, prepared.log) / 2**20
-        table.add_row("a record keeps", kept)
-        table.add_row("full Mistake Log", f"{size:.1f} MiB, {prepared.log.capacity_rounds} rounds")
-    rows = "stream" if prepared.data.train_rows is None else f"{prepared.data.train_rows:,} training rows"
-    table.add_row("budget", f"{rounds:,} rounds of {cfg.data.batch_size} rows; {rows}")
-    table.add_row("run directory", str(cfg.paths.run_dir))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
-
-
 def _resumed(cfg: DictConfig) -> DictConfig:
     """The config of the run to resume, or the config at hand."""
     if not cfg.get("resume"):
@@ -335,20 +296,6 @@ def _keep_metrics(trainer: Trainer, path: Path, rounds: int) -> None:
         if isinstance(logger, CSVLogger) and trainer.is_global_zero:
             logger.experiment.metrics += done
             logger.experiment.save()
-
-
-def _quiet_libraries() -> None:
-    """Silence what a user of this program can do nothing about; warnings of our own and of torch stay."""
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # hardware list, tips
-    for message in (
-        ".*does not have many workers.*",  # rows are in memory; a loader process would only copy them
-        ".*set_vital.*",  # torchdata 0.11 on torch 2.13
-        ".*treespec.*",  # lightning 2.6 on torch 2.13
-        ".*Experiment logs directory.*",  # the run directory also holds config.yaml
-        ".*sync_dist=True.*",  # what is logged is summed over processes already
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 class _errors_for_people:

@@ -1,0 +1,73 @@
+"""What a run prints: three lines before training, the tables at the end, and nothing of libraries in between."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from tcopilot.build import Prepared
+from tcopilot.checks import ConfigError
+from tcopilot.distributed import is_first
+from tcopilot.evaluation.results import Results, gain_table, weight_table
+from tcopilot.modeling import TCopilotModel
+from tcopilot.preflight import log_bytes
+
+
+def show_summary(
+    cfg: DictConfig, prepared: Prepared, model: TCopilotModel, params: dict[str, int], rounds: int
+) -> None:
+    """Say before training what is trained, what the log keeps and how large it grows, and the budget.
+
+    Raises:
+        ConfigError: if the log's storage cannot keep this Pilot's p̂.
+    """
+    try:
+        kept = None if prepared.log is None else prepared.log.describe(model.pilot)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    if not is_first():
+        return
+    table = Table(title="Transformer Copilot", show_header=False)
+    for name in ("pilot", "copilot"):
+        table.add_row(f"{name} parameters", f"{params[f'{name}_trainable']:,} trainable of {params[name]:,}")
+    if prepared.log is not None:
+        size = log_bytes(cfg, prepared.pilot, prepared.data, prepared.log) / 2**20
+        table.add_row("a record keeps", kept)
+        table.add_row("full Mistake Log", f"{size:.1f} MiB, {prepared.log.capacity_rounds} rounds")
+    rows = "stream" if prepared.data.train_rows is None else f"{prepared.data.train_rows:,} training rows"
+    table.add_row("budget", f"{rounds:,} rounds of {cfg.data.batch_size} rows; {rows}")
+    table.add_row("run directory", str(cfg.paths.run_dir))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def show_results(results: Results, path: Path) -> None:
+    """Print both tables, the notes and, as the last line, where the figures are."""
+    if not is_first():
+        return
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(weight_table(results))
+    console.print(gain_table(results))
+    for note in results.notes:
+        console.print(note)
+    print(f"results: {path}", flush=True)
+
+
+def quiet_libraries() -> None:
+    """Silence what a user of this program can do nothing about; warnings of our own and of torch stay."""
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # hardware list, tips
+    for message in (
+        ".*does not have many workers.*",  # rows are in memory; a loader process would only copy them
+        ".*set_vital.*",  # torchdata 0.11 on torch 2.13
+        ".*treespec.*",  # lightning 2.6 on torch 2.13
+        ".*Experiment logs directory.*",  # the run directory also holds config.yaml
+        ".*sync_dist=True.*",  # what is logged is summed over processes already
+    ):
+        warnings.filterwarnings("ignore", message=message)
