@@ -687,7 +687,8 @@ def test_real_rows_run_from_the_command_line(benchmark, pilot, tmp_path):
     done = composed.program("train.py", *given)
     assert done.returncode == 0, done.stderr
     found = composed.results(tmp_path)
-    assert [gain["benchmark"] for gain in found["gain"]] == [benchmark]
+    compared = [(gain["benchmark"], gain["metric"]) for gain in found["gain"]]
+    assert compared == [(benchmark, "accuracy"), (benchmark, "accuracy_lenient")]
     row = composed.predictions(tmp_path, "test", 1.0, benchmark)[0]
     assert row["prompt"].startswith("Question: ")
     assert row["answer"]
