@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from tcopilot import checks, preflight, run
+from tcopilot import checks, console, preflight, run
 from tcopilot.checks import ConfigError
 from tcopilot.mistake_log import MistakeLog
 from tcopilot.pilot import ModelSource
@@ -234,11 +234,11 @@ def test_a_log_bounded_in_bytes_may_be_as_large_as_it_likes_in_rounds(tmp_path, 
 @pytest.mark.parametrize("overrides", [[], ["data.streaming=true"], ["log_storage@mistake_log.log.storage=topk"]])
 def test_the_estimate_of_the_log_is_near_its_real_size(overrides, tmp_path, monkeypatch):
     logs, estimates = [], []
-    append, estimate = MistakeLog.append, run.log_bytes
+    append, estimate = MistakeLog.append, console.log_bytes
     monkeypatch.setattr(
         MistakeLog, "append", lambda log, *given, **more: (logs.append(log), append(log, *given, **more))
     )
-    monkeypatch.setattr(run, "log_bytes", lambda *given: estimates.append(estimate(*given)) or estimates[-1])
+    monkeypatch.setattr(console, "log_bytes", lambda *given: estimates.append(estimate(*given)) or estimates[-1])
     composed.train(tmp_path / "run", *composed.SMALL, "fusion.weight=0", *overrides)
     assert estimates[0] == pytest.approx(logs[-1].nbytes, rel=0.25)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from training import FAMILIES, VOCAB, InOrder, learner, random_batch, small_module, tiny_model, tiny_pilot, train_on
 
-from tcopilot import run
+from tcopilot import console
 from tcopilot.adapters import Lora
 from tcopilot.families import SUPPORTED
 from tcopilot.log_storage import DenseStorage, FrozenHeadStorage, TopKStorage
@@ -271,11 +271,11 @@ def test_the_copilot_learns_the_same_from_rebuilt_errors_as_from_kept_ones(tiny_
 @pytest.mark.parametrize("storage", ["dense", "frozen_head"])
 def test_a_run_with_adapters_keeps_about_what_was_estimated(storage, spill, tmp_path, monkeypatch):
     logs, estimates = [], []
-    append, estimate = MistakeLog.append, run.log_bytes
+    append, estimate = MistakeLog.append, console.log_bytes
     monkeypatch.setattr(
         MistakeLog, "append", lambda log, *given, **more: (logs.append(log), append(log, *given, **more))
     )
-    monkeypatch.setattr(run, "log_bytes", lambda *given: estimates.append(estimate(*given)) or estimates[-1])
+    monkeypatch.setattr(console, "log_bytes", lambda *given: estimates.append(estimate(*given)) or estimates[-1])
     overrides = [f"mistake_log.log.spill={tmp_path / 'spill'}"] if spill else []
     composed.train(
         tmp_path / "run", *composed.SMALL, "pilot=tiny_llama", "adapter@pilot.adapter=lora", "fusion.weight=0",
