@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from tcopilot import build
+from tcopilot import build, parts
 from tcopilot.adapters import Lora
 from tcopilot.checks import config_problems
 
@@ -73,7 +73,7 @@ def test_every_experiment_gives_parts_that_can_be_built(name, tmp_path):
     instantiate(cfg.mistake_log.log, _convert_="all")
     instantiate(cfg.objective)
     assert instantiate(cfg.data).benchmark_names
-    build.callbacks(cfg)
+    parts.callbacks(cfg)
 
 
 @pytest.mark.parametrize("name", files("experiment"))

@@ -29,7 +29,6 @@ from tcopilot.families import decoder_depth
 from tcopilot.mistake_log import MistakeLog
 from tcopilot.modeling import TCopilotModel, fused_class
 from tcopilot.module import Learner, TCopilotModule
-from tcopilot.parts import callbacks as callbacks
 from tcopilot.parts import part_problems, refusal
 from tcopilot.pilot import ModelSource, ModelSourceError
 from tcopilot.preflight import (

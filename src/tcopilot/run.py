@@ -14,7 +14,7 @@ from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
-from tcopilot import build, distributed, sweep
+from tcopilot import build, distributed, parts, sweep
 from tcopilot.adapters import merge_adapters
 from tcopilot.build import Prepared
 from tcopilot.callbacks import Agreement, CleanStop, RoundCheckpoint
@@ -151,7 +151,7 @@ def _evaluate(cfg: DictConfig) -> float:
 
 
 def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
-    callbacks = [Agreement(_settings(cfg, prepared)), *build.callbacks(cfg)]
+    callbacks = [Agreement(_settings(cfg, prepared)), *parts.callbacks(cfg)]
     trainer = build.trainer(cfg, callbacks, prepared.log, module.rounds)
     stop = next((c for c in callbacks if isinstance(c, CleanStop)), None)
     saver = next((c for c in callbacks if isinstance(c, RoundCheckpoint)), None)

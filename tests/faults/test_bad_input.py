@@ -14,7 +14,7 @@ from hydra._internal.utils import run_and_report
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tcopilot import build, run
+from tcopilot import build, parts, run
 from tcopilot.checks import ConfigError
 from tcopilot.data import byte_tokenizer
 from tcopilot.module import TCopilotModule
@@ -909,7 +909,7 @@ def test_files_of_other_systems_are_read(content, tmp_path, monkeypatch):
 
 def test_without_a_progress_bar_its_callback_stays_away():
     cfg = composed.compose_config(*composed.SMALL, "trainer.enable_progress_bar=false", "paths.run_dir=x")
-    trainer = build.trainer(cfg, build.callbacks(cfg), None, 4)
+    trainer = build.trainer(cfg, parts.callbacks(cfg), None, 4)
     assert trainer.progress_bar_callback is None
 
 
