@@ -224,6 +224,17 @@ def test_a_log_larger_than_memory_is_refused(tmp_path, no_weights, monkeypatch):
         assert part in message
 
 
+def test_a_spilled_log_is_measured_against_its_disk(tmp_path, no_weights, monkeypatch):
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    asked = []
+    monkeypatch.setattr(
+        preflight.psutil, "disk_usage", lambda place: asked.append(place) or SimpleNamespace(free=1000)
+    )
+    message = complaint(tmp_path / "run", *composed.SMALL, f"mistake_log.log.spill={tmp_path}/not/there")
+    assert f"0.0 GB are free on the disk of mistake_log.log.spill={tmp_path}/not/there" in message
+    assert asked == [tmp_path]
+
+
 def test_a_log_bounded_in_bytes_may_be_as_large_as_it_likes_in_rounds(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
     monkeypatch.setattr(run.build, "fused_model", lambda *_: (_ for _ in ()).throw(InterruptedError))

@@ -6,6 +6,7 @@ Model configs are read here, weights are not.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -126,15 +127,22 @@ def data_problems(cfg: DictConfig, pilot: PreTrainedConfig, data: TCopilotDataMo
 
 
 def memory_problems(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModule, log: MistakeLog) -> list[str]:
-    """A Mistake Log that would not fit into memory once it is full."""
-    needed, free = log_bytes(cfg, pilot, data, log), psutil.virtual_memory().available
+    """A Mistake Log that would not fit once it is full: into memory, or on the disk that it is spilled to."""
+    needed, spill = log_bytes(cfg, pilot, data, log), None if log.spill is None else log.spill.parent
+    free = psutil.virtual_memory().available if spill is None else psutil.disk_usage(_existing(spill)).free
     if needed <= free:
         return []
+    where = "in memory" if spill is None else f"on the disk of mistake_log.log.spill={spill}"
+    mend = ", keep rounds on disk with mistake_log.log.spill=<folder>" if spill is None else ""
     return [
-        f"a full Mistake Log takes about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; lower "
-        f"mistake_log.log.capacity_rounds={log.capacity_rounds}, set mistake_log.log.max_bytes, or keep less "
-        f"of p̂ with log_storage@mistake_log.log.storage=topk"
+        f"a full Mistake Log takes about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free {where}; lower "
+        f"mistake_log.log.capacity_rounds={log.capacity_rounds}, set mistake_log.log.max_bytes{mend}, or keep less "
+        f"of p̂ with log_storage@mistake_log.log.storage=topk, or frozen_head where the Pilot's head is frozen"
     ]
+
+
+def _existing(folder: Path) -> Path:
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
 
 
 def log_bytes(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModule, log: MistakeLog) -> int:
