@@ -122,7 +122,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_as_if_it_had_not_stopped(tmp_path
         assert written(tmp_path / "stopped", weight=weight) == written(tmp_path / "whole", weight=weight)
 
 
-@pytest.mark.parametrize("change", ["model", "decoding", "feedback", "rows"])
+@pytest.mark.parametrize("change", ["model", "decoding", "feedback", "version", "benchmark"])
 def test_predictions_of_another_setting_are_not_taken_up(tmp_path, change, monkeypatch):
     asked = []
     answered_by(monkeypatch, lambda row, weight: True, asked.append)
@@ -131,7 +131,9 @@ def test_predictions_of_another_setting_are_not_taken_up(tmp_path, change, monke
     assert len(asked) == 1
     options = {"model": {"seed": 1}, "feedback": {"feedback": "own"}}.get(change, {})
     judge = evaluator("t5", tmp_path, decoding=Decoding(num_beams=2) if change == "decoding" else None, **options)
-    if change == "rows":
+    if change == "benchmark":
+        judge.data.benchmarks["word_problems"].max_new_tokens = 3
+    if change == "version":
         judge.data.benchmarks["word_problems"].version = 2
     judge.scores("test", "word_problems", [1.0])
     assert len(asked) == 2

@@ -1,6 +1,7 @@
 """Prediction files: cut lines, other keys, and several processes that share the rows."""
 
 import json
+import time
 from functools import cache
 
 import pytest
@@ -119,3 +120,20 @@ def test_two_processes_go_on_where_one_stopped(tmp_path):
     joined = file.read_text().splitlines()
     assert ["kept: " in line for line in joined] == [True] * 5 + [False] * 6
     assert joined[5:] == lines[5:]
+
+
+def late_scores_job(folder):
+    """Scores, while process 0 reads what is answered only after process 1 could have answered its share."""
+    read = PredictionFiles.done
+
+    def late(files):
+        time.sleep(1.0 if rank() == 0 else 0.0)
+        return read(files)
+
+    PredictionFiles.done = late
+    scores_job(folder)
+
+
+def test_processes_that_start_at_different_times_share_the_rows_all_the_same(tmp_path):
+    run_in_processes(late_scores_job, tmp_path)
+    assert len((tmp_path / "test-word_problems-weight=1.jsonl").read_text().splitlines()) == 11

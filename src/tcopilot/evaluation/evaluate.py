@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.diagnostics import ErrorStatistics
-from tcopilot.distributed import is_first, rank, sum_over_processes, world_size
+from tcopilot.distributed import agree_on, is_first, rank, sum_over_processes, world_size
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.likelihood import Likelihood
 from tcopilot.evaluation.metrics import consistency_problems
@@ -181,7 +181,9 @@ class Evaluator:
     def _answer(self, mode: Mode, files: PredictionFiles, rows, weights: Sequence[float], title: str) -> None:
         """Answer this process's share of what is not answered yet; rows of similar length together."""
         done = files.done()
-        open_rows = [row for row in rows if any(row["id"] not in done[weight] for weight in weights)]
+        unanswered = [row["id"] for row in rows if any(row["id"] not in done[weight] for weight in weights)]
+        unanswered = set(agree_on(unanswered))  # no process may see what a faster one has answered meanwhile
+        open_rows = [row for row in rows if row["id"] in unanswered]
         ordered = sorted(open_rows, key=lambda row: len(row["source_ids"]))[rank() :: world_size()]
         size, metric = mode.rows_at_once(len(weights)), mode.metrics[0]
         if len(open_rows) < len(rows):
@@ -242,7 +244,7 @@ class Evaluator:
     def _key(self) -> dict[str, Any]:
         """Everything that an answer depends on."""
         config = self.model.config
-        benchmarks = {name: task.version for name, task in self.data.benchmarks.items()}
+        benchmarks = {name: asdict(task) for name, task in self.data.benchmarks.items()}  # how answers are read
         decoding = {key: list(value) if key == "modes" else value for key, value in asdict(self.decoding).items()}
         decoding.pop("batch_size")  # changes no answer
         decoding.pop("modes")  # have files of their own

@@ -15,6 +15,7 @@ from tcopilot.modeling import TCopilotModel
 
 RANKINGS = ("beam", "exhaustive")
 SHOWN = 10  # best items that a prediction lists
+NODES_OF_A_USER = 32  # of the trie, in a pass; a pass that has room for more nodes takes further users
 
 
 class ItemRanking:
@@ -51,7 +52,7 @@ class ItemRanking:
 
     def rows_at_once(self, weights: int) -> int:
         """Users of a batch at that many λ."""
-        per_user = weights * self._num_beams if self._ranking == "beam" else 32
+        per_user = weights * self._num_beams if self._ranking == "beam" else NODES_OF_A_USER
         return max(1, self._sequences // per_user)
 
     def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
