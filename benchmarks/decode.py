@@ -1,10 +1,11 @@
 """Time of decoding: the stock Pilot, ours at λ = 0, and fused, side by side, with the floor beside it.
 
-    python benchmarks/decode.py [--full] [--repeats 3] [--device cuda] [--dtype bfloat16] [--json FILE]
+    python benchmarks/decode.py [--full] [--static] [--repeats 3] [--device cuda] [--dtype bfloat16] [--json FILE]
 
 Every figure is a ratio of medians measured alternately in one process; every text has its full length. The floor is
 what no implementation can beat: the smaller one of the ratio of weight bytes read at each step and the ratio of FLOPs
-counted by torch. `overhead` is the fused ratio over the floor.
+counted by torch. `overhead` is the fused ratio over the floor. `--static` adds fused decoding with static caches and a
+compiled step, for greedy cases; compilation is not part of the time.
 """
 
 import argparse
@@ -21,21 +22,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from shapes import SIZES, copilot_options, pilot_of
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, PreTrainedModel, T5Config
 
 from tcopilot.modeling import TCopilotModel, fused_class
 
 SHORT = [((128, 16), 8, 1), ((128, 16), 8, 4), ((8, 64), 1, 1), ((256, 8), 8, 1)]
 FULL = list(itertools.product([(8, 512), (512, 8), (8, 8), (128, 16)], [1, 8, 32], [1, 4]))
-SIZES = {  # vocabulary, width, layers, heads, feed-forward width
-    "small": (4096, 256, 6, 4, 1024),
-    "llama-3.2-1b": (128_256, 2048, 16, 32, 8192),
-    "llama-3.2-3b": (128_256, 3072, 28, 24, 8192),
-    "flan-t5-base": (32_128, 768, 12, 12, 2048),
-}
 
 
 @dataclass
@@ -51,6 +46,7 @@ class Case:
     fused: float
     floor: float
     milliseconds: float  # of a step of the stock Pilot
+    static: float | None = None  # fused, with static caches and a compiled step
 
     @property
     def overhead(self) -> float:
@@ -62,6 +58,7 @@ def main() -> None:
     """Measure all cases and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="all shapes, batches and beams")
+    parser.add_argument("--static", action="store_true", help="also static caches, which compiles for each shape")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32")
@@ -76,16 +73,19 @@ def main() -> None:
         model = _model(architecture, arguments.size, arguments.copilot_layers)
         model = model.to(arguments.device, getattr(torch, arguments.dtype)).eval()
         for (prompt, answer), batch, beams in FULL if arguments.full else SHORT:
-            cases.append(measure(model, architecture, prompt, answer, batch, beams, arguments.repeats))
+            shape = (architecture, prompt, answer, batch, beams)
+            cases.append(measure(model, *shape, arguments.repeats, arguments.static))
     table = Table(
         title=f"Time of decoding over the stock Pilot's, {arguments.size}, {arguments.dtype}, {arguments.device}"
     )
-    for column in ("Pilot", "prompt", "answer", "batch", "beams", "ours, λ = 0", "fused", "floor", "overhead"):
+    shape_columns = ("Pilot", "prompt", "answer", "batch", "beams")
+    for column in (*shape_columns, "ours, λ = 0", "fused", "floor", "overhead", "static"):
         table.add_column(column, justify="right")
     for case in cases:
         shape = (str(case.prompt), str(case.answer), str(case.batch), str(case.beams))
         ratios = (case.pilot, case.fused, case.floor, case.overhead)
-        table.add_row(case.architecture, *shape, *(f"{ratio:.2f}" for ratio in ratios))
+        static = "" if case.static is None else f"{case.static:.2f}"
+        table.add_row(case.architecture, *shape, *(f"{ratio:.2f}" for ratio in ratios), static)
     Console(width=None if sys.stdout.isatty() else 110).print(table)
     if arguments.json:
         kept = [asdict(case) | {"overhead": case.overhead} for case in cases]
@@ -96,23 +96,26 @@ def main() -> None:
 
 @torch.no_grad()
 def measure(
-    model: TCopilotModel, architecture: str, prompt: int, answer: int, batch: int, beams: int, repeats: int
-) -> Case:
-    """Time the three ways alternately on the same prompts."""
+    model: TCopilotModel, architecture: str, prompt: int, answer: int, batch: int, beams: int, repeats: int,
+    static: bool = False,
+) -> Case:  # fmt: skip
+    """Time the ways alternately on the same prompts."""
     device = next(model.parameters()).device
     ids = torch.randint(3, model.config.pilot.vocab_size, (batch, prompt), device=device)
     options = {"attention_mask": torch.ones_like(ids), "num_beams": beams, "do_sample": False}
     options |= {"max_new_tokens": answer, "min_new_tokens": answer, "pad_token_id": 0, "eos_token_id": 1}
 
-    def ours(weight: float) -> None:
+    def ours(weight: float, **more: object) -> None:
         model.weight = weight
-        model.generate(ids, **options)
+        model.generate(ids, **options, **more)
 
     ways: dict[str, Callable[[], object]] = {
         "stock": lambda: model.pilot.generate(ids, **options),
         "pilot": lambda: ours(0.0),
         "fused": lambda: ours(1.0),
     }
+    if static and beams == 1:
+        ways["static"] = lambda: ours(1.0, cache_implementation="static")
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         for name, way in ways.items():
@@ -124,6 +127,7 @@ def measure(
     return Case(
         architecture, prompt, answer, batch, beams, medians["pilot"] / medians["stock"],
         medians["fused"] / medians["stock"], floor, 1000 * medians["stock"] / answer,
+        medians["static"] / medians["stock"] if "static" in medians else None,
     )  # fmt: skip
 
 
@@ -159,25 +163,9 @@ def _bytes(model: TCopilotModel, fused: bool) -> int:
 
 
 def _model(architecture: str, size: str, copilot_layers: int | None) -> TCopilotModel:
-    torch.manual_seed(0)
-    vocab, width, layers, heads, inner = SIZES[size]
-    special = {"vocab_size": vocab, "pad_token_id": 0, "eos_token_id": 1}
-    pilot: PreTrainedModel
-    if architecture == "t5":
-        config = T5Config(
-            d_model=width, d_kv=width // heads, num_heads=heads, d_ff=inner, num_layers=layers,
-            decoder_start_token_id=0, **special,
-        )  # fmt: skip
-        pilot = AutoModelForSeq2SeqLM.from_config(config)
-    else:
-        config = LlamaConfig(
-            hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=min(heads, 8), max_position_embeddings=4096, tie_word_embeddings=True, **special,
-        )  # fmt: skip
-        pilot = AutoModelForCausalLM.from_config(config)
-    head = "linear" if size == "small" else "soft"
-    options = {"head": head, "train_error_input": head == "linear"}
-    model = fused_class(architecture == "t5").from_pilot(pilot, layers=copilot_layers, **options)
+    model = fused_class(architecture == "t5").from_pilot(
+        pilot_of(architecture, size), layers=copilot_layers, **copilot_options(size)
+    )
     nn.init.normal_(next(model.copilot.head.parameters()), std=0.02)
     return model
 

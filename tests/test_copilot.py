@@ -269,7 +269,10 @@ def test_steps_through_the_state_equal_one_pass(tiny_pilot, randomise, family, p
     with torch.no_grad():
         whole, none = copilot(inputs, source, mask, states)
         first, state = copilot(inputs[:, :2], source, mask, states[:, :2], keep=True)
-        steps = [copilot.step(inputs[:, i : i + 1], states[:, i : i + 1], state) for i in range(2, 6)]
+        newest = int(context == "inclusive")  # row i + newest − 1 joins the log of target i
+        steps = [
+            copilot.step(inputs[:, i : i + 1], states[:, i + newest - 1 : i + newest], state) for i in range(2, 6)
+        ]
     assert none is None
     torch.testing.assert_close(torch.cat([first, *steps], dim=1), whole, atol=1e-4, rtol=1e-4)
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from tcopilot import Copilot, TCopilotCache, TCopilotConfig, TCopilotForCausalLM, TCopilotForSeq2SeqLM
 from tcopilot.copilot import PATTERNS
+from tcopilot.decoding import Beside
 from tcopilot.families import SUPPORTED
 from tcopilot.functional import fuse_logits, fuse_probabilities, token_errors
 from tcopilot.modeling import fused_class
@@ -692,3 +693,47 @@ def test_a_copilot_is_built_before_adapters_and_works_beside_them(fuse, prompts)
     assert torch.equal(decode(model, tokens), before)
     with pytest.raises(ValueError, match="Build the Copilot before adapters are injected"):
         Copilot.from_pilot(model.pilot, layers=2)
+
+
+# Both models side by side
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("context", ["strict", "inclusive"])
+def test_in_strict_context_the_copilots_body_runs_before_the_pilots_step(fuse, prompts, family, context):
+    model = fuse(family, context=context)
+    order = []
+    for name, part in (("copilot", model.copilot.body), ("pilot", model.pilot)):
+        part.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    decode(model, prompts(model.pilot), tokens=4, min_new_tokens=4)
+    assert order[:2] == ["pilot", "copilot"], "the prompt is the Pilot's first"
+    first, second = ("copilot", "pilot") if context == "strict" else ("pilot", "copilot")
+    assert order[2:] == [first, second] * 3
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_body_that_runs_ahead_gives_what_one_that_waits_gives(fuse, prompts, monkeypatch, family):
+    model = fuse(family)
+    tokens = prompts(model.pilot, padded=True)
+    ahead = decode(model, tokens, output_scores=True, return_dict_in_generate=True)
+
+    class Waiting:
+        def __init__(self, device, work):
+            self.result = work
+
+    monkeypatch.setattr("tcopilot.modeling.Beside", Waiting)
+    waited = decode(model, tokens, output_scores=True, return_dict_in_generate=True)
+    assert torch.equal(ahead.sequences, waited.sequences)
+    assert all(torch.equal(*pair) for pair in zip(ahead.scores, waited.scores, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("decoding", ["greedy", "beams"])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_second_stream_gives_the_same_tokens(fuse, prompts, monkeypatch, family, decoding):
+    model = fuse(family).double().cuda()
+    tokens = {name: tensor.cuda() for name, tensor in prompts(model.pilot, padded=True).items()}
+    beside = decode(model, tokens, tokens=40, **DECODING[decoding])
+    monkeypatch.setattr("tcopilot.modeling.Beside", lambda device, work: Beside(torch.device("cpu"), work))
+    assert torch.equal(beside, decode(model, tokens, tokens=40, **DECODING[decoding]))

@@ -4,7 +4,8 @@ Shapes: B batch, M source length, N target length, K past targets, P Pilot width
 S rows of the log (null row, X̃, h̄).
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from tcopilot import families
+from tcopilot.cache_layers import LEAST_ROOM, let_go
+from tcopilot.chunked import project_errors
 from tcopilot.functional import shift_right
 from tcopilot.heads import HEADS
 from tcopilot.log_attention import CONTEXTS, additive, causal_mask, log_mask, log_positions
@@ -22,6 +25,8 @@ PATTERNS = {1: ("even", "all"), 2: ("every", "all"), 3: ("even", "first_half"), 
 """The paper's insertion patterns (Section F.4): which decoder-only layers, counted from 1, become log attention, and
 over which of the Pilot's layers h is pooled. An encoder-decoder has cross-attention in every layer: 1 equals 2."""
 POSITIONS = ("pilot", "none")
+READS = ("errors", "source", "states")
+"""What a Copilot reads: ℓ_{<i}, X̃ and h̄. The paper's reads all; leaving one out is an ablation."""
 
 
 @dataclass
@@ -38,6 +43,7 @@ class CopilotConfig:
         context: `strict` (target i reads h_{<i}, the paper's) or `inclusive` (h_{≤i}).
         positions: `none` (the paper's) or `pilot` (the Pilot's own positions).
         tied: the soft head reads the error input's matrix as its unembedding.
+        reads: which of `READS` it is shown; what is left out is hidden in training and decoding alike.
     """
 
     body: dict[str, Any]
@@ -49,12 +55,15 @@ class CopilotConfig:
     context: str = "strict"
     positions: str = "none"
     tied: bool = False
+    reads: list[str] = field(default_factory=lambda: list(READS))
 
     def __post_init__(self) -> None:
         allowed = {"head": HEADS, "pattern": PATTERNS, "context": CONTEXTS, "positions": POSITIONS}
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"copilot.{name}={getattr(self, name)!r} is not one of {', '.join(map(str, values))}")
+        if not self.reads or not set(self.reads) <= set(READS):
+            raise ValueError(f"copilot.reads={self.reads!r}: give one or more of {', '.join(READS)}")
         StatePooler(self.pooling)  # refuses an unknown pooling
 
     @property
@@ -73,23 +82,44 @@ class CopilotState:
 
     Attributes:
         cache: keys and values of errors and log.
-        open_BS: which rows of the log in the cache may be read.
+        log_mask_B11S: additive mask over the rows of the log, with room for rows to come.
+        rows: how many rows the log has.
+        next_mask: what that mask says of rows to come: 0, or closed for a Copilot that is not shown them.
         position_B1: position of the next target.
         pending_B1P: the newest h̄, not yet in the log (strict context).
         feedback_BV: the last p̂ (observed feedback) or the last f^C (own feedback).
     """
 
     cache: Cache
-    open_BS: Tensor
+    log_mask_B11S: Tensor
+    rows: int
+    next_mask: float
     position_B1: Tensor
     pending_B1P: Tensor
     feedback_BV: Tensor | None = None
 
-    def apply(self, rearrange: Any) -> None:
+    def apply(self, rearrange: Callable[[Tensor], Tensor]) -> None:
         """Apply a function to every batch-first tensor outside the cache."""
-        for name in ("open_BS", "position_B1", "pending_B1P", "feedback_BV"):
+        for name in ("log_mask_B11S", "position_B1", "pending_B1P", "feedback_BV"):
             if getattr(self, name) is not None:
                 setattr(self, name, rearrange(getattr(self, name)))
+
+    def grow(self) -> tuple[Tensor, Tensor]:
+        """Make place for a row of the log.
+
+        Returns:
+            The additive masks of the next target, over the errors [1, 1, 1, K] and over the log [B, 1, 1, S].
+        """
+        self.rows += 1
+        if self.rows > self.log_mask_B11S.shape[-1]:
+            let_go(self.log_mask_B11S)
+            self.log_mask_B11S = nn.functional.pad(self.log_mask_B11S, (0, LEAST_ROOM), value=self.next_mask)
+        errors = self.cache.get_seq_length() + 1
+        return self.log_mask_B11S.new_zeros(1, 1, 1, errors), self.log_mask_B11S[..., : self.rows]
+
+    def keep(self, states_B1P: Tensor, feedback_BV: Tensor) -> None:
+        """Keep what the next step needs of this one."""
+        self.pending_B1P, self.feedback_BV = states_B1P, feedback_BV
 
 
 class Copilot(nn.Module):
@@ -97,7 +127,7 @@ class Copilot(nn.Module):
 
     def __init__(self, config: CopilotConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.pooler = config, config.pooler
         body_config = families.body_config_from_dict(config.body)
         self.body = families.build_body(body_config)
         width, vocab = body_config.hidden_size, config.vocab_size
@@ -123,6 +153,7 @@ class Copilot(nn.Module):
         error_input: str = "embedding",
         train_error_input: bool = True,
         tokens: int | None = None,
+        dropout: float | None = None,
         **options: Any,
     ) -> "Copilot":
         """Build a Copilot for a Pilot, from the Pilot's own decoder or from another checkpoint of its family.
@@ -135,6 +166,7 @@ class Copilot(nn.Module):
             train_error_input: whether that map is trained. Keep it frozen with LoRA.
             tokens: size of the tokenizer that both share. Needed where their matrices differ in padding rows, as
                 those of Qwen2.5-7B (152,064) and Qwen2.5-0.5B (151,936) do; the Copilot takes the Pilot's rows.
+            dropout: of the body while it is trained; None keeps the donor's.
             **options: fields of `CopilotConfig`.
 
         Raises:
@@ -153,6 +185,8 @@ class Copilot(nn.Module):
         if error_input not in ("embedding", "normal"):
             raise ValueError(f"copilot.error_input={error_input!r} is neither 'embedding' nor 'normal'")
         body_config = families.decoder_config(donor.config, layers)
+        if dropout is not None:
+            families.set_dropout(body_config, dropout)
         matrices = (families.input_embeddings(donor), donor.get_output_embeddings().weight)
         embeddings_VC, output_VC = (_with_rows(matrix.detach(), vocab) for matrix in matrices)
         frozen = error_input == "embedding" and not train_error_input
@@ -172,17 +206,26 @@ class Copilot(nn.Module):
             copilot.start.normal_(std=copilot.error_in.std().item())
             if hasattr(copilot, "unembedding"):
                 copilot.unembedding.copy_(output_VC)
-        copilot.error_in.requires_grad_(train_error_input)
+        copilot.error_in.requires_grad_(train_error_input and "errors" in config.reads)
         return copilot
 
     @property
-    def pooler(self) -> StatePooler:
-        """How the Pilot's states are pooled for this Copilot."""
-        return self.config.pooler
+    def is_strict(self) -> bool:
+        """Whether target i reads h_{<i} only, so that its body needs nothing of the Pilot's step i."""
+        return self.config.context == "strict"
 
     def inputs(self, past_errors_BKV: Tensor) -> Tensor:
         """Embed past errors as Eᵀℓ and shift them right: the inputs [B, K + 1, C] of targets 0 … K."""
+        if "errors" not in self.config.reads:
+            return self.start.expand(past_errors_BKV.shape[0], past_errors_BKV.shape[1] + 1, -1)
         past_BKC = past_errors_BKV.to(self.error_in.dtype) @ self.error_in
+        return shift_right(past_BKC, self.start)
+
+    def taught_inputs(self, probs_BNV: Tensor, targets_BN: Tensor) -> Tensor:
+        """The inputs [B, N, C] of all N targets from the Pilot's own p̂: `inputs` of ℓ_{<i}, without ℓ in memory."""
+        if "errors" not in self.config.reads:
+            return self.inputs(probs_BNV[:, :-1])
+        past_BKC = project_errors(probs_BNV[:, :-1], targets_BN[:, :-1], self.error_in)
         return shift_right(past_BKC, self.start)
 
     def forward(
@@ -201,12 +244,13 @@ class Copilot(nn.Module):
             Hidden states [B, N, C] for `correct`, and the state (None unless `keep`).
         """
         targets = inputs_BNC.shape[1]
-        readable = states_BNP[:, :-1] if self.config.context == "strict" else states_BNP
+        readable = states_BNP[:, :-1] if self.is_strict else states_BNP
         null_B1C = self.null.to(inputs_BNC.dtype).expand(inputs_BNC.shape[0], 1, -1)
         log_BSC = torch.cat([null_B1C, self.source_in(source_BMP), self.states_in(readable)], dim=1)
         rows = log_BSC.shape[1]
         log_at_BS, targets_at_BN = log_positions(source_mask_BM, targets)
         visible_BNS = log_mask(source_mask_BM, targets, self.config.context)[..., :rows]
+        visible_BNS = self._shown(visible_BNS, source_mask_BM.shape[1])
         cache = families.new_cache(self.body) if keep else None
         hidden_BNC = families.run_body(
             self.body,
@@ -220,26 +264,34 @@ class Copilot(nn.Module):
         )
         if not keep:
             return hidden_BNC, None
-        return hidden_BNC, CopilotState(cache, visible_BNS[:, -1], targets_at_BN[:, -1:] + 1, states_BNP[:, -1:])
+        log_mask_B11S = additive(visible_BNS[:, -1:], inputs_BNC.dtype)
+        next_mask = 0.0 if "states" in self.config.reads else torch.finfo(inputs_BNC.dtype).min
+        position_B1, pending_B1P = targets_at_BN[:, -1:] + 1, states_BNP[:, -1:]
+        return hidden_BNC, CopilotState(cache, log_mask_B11S, rows, next_mask, position_B1, pending_B1P)
 
-    def step(self, inputs_B1C: Tensor, states_B1P: Tensor, state: CopilotState) -> Tensor:
-        """Run one more target, from its input and the state; the state moves on in place. Returns [B, 1, C]."""
-        strict = self.config.context == "strict"
-        log_B1C = self.states_in(state.pending_B1P if strict else states_B1P)
-        state.open_BS = torch.cat([state.open_BS, state.open_BS.new_ones(len(inputs_B1C), 1)], dim=1)
-        past = state.cache.get_seq_length()
+    def step(self, inputs_B1C: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:
+        """Run the body for one more target; the state's cache moves on in place.
+
+        Args:
+            inputs_B1C: the embedded error of the target before.
+            row_B1P: the h̄ that joins the log: of the target before in strict context, of this one in inclusive.
+            state: from `forward` or the step before.
+
+        Returns:
+            Hidden states [B, 1, C] for `correct`.
+        """
+        self_mask_111K, log_mask_B11S = state.grow()
         hidden_B1C = families.run_body(
             self.body,
             inputs_B1C,
-            inputs_B1C.new_zeros(1, 1, 1, past + 1),
+            self_mask_111K,
             self._positions(state.position_B1),
-            log_B1C,
-            additive(state.open_BS[:, None], inputs_B1C.dtype),
-            self._positions(state.position_B1 - int(strict)),
+            self.states_in(row_B1P),
+            log_mask_B11S,
+            self._positions(state.position_B1 - int(self.is_strict)),
             state.cache,
         )
-        state.position_B1 = state.position_B1 + 1
-        state.pending_B1P = states_B1P
+        state.position_B1 += 1
         return hidden_B1C
 
     def correct(self, hidden_BNC: Tensor, log_probs_BNV: Tensor) -> Tensor:
@@ -252,6 +304,14 @@ class Copilot(nn.Module):
         if self.config.head != "soft":
             return None
         return self.error_in if self.config.tied else self.unembedding
+
+    def _shown(self, visible_BNS: Tensor, source_length: int) -> Tensor:
+        """Close the rows of the log that an ablated Copilot is not shown."""
+        first_state = 1 + source_length
+        for name, rows in (("source", slice(1, first_state)), ("states", slice(first_state, None))):
+            if name not in self.config.reads:
+                visible_BNS[..., rows] = False
+        return visible_BNS
 
     def _positions(self, positions: Tensor) -> Tensor:
         return torch.zeros_like(positions) if self.config.positions == "none" else positions

@@ -6,6 +6,9 @@ onehot(emitted token) − p̂, `own` takes the Copilot's earlier outputs f^C_{<i
 Shapes: B batch, M source length, N targets, P Pilot width, V vocabulary.
 """
 
+from collections.abc import Callable
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,33 @@ from tcopilot.copilot import Copilot, CopilotState
 from tcopilot.functional import token_errors
 
 FEEDBACKS = ("observed", "own")
+
+
+class Beside:
+    """Work that may run beside what follows: on a GPU on a second stream, elsewhere and in compiled code at once.
+
+    The work sees everything queued so far. Nothing that it reads may be changed or let go before `result` was called.
+    """
+
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
+
+    def __init__(self, device: torch.device, work: Callable[[], Tensor]) -> None:
+        self._stream = None
+        if device.type != "cuda" or torch.compiler.is_compiling():
+            self._found = work()
+            return
+        self._stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            self._found = work()
+
+    def result(self) -> Tensor:
+        """What the work returned; whatever is queued from now on waits for it."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._found.device)
+            current.wait_stream(self._stream)
+            self._found.record_stream(current)
+        return self._found
 
 
 def correct_text(
@@ -72,10 +102,33 @@ def correct_next(
     Returns:
         Correction f^C [B, 1, V], float32.
     """
+    hidden_B1C = advance(copilot, feedback, token_B1, state.pending_B1P if copilot.is_strict else states_B1P, state)
+    return conclude(copilot, feedback, hidden_B1C, log_probs_B1V, states_B1P, state)
+
+
+def advance(copilot: Copilot, feedback: str, token_B1: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:
+    """The part of a step before the head: embed the last target's error and run the body.
+
+    In strict context the row that joins the log is the last target's h̄, `state.pending_B1P`. Then nothing here is of
+    the Pilot's present step.
+
+    Returns:
+        The body's hidden states [B, 1, C].
+    """
     error_B1V = state.feedback_BV[:, None]
     if feedback == "observed":
         error_B1V = token_errors(error_B1V, token_B1)
-    hidden_B1C = copilot.step(copilot.inputs(error_B1V)[:, 1:], states_B1P, state)
+    return copilot.step(copilot.inputs(error_B1V)[:, 1:], row_B1P, state)
+
+
+def conclude(
+    copilot: Copilot, feedback: str, hidden_B1C: Tensor, log_probs_B1V: Tensor, states_B1P: Tensor, state: CopilotState
+) -> Tensor:
+    """The part of a step after the Pilot's: the head; and what the next step needs of this one.
+
+    Returns:
+        Correction f^C [B, 1, V], float32.
+    """
     correction_B1V = copilot.correct(hidden_B1C, log_probs_B1V)
-    state.feedback_BV = (log_probs_B1V.exp() if feedback == "observed" else correction_B1V)[:, 0]
+    state.keep(states_B1P, (log_probs_B1V.exp() if feedback == "observed" else correction_B1V)[:, 0])
     return correction_B1V

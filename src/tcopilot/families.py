@@ -5,6 +5,8 @@ gets its self-attention wrapped by `LogAttention`, which uses the family's own p
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
+from tcopilot.cache_layers import with_room
 from tcopilot.log_attention import LogAttention, is_wrappable
 
 SUPPORTED = ("t5", "bart", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
@@ -53,6 +56,13 @@ def decoder_config(config: PreTrainedConfig, layers: int | None = None) -> PreTr
     if hasattr(body, "decoder_layerdrop"):
         body.decoder_layerdrop = 0.0
     return body
+
+
+def set_dropout(config: PreTrainedConfig, rate: float) -> None:
+    """Set the dropout of a decoder's config; a rotary family has it in its attention only."""
+    for name in ("dropout_rate", "dropout", "attention_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, rate)
 
 
 def decoder_depth(config: PreTrainedConfig) -> int:
@@ -168,7 +178,8 @@ def is_cross_attending(body: nn.Module) -> bool:
 
 def new_cache(body: nn.Module) -> Cache:
     """An empty cache for `run_body`. Built without a config, so that sliding windows never truncate the log."""
-    return EncoderDecoderCache(DynamicCache(), DynamicCache()) if is_cross_attending(body) else DynamicCache()
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if is_cross_attending(body) else DynamicCache()
+    return with_room(cache)
 
 
 def input_embeddings(model: PreTrainedModel) -> Tensor:
@@ -199,6 +210,47 @@ def logits_from_head_input(model: PreTrainedModel, head_input_BNP: Tensor) -> Te
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
         logits_BNV = torch.tanh(logits_BNV / cap) * cap
     return logits_BNV
+
+
+def logit_lens(model: PreTrainedModel, layer_BNP: Tensor) -> Tensor:
+    """Read a layer's output as if it were the decoder's last: final norm, then head.
+
+    Args:
+        model: of a supported family.
+        layer_BNP: the output of a decoder layer before the final norm.
+
+    Returns:
+        Logits [B, N, V].
+    """
+    return logits_from_head_input(model, final_norm(model.get_decoder())(layer_BNP))
+
+
+def final_norm(decoder: nn.Module) -> nn.Module:
+    """The norm between a decoder's last layer and the head; BART, whose layers end in one, has none."""
+    for name in ("norm", "final_layer_norm"):
+        if hasattr(decoder, name):
+            return getattr(decoder, name)
+    return nn.Identity()
+
+
+@contextmanager
+def layer_outputs(decoder: nn.Module) -> Iterator[list[list[Tensor]]]:
+    """Collect what each layer of a decoder returns, before the final norm: one list per layer, one entry per call."""
+    layers = decoder.block if hasattr(decoder, "block") else decoder.layers
+    seen: list[list[Tensor]] = [[] for _ in layers]
+
+    def keep(index: int):
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            seen[index].append(output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    hooks = [layer.register_forward_hook(keep(index)) for index, layer in enumerate(layers)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:

@@ -1,5 +1,7 @@
 """The Copilot's output heads: from its hidden states to corrections f^C, an estimate of ℓ. Both start as a no-op.
 
+`reads_pilot` says whether a head needs log p̂, so that training forms it only where it is read.
+
 Shapes: R rows (any leading shape), C Copilot width, V vocabulary.
 """
 
@@ -10,12 +12,14 @@ from torch import Tensor, nn
 class LinearHead(nn.Module):
     """f^C = W z, the paper's head: one linear map d_C → V without softmax (Section 3.1), started at zero."""
 
+    reads_pilot = False
+
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(vocab_size, width))
 
-    def forward(self, hidden_RC: Tensor, log_probs_RV: Tensor, unembedding_VC: Tensor | None = None) -> Tensor:
-        """Return corrections [R, V] in float32; the Pilot's distribution plays no part."""
+    def forward(self, hidden_RC: Tensor, log_probs_RV: Tensor | None, unembedding_VC: Tensor | None = None) -> Tensor:
+        """Return corrections [R, V] in float32; the Pilot's distribution plays no part and need not be given."""
         return nn.functional.linear(hidden_RC, self.weight).float()
 
 
@@ -25,6 +29,8 @@ class SoftHead(nn.Module):
     It sums to 0 as ℓ does, p̃ = (1 − λ) p̂ + λ softmax(…) stays on the simplex for λ ≤ 1, and no V × d matrix is
     trained: E is the family's frozen unembedding, M a small map started at zero.
     """
+
+    reads_pilot = True
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()

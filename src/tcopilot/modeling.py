@@ -5,7 +5,7 @@ Shapes: B batch, M source length, N targets, V vocabulary.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,13 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, ModelOutput, Seq2SeqLMOutput
 
 from tcopilot.cache import CANNOT_UNDO, TCopilotCache, is_repeatable, of_pilot
+from tcopilot.cache_layers import with_room
 from tcopilot.configuration import TCopilotConfig
 from tcopilot.copilot import Copilot, CopilotConfig
-from tcopilot.decoding import correct_next, correct_text
+from tcopilot.decoding import Beside, advance, conclude, correct_text
 from tcopilot.fusion import build_fusion
 from tcopilot.states import position_ids as count_positions
+from tcopilot.static_decoding import StaticDecoder, sample
 
 IGNORED_LABEL = -100
 
@@ -64,6 +66,7 @@ class TCopilotModel(PreTrainedModel, GenerationMixin):
             copilot = Copilot(CopilotConfig(**config.copilot))
         self.copilot = copilot
         self._fuse = build_fusion(config.fusion)
+        self.static_decoder: StaticDecoder | None = None
         if getattr(self.pilot, "generation_config", None) is not None:
             self.generation_config = copy.deepcopy(self.pilot.generation_config)
         self.post_init()
@@ -210,11 +213,36 @@ class TCopilotModel(PreTrainedModel, GenerationMixin):
         return self.copilot is None or (weights_B is None and self.weight == 0)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        implementation = generation_config.cache_implementation
+        if implementation == "static" and generation_config.num_beams > 1:
+            raise ValueError(
+                f"cache_implementation='static' decodes greedily or by sampling, not with num_beams="
+                f"{generation_config.num_beams}; leave it out, or use num_beams=1"
+            )
+        if model_kwargs.get("past_key_values") is None and implementation in (None, "dynamic", "static"):
+            if generation_config.use_cache is not False:
+                model_kwargs["past_key_values"] = self._new_pilot_cache(implementation == "static")
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         alone = self._is_pilot_only(model_kwargs.get("weights_B"))
         if cache is not None and not alone and not isinstance(cache, TCopilotCache):
             model_kwargs["past_key_values"] = TCopilotCache(cache)
+
+    def _new_pilot_cache(self, keep_all: bool) -> Cache:
+        """An empty cache that grows; a sliding window drops what it has passed, unless all is to be kept."""
+        if self.config.is_encoder_decoder:
+            # Sized by use: for T5, transformers would count the encoder's layers, too few for a deeper decoder.
+            return with_room(EncoderDecoderCache(DynamicCache(), DynamicCache()))
+        return with_room(DynamicCache() if keep_all else DynamicCache(config=self.config))
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        given = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if generation_config.cache_implementation != "static" or not generation_config.use_cache:
+            return super()._sample(*given, **kwargs)
+        if any(kwargs.pop(name, None) for name in ("synced_gpus", "streamer")):
+            raise ValueError("cache_implementation='static' takes no streamer and no synced_gpus; leave it out")
+        return sample(self, *given, **kwargs)
 
     def _assisted_decoding(self, *args, **kwargs):
         if not self._is_pilot_only(kwargs.get("weights_B")):
@@ -230,13 +258,16 @@ class TCopilotModel(PreTrainedModel, GenerationMixin):
 
     def _fused_logits(self, pilot_BNV, log_probs_BNV, corrections_BNV, weights_B: Tensor | None) -> Tensor:
         """What generation reads: log p̃; the Pilot's own logits where λ is 0, since log p̂ may round two into a tie."""
-        weight = self.weight if weights_B is None else weights_B
-        fused_BNV = self.fuse(log_probs_BNV, corrections_BNV, weight)
-        zero = torch.as_tensor(weight, device=fused_BNV.device).reshape(-1, 1, 1) == 0
-        return torch.where(zero, pilot_BNV.float(), fused_BNV)
+        if weights_B is None and self.weight == 0:
+            return pilot_BNV.float()
+        if weights_B is None:
+            return self.fuse(log_probs_BNV, corrections_BNV, self.weight)
+        fused_BNV = self.fuse(log_probs_BNV, corrections_BNV, weights_B)
+        return torch.where(weights_B.to(fused_BNV.device).view(-1, 1, 1) == 0, pilot_BNV.float(), fused_BNV)
 
-    def _pooled(self, hidden_states, positions: slice = slice(None)) -> Tensor | None:
+    def _pooled(self, out: ModelOutput, positions: slice = slice(None)) -> Tensor | None:
         """h̄ of the targets; None without a Copilot to read it."""
+        hidden_states = out.decoder_hidden_states if self.config.is_encoder_decoder else out.hidden_states
         return None if self.copilot is None else self.copilot.pooler(hidden_states, positions)
 
     def _correct_text(self, logits_BNV, tokens_BK, source, source_mask, states, cache: TCopilotCache | None):
@@ -252,19 +283,54 @@ class TCopilotModel(PreTrainedModel, GenerationMixin):
             cache.copilot = state
         return log_probs_BNV, corrections_BNV
 
-    def _correct_next(self, logits_B1V, token_B1, states_B1P, cache: TCopilotCache) -> tuple[Tensor, Tensor]:
-        """Return log p̂ and f^C of the next target."""
+    def next_logits(self, given: dict[str, Any], token_B1: Tensor, cache: Cache, weights_B: Tensor) -> Tensor:
+        """Logits [B, 1, V] of the next target, as `forward` returns them after a filled cache.
+
+        Args:
+            given: arguments of the Pilot but for its cache.
+            token_B1: the newest token.
+            cache: of both models, or of the Pilot where it is alone.
+            weights_B: λ of each row.
+        """
+        fused = isinstance(cache, TCopilotCache)
+
+        def run_pilot():
+            options = {"past_key_values": of_pilot(cache), "use_cache": True, "output_hidden_states": fused}
+            return self.pilot(**given, **options)
+
+        if not fused:
+            return run_pilot().logits.float()
+        out, *parts = self._next(run_pilot, token_B1, cache)
+        return self._fused_logits(out.logits, *parts, weights_B)
+
+    def _next(self, run_pilot: Callable[[], ModelOutput], token_B1: Tensor, cache: TCopilotCache):
+        """Run both models for the next target.
+
+        In strict context the Copilot's body needs nothing of the Pilot's present step, so it runs beside it: on a
+        stream of its own on a GPU, before it elsewhere. In inclusive context it reads h̄ of this step and comes after.
+
+        Returns:
+            The Pilot's output, log p̂ and f^C.
+        """
         if token_B1.shape[1] != 1:
             raise ValueError(
                 f"{token_B1.shape[1]} tokens after a filled cache: a fused model takes them one at a time; "
                 f"pass the whole text without a cache, or use generate"
             )
-        log_probs_B1V = torch.log_softmax(logits_B1V.float(), dim=-1)
         if self.copilot is None:
-            return log_probs_B1V, None
-        return log_probs_B1V, correct_next(
-            self.copilot, self.config.feedback, log_probs_B1V, token_B1, states_B1P, cache.copilot
-        )
+            out = run_pilot()
+            return out, torch.log_softmax(out.logits.float(), dim=-1), None
+        copilot, feedback, state = self.copilot, self.config.feedback, cache.copilot
+        if copilot.is_strict:
+            body = Beside(token_B1.device, lambda: advance(copilot, feedback, token_B1, state.pending_B1P, state))
+            out = run_pilot()
+            hidden_B1C, states_B1P = body.result(), self._pooled(out)
+        else:
+            out = run_pilot()
+            states_B1P = self._pooled(out)
+            hidden_B1C = advance(copilot, feedback, token_B1, states_B1P, state)
+        log_probs_B1V = torch.log_softmax(out.logits.float(), dim=-1)
+        return out, log_probs_B1V, conclude(copilot, feedback, hidden_B1C, log_probs_B1V, states_B1P, state)
 
 
 class TCopilotForCausalLM(TCopilotModel):
@@ -309,7 +375,7 @@ class TCopilotForCausalLM(TCopilotModel):
             ValueError: if rows start their targets at different columns, or several tokens follow a filled cache.
         """
         if past_key_values is None and use_cache and not self._is_pilot_only(weights_B):
-            past_key_values = TCopilotCache(DynamicCache())
+            past_key_values = TCopilotCache(with_room(DynamicCache()))
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if past or not is_repeatable(past_key_values):
             copies = 1
@@ -323,32 +389,35 @@ class TCopilotForCausalLM(TCopilotModel):
             (out.logits,) = _repeat(copies, out.logits, cache=past_key_values)
             return out
         length = input_ids.shape[1]
-        if attention_mask is None:  # generate drops a mask of ones
-            attention_mask = input_ids.new_ones(len(input_ids), past + length)
-        if position_ids is None:
-            position_ids = count_positions(attention_mask)[:, past:]
         start = length if past else self._target_start(target_start, labels, length)
         corrected = length - start + 1
         wanted = length if logits_to_keep == 0 else logits_to_keep
+        if position_ids is None and attention_mask is not None:
+            position_ids = count_positions(attention_mask)[:, past:]
         kwargs.pop("output_hidden_states", None)
-        out = self.pilot(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
-            past_key_values=of_pilot(past_key_values),
-            output_hidden_states=True, logits_to_keep=max(wanted, corrected), **kwargs,
-        )  # fmt: skip
-        pilot_BNV, source = out.logits[:, -corrected:], out.hidden_states[0][:, :start]
-        states_BNP = self._pooled(out.hidden_states, slice(length - corrected, length))
+
+        def run_pilot():
+            return self.pilot(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
+                past_key_values=of_pilot(past_key_values),
+                output_hidden_states=True, logits_to_keep=max(wanted, corrected), **kwargs,
+            )  # fmt: skip
+
         if past:
-            parts = self._correct_next(pilot_BNV, input_ids, states_BNP, past_key_values)
+            out, *parts = self._next(run_pilot, input_ids, past_key_values)
         else:
-            mask_BM = attention_mask[:, :start].bool()
-            parts = self._correct_text(pilot_BNV, input_ids[:, start:], source, mask_BM, states_BNP, past_key_values)
-        all_logits, pilot_BNV, log_probs_BNV, corrections_BNV = _repeat(
-            copies, out.logits, pilot_BNV, *parts, cache=past_key_values
-        )
-        fused_BNV = self._fused_logits(pilot_BNV, log_probs_BNV, corrections_BNV, weights_B)
-        logits = torch.cat([all_logits[:, :-corrected].float(), fused_BNV], dim=1)
-        loss = None
+            out = run_pilot()
+            mask_BM = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            states_BNP = self._pooled(out, slice(length - corrected, length))
+            parts = self._correct_text(
+                out.logits[:, -corrected:], input_ids[:, start:], out.hidden_states[0][:, :start],
+                mask_BM[:, :start].bool(), states_BNP, past_key_values,
+            )  # fmt: skip
+        logits, log_probs_BNV, corrections_BNV = _repeat(copies, out.logits, *parts, cache=past_key_values)
+        fused_BNV = self._fused_logits(logits[:, -corrected:], log_probs_BNV, corrections_BNV, weights_B)
+        if logits.shape[1] > corrected:
+            fused_BNV = torch.cat([logits[:, :-corrected].float(), fused_BNV], dim=1)
+        logits, loss = fused_BNV, None
         if labels is not None:
             loss = torch.nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1), labels[:, 1 - logits.shape[1] :].flatten(), ignore_index=IGNORED_LABEL
@@ -396,16 +465,6 @@ class TCopilotForSeq2SeqLM(TCopilotModel):
         """The Pilot's decoder."""
         return self.pilot.get_decoder()
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """Size the cache by use: for T5, transformers counts the encoder's layers, too few for a deeper decoder."""
-        given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        made = model_kwargs.get("past_key_values")
-        if given is None and made is not None and generation_config.cache_implementation in (None, "dynamic"):
-            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-            alone = self._is_pilot_only(model_kwargs.get("weights_B"))
-            model_kwargs["past_key_values"] = cache if alone else TCopilotCache(cache)
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -442,7 +501,7 @@ class TCopilotForSeq2SeqLM(TCopilotModel):
             start = padded.new_full((len(padded), 1), self.config.decoder_start_token_id)
             decoder_input_ids = torch.cat([start, padded[:, :-1]], dim=1)
         if past_key_values is None and use_cache and not self._is_pilot_only(weights_B):
-            past_key_values = TCopilotCache(EncoderDecoderCache(DynamicCache(), DynamicCache()))
+            past_key_values = TCopilotCache(with_room(EncoderDecoderCache(DynamicCache(), DynamicCache())))
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if past or not is_repeatable(past_key_values):
             copies = 1
@@ -462,16 +521,21 @@ class TCopilotForSeq2SeqLM(TCopilotModel):
             (out.logits,) = _repeat(copies, out.logits, cache=past_key_values)
             return out
         kwargs.pop("output_hidden_states", None)
-        out = self.pilot(**shared, past_key_values=of_pilot(past_key_values), output_hidden_states=True, **kwargs)
-        states_BNP = self._pooled(out.decoder_hidden_states)
+
+        def run_pilot():
+            return self.pilot(
+                **shared, past_key_values=of_pilot(past_key_values), output_hidden_states=True, **kwargs
+            )  # fmt: skip
+
         if past:
-            parts = self._correct_next(out.logits, decoder_input_ids, states_BNP, past_key_values)
+            out, *parts = self._next(run_pilot, decoder_input_ids, past_key_values)
         else:
+            out = run_pilot()
             source = out.encoder_last_hidden_state
             mask_BM = source.new_ones(source.shape[:2]) if attention_mask is None else attention_mask
             parts = self._correct_text(
-                out.logits, decoder_input_ids[:, 1:], source, mask_BM.bool(), states_BNP, past_key_values
-            )  # fmt: skip
+                out.logits, decoder_input_ids[:, 1:], source, mask_BM.bool(), self._pooled(out), past_key_values
+            )
         pilot_BNV, log_probs_BNV, corrections_BNV = _repeat(copies, out.logits, *parts, cache=past_key_values)
         logits = self._fused_logits(pilot_BNV, log_probs_BNV, corrections_BNV, weights_B)
         loss = None

@@ -60,6 +60,17 @@ def test_answers_do_not_depend_on_the_batch_they_are_decoded_in(family, tmp_path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_static_decoding_gives_the_same_answers(family, tmp_path):
+    said = []
+    for name in ("dynamic", "static"):
+        judge = evaluator(family, tmp_path / name, decoding=Decoding(batch_size=7, decoding=name, compile=False))
+        judge.scores("test", "word_problems", [0.0, 1.0])
+        said.append([row["prediction"] for weight in (0.0, 1.0) for row in written(tmp_path / name, weight=weight)])
+        assert (judge.model.static_decoder is not None) == (name == "static")
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_scores_come_in_the_order_of_the_rows(family, tmp_path, monkeypatch):
     judge = evaluator(family, tmp_path, decoding=Decoding(batch_size=3))
     rows = judge.data.evaluation_rows("test", "word_problems")

@@ -30,6 +30,7 @@ from tcopilot.modeling import TCopilotModel
 
 log = logging.getLogger(__name__)
 MODES = ("generation", "likelihood")
+DECODINGS = ("dynamic", "static")
 UNCOMPARED = frozenset({"no_answer"})  # reported, but neither better nor worse
 
 Scores = dict[str, list[float]]
@@ -48,6 +49,8 @@ class Decoding:
             likelihood mode, and those that rank a catalogue only rank.
         ranking: `beam` searches a catalogue with `ranking_beams`; `exhaustive` scores every item.
         ranking_beams: at least the largest cutoff of the ranking metrics.
+        decoding: `dynamic`, or `static` for caches of fixed size (greedy only).
+        compile: whether a static step is compiled, on a GPU into CUDA graphs.
     """
 
     num_beams: int = 1
@@ -56,6 +59,8 @@ class Decoding:
     modes: Sequence[str] = ("generation",)
     ranking: str = "beam"
     ranking_beams: int = 100
+    decoding: str = "dynamic"
+    compile: bool = True
 
 
 @dataclass
@@ -170,7 +175,7 @@ class Evaluator:
         claim(self.folder, self._key())
         rows = self.data.evaluation_rows(split, benchmark)
         found: dict[float, Scores] = {weight: {} for weight in weights}
-        for mode in self._modes(benchmark):
+        for mode in self.modes(benchmark):
             files = PredictionFiles(self.folder, f"{split}-{benchmark}{mode.suffix}", weights)
             self._answer(mode, files, rows, weights, f"{split} {benchmark}{mode.suffix}")
             for weight, predictions in files.finish([row["id"] for row in rows]).items():
@@ -199,7 +204,8 @@ class Evaluator:
                     sums[weight] += sum(prediction["scores"][metric] for prediction in answers[weight])
                 bar(len(members), metric, {weight: total / asked for weight, total in sums.items()})
 
-    def _modes(self, benchmark: str) -> list[Mode]:
+    def modes(self, benchmark: str) -> list[Mode]:
+        """How the rows of a benchmark are answered, the mode that decides first."""
         task, decoding = self.data.benchmarks[benchmark], self.decoding
         if task.catalogue is not None:
             ranking = (decoding.ranking, decoding.ranking_beams, decoding.batch_size)
@@ -208,7 +214,8 @@ class Evaluator:
         for name in decoding.modes:
             if name == "generation":
                 options = (decoding.num_beams, self._longest_answer(benchmark), decoding.batch_size)
-                modes.append(Generation(self.model, self.tokenizer, self._collate, task, *options))
+                how = (decoding.decoding, decoding.compile)
+                modes.append(Generation(self.model, self.tokenizer, self._collate, task, *options, *how))
             elif self.data.has_options(benchmark):
                 modes.append(Likelihood(self.model, self._collate, decoding.batch_size))
         return modes
@@ -246,7 +253,8 @@ class Evaluator:
         config = self.model.config
         benchmarks = {name: asdict(task) for name, task in self.data.benchmarks.items()}  # how answers are read
         decoding = {key: list(value) if key == "modes" else value for key, value in asdict(self.decoding).items()}
-        decoding.pop("batch_size")  # changes no answer
+        for name in ("batch_size", "decoding", "compile"):  # change no answer
+            decoding.pop(name)
         decoding.pop("modes")  # have files of their own
         return {
             "model": fingerprint(self.model),

@@ -26,6 +26,8 @@ class Generation:
         num_beams: 1 is greedy.
         max_new_tokens: longest answer, in tokens.
         sequences: prompts times λ decoded at once.
+        decoding: `dynamic` or `static` caches.
+        compiled: whether a static step is compiled.
     """
 
     suffix = ""
@@ -39,6 +41,8 @@ class Generation:
         num_beams: int,
         max_new_tokens: int,
         sequences: int,
+        decoding: str = "dynamic",
+        compiled: bool = True,
     ) -> None:
         self._model, self._tokenizer, self._collate, self._benchmark = model, tokenizer, collate, benchmark
         self._sequences = sequences
@@ -48,6 +52,8 @@ class Generation:
             "do_sample": False,
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
+            "cache_implementation": decoding,
+            "disable_compile": not compiled,
         }
         self.metrics = benchmark.metrics
 
@@ -55,26 +61,25 @@ class Generation:
         """Prompts of a batch at that many λ."""
         return max(1, self._sequences // weights)
 
-    @torch.no_grad()
     def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
         """Return one prediction per λ and row, with the text, what was read out of it, and its scores."""
+        return {
+            weight: [self._judged(row, tokens) for row, tokens in zip(rows, answers, strict=True)]
+            for weight, answers in self.emit(rows, weights).items()
+        }
+
+    @torch.no_grad()
+    def emit(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[list[int]]]:
+        """Return the tokens of each answer, for each λ and row; what follows an end token is padding."""
         batch = self._collate(rows).to(self._model.device)
-        prompt = 0 if self._model.config.is_encoder_decoder else batch.source_ids_BM.shape[1]
+        start = 1 if self._model.config.is_encoder_decoder else batch.source_ids_BM.shape[1]
         found = self._model.generate_at_weights(
             weights, batch.source_ids_BM, batch.source_mask_BM.long(), **self._options
         )
-        return {
-            weight: [
-                self._judged(row, tokens) for row, tokens in zip(rows, sequences[:, prompt:].tolist(), strict=True)
-            ]
-            for weight, sequences in zip(weights, found, strict=True)
-        }
+        return {weight: tokens[:, start:].tolist() for weight, tokens in zip(weights, found, strict=True)}
 
     def _judged(self, row: dict[str, Any], tokens: list[int]) -> Prediction:
-        start = 1 if self._model.config.is_encoder_decoder else 0
-        text = self._tokenizer.decode(
-            until_end(tokens[start:], self._tokenizer.eos_token_id), skip_special_tokens=True
-        )
+        text = self._tokenizer.decode(until_end(tokens, self._tokenizer.eos_token_id), skip_special_tokens=True)
         return {
             **{key: row[key] for key in ("id", "prompt", "target", "answer")},
             "prediction": text,

@@ -1,0 +1,258 @@
+"""Greedy decoding and sampling with caches of fixed shape and place, so that a step can be compiled to a CUDA graph.
+
+The prompt is read as always, with caches that fit it. Then both models' keys and values move into caches with room for
+the whole answer, and every further token is the same step: same shapes, same memory. The host does not wait for the
+device but to see, now and then, whether all rows have ended.
+
+Shapes: B batch, T tokens of prompt and answer, M source length, N steps, K errors, P Pilot width, S rows of the log,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import Cache
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_outputs import BaseModelOutput
+
+from tcopilot.cache import TCopilotCache, of_pilot
+from tcopilot.cache_layers import fill_cache, in_place, rounded, static_cache, static_sizes
+from tcopilot.copilot import CopilotState
+from tcopilot.log_attention import additive
+
+if TYPE_CHECKING:
+    from tcopilot.modeling import TCopilotModel
+
+BLOCK = 64
+"""Compiled shapes are multiples of this, so that prompts of similar length share one compilation."""
+PATIENCE = 8
+"""Steps after which a GPU is asked whether all rows have ended."""
+_ALL = "all layers"
+
+
+class StaticState(CopilotState):
+    """A Copilot's state in place: masks over all rows to come, of which each step opens one."""
+
+    KEPT = ("position_B1", "pending_B1P", "feedback_BV")
+
+    def __init__(self, state: CopilotState, answer: int, block: int) -> None:
+        mask_B11S, errors = state.log_mask_B11S, state.cache.get_seq_length()
+        log_mask_B11S = mask_B11S.new_empty(len(mask_B11S), 1, 1, rounded(state.rows + answer, block))
+        held = {name: in_place(getattr(state, name).clone()) for name in self.KEPT}
+        cache = static_cache(state.cache, answer, answer, block)
+        super().__init__(cache, in_place(log_mask_B11S), rows=0, next_mask=0.0, **held)
+        self.errors = 0
+        self.self_mask_111K = in_place(mask_B11S.new_empty(1, 1, 1, rounded(errors + answer, block)))
+
+    def fill(self, state: CopilotState) -> None:
+        """Take over the state that a prompt has left."""
+        fill_cache(self.cache, state.cache)
+        self.rows, self.errors, self.next_mask = state.rows, state.cache.get_seq_length(), state.next_mask
+        closed = torch.finfo(self.log_mask_B11S.dtype).min
+        self.log_mask_B11S.fill_(closed)[..., : self.rows] = state.log_mask_B11S[..., : self.rows]
+        self.self_mask_111K.fill_(closed)[..., : self.errors] = 0
+        for name in self.KEPT:
+            getattr(self, name).copy_(getattr(state, name))
+
+    def open_next(self) -> None:
+        """Open the masks for the next step's error and row of the log."""
+        self.self_mask_111K[..., self.errors] = 0
+        self.log_mask_B11S[..., self.rows] = self.next_mask
+        self.errors, self.rows = self.errors + 1, self.rows + 1
+
+    def grow(self) -> tuple[Tensor, Tensor]:
+        """The additive masks of the step at hand over all columns; `open_next` has opened its own."""
+        return self.self_mask_111K, self.log_mask_B11S
+
+    def keep(self, states_B1P: Tensor, feedback_BV: Tensor) -> None:
+        """Keep what the next step needs of this one, in place."""
+        self.pending_B1P.copy_(states_B1P)
+        self.feedback_BV.copy_(feedback_BV)
+
+
+class StaticDecoder:
+    """Both models' caches at their full size, and the step that runs on them.
+
+    Args:
+        model: the fused model; it is not kept.
+        cache: the caches that a prompt has left, which tell shapes and types.
+        source_mask_BM: True on prompt tokens.
+        answer: longest answer, in tokens.
+        compiler: arguments of `torch.compile` for the step; None leaves it as it is.
+    """
+
+    def __init__(
+        self, model: TCopilotModel, cache: Cache, source_mask_BM: Tensor, answer: int, compiler: dict[str, Any] | None
+    ) -> None:
+        block, state, rows = _block(compiler), _state(cache), len(source_mask_BM)
+        self.key = self.key_of(cache, answer, compiler)
+        self.cache: Cache = static_cache(of_pilot(cache), answer, 0, block)
+        if state is not None:
+            self.cache = TCopilotCache(self.cache)
+            self.cache.copilot = StaticState(state, answer, block)
+        self.weights_B = in_place(torch.zeros(rows, device=model.device))
+        self.encoder: dict[str, Any] = {}
+        if model.config.is_encoder_decoder:  # its output is in the cache: who reads it again gets a stand-in
+            columns = rounded(source_mask_BM.shape[1], block)
+            mask_B11M = self.weights_B.new_empty(rows, 1, 1, columns, dtype=model.dtype)
+            output_B1P = in_place(mask_B11M.new_zeros(rows, 1, model.config.pilot.hidden_size))
+            output = BaseModelOutput(last_hidden_state=output_B1P)
+            self.encoder = {"attention_mask": in_place(mask_B11M), "encoder_outputs": output}
+        self._step = _step if compiler is None else torch.compile(_step, isolate_recompiles=True, **compiler)
+
+    @staticmethod
+    def key_of(cache: Cache, answer: int, compiler: dict[str, Any] | None) -> tuple:
+        """What two calls must share for one decoder to serve both."""
+        state, block = _state(cache), _block(compiler)
+        copilot = None if state is None else static_sizes(state.cache, answer, answer, block)
+        return str(compiler), copilot, static_sizes(of_pilot(cache), answer, 0, block)
+
+    def fill(
+        self, model: TCopilotModel, cache: Cache, source_mask_BM: Tensor, answer: int, weights_B: Tensor | None
+    ) -> None:
+        """Move in what a prompt has left, and make the masks and positions of the whole answer."""
+        fill_cache(of_pilot(self.cache), of_pilot(cache))
+        if (state := _state(cache)) is not None:
+            _state(self.cache).fill(state)
+        self.weights_B.copy_(torch.full_like(self.weights_B, model.weight) if weights_B is None else weights_B)
+        if self.encoder:
+            mask_B11M = additive(source_mask_BM[:, None], model.dtype)
+            closed = torch.finfo(model.dtype).min
+            self.encoder["attention_mask"].fill_(closed)[..., : mask_B11M.shape[-1]] = mask_B11M
+        self._masks, self._positions_BN = self._schedule(model, source_mask_BM, answer)
+        self._taken = 0
+
+    def __call__(self, model: TCopilotModel, token_B1: Tensor) -> Tensor:
+        """Run the step that follows a token; returns what the next one is chosen from, [B, V] in float32."""
+        at = slice(self._taken, self._taken + 1)
+        self._taken += 1
+        if (state := _state(self.cache)) is not None:
+            state.open_next()
+        # Contiguous, so that strides do not tell compiled code how long the answer may be.
+        masks = {name: mask_B1NT[:, :, at].contiguous() for name, mask_B1NT in self._masks.items()}
+        position_B1 = self._positions_BN[:, at].contiguous()
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._step(model, self.cache, self.encoder, token_B1, position_B1, masks, self.weights_B)
+
+    def _schedule(self, model: TCopilotModel, source_mask_BM: Tensor, answer: int) -> tuple[dict[str, Tensor], Tensor]:
+        """The Pilot's masks [B, 1, N, T] by kind of layer, and the positions [B, N] of the answer's tokens."""
+        pilot, rows = of_pilot(self.cache), len(source_mask_BM)
+        mask_BT, cache = None, getattr(pilot, "self_attention_cache", pilot)
+        if not self.encoder:
+            later = cache.get_max_length() - source_mask_BM.shape[1]
+            mask_BT = torch.cat([source_mask_BM, source_mask_BM.new_ones(rows, later)], dim=1)
+        masks = create_masks_for_generate(
+            config=model.pilot.get_decoder().config,
+            inputs_embeds=self.weights_B.new_empty(rows, answer, 0, dtype=model.dtype),
+            attention_mask=mask_BT,
+            past_key_values=cache,
+        )
+        positions_BN = source_mask_BM.sum(-1, keepdim=True) + torch.arange(answer, device=source_mask_BM.device)
+        return masks if isinstance(masks, dict) else {_ALL: masks}, positions_BN
+
+
+def _step(model, cache, encoder, token_B1, position_B1, masks, weights_B) -> Tensor:
+    """One step of both models, of fixed shapes: what is compiled."""
+    mask = masks.get(_ALL, masks)
+    if encoder:
+        given = {"decoder_input_ids": token_B1, "decoder_attention_mask": mask, **encoder}
+    else:
+        given = {"input_ids": token_B1, "attention_mask": mask, "position_ids": position_B1}
+    return model.next_logits(given, token_B1, cache, weights_B)[:, -1]
+
+
+def sample(
+    model: TCopilotModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    **model_kwargs: Any,
+) -> Any:
+    """Greedy decoding or sampling as transformers does it, by static caches.
+
+    Args:
+        model: the fused model.
+        input_ids: prompts, or start tokens with an encoder.
+        logits_processor: changes the scores before a token is chosen.
+        stopping_criteria: tell which rows have ended.
+        generation_config: settings of `generate`.
+        **model_kwargs: arguments of the model's forward pass.
+
+    Returns:
+        What `generate` returns without static caches, but for hidden states, attentions and caches.
+    """
+    rows, prompt = input_ids.shape
+    length = stopping_criteria.max_length
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    logits_BV, cache = outputs.logits[:, -1].float(), outputs.past_key_values
+    decoder = _ready_decoder(model, cache, length - prompt, generation_config, model_kwargs)
+    del outputs, cache
+    tokens_BT = torch.cat([input_ids, input_ids.new_zeros(rows, length - prompt)], dim=1)
+    can_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    open_B, written = input_ids.new_ones(rows), input_ids.new_zeros(())
+    kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
+    for at in range(prompt, length):
+        scores_BV = logits_processor(tokens_BT[:, :at], logits_BV)
+        for name, values_BV in (("scores", scores_BV), ("logits", logits_BV)):
+            if getattr(generation_config, f"output_{name}"):
+                kept[name].append(values_BV.clone())
+        token_B = _choose(scores_BV, generation_config.do_sample)
+        if can_end:
+            token_B = torch.where(open_B > 0, token_B, generation_config._pad_token_tensor)
+        tokens_BT[:, at] = token_B
+        written += open_B.max()
+        open_B = open_B & ~stopping_criteria(tokens_BT[:, : at + 1], None)
+        steps = at + 1 - prompt
+        if at + 1 == length or (steps % _patience(input_ids) == 0 and not open_B.any()):
+            break
+        logits_BV = decoder(model, tokens_BT[:, at : at + 1].clone())
+    taken = int(written)
+    sequences = tokens_BT[:, : prompt + taken]
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    found = GenerateEncoderDecoderOutput if model.config.is_encoder_decoder else GenerateDecoderOnlyOutput
+    return found(sequences=sequences, **{name: tuple(values[:taken]) or None for name, values in kept.items()})
+
+
+def _choose(scores_BV: Tensor, do_sample: bool) -> Tensor:
+    return torch.multinomial(scores_BV.softmax(-1), 1)[:, 0] if do_sample else scores_BV.argmax(-1)
+
+
+def _patience(tokens: Tensor) -> int:
+    return 1 if tokens.device.type == "cpu" else PATIENCE
+
+
+def _ready_decoder(model, cache: Cache, answer: int, config: GenerationConfig, model_kwargs) -> StaticDecoder:
+    """The model's decoder with these caches moved in; that of the call before is used again where its sizes fit."""
+    mask_BM = model_kwargs.get("attention_mask")
+    if mask_BM is None:  # generate drops a mask of ones
+        encoded = model.config.is_encoder_decoder
+        read = model_kwargs["encoder_outputs"][0] if encoded else of_pilot(cache).layers[0].keys[:, 0]
+        mask_BM = read.new_ones(read.shape[:2])
+    decoder, compiler = model.static_decoder, _compiler(config)
+    if decoder is None or decoder.key != StaticDecoder.key_of(cache, answer, compiler):
+        decoder = model.static_decoder = StaticDecoder(model, cache, mask_BM, answer, compiler)
+    decoder.fill(model, cache, mask_BM.bool(), answer, model_kwargs.get("weights_B"))
+    return decoder
+
+
+def _compiler(config: GenerationConfig) -> dict[str, Any] | None:
+    """Arguments of `torch.compile`, from the two settings that transformers has for it."""
+    if config.disable_compile:
+        return None
+    given = config.compile_config or CompileConfig(fullgraph=True, dynamic=False)
+    return given.to_dict()
+
+
+def _block(compiler: dict[str, Any] | None) -> int:
+    return 1 if compiler is None else BLOCK
+
+
+def _state(cache: Cache) -> CopilotState | None:
+    return cache.copilot if isinstance(cache, TCopilotCache) else None
