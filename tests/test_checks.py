@@ -267,6 +267,21 @@ def test_a_logger_that_is_not_installed_is_refused(name, tmp_path, no_weights, m
     assert f"pip install {name}" in complaint(tmp_path / "run", *composed.SMALL, f"logger={name}")
 
 
+def test_an_optimiser_whose_package_is_not_installed_is_refused(monkeypatch):
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda _: None)
+    cfg = composed.compose_config("optimizer@copilot.optimizer=adamw_8bit")
+    (message,) = checks.config_problems(cfg)
+    for part in ("optimizer@copilot.optimizer=adamw_8bit", "pip install bitsandbytes", "=adamw"):
+        assert part in message
+
+
+@pytest.mark.parametrize("value", ["inductr", "null", "3"])
+def test_an_unknown_backend_of_compile_is_refused(value):
+    (message,) = checks.config_problems(composed.compose_config(f"compile={value}"))
+    assert message.startswith("compile=")
+    assert "inductor" in message
+
+
 @pytest.mark.parametrize("key", ["callbacks.checkpoint.keep", "mistake_log.every_n_rounds", "pilot.optimizer.lr"])
 def test_a_value_that_must_be_there_cannot_be_null(key):
     assert [p for p in checks.config_problems(composed.compose_config(f"{key}=null")) if p.startswith(f"{key}=None")]

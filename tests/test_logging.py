@@ -159,6 +159,7 @@ def test_speed_and_shares_agree_with_the_seconds(finished):
         assert line["time/copilot_share"] == pytest.approx(copilot / whole, rel=1e-3)
         assert line["speed/target_tokens_per_second"] == pytest.approx(line["train/target_tokens"] / whole, rel=1e-3)
         assert line["speed/rows_per_second"] == pytest.approx(16 / whole, rel=1e-3)
+        assert 0 <= line["data/padding_share"] < 0.5
         assert 50 < line["memory/rss_peak_mib"] < 100_000
 
 

@@ -67,13 +67,15 @@ def case(tiny_pilot, randomise):
         options = {"head": head, "train_error_input": False}
         copilot = randomise(Copilot.from_pilot(tiny_pilot("llama"), layers=2, **options)).eval()
         generator = torch.Generator().manual_seed(0)
+        mask = torch.arange(5) < torch.tensor([[5], [3], [4]])
         record = MistakeRecord(
             source_BMP=torch.zeros(3, 1, 32),
             source_mask_BM=torch.ones(3, 1, dtype=torch.bool),
             states_BNP=torch.zeros(3, 5, 32),
             probs_BNV=torch.randn(3, 5, 56, generator=generator).softmax(-1),
             targets_BN=torch.randint(0, 56, (3, 5), generator=generator),
-            target_mask_BN=torch.arange(5) < torch.tensor([[5], [3], [4]]),
+            target_mask_BN=mask,
+            tokens_R=mask.flatten().nonzero().squeeze(-1),
         )
         return copilot, record, torch.randn(3, 5, 32, generator=generator, requires_grad=True)
 

@@ -162,10 +162,12 @@ def fused_model(cfg: DictConfig, prepared: Prepared) -> TCopilotModel:
             layers=copilot_layers(cfg.copilot.layers, decoder_depth((donor or pilot).config)),
             donor=donor,
             tokens=len(prepared.tokenizer),
+            reads=list(cfg.copilot.reads),
             **{
                 name: cfg.copilot[name]
                 for name in (
                     "head", "pattern", "pooling", "context", "positions", "error_input", "train_error_input",
+                    "dropout",
                 )
             },
         )  # fmt: skip
@@ -216,6 +218,7 @@ def training_module(cfg: DictConfig, model: TCopilotModel, rounds: int) -> TCopi
         copilot=learner(cfg.copilot, rounds) if cfg.copilot.enabled else None,
         rounds=rounds,
         micro_batch_size=cfg.pilot.micro_batch_size,
+        compile={True: "inductor", False: None}.get(cfg.compile, cfg.compile),
         **options,
     )
 

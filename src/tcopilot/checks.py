@@ -16,19 +16,21 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from tcopilot.copilot import PATTERNS, POSITIONS
+from tcopilot.copilot import PATTERNS, POSITIONS, READS
 from tcopilot.decoding import FEEDBACKS
-from tcopilot.evaluation.evaluate import MODES
+from tcopilot.evaluation.evaluate import DECODINGS, MODES
 from tcopilot.evaluation.recommendation import RANKINGS
 from tcopilot.functional import POOLINGS
 from tcopilot.fusion import FUSIONS
 from tcopilot.heads import HEADS
 from tcopilot.log_attention import CONTEXTS
+from tcopilot.mistake_log import ROWS
 
 PRECISIONS = ("32-true", "bf16-mixed")
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 ACCELERATORS = ("auto", "cpu", "cuda", "gpu", "mps", "tpu")
 DTYPES = ("float32", "bfloat16", "float16")
+CONTROLS = ("equal_time", "equal_flops", "averaged", "equal_parameters")
 SECTIONS = (
     "pilot", "copilot", "data", "data.benchmarks", "mistake_log", "mistake_log.log", "fusion", "evaluation",
     "trainer", "callbacks", "logger", "paths",
@@ -76,8 +78,8 @@ CHOICES = {
     "copilot.positions": POSITIONS,
     "copilot.error_input": ("embedding", "normal"),
     "mistake_log.log.dtype": DTYPES,
+    "mistake_log.log.rows": ROWS,
     "mistake_log.log.storage.dtype": DTYPES,
-    "control": (None, "equal_time"),
 }
 COUNTS = (
     "data.batch_size", "data.eval_batch_size", "copilot.batch_size", "copilot.steps_per_round",
@@ -151,7 +153,7 @@ def config_problems(cfg: DictConfig) -> list[str]:
     """Problems that the composed config shows by itself, without any model or data."""
     checks = (
         *(_names, _flags, _trainer, _loops, _numbers, _ranges, _choices),
-        *(_batches, _evaluation, _learners, _copilot_options),
+        *(_batches, _evaluation, _learners, _controls, _copilot_options),
     )
     return [problem for check in checks for problem in _guarded(check, cfg)]
 
@@ -238,6 +240,9 @@ def _trainer(cfg: DictConfig) -> Iterator[str]:
         )
     if process_count(cfg) > 1 and strategy == "auto":
         yield f"trainer.devices={devices} with trainer.strategy=auto: several processes need trainer.strategy=ddp"
+    if not isinstance(cfg.compile, bool) and cfg.compile not in torch.compiler.list_backends(exclude_tags=None):
+        known = ", ".join(torch.compiler.list_backends())
+        yield f"compile={cfg.compile}: give true, false or a backend of torch.compile ({known})"
     for name in ("wandb", "tensorboard"):
         if name in cfg.logger and importlib.util.find_spec(name) is None:
             yield f"logger={name}: the package is not installed; pip install {name}, or use logger=csv"
@@ -328,6 +333,12 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
     if not isinstance(modes, ListConfig) or not modes or not set(modes) <= set(MODES) or len(set(modes)) < len(modes):
         yield f"evaluation.modes={modes}: give a list of {', '.join(MODES)}"
     yield from _one_of("evaluation.ranking", cfg.evaluation.ranking, RANKINGS)
+    yield from _one_of("evaluation.decoding", cfg.evaluation.decoding, DECODINGS)
+    if cfg.evaluation.decoding == "static" and cfg.evaluation.num_beams != 1:
+        yield (
+            f"evaluation.decoding=static with evaluation.num_beams={cfg.evaluation.num_beams}: static caches decode "
+            f"greedily only; set evaluation.num_beams=1 or evaluation.decoding=dynamic"
+        )
     for key in ("num_beams", "max_new_tokens", "batch_size", "ranking_beams"):
         value = cfg.evaluation[key]
         if not (value is None and key == "max_new_tokens") and (not is_whole(value) or value < 1):
@@ -341,6 +352,11 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
 
 
 def _learners(cfg: DictConfig) -> Iterator[str]:
+    for key in ("pilot", "copilot"):
+        optimizer = OmegaConf.select(cfg, f"{key}.optimizer._target_", default="")
+        if str(optimizer).startswith("bitsandbytes.") and importlib.util.find_spec("bitsandbytes") is None:
+            group = f"optimizer@{key}.optimizer"
+            yield f"{group}=adamw_8bit: bitsandbytes is not installed; pip install bitsandbytes, or use {group}=adamw"
     adapted = "_target_" in (cfg.pilot.adapter or {})
     if cfg.pilot.frozen and adapted:
         yield "pilot.frozen=true with an adapter: it would never be trained; use adapter@pilot.adapter=none"
@@ -349,17 +365,53 @@ def _learners(cfg: DictConfig) -> Iterator[str]:
             f"pilot.dtype={cfg.pilot.dtype}: weights that are trained must be float32 (trainer.precision=bf16-mixed "
             f"computes in bfloat16 all the same); use pilot.dtype=float32, or adapter@pilot.adapter=lora"
         )
-    if cfg.pilot.frozen and cfg.control:
-        yield f"control={cfg.control} with pilot.frozen=true: a frozen Pilot cannot be trained alone; use control=null"
-    if not cfg.copilot.enabled:
-        if cfg.pilot.frozen:
-            yield "pilot.frozen=true with copilot=none: nothing would be trained"
-        if cfg.control:
-            yield f"control={cfg.control} with copilot=none: the run itself is the Pilot alone; use control=null"
+    if cfg.pilot.frozen and not cfg.copilot.enabled:
+        yield "pilot.frozen=true with copilot=none: nothing would be trained"
+
+
+def control_names(given: Any) -> list[str]:
+    """The controls that `control` asks for: null, a name or a list of names.
+
+    >>> control_names(None), control_names("averaged")
+    ([], ['averaged'])
+    """
+    if given is None:
+        return []
+    return list(given) if isinstance(given, ListConfig | list) else [given]
+
+
+def _controls(cfg: DictConfig) -> Iterator[str]:
+    names, given = control_names(cfg.control), f"control={cfg.control}"
+    if any(isinstance(name, bool) or name not in CONTROLS for name in names) or len(set(names)) < len(names):
+        yield f"{given}: use one or a list of null, {', '.join(CONTROLS)}"
+        return
+    if names and cfg.pilot.frozen:
+        yield f"{given} with pilot.frozen=true: a frozen Pilot cannot be trained alone; use control=null"
+    if names and not cfg.copilot.enabled:
+        yield f"{given} with copilot=none: the run itself is the Pilot alone; use control=null"
+    if "equal_flops" in names and cfg.callbacks.get("flops") is None:
+        yield f"{given} without callbacks.flops: nobody would count the joint run's operations; use callbacks=default"
+    widths = {"d_model", "hidden_size"} & set(cfg.pilot.config or {})
+    if "equal_parameters" in names and (cfg.pilot.path or not widths):
+        yield (
+            f"{given} with pilot.path={cfg.pilot.path}: only a Pilot built from pilot.config, with its d_model or "
+            f"hidden_size, can be made wider; a pretrained one cannot. Leave out equal_parameters"
+        )
 
 
 def _copilot_options(cfg: DictConfig) -> Iterator[str]:
+    if cfg.data.held_out and cfg.mistake_log.log.rows != "all":
+        yield (
+            f"mistake_log.log.rows={cfg.mistake_log.log.rows} with data.held_out={cfg.data.held_out}: rows that are "
+            f"held out are never trained on; use mistake_log.log.rows=all, or data.held_out=0"
+        )
     if cfg.copilot.enabled:
+        reads = cfg.copilot.reads
+        if not isinstance(reads, ListConfig) or not reads or not set(reads) <= set(READS):
+            yield f"copilot.reads={reads}: give a list of {', '.join(READS)}"
+        dropout = cfg.copilot.dropout
+        if dropout is not None and not (_is_number(dropout) and 0 <= dropout < 1):
+            yield f"copilot.dropout={dropout}: give a number in [0, 1), or null for the checkpoint's own"
         given = cfg.copilot.own_feedback
         shares = given if isinstance(given, ListConfig) else [given]
         if not 1 <= len(shares) <= 2 or not all(_is_number(share) and 0 <= share <= 1 for share in shares):

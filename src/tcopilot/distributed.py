@@ -88,6 +88,15 @@ def refuse_differences(settings: dict[str, Any]) -> None:
         )
 
 
+def gather(values: list[T]) -> list[T]:
+    """Return the values of all processes, in the order of the processes, on each of them."""
+    if not _on():
+        return values
+    everyone: list[Any] = [None] * world_size()
+    distributed.all_gather_object(everyone, values)
+    return [value for part in everyone for value in part]
+
+
 def sum_over_processes(value: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes, on each of them."""
     if not _on():

@@ -2,7 +2,8 @@
 
 A round's records are stored together on the CPU and leave together, so every policy is bounded in rounds, and in bytes
 where a limit is given. Sampling draws single records. No append, draw or statistic takes longer in a longer log, but
-for the logarithm of its length: running sums say where a record is.
+for the logarithm of its length: running sums say where a record is. From a GPU a round is copied while training goes
+on; whoever reads the log next waits for the copies.
 
 What a record keeps of X̃: an encoder's output as it is; of a decoder-only Pilot the prompt's ids where its input
 embedding is frozen (LoRA, a frozen Pilot), from which the embedding gives X̃ exactly, else the embedded prompt. How p̂
@@ -23,18 +24,24 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from tcopilot.functional import token_errors
+from tcopilot.host_copy import HostCopies, owned_copy, to_device
 from tcopilot.log_spill import Spill
 from tcopilot.log_storage import DenseStorage, Storage, is_frozen
 from tcopilot.sampling import Fifo, SamplingPolicy
 from tcopilot.states import PilotStates
 from tcopilot.tally import Tally
+from tcopilot.visits import Visits
 
 _OF_SOURCE = ("source", "source_ids", "source_mask")
+ROWS = ("all", "first_visit")
 ENERGY_UNIT = 2**40  # ‖ℓ‖² of 1 as a whole number: sums of whole numbers do not depend on what came and went
 
 
 class MistakeRecord(NamedTuple):
-    """Records drawn from the log, padded to one shape, on the training device."""
+    """Records drawn from the log, padded to one shape, on the training device.
+
+    `tokens_R` counts the target tokens through the flattened [B, N]: made on the host, where the masks are known.
+    """
 
     source_BMP: Tensor
     source_mask_BM: Tensor
@@ -42,6 +49,7 @@ class MistakeRecord(NamedTuple):
     probs_BNV: Tensor
     targets_BN: Tensor
     target_mask_BN: Tensor
+    tokens_R: Tensor
 
     @property
     def errors_BNV(self) -> Tensor:
@@ -77,6 +85,24 @@ class LoggedRound:
 
     def __len__(self) -> int:
         return len(self.energy_B)
+
+
+class _Arriving(NamedTuple):
+    """A round whose copies to the host may be on their way."""
+
+    tensors: dict[str, Tensor]
+    packed: list[dict[str, Tensor]]  # p̂ as the storage keeps it, piece by piece
+    energies: list[Tensor]
+    ids_B: Tensor
+    extend: bool
+
+    def logged(self, round: int, seen_ids: set[int]) -> LoggedRound:
+        """The round, once the copies are made; its rows' ids join those seen."""
+        packed = {name: _whole([piece[name] for piece in self.packed]) for name in self.packed[0]}
+        ids = self.ids_B.tolist()
+        repeated_B = torch.tensor([i in seen_ids for i in ids])
+        seen_ids.update(ids)
+        return LoggedRound(self.tensors | packed, round, _whole(self.energies), repeated_B)
 
 
 class LoggedRounds(Sequence[LoggedRound]):
@@ -174,13 +200,14 @@ class MistakeLog:
         seed: of the draws.
         spill: folder for memory-mapped files; all rounds but the newest go there. None keeps them in memory. The
             draws are the same.
+        rows: `all`, or `first_visit` for errors only from before the Pilot was ever trained on their row.
 
     Attributes:
         pilot: what rebuilds X̃ and p̂ from frozen parts: the Pilot of the last append. Set it to draw from a restored
             log before the first append.
 
     Raises:
-        ValueError: if the capacity is below one round or the byte limit is not positive.
+        ValueError: if the capacity is below one round, the byte limit is not positive or `rows` is unknown.
     """
 
     def __init__(
@@ -192,7 +219,10 @@ class MistakeLog:
         dtype: torch.dtype | str = torch.float32,
         seed: int = 0,
         spill: str | None = None,
+        rows: str = "all",
     ) -> None:
+        if rows not in ROWS:
+            raise ValueError(f"mistake_log.log.rows={rows!r} is not one of {', '.join(ROWS)}")
         if capacity_rounds < 1:
             raise ValueError(
                 f"mistake_log.log.capacity_rounds={capacity_rounds}: the log must hold at least one round"
@@ -206,16 +236,24 @@ class MistakeLog:
         self.policy = Fifo() if policy is None else policy
         self.storage = DenseStorage() if storage is None else storage
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        self.rounds = LoggedRounds(self.policy.weights)
+        self._rounds = LoggedRounds(self.policy.weights)
+        self._copies, self._arriving = HostCopies(), None
         self.spill = None if spill is None else Spill(spill)
         self.pilot: PreTrainedModel | None = None
         self.seen_rounds = 0
         self._seen_ids: set[int] = set()
+        self._visits = Visits() if rows == "first_visit" else None
         self._generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
         """Number of records held."""
         return self.rounds.records
+
+    @property
+    def rounds(self) -> LoggedRounds:
+        """The rounds held, after waiting for the copies of the newest."""
+        self._admit()
+        return self._rounds
 
     @property
     def nbytes(self) -> int:
@@ -236,45 +274,74 @@ class MistakeLog:
     def append(self, states: PilotStates, extend: bool = False, rows_per_piece: int = 64) -> None:
         """Log one round, detached, before the Pilot's update (Algorithm 1).
 
+        From a GPU this starts the copies and returns.
+
         Args:
             states: the Pilot's trace; nothing in it is kept alive or changed.
             extend: the records belong to the round appended last, of which this is a further micro-batch.
             rows_per_piece: rows whose p̂ is formed at once, which bounds the temporary memory.
         """
+        if self._visits is not None:
+            states, extend = self._first_visits(states, extend)
+            if states is None:
+                return
         if extend and self.rounds[-1].round != self.seen_rounds - 1:
             return  # the policy did not admit this round
-        logged = self._logged(states, self.seen_rounds - int(extend), rows_per_piece)
-        if extend:
-            logged = _joined(self.rounds.pop(), logged)
-        elif self.spill is not None and self.rounds and self.rounds[-1].round == self.seen_rounds - 1:
-            complete = self.rounds[-1]
-            complete.tensors = self.spill.move(complete.tensors)
-        self.rounds.append(logged)
-        self.seen_rounds = logged.round + 1
-        while len(self.rounds) > self.capacity_rounds or self._over_bytes():
-            self.rounds.pop(self.policy.evict(len(self.rounds), self.seen_rounds, self._generator))
+        self._admit()
+        self._arriving = self._sent(states, extend, rows_per_piece)
+        self.seen_rounds += int(not extend)
+        if not self._copies.on_the_way:
+            self._admit()
 
-    def _logged(self, states: PilotStates, round: int, rows_per_piece: int) -> LoggedRound:
-        self.pilot = states.pilot
+    def _first_visits(self, states: PilotStates, extend: bool) -> tuple[PilotStates | None, bool]:
+        """The rows on their first visit, None if there are none, and whether the round has records already."""
+        self._admit()
+        first = self._visits.first(states.ids_B.tolist(), extend)
+        if not extend:
+            self._has_records = False
+            self.seen_rounds += 1  # a round without records counts all the same
+        if not any(first):
+            return None, extend
+        extend, self._has_records = self._has_records, True
+        self.seen_rounds -= int(not extend)  # `append` counts it
+        return states if all(first) else states.rows(torch.tensor(first, device=states.ids_B.device)), extend
+
+    def _admit(self) -> None:
+        """Take the round that is arriving, if any, into the log; others may leave."""
+        if self._arriving is None:
+            return
+        self._copies.wait()
+        arriving, self._arriving = self._arriving, None
+        logged = arriving.logged(self.seen_rounds - 1, self._seen_ids)
+        if arriving.extend:
+            logged = _joined(self._rounds.pop(), logged)
+        elif self.spill is not None and self._rounds and self._rounds[-1].round == logged.round - 1:
+            complete = self._rounds[-1]
+            complete.tensors = self.spill.move(complete.tensors)
+        self._rounds.append(logged)
+        while len(self._rounds) > self.capacity_rounds or self._over_bytes():
+            self._rounds.pop(self.policy.evict(len(self._rounds), self.seen_rounds, self._generator))
+
+    def _sent(self, states: PilotStates, extend: bool, rows_per_piece: int) -> _Arriving:
+        self.pilot, copy = states.pilot, self._copies.copy
         packed, energies = [], []
         for first in range(0, len(states.targets_BN), rows_per_piece):
             piece = states.rows(slice(first, first + rows_per_piece))
             probs_BNV = torch.softmax(piece.logits_BNV.float(), dim=-1)
-            energies.append(_mean_energy(probs_BNV, piece.targets_BN, piece.target_mask_BN).cpu())
-            packed.append({name: _to_cpu(tensor) for name, tensor in self.storage.pack(piece, probs_BNV).items()})
+            energies.append(copy(_mean_energy(probs_BNV, piece.targets_BN, piece.target_mask_BN)))
+            own = probs_BNV if probs_BNV.device.type == "cpu" else None  # formed here: nobody else's memory
+            packed.append(
+                {name: t if t is own else copy(t) for name, t in self.storage.pack(piece, probs_BNV).items()}
+            )
         tensors = {
             **self._source(states),
-            "source_mask": _to_cpu(states.source_mask_BM),
-            "states": _to_cpu(states.states_BNP, self.dtype),
-            "targets": _to_cpu(states.targets_BN),
-            "target_mask": _to_cpu(states.target_mask_BN),
-            "benchmark": _to_cpu(states.benchmark_B),
+            "source_mask": copy(states.source_mask_BM),
+            "states": copy(states.states_BNP, self.dtype),
+            "targets": copy(states.targets_BN),
+            "target_mask": copy(states.target_mask_BN),
+            "benchmark": copy(states.benchmark_B),
         }
-        tensors |= {name: torch.cat([piece[name] for piece in packed]) for name in packed[0]}
-        ids = states.ids_B.tolist()
-        repeated_B = torch.tensor([i in self._seen_ids for i in ids])
-        self._seen_ids.update(ids)
-        return LoggedRound(tensors, round, torch.cat(energies), repeated_B)
+        return _Arriving(tensors, packed, energies, copy(states.ids_B), extend)
 
     def _source(self, states: PilotStates) -> dict[str, Tensor]:
         kind = "source" if states.source_ids_BM is None else _source_kind(states.pilot)
@@ -284,8 +351,8 @@ class MistakeLog:
                 f"{'trained' if kind == 'source_ids' else 'frozen'} and now is not: start a new log"
             )
         if kind == "source_ids":
-            return {kind: _to_cpu(states.source_ids_BM)}
-        return {kind: _to_cpu(states.source_BMP, self.dtype)}
+            return {kind: self._copies.copy(states.source_ids_BM)}
+        return {kind: self._copies.copy(states.source_BMP, self.dtype)}
 
     @torch.no_grad()
     def sample(self, records: int, device: torch.device | str = "cpu") -> MistakeRecord:
@@ -301,10 +368,9 @@ class MistakeLog:
         if not self.rounds:
             raise ValueError("the Mistake Log is empty: append a round before drawing from it")
         drawn = [self._row(index) for index in self.policy.draw(self, records, self._generator).tolist()]
-        padded = {
-            name: pad_sequence([row[name] for row in drawn], batch_first=True).to(device, non_blocking=True)
-            for name in drawn[0]
-        }
+        on_host = {name: pad_sequence([row[name] for row in drawn], batch_first=True) for name in drawn[0]}
+        tokens_R = on_host["target_mask"].flatten().nonzero().squeeze(-1)
+        padded = {name: to_device(tensor, device) for name, tensor in on_host.items()}
         return MistakeRecord(
             padded["source"] if "source" in padded else self._embedded(padded["source_ids"], padded["source_mask"]),
             padded["source_mask"],
@@ -312,6 +378,7 @@ class MistakeLog:
             self.storage.unpack({name: padded[name] for name in self.storage.names}, padded["targets"], self.pilot),
             padded["targets"],
             padded["target_mask"],
+            to_device(tokens_R, device),
         )
 
     def _embedded(self, source_ids_BM: Tensor, source_mask_BM: Tensor) -> Tensor:
@@ -360,25 +427,28 @@ class MistakeLog:
             ],
             "seen_rounds": self.seen_rounds,
             "seen_ids": torch.tensor(sorted(self._seen_ids), dtype=torch.int64),
+            "visited_ids": torch.tensor([] if self._visits is None else self._visits.ids, dtype=torch.int64),
             "generator": self._generator.get_state(),
             "storage": self.storage.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a log; the draws go on as if nothing had happened."""
-        self.rounds = LoggedRounds(self.policy.weights)
+        self._rounds, self._arriving = LoggedRounds(self.policy.weights), None
         for logged in state["rounds"]:
             spilled = self.spill is not None and logged["round"] < state["seen_rounds"] - 1
             own = self.spill.move if spilled else _owned  # what is given may lie in a checkpoint's file
             rest = _owned({name: logged[name] for name in ("energy_B", "repeated_B")})
-            self.rounds.append(LoggedRound(own(logged["tensors"]), logged["round"], **rest))
+            self._rounds.append(LoggedRound(own(logged["tensors"]), logged["round"], **rest))
         self.seen_rounds = state["seen_rounds"]
         self._seen_ids = set(state["seen_ids"].tolist())
+        if self._visits is not None:
+            self._visits.ids = state["visited_ids"].tolist()
         self._generator.set_state(state["generator"].cpu())
         self.storage.load_state_dict(state["storage"])
 
     def _over_bytes(self) -> bool:
-        return self.max_bytes is not None and len(self.rounds) > 1 and self.nbytes > self.max_bytes
+        return self.max_bytes is not None and len(self._rounds) > 1 and self._rounds.sums["bytes"] > self.max_bytes
 
     def _row(self, index: int) -> dict[str, Tensor]:
         logged, row = self.rounds.record(index)
@@ -399,13 +469,12 @@ def _source_kind(pilot: PreTrainedModel) -> str:
     return "source_ids" if rebuilt else "source"
 
 
-def _to_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An owned copy on the CPU: the log must not keep the Pilot's graph or a shared buffer alive."""
-    return torch.empty_like(tensor, dtype=dtype, device="cpu").copy_(tensor.detach())
-
-
 def _owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: _to_cpu(tensor) for name, tensor in tensors.items()}
+    return {name: owned_copy(tensor) for name, tensor in tensors.items()}
+
+
+def _whole(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def _joined(first: LoggedRound, second: LoggedRound) -> LoggedRound:
@@ -426,5 +495,5 @@ def _joined(first: LoggedRound, second: LoggedRound) -> LoggedRound:
 def _mean_energy(probs_BNV: Tensor, targets_BN: Tensor, mask_BN: Tensor) -> Tensor:
     """Mean ‖ℓ‖² per record, from ‖p̂‖² − 2 p̂_y + 1."""
     right_BN = probs_BNV.gather(-1, targets_BN.unsqueeze(-1)).squeeze(-1)
-    energy_BN = (probs_BNV.square().sum(-1) - 2 * right_BN + 1) * mask_BN
+    energy_BN = (torch.linalg.vector_norm(probs_BNV, dim=-1).square() - 2 * right_BN + 1) * mask_BN
     return energy_BN.sum(-1) / mask_BN.sum(-1).clamp_min(1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,9 +44,10 @@ class Learner:
 class TCopilotModule(LightningModule):
     """Pilot and Copilot in one LightningModule with two optimisers, stepped by hand.
 
-    The log is detached, so the sum of both losses gives each model exactly its own gradient: the Pilot's update and
-    the Copilot's first update of a round share one backward pass. `MistakeLogCallback` puts the log into
-    `mistake_log`.
+    The log is detached, so the sum of both losses gives each model exactly its own gradient. With several processes
+    the Pilot's update and the Copilot's first update of a round share one backward pass, for DDP reduces gradients
+    once; one process runs the Pilot's first, which frees its activations and hides the log's copies.
+    `MistakeLogCallback` puts the log into `mistake_log`.
 
     Args:
         model: the fused model. Without a Copilot this is plain fine-tuning.
@@ -58,6 +60,8 @@ class TCopilotModule(LightningModule):
         steps_per_round: Copilot updates per round.
         own_feedback: probability that a sequence of the log is trained on the Copilot's own outputs, those of a
             teacher-forced pass, instead of ℓ_{<i}; a pair moves linearly from the first to the second over the run.
+        compile: backend of `torch.compile` for the forward passes of both models while training runs; None: no
+            compilation. Names of weights stay as they are.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class TCopilotModule(LightningModule):
         copilot_batch_size: int = 64,
         steps_per_round: int = 4,
         own_feedback: float | tuple[float, float] = 0.0,
+        compile: str | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -83,7 +88,9 @@ class TCopilotModule(LightningModule):
         self.copilot_batch_size = copilot_batch_size
         self.steps_per_round = steps_per_round
         self.own_feedback = (own_feedback,) * 2 if isinstance(own_feedback, float | int) else tuple(own_feedback)
+        self.compile_backend = compile
         self.mistake_log: MistakeLog | None = None
+        self.copilot_stopped = False  # `CopilotStop` sets it: no more records and updates, while the Pilot goes on
         self.seconds = {"pilot": 0.0, "copilot": 0.0}
         self.gradient_norms: dict[str, list[Tensor]] = {}  # of this round's updates
         if pilot is None:
@@ -93,6 +100,11 @@ class TCopilotModule(LightningModule):
     def round(self) -> int:
         """Rounds done; `global_step` counts the steps of both optimisers instead."""
         return self.trainer.fit_loop.epoch_loop.batch_progress.total.completed
+
+    @property
+    def copilot_learns(self) -> bool:
+        """Whether rounds record errors and update a Copilot."""
+        return self.learners["copilot"] is not None and not self.copilot_stopped
 
     def configure_optimizers(self) -> tuple[list, list]:
         """Build the optimisers and schedules of the models that learn, the Pilot's first."""
@@ -108,42 +120,48 @@ class TCopilotModule(LightningModule):
         self.model.train()
         if self.learners["pilot"] is None:
             self.model.pilot.eval()
+        for part in self._compiled_parts():  # in place of the method: a wrapper would rename the weights
+            part.forward = torch.compile(part.forward, backend=self.compile_backend, dynamic=True)
+
+    def on_train_end(self) -> None:
+        """Leave the models as they were: decoding runs them in other ways."""
+        for part in self._compiled_parts():
+            del part.forward
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One round of Algorithm 1: trace, log, then update the Pilot and the Copilot."""
-        began = time.perf_counter()
-        micro_batches = batch.split(self.micro_batch_size or len(batch))
-        tokens = self._sum_over_ranks(batch.tokens.float())
-        pilot_loss = torch.zeros((), device=self.device)
+        alone = self.trainer.world_size == 1
+        *earlier, last = batch.split(self.micro_batch_size or len(batch))
+        is_logged = self.copilot_learns and batch.held_out is None
+        if self.copilot_learns and batch.held_out is not None:
+            with self._timed("copilot"):
+                self._log_held_out(batch.held_out)
+        with self._timed("pilot"):
+            tokens = self._sum_over_ranks(batch.tokens.float())
+            pilot_loss = torch.zeros((), device=self.device)
+            with self._without_reduction(True):
+                for i, micro_batch in enumerate(earlier):
+                    pilot_loss += self._backward(self._traced_loss(micro_batch, tokens, is_logged, extend=i > 0))
+            loss = self._traced_loss(last, tokens, is_logged, extend=bool(earlier))
+            pilot_loss += loss.detach()
+            if alone:
+                loss = self._backward(loss)  # it runs while the log's copies arrive
         copilot_loss = None
-        for i, micro_batch in enumerate(micro_batches):
-            last = i == len(micro_batches) - 1
-            with self._without_reduction(not last):
-                states = self._trace(micro_batch)
-                if self.learners["copilot"] is not None:
-                    self.mistake_log.append(states, extend=i > 0)
-                loss = self._pilot_loss(states) * self.trainer.world_size / tokens  # DDP averages over ranks
-                pilot_loss += loss.detach() / self.trainer.world_size
-                self.seconds["pilot"] += time.perf_counter() - began
-                began = time.perf_counter()
-                if last and self.learners["copilot"] is not None:
-                    copilot_loss = self._copilot_loss(self._draw())
-                    loss = loss + copilot_loss * self.trainer.world_size
-                    self.seconds["copilot"] += time.perf_counter() - began
-                    began = time.perf_counter()
-                del states
-                if last:
-                    pilot_loss = self._sum_over_ranks(pilot_loss)
-                    self._check(pilot_loss, copilot_loss)
-                if loss.requires_grad:
-                    self.manual_backward(loss)
-        self._update()
-        self.seconds["pilot"] += time.perf_counter() - began
-
-        began = time.perf_counter()
-        for _ in range(self.steps_per_round - 1 if self.learners["copilot"] is not None else 0):
-            self._extra_copilot_step(pilot_loss)
-        self.seconds["copilot"] += time.perf_counter() - began
+        with self._timed("copilot"):
+            if self.copilot_learns:
+                copilot_loss = self._copilot_loss(self._draw())
+                loss = loss + copilot_loss * self.trainer.world_size
+            elif self.copilot_stopped and not alone:
+                loss = loss + self._no_copilot_loss()
+        with self._timed("copilot" if alone else "pilot"):
+            self._backward(loss)
+        with self._timed("pilot"):
+            pilot_loss = self._sum_over_ranks(pilot_loss / self.trainer.world_size)
+            self._check(pilot_loss, copilot_loss)  # waits for a GPU, so it comes when all its work is launched
+            self._update()
+        with self._timed("copilot"):
+            for _ in range(self.steps_per_round - 1 if self.copilot_learns else 0):
+                self._extra_copilot_step(pilot_loss)
         for scheduler in self._as_list(self.lr_schedulers()):
             scheduler.step()
         self._log_round(pilot_loss, copilot_loss, tokens)
@@ -183,6 +201,10 @@ class TCopilotModule(LightningModule):
             )
         self.seconds = dict(checkpoint["seconds"])
 
+    def _compiled_parts(self) -> list[nn.Module]:
+        parts = (self.model.pilot, self.model.copilot) if self.compile_backend is not None else ()
+        return [part for part in parts if part is not None]
+
     def _active(self) -> Iterator[tuple[str, Learner]]:
         return ((name, learner) for name, learner in self.learners.items() if learner is not None)
 
@@ -190,6 +212,28 @@ class TCopilotModule(LightningModule):
         pooler = StatePooler() if self.model.copilot is None else self.model.copilot.pooler
         with nullcontext() if self.learners["pilot"] is not None else torch.no_grad():
             return trace_pilot(self.model.pilot, batch, pooler)
+
+    def _traced_loss(self, batch: Batch, tokens: Tensor, is_logged: bool, extend: bool) -> Tensor:
+        """Trace a micro-batch and log it; its share of the Pilot's loss, times the ranks, over which DDP averages."""
+        states = self._trace(batch)
+        if is_logged:
+            self.mistake_log.append(states, extend=extend)
+        return self._pilot_loss(states) * self.trainer.world_size / tokens
+
+    def _backward(self, loss: Tensor) -> Tensor:
+        """Add its gradients, if it has any; returns its value."""
+        if loss.requires_grad:
+            self.manual_backward(loss)
+        return loss.detach()
+
+    @torch.no_grad()
+    def _log_held_out(self, batch: Batch) -> None:
+        """Log errors on rows that the Pilot never trains on, as it would answer them: without dropout."""
+        training = self.model.pilot.training
+        self.model.pilot.eval()
+        for i, part in enumerate(batch.split(self.micro_batch_size or len(batch))):
+            self.mistake_log.append(self._trace(part), extend=i > 0)
+        self.model.pilot.train(training)
 
     def _pilot_loss(self, states: PilotStates) -> Tensor:
         targets_BN = states.targets_BN.masked_fill(~states.target_mask_BN, -100)
@@ -203,32 +247,39 @@ class TCopilotModule(LightningModule):
     def _copilot_loss(self, record: MistakeRecord) -> Tensor:
         """The objective over the records of all ranks; its gradient here is this rank's share of it."""
         copilot = self.model.copilot
-        errors_BNV = record.errors_BNV[:, :-1]
+        inputs_BNC = copilot.taught_inputs(record.probs_BNV, record.targets_BN)
         memory = (record.source_BMP, record.source_mask_BM, record.states_BNP)
         first, last = self.own_feedback
         own_share = first + (last - first) * min(1.0, self.round / max(1, self.rounds - 1))
         if own_share > 0:
             with torch.no_grad():
-                hidden, _ = copilot(copilot.inputs(errors_BNV), *memory)
+                hidden, _ = copilot(inputs_BNC, *memory)
                 log_probs = record.probs_BNV.clamp_min(torch.finfo(torch.float32).tiny).log()
                 own_BNV = copilot.correct(hidden, log_probs)[:, :-1]
-            use_own_B11 = torch.rand(len(errors_BNV), 1, 1, device=errors_BNV.device) < own_share
-            errors_BNV = torch.where(use_own_B11, own_BNV, errors_BNV)
-        hidden_BNC, _ = copilot(copilot.inputs(errors_BNV), *memory)
+            use_own_B11 = torch.rand(len(own_BNV), 1, 1, device=own_BNV.device) < own_share
+            inputs_BNC = torch.where(use_own_B11, copilot.inputs(own_BNV), inputs_BNC)
+        hidden_BNC, _ = copilot(inputs_BNC, *memory)
         total = objective_sum(self.objective, copilot, record, hidden_BNC)
         tokens = self._sum_over_ranks(record.target_mask_BN.sum().float())
         others = self._sum_over_ranks(total.detach()) - total.detach()
         return self.objective.reduce(total + others, tokens)
 
+    def _no_copilot_loss(self) -> Tensor:
+        """0, through every weight of a Copilot that has stopped: DDP waits for a gradient of each."""
+        return sum(0 * parameter.sum() for parameter in self.model.copilot.parameters() if parameter.requires_grad)
+
     def _update(self) -> None:
-        for (_, learner), optimizer in zip(self._active(), self._as_list(self.optimizers()), strict=True):
-            self._step(learner, optimizer)
+        for (name, learner), optimizer in zip(self._active(), self._as_list(self.optimizers()), strict=True):
+            if name == "copilot" and self.copilot_stopped:
+                optimizer.zero_grad()
+            else:
+                self._step(learner, optimizer)
 
     def _extra_copilot_step(self, pilot_loss: Tensor) -> None:
         with self._without_reduction(True):  # the reducer is armed once a round, for the joint backward
             loss = self._copilot_loss(self._draw())
-            self._check(pilot_loss, loss)
             self.manual_backward(loss)
+            self._check(pilot_loss, loss)
         self._add_gradients_over_ranks(self.model.copilot)
         self._step(self.learners["copilot"], self._as_list(self.optimizers())[-1])
 
@@ -247,7 +298,7 @@ class TCopilotModule(LightningModule):
         """Stop at a loss that is not finite; both are sums over all ranks, so that all of them stop."""
         losses = {"pilot": pilot_loss, "copilot": copilot_loss}
         values = torch.stack([loss.detach() for loss in losses.values() if loss is not None]).tolist()
-        if not all(torch.isfinite(torch.tensor(values))):
+        if not all(map(math.isfinite, values)):
             shown = ", ".join(f"{n} loss {v.item():.4g}" for n, v in losses.items() if v is not None)
             raise TrainingDivergedError(
                 f"round {self.round + 1}: {shown}. No update was made with it. Lower the learning rate of the model "
@@ -269,6 +320,12 @@ class TCopilotModule(LightningModule):
         self.log("pilot", pilot_loss, prog_bar=True, logger=False)
         if copilot_loss is not None:
             self.log("copilot", copilot_loss.detach(), prog_bar=True, logger=False)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - began
 
     def _without_reduction(self, active: bool) -> AbstractContextManager:
         block = getattr(self.trainer.strategy, "block_backward_sync", None)

@@ -9,7 +9,7 @@ Shapes: R target tokens, V vocabulary.
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tcopilot.chunked import chunked_sum
 from tcopilot.copilot import Copilot
@@ -32,7 +32,8 @@ class MeanSquaredError:
 
     def row_losses(self, corrections_RV: Tensor, probs_RV: Tensor, targets_R: Tensor) -> Tensor:
         """‖f^C − ℓ‖² of each token."""
-        return (corrections_RV - token_errors(probs_RV, targets_R)).square().sum(-1)
+        errors_RV = token_errors(probs_RV, targets_R)
+        return nn.functional.mse_loss(corrections_RV, errors_RV, reduction="none").sum(-1)
 
     def reduce(self, total: Tensor, tokens: Tensor | float) -> Tensor:
         """Mean over tokens."""
@@ -78,16 +79,19 @@ def objective_sum(objective: Objective, copilot: Copilot, record: MistakeRecord,
     Returns:
         Σ over tokens, a float32 scalar with gradients for the Copilot.
     """
-    rows = record.target_mask_BN.flatten().nonzero().squeeze(-1)
-    probs_RV, targets_R = record.probs_BNV.flatten(0, 1), record.targets_BN.flatten()
+    tokens_R = record.tokens_R
+    hidden_RC, probs_RV, targets_R = (
+        whole.flatten(0, 1) for whole in (hidden_BNC, record.probs_BNV, record.targets_BN)
+    )
+    padded = len(tokens_R) < len(targets_R)
 
     def row_losses(hidden_rC: Tensor, chunk: slice) -> Tensor:
-        index = rows[chunk]
-        probs_rV = probs_RV[index]
-        corrections_rV = copilot.correct(hidden_rC, _log(probs_rV))
-        return objective.row_losses(corrections_rV, probs_rV, targets_R[index])
+        here = tokens_R[chunk] if padded else chunk  # without padding no row of p̂ is copied
+        probs_rV = probs_RV[here]
+        corrections_rV = copilot.correct(hidden_rC, _log(probs_rV) if copilot.head.reads_pilot else None)
+        return objective.row_losses(corrections_rV, probs_rV, targets_R[here])
 
-    hidden_RC = hidden_BNC.flatten(0, 1)[rows]
+    hidden_RC = hidden_RC[tokens_R] if padded else hidden_RC
     return chunked_sum(row_losses, hidden_RC, list(copilot.head.parameters()), probs_RV.shape[-1])
 
 

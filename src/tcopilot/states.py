@@ -71,8 +71,8 @@ class PilotStates:
     head_input_BNP: Tensor | None = None
     pilot: PreTrainedModel | None = None
 
-    def rows(self, rows: slice) -> PilotStates:
-        """Some of the rows, as views."""
+    def rows(self, rows: slice | Tensor) -> PilotStates:
+        """Some of the rows, of a slice as views; a mask [B] copies them."""
         cut = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **cut)
 
@@ -123,11 +123,11 @@ def _trace_decoder_only(pilot, batch, pooler):
         position_ids=position_ids(mask),
         output_hidden_states=True,
         use_cache=False,
-        logits_to_keep=length + 1,
+        logits_to_keep=torch.arange(prompt - 1, prompt - 1 + length, device=mask.device),
     )
     predicting = slice(prompt - 1, prompt - 1 + length)
     hidden = out.hidden_states
-    return out.logits[:, :-1], hidden[0][:, :prompt], pooler(hidden, predicting), hidden[-1][:, predicting]
+    return out.logits, hidden[0][:, :prompt], pooler(hidden, predicting), hidden[-1][:, predicting]
 
 
 def _trace_encoder_decoder(pilot, batch, pooler):

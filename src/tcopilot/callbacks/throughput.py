@@ -1,4 +1,4 @@
-"""How fast rounds are, whose time they take, and how much memory."""
+"""How fast rounds are, whose time they take, how much of it goes to padding, and how much memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RSS_UNITS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts
 
 
 class Throughput(Callback):
-    """Logs speed, both models' share of time and peak memory, over the rounds since the line before.
+    """Logs speed, both models' share of time, padding and peak memory, over the rounds since the line before.
 
     Time is that inside training steps: loading, validation, checkpoints and logging do not count.
     """
@@ -22,6 +22,8 @@ class Throughput(Callback):
     def __init__(self) -> None:
         self._tokens: deque[Any] = deque()
         self._rows: deque[int] = deque()
+        self._read: deque[Any] = deque()  # tokens that the Pilot reads, prompts included; tensors: nothing waits
+        self._positions = 0
         self._before: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -34,6 +36,8 @@ class Throughput(Callback):
         """Count a round, and log when a line is due."""
         self._tokens.append(trainer.callback_metrics["train/target_tokens"])
         self._rows.append(len(batch) * trainer.world_size)
+        self._read.append(batch.source_mask_BM.sum() + batch.target_mask_BN.sum())
+        self._positions += batch.source_mask_BM.numel() + batch.target_mask_BN.numel()
         if (pl_module.round + 1) % trainer.log_every_n_steps == 0:
             seconds = {name: total - self._before[name] for name, total in pl_module.seconds.items()}
             whole = max(sum(seconds.values()), 1e-9)
@@ -41,6 +45,7 @@ class Throughput(Callback):
                 "speed/target_tokens_per_second": torch.stack(list(self._tokens)).sum() / whole,
                 "speed/rows_per_second": sum(self._rows) / whole,
                 **{f"time/{name}_share": part / whole for name, part in seconds.items()},
+                "data/padding_share": 1 - torch.stack(list(self._read)).sum() / self._positions,
                 "memory/rss_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / RSS_UNITS_PER_MIB,
             }
             if pl_module.device.type == "cuda":
@@ -51,4 +56,6 @@ class Throughput(Callback):
     def _restart(self, pl_module: LightningModule) -> None:
         self._tokens.clear()
         self._rows.clear()
+        self._read.clear()
+        self._positions = 0
         self._before = dict(pl_module.seconds)

@@ -6,7 +6,7 @@ Shape letters: ``B`` batch, ``M`` source length, ``N`` target length.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Batch:
         target_mask_BN: True where ``target_ids_BN`` is a target token, bool.
         ids_B: Row ids, unique within a split, int64.
         benchmark_B: Index into ``TCopilotDataModule.benchmark_names``, int64.
+        held_out: Rows of the round that the Mistake Log reads and the Pilot never trains on; None without any.
     """
 
     source_ids_BM: Tensor
@@ -33,6 +34,7 @@ class Batch:
     target_mask_BN: Tensor
     ids_B: Tensor
     benchmark_B: Tensor
+    held_out: Batch | None = None
 
     def __len__(self) -> int:
         return len(self.ids_B)
@@ -44,11 +46,11 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory; the data loader calls this."""
-        return self._map(Tensor.pin_memory)
+        return self._moved(Tensor.pin_memory)
 
     def split(self, rows: int) -> list[Batch]:
         """Cut the batch into consecutive parts for gradient accumulation.
@@ -80,5 +82,10 @@ class Batch:
             benchmark_B=self.benchmark_B,
         )
 
+    def _moved(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(self._map(change), held_out=None if self.held_out is None else self.held_out._map(change))
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+        """Change the tensors of the batch's own rows."""
+        names = [field.name for field in fields(self) if field.name != "held_out"]
+        return Batch(**{name: change(getattr(self, name)) for name in names})

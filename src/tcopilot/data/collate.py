@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -66,3 +66,15 @@ class PromptTargetCollator:
             ids[row, start : start + len(sequence)] = torch.as_tensor(sequence, dtype=torch.int64)
             mask[row, start : start + len(sequence)] = True
         return ids, mask
+
+
+@dataclass(frozen=True)
+class HeldOutCollator:
+    """Make a :class:`Batch` of the first half of the rows, and of the second its ``held_out``."""
+
+    collate: PromptTargetCollator
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """Collate as many rows to train on as rows that are held out."""
+        half = len(rows) // 2
+        return replace(self.collate(rows[:half]), held_out=self.collate(rows[half:]))

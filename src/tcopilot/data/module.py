@@ -5,21 +5,23 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.benchmarks import Benchmark, DataError
-from tcopilot.data.collate import PromptTargetCollator, Side
+from tcopilot.data.collate import HeldOutCollator, PromptTargetCollator, Side
 from tcopilot.data.prepare import Overflow, RowPreparer
-from tcopilot.data.rounds import RoundSampler, StreamRounds
+from tcopilot.data.rounds import HeldOutSampler, RoundSampler, StreamRounds
 from tcopilot.data.splits import SplitReader
 from tcopilot.data.streams import as_stream, mixture
 
@@ -46,6 +48,8 @@ class TCopilotDataModule(LightningDataModule):
         epochs: Training budget in passes over the training rows; a pass is rounded up to whole rounds.
         validation_size: Where a benchmark has no validation split: share (float) or number (int) of its train rows
             that become one. A stream gives its first rows, so it needs a number.
+        held_out: Share of the train rows that are never trained on. Each round then brings as many of them as rows to
+            train on, as ``Batch.held_out``. 0 holds none out; not for streams.
         max_train_rows: Seeded subsample of each benchmark's train rows; of a stream, its first rows. None is all.
         max_eval_rows: Seeded subsample of each benchmark's validation and of its test rows. None is all.
         max_source_length: Longest prompt in tokens; None is no limit.
@@ -77,6 +81,7 @@ class TCopilotDataModule(LightningDataModule):
         rounds: int | None = None,
         epochs: float | None = None,
         validation_size: float | int = 0.1,
+        held_out: float = 0.0,
         max_train_rows: int | None = None,
         max_eval_rows: int | None = None,
         max_source_length: int | None = None,
@@ -91,7 +96,7 @@ class TCopilotDataModule(LightningDataModule):
         super().__init__()
         self.benchmarks, self.weights, self.streaming = benchmarks, weights, streaming
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.rounds, self.epochs = rounds, epochs
+        self.rounds, self.epochs, self.held_out = rounds, epochs, held_out
         self._reader = SplitReader(path, streaming, validation_size, max_train_rows, max_eval_rows, seed)
         self.limits = (max_source_length, max_target_length, overflow)
         self.on_error = on_error
@@ -174,7 +179,7 @@ class TCopilotDataModule(LightningDataModule):
     def train_rows(self) -> int | None:
         """Count the training rows of a pass, repeats from ``weights`` included; None for a stream."""
         self.setup()
-        return None if self.streaming else len(self._train)
+        return None if self.streaming else len(self._divided()[0])
 
     @property
     def total_rounds(self) -> int:
@@ -202,10 +207,17 @@ class TCopilotDataModule(LightningDataModule):
             stream = self._train.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
             rounds = StreamRounds(stream, self.batch_size, self.total_rounds, rank, world_size)
             return StatefulDataLoader(rounds, batch_size=None, num_workers=min(self.num_workers, 1), **shared)
-        sampler = RoundSampler(
-            len(self._train), self.batch_size, self.total_rounds, self.seed, self._lengths, rank, world_size
-        )
-        return StatefulDataLoader(self._train, batch_sampler=sampler, num_workers=self.num_workers, **shared)
+
+        def sampler(rows: int, lengths: Sequence[int] | None) -> RoundSampler:
+            return RoundSampler(rows, self.batch_size, self.total_rounds, self.seed, lengths, rank, world_size)
+
+        kept, held_out = self._divided()
+        if len(held_out):
+            order = HeldOutSampler(kept, held_out, sampler, self._lengths)
+            shared["collate_fn"] = HeldOutCollator(self._collate)
+        else:
+            order = sampler(len(kept), self._lengths)
+        return StatefulDataLoader(self._train, batch_sampler=order, num_workers=self.num_workers, **shared)
 
     def val_dataloader(self) -> StatefulDataLoader:
         """Return the validation rows of all benchmarks in fixed order; ranks take every ``world_size``-th row."""
@@ -257,6 +269,18 @@ class TCopilotDataModule(LightningDataModule):
         """Return rank and number of processes."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
+    def _divided(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the numbers of the rows to train on and of those held out; a repeated row is on one side only."""
+        if not self.held_out:
+            return np.arange(len(self._train)), np.arange(0)
+        ids = np.asarray(self._train["id"][:])
+        known = np.unique(ids)
+        chosen = np.random.default_rng(self.seed).permutation(known)[: max(1, round(self.held_out * len(known)))]
+        is_held_out = np.isin(ids, chosen)
+        if is_held_out.all():
+            raise DataError(f"data.held_out={self.held_out} leaves no row to train on; lower it")
+        return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
     def _check_settings(self) -> None:
         if not self.benchmarks:
             raise DataError("data.benchmarks is empty; name at least one benchmark")
@@ -283,6 +307,13 @@ class TCopilotDataModule(LightningDataModule):
             )
         if self.streaming and self.rounds is None and self.epochs is not None:
             raise DataError("data.epochs needs a known number of rows; give data.rounds when data.streaming=true")
+        self._check_held_out()
+
+    def _check_held_out(self) -> None:
+        if not _is_number(self.held_out) or not 0 <= self.held_out < 1:
+            raise DataError(f"data.held_out={self.held_out}: give a share of the train rows in [0, 1), such as 0.1")
+        if self.held_out and self.streaming:
+            raise DataError("data.held_out needs all rows at hand; use data.streaming=false, or data.held_out=0")
 
     def _note(self, name: str, split: str, rows: list[PreparedRow], dropped: int, skipped: list[str]) -> None:
         sources, targets = ([len(row[key]) for row in rows] for key in ("source_ids", "target_ids"))

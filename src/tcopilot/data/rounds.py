@@ -101,6 +101,39 @@ class RoundSampler(Sampler[list[int]]):
         return random.permutation(order.reshape(batches, self.batch_size))
 
 
+class HeldOutSampler(Sampler[list[int]]):
+    """Yield, for each round, the rows to train on and as many that are held out from training.
+
+    Args:
+        kept: Numbers of the rows to train on, [rows].
+        held_out: Numbers of the others, [rows].
+        sampler: Makes a :class:`RoundSampler` of so many rows with these lengths.
+        lengths: Length of each row, those held out too; None leaves the order purely random.
+    """
+
+    def __init__(
+        self,
+        kept: np.ndarray,
+        held_out: np.ndarray,
+        sampler: Callable[[int, Sequence[int] | None], RoundSampler],
+        lengths: Sequence[int] | None = None,
+    ) -> None:
+        self.rows = kept, held_out
+        self._samplers = [
+            sampler(len(rows), None if lengths is None else np.asarray(lengths)[rows]) for rows in self.rows
+        ]
+
+    def __len__(self) -> int:
+        return len(self._samplers[0])
+
+    def __iter__(self) -> ResumableIterator[list[int]]:
+        return ResumableIterator(self._from)
+
+    def _from(self, start: int) -> Iterator[list[int]]:
+        for places in zip(*(sampler._from(start) for sampler in self._samplers), strict=True):
+            yield [int(number) for rows, chosen in zip(self.rows, places, strict=True) for number in rows[chosen]]
+
+
 class StreamRounds(IterableDataset):
     """Yield this rank's rows of each round from a stream that is started again, reshuffled, when it ends.
 

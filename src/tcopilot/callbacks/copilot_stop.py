@@ -1,0 +1,110 @@
+"""Early stopping of the Copilot by its error ratio on validation rows, and the choice of the Copilot that is kept."""
+
+from __future__ import annotations
+
+import logging
+import math
+from itertools import islice
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from tcopilot.copilot import Copilot
+from tcopilot.diagnostics import ErrorStatistics
+from tcopilot.distributed import agree_on, sum_over_processes
+
+log = logging.getLogger(__name__)
+
+
+class CopilotStop(Callback):
+    """Ends the Copilot's updates when validation finds no better one any more; the Pilot's go on.
+
+    A Copilot is judged by E‖f^C − ℓ‖² / E‖ℓ‖² on validation rows, with the Pilot of that moment. The Pilot moves on,
+    so that a Copilot that was best then need not be best for the Pilot that is kept: when training ends both the best
+    and the last one are judged with the final Pilot, and the better one stays.
+
+    Args:
+        patience: validations without a better ratio after which it stops.
+
+    Raises:
+        ValueError: if the patience is below one validation.
+    """
+
+    def __init__(self, patience: int = 3) -> None:
+        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+            raise ValueError(f"patience={patience}: give a whole number of validations, at least 1")
+        self.patience = patience
+        self._state: dict[str, Any] = {"best": math.inf, "round": 0, "waited": 0, "weights": {}}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run goes on as it was."""
+        pl_module.copilot_stopped = self._state["waited"] >= self.patience
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge the Copilot that is at hand."""
+        if trainer.sanity_checking or not pl_module.copilot_learns:
+            return
+        ratio = agree_on(_reported(trainer))
+        if ratio < self._state["best"]:
+            weights = {name: weight.cpu().clone() for name, weight in _trained(pl_module.model.copilot).items()}
+            self._state.update(best=ratio, round=pl_module.round, waited=0, weights=weights)
+            return
+        self._state["waited"] += 1
+        if self._state["waited"] >= self.patience:
+            pl_module.copilot_stopped = True
+            log.info(
+                "The Copilot stops after round %d; its best was after round %d", pl_module.round, self._state["round"]
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the better of the best and the last Copilot; a run that was stopped midway is left as it is."""
+        if not self._state["weights"] or pl_module.round < pl_module.rounds:
+            return
+        copilot = pl_module.model.copilot
+        last = {name: weight.clone() for name, weight in _trained(copilot).items()}
+        ratio_of_last = _ratio(trainer, pl_module)
+        _put(copilot, self._state["weights"])
+        ratio_of_best = _ratio(trainer, pl_module)
+        if ratio_of_last <= ratio_of_best:
+            _put(copilot, last)
+        kept = pl_module.rounds if ratio_of_last <= ratio_of_best else self._state["round"]
+        figures = f"error ratio {ratio_of_best:.3f}, the last one's {ratio_of_last:.3f}"
+        log.info("With the final Pilot, the Copilot of round %d has %s", self._state["round"], figures)
+        log.info("The Copilot of %s is kept", "the last round" if kept == pl_module.rounds else f"round {kept}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state itself, no copy: a checkpoint is written after its round's validation, which belongs in it."""
+        return self._state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with it."""
+        self._state = dict(state_dict)
+
+
+def _trained(copilot: Copilot) -> dict[str, Tensor]:
+    return {name: weight.detach() for name, weight in copilot.named_parameters() if weight.requires_grad}
+
+
+def _put(copilot: Copilot, weights: dict[str, Tensor]) -> None:
+    for name, weight in _trained(copilot).items():
+        weight.copy_(weights[name])
+
+
+def _reported(trainer: Trainer) -> float:
+    """The error ratio of the validation at hand; only the first process has it."""
+    return float(trainer.callback_metrics.get("val/error_ratio", math.inf))
+
+
+def _ratio(trainer: Trainer, pl_module: LightningModule) -> float:
+    """The error ratio on the validation batches that training looks at."""
+    loader, model = trainer.datamodule.val_dataloader(), pl_module.model
+    limit = trainer.limit_val_batches
+    batches = islice(loader, limit if isinstance(limit, int) else math.ceil(limit * len(loader)))
+    statistics, training = ErrorStatistics([model.weight], model.config.fusion), model.training
+    model.eval()
+    for batch in batches:
+        statistics.observe(model, batch.to(pl_module.device))
+    model.train(training)
+    statistics.reduce(sum_over_processes)
+    return statistics.summary()["error_ratio"]

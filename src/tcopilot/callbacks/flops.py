@@ -1,0 +1,107 @@
+"""What a run costs in floating-point operations, measured on the rounds themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
+
+from tcopilot.data.batch import Batch
+from tcopilot.distributed import sum_over_processes
+
+
+@shape_wrapper
+def _attention(query: Any, key: Any, value: Any, *rest: Any, **others: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+@shape_wrapper
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **others: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+FORMULAS = flop_registry | {  # from the shapes of arguments and result; torch's own know the attention of CUDA only
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class FlopCounter(TorchDispatchMode):
+    """Adds up what torch's formulas give for every operation inside it.
+
+    `torch.utils.flop_counter.FlopCounterMode` also tells modules apart, by hooks that `torch.autograd.grad` refuses.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count it."""
+        result = operation(*args, **(kwargs or {}))
+        if (formula := FORMULAS.get(operation._overloadpacket)) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+class FlopCount(Callback):
+    """Counts the operations of matrix products and attention in some rounds: passes, log, updates of both models.
+
+    A counted round takes up to twice its time, so few are counted. Rounds differ in the lengths of their rows; the
+    total is the counted operations per padded token, times the padded tokens of all rounds.
+
+    Args:
+        every_n_rounds: how often a round is counted, its middle one.
+    """
+
+    per_rank = True
+
+    def __init__(self, every_n_rounds: int = 100) -> None:
+        self.every_n_rounds = every_n_rounds
+        self._sums = {"flops": 0, "counted_tokens": 0, "tokens": 0}
+        self._counter: FlopCounter | None = None
+
+    def total(self) -> float | None:
+        """Operations of all rounds so far, over all processes, which must all call this; None if none was counted."""
+        flops, counted, tokens = sum_over_processes(
+            torch.tensor(list(self._sums.values()), dtype=torch.float64)
+        ).tolist()
+        return flops / counted * tokens if counted else None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        """Start to count if this round is one to be counted."""
+        every = min(self.every_n_rounds, pl_module.rounds)
+        if pl_module.round % every == every // 2:
+            self._counter = FlopCounter()
+            self._counter.__enter__()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Add the round up."""
+        tokens = batch.source_ids_BM.numel() + batch.target_ids_BN.numel()
+        self._sums["tokens"] += tokens
+        if self._counter is not None:
+            self._sums["flops"] += self._counter.flops
+            self._sums["counted_tokens"] += tokens
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stop counting a round that failed."""
+        self._stop()
+
+    def state_dict(self) -> dict[str, int]:
+        """The sums so far."""
+        return dict(self._sums)
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on with them."""
+        self._sums = dict(state_dict)
+
+    def _stop(self) -> None:
+        if self._counter is not None:
+            counter, self._counter = self._counter, None
+            counter.__exit__(None, None, None)
