@@ -32,7 +32,8 @@ def files(group: str, inside: str = "") -> list[str]:
     return sorted(name for name in found if Path(name).name != "base")
 
 
-ROWS = [name for name in files("experiment") if "/" in name]  # the paper's: in folders of their own
+CONTROLS = files("experiment", "control")  # for any Pilot and any data
+ROWS = [name for name in files("experiment") if "/" in name and name not in CONTROLS]  # the paper's
 
 
 @cache
@@ -85,18 +86,16 @@ def test_an_experiment_sets_only_keys_that_exist_without_it(name):
     values = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text())
     values.pop("hydra", None)
     values.pop("defaults", None)
-    if "/" in name:
+    if name in ROWS:
         values |= {"paper": yaml.safe_load((EXPERIMENTS / "paper" / "base.yaml").read_text())}
         values["paper"].pop("defaults")
     flat = [key.removeprefix("paper.") for key in leaves(values)]
     assert [key for key in flat if not exists(plain, key)] == []
 
 
-@pytest.mark.parametrize(
-    "path", sorted(EXPERIMENTS.rglob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
-)
-def test_every_number_of_a_paper_row_names_its_source(path):
-    for line in path.read_text().splitlines():
+@pytest.mark.parametrize("name", [*ROWS, "paper/base"])
+def test_every_number_of_a_paper_row_names_its_source(name):
+    for line in (EXPERIMENTS / f"{name}.yaml").read_text().splitlines():
         value, _, comment = line.partition("#")
         if NUMBER.search(value):
             assert SOURCE.search(comment), line
@@ -204,6 +203,35 @@ def test_an_ablation_and_a_row_combine():
     cfg = composed.compose_config(*both)
     assert choices(*both)["data"] == "arithmetic"
     assert (cfg.copilot.pattern, cfg.pilot.optimizer.lr, cfg.evaluation.max_new_tokens) == (2, 2e-4, 256)
+
+
+@pytest.mark.parametrize("other", ["demo_decoder_only", "smollm2_openbookqa", "flan_t5_small/arithmetic"])
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_control_changes_any_run_and_neither_its_pilot_nor_its_data(name, other):
+    plain = composed.compose_config(f"experiment={other}", "pilot.path=x")
+    cfg = composed.compose_config(f"experiment=[{other},{name}]", "pilot.path=x", ON_A_CPU)
+    assert cfg.name == name.replace("/", "_")
+    assert (cfg.pilot.path, cfg.pilot.config) == ("x", plain.pilot.config)
+    held_out = {"held_out": 0.1} if name == "control/held_out" else {}
+    assert OmegaConf.to_container(cfg.data) == OmegaConf.to_container(plain.data) | held_out
+    refused = config_problems(cfg)
+    assert refused == [] or (name == "control/equal_parameters" and "a pretrained one cannot" in refused[0])
+    heads = {"control/soft_head": "soft", "control/linear_head": "linear"}
+    assert cfg.copilot.head == heads.get(name, plain.copilot.head)
+
+
+def test_what_the_ablations_change():
+    given = {name: composed.compose_config(f"experiment={name}") for name in CONTROLS}
+    for name in ("states", "source", "errors"):
+        assert name not in given[f"control/no_{name}"].copilot.reads
+        assert len(given[f"control/no_{name}"].copilot.reads) == 2
+    latest, literal = (given[f"control/{name}"] for name in ("latest_log", "literal"))
+    assert latest.mistake_log.log.policy == literal.mistake_log.log.policy == {"_target_": "tcopilot.sampling.Latest"}
+    assert (latest.copilot.steps_per_round, latest.fusion.feedback) == (4, "observed")
+    assert (literal.copilot.steps_per_round, literal.fusion.feedback) == (1, "own")
+    offline = given["control/offline"].pilot
+    assert (offline.frozen, offline.adapter) == (True, None)
+    assert [given[f"control/{name}"].control for name in ("equal_time", "averaged")] == ["equal_time", "averaged"]
 
 
 def commands() -> list[tuple[str, ...]]:

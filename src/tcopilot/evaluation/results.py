@@ -60,7 +60,7 @@ class Gain:
 class Control:
     """Another model on the same rows, such as the Pilot trained for the wall time of the joint run.
 
-    `rounds` are Pilot updates and `train_seconds` wall time: what the model cost to train.
+    `rounds` are Pilot updates, `train_seconds` wall time and `train_flops` operations: what the model cost to train.
     """
 
     name: str
@@ -72,6 +72,8 @@ class Control:
     ci95: Interval
     rounds: int
     train_seconds: float
+    train_flops: float | None = None
+    parameters: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -86,6 +88,7 @@ class Results:
         params: Parameter counts by name.
         rounds: Pilot updates made.
         train_seconds: Seconds inside training steps, of both models.
+        train_flops: Operations of those steps; None if they were not counted.
         selected_weight: λ of `gain`; a mapping if it was chosen for each benchmark.
         selected_on: Split on which λ was chosen, never the test split.
         rows: Every metric at every λ evaluated.
@@ -101,6 +104,7 @@ class Results:
     params: dict[str, int]
     rounds: int
     train_seconds: float
+    train_flops: float | None = None
     selected_weight: float | dict[str, float]
     selected_on: str
     rows: list[Row]

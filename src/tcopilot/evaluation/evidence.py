@@ -1,0 +1,266 @@
+"""One table for each task from the runs of `scripts/evidence.py`: arms and controls beside each other, paired.
+
+An arm is a way to train; its runs differ in their seed only. Scores of all seeds are pooled by (seed, row), and every
+comparison is over the rows that both sides answered.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tcopilot.evaluation.results import LOSSES
+from tcopilot.evaluation.runs import Run
+from tcopilot.evaluation.significance import Comparison, compare, direction, over_seeds, p_text
+
+DEFAULT = "default"
+BEGIN, END = "<!-- evidence: tables -->", "<!-- evidence: end of tables -->"
+HEAD = (
+    *("arm", "Pilot", "with it", "gain over its Pilot [95 %], p", f"against `{DEFAULT}` [95 %], p"),
+    *("NLL", "ε²/S²", "λ*", "λ", "rounds", "train s", "TFLOP", "seeds"),
+)
+
+Scores = dict[tuple[int, int], float]
+"""(seed, row id) to score."""
+
+
+@dataclass
+class Line:
+    """An arm or a control over its seeds; figures are means over seeds, in the unit of the metric."""
+
+    name: str
+    seeds: list[int]
+    scores: Scores  # at the selected λ; of a control, its own
+    pilot: Scores  # λ = 0 of the same runs
+    nll: tuple[float, float]  # λ = 0, and at the selected λ or the control's own
+    error_ratio: float | None
+    best_weight: float | None
+    weights: list[float]
+    rounds: float
+    seconds: float
+    flops: float | None
+    gain: Comparison | None = None
+    against: Comparison | None = None
+
+
+@dataclass
+class TaskEvidence:
+    """All lines of a task, the default arm first, and controls last."""
+
+    name: str
+    metric: str
+    lines: list[Line]
+
+    def line(self, name: str) -> Line | None:
+        """The line of an arm or control, or None."""
+        return next((line for line in self.lines if line.name == name), None)
+
+
+def gather(name: str, arms: Mapping[str, Sequence[Run]], controls: Mapping[str, str]) -> TaskEvidence:
+    """Read the runs of a task.
+
+    Args:
+        name: of the task.
+        arms: finished runs by arm, one for each seed; `default` among them.
+        controls: folder of a control to its name in `results.json`; they stand in the default arm's runs.
+
+    Raises:
+        ValueError: if a run has no comparison of a benchmark, or answered other rows than the default arm's.
+    """
+    first = arms[DEFAULT][0].results
+    if not first.gain:
+        raise ValueError(f"{arms[DEFAULT][0].folder}: no benchmark was compared")
+    benchmark, metric = first.gain[0].benchmark, first.gain[0].metric
+    lines = [_arm_line(arm, runs, benchmark, metric) for arm, runs in arms.items() if runs]
+    lines.sort(key=lambda line: line.name != DEFAULT)
+    for folder, title in controls.items():
+        runs = [run for run in arms[DEFAULT] if any(control.name == title for control in run.results.controls)]
+        if runs:
+            lines.append(_control_line(folder, title, runs, benchmark, metric))
+    for line in lines:
+        line.gain = _compared(line.pilot, line.scores)
+        line.against = None if line is lines[0] else _compared(lines[0].scores, line.scores)
+    return TaskEvidence(name, metric, lines)
+
+
+def as_markdown(tasks: Sequence[TaskEvidence], missing: Sequence[str] = ()) -> str:
+    """Lay the tasks out as tables, with the conclusions that follow from them and what was not run."""
+    parts = [f"### {task.name} ({task.metric})\n\n{_table(task)}" for task in tasks]
+    if missing:
+        parts.append(f"Not run, or not finished: {', '.join(missing)}.")
+    return "\n\n".join([*parts, conclusions(tasks)])
+
+
+def conclusions(tasks: Sequence[TaskEvidence]) -> str:
+    """One paragraph: where the default arm helps its Pilot, and where it beats what costs as much."""
+    if not tasks:
+        return "Nothing was run yet."
+    gains = _counted((task, task.lines[0].gain) for task in tasks)
+    sentences = [f"Of {len(tasks)} tasks, `{DEFAULT}` against its own Pilot is {gains}."]
+    names = dict.fromkeys(line.name for task in tasks for line in task.lines if line.name != DEFAULT)
+    ahead = []
+    for name in names:
+        pairs = [(task, line.against) for task in tasks if (line := task.line(name))]
+        sentences.append(f"{name} against `{DEFAULT}` is {_counted(pairs)}.")
+        if name.startswith("Pilot"):
+            ahead += [(task.name, name) for task, found in pairs if _verdict(found, task.metric) == "worse"]
+    if ahead:
+        where = "; ".join(f"{task}: {name}" for task, name in ahead)
+        sentences.append(f"The method beats a Pilot of equal cost or size here, so use it there: {where}.")
+    else:
+        sentences.append(
+            "No Pilot of equal cost or size was beaten beyond chance: while the Pilot can still be trained, train it; "
+            "the method is for a Pilot that cannot be trained further, and where its gain above is beyond chance."
+        )
+    return " ".join(sentences)
+
+
+def put_between_markers(page: str, text: str) -> str:
+    """Replace what stands between the page's two markers.
+
+    Raises:
+        ValueError: if a marker is missing.
+    """
+    if BEGIN not in page or END not in page:
+        raise ValueError(f"the page has no {BEGIN} and {END}: put these two lines where the tables belong")
+    return f"{page.partition(BEGIN)[0]}{BEGIN}\n\n{text}\n\n{END}{page.partition(END)[2]}"
+
+
+def _arm_line(arm: str, runs: Sequence[Run], benchmark: str, metric: str) -> Line:
+    at_zero, fused, likelihoods, weights = {}, {}, [], []
+    for run in runs:
+        weight = run.results.weight_of(benchmark)
+        at_zero |= _scores(run, run.folder, benchmark, metric, 0.0)
+        fused |= _scores(run, run.folder, benchmark, metric, weight)
+        likelihoods.append([run.results.find("all", "nll", run.split, w).value for w in (0.0, weight)])
+        weights.append(weight)
+    flops = [run.results.train_flops for run in runs]
+    last = [_last_validation(run.folder) for run in runs]
+    return Line(
+        name=arm,
+        seeds=[run.results.seed for run in runs],
+        scores=fused,
+        pilot=at_zero,
+        nll=tuple(_mean(column) for column in zip(*likelihoods, strict=True)),
+        error_ratio=_mean([one.get("val/error_ratio") for one in last]),
+        best_weight=_mean([one.get("val/best_weight") for one in last]),
+        weights=weights,
+        rounds=_mean([run.results.rounds for run in runs]),
+        seconds=_mean([run.results.train_seconds for run in runs]),
+        flops=_mean(flops),
+    )
+
+
+def _control_line(folder: str, title: str, runs: Sequence[Run], benchmark: str, metric: str) -> Line:
+    at_zero, scores, likelihoods = {}, {}, []
+    costs = [next(c for c in run.results.controls if c.name == title) for run in runs]
+    for run in runs:
+        at_zero |= _scores(run, run.folder, benchmark, metric, 0.0)
+        scores |= _scores(run, run.folder / "control" / folder, benchmark, metric, 0.0)
+        own = next(c for c in run.results.controls if (c.name, c.metric) == (title, "nll"))
+        likelihoods.append([run.results.find("all", "nll", run.split, 0.0).value, own.value])
+    return Line(
+        name=title,
+        seeds=[run.results.seed for run in runs],
+        scores=scores,
+        pilot=at_zero,
+        nll=tuple(_mean(column) for column in zip(*likelihoods, strict=True)),
+        error_ratio=None,
+        best_weight=None,
+        weights=[],
+        rounds=_mean([cost.rounds for cost in costs]),
+        seconds=_mean([cost.train_seconds for cost in costs]),
+        flops=_mean([cost.train_flops for cost in costs]),
+    )
+
+
+def _scores(run: Run, folder: Path, benchmark: str, metric: str, weight: float) -> Scores:
+    """Read a score for each test row out of the predictions, which `results.json` was made from."""
+    suffixes = ("", "-likelihood")
+    files = [folder / "predictions" / f"{run.split}-{benchmark}{s}-weight={weight:g}.jsonl" for s in suffixes]
+    for file in (file for file in files if file.exists()):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if metric in rows[0]["scores"]:
+            return {(run.results.seed, row["id"]): row["scores"][metric] for row in rows}
+    raise ValueError(f"{folder}: no predictions of {benchmark} with {metric} at λ = {weight:g}; run it anew")
+
+
+def _last_validation(folder: Path) -> dict[str, float]:
+    """The last value of each `val/` metric while training."""
+    found: dict[str, float] = {}
+    path = folder / "metrics.csv"
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                found |= {name: float(value) for name, value in line.items() if name.startswith("val/") and value}
+    return found
+
+
+def _compared(before: Scores, after: Scores) -> Comparison:
+    common = sorted(before.keys() & after.keys())
+    if not common:
+        raise ValueError("two arms have no row in common: they were run on other data or other seeds")
+    return compare([before[key] for key in common], [after[key] for key in common])
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    values = list(values)
+    return None if not values or None in values else over_seeds(values)[0]
+
+
+def _verdict(found: Comparison, metric: str) -> str:
+    return direction(found.difference, found.ci95, found.p_value, lower_is_better=metric in LOSSES)
+
+
+def _counted(pairs: Iterable[tuple[TaskEvidence, Comparison]]) -> str:
+    """Say on how many tasks a comparison came out which way, and name those beyond chance."""
+    by_verdict: dict[str, list[str]] = {"better": [], "worse": [], "not distinguishable": []}
+    for task, found in pairs:
+        by_verdict[_verdict(found, task.metric)].append(task.name)
+    return ", ".join(
+        f"{verdict} on {len(names)}" + (f" ({', '.join(names)})" if verdict != "not distinguishable" else "")
+        for verdict, names in by_verdict.items()
+        if names
+    )
+
+
+def _table(task: TaskEvidence) -> str:
+    rows = [HEAD, ("---",) * len(HEAD), *(_cells(line) for line in task.lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cells(line: Line) -> tuple[str, ...]:
+    weights = sorted(set(line.weights))
+    return (
+        line.name,
+        _percent(line.gain.pilot),
+        _percent(line.gain.fused),
+        _step(line.gain),
+        _step(line.against),
+        f"{line.nll[0]:.3f} → {line.nll[1]:.3f}",
+        _plain(line.error_ratio, 2),
+        _plain(line.best_weight, 2),
+        ", ".join(f"{weight:g}" for weight in weights),
+        _plain(line.rounds, 0),
+        _plain(line.seconds, 0),
+        _plain(None if line.flops is None else line.flops / 1e12, 3),
+        str(len(line.seeds)),
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _step(found: Comparison | None) -> str:
+    if found is None:
+        return ""
+    low, high = (100 * bound for bound in found.ci95)
+    return f"{100 * found.difference:+.1f} [{low:+.1f}, {high:+.1f}], {p_text(found.p_value)}"
+
+
+def _plain(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

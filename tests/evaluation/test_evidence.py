@@ -1,0 +1,175 @@
+"""The evidence page: its figures are those of the run directories, and its script goes on where it was."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from typing import ClassVar
+
+import composed
+import pytest
+import yaml
+
+from tcopilot.checks import config_problems
+from tcopilot.evaluation import evidence
+from tcopilot.evaluation.significance import compare
+
+TITLES = {"averaged": "two Pilots averaged"}
+PAGE = f"# Before\n{evidence.BEGIN}\nold\n{evidence.END}\nafter\n"
+
+
+@pytest.fixture(scope="module")
+def script():
+    """scripts/evidence.py as a module."""
+    spec = importlib.util.spec_from_file_location("evidence_script", composed.ROOT / "scripts" / "evidence.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def settings(script):
+    return yaml.safe_load(script.GRID.read_text())
+
+
+@pytest.fixture(scope="module")
+def smoke(script, settings, tmp_path_factory):
+    """The smoke preset's runs, trained in this process, but for one that is left to do."""
+    folder = tmp_path_factory.mktemp("evidence")
+    preset = settings["presets"]["smoke"]
+    jobs = list(script.grid(preset, settings["arms"], ["builtin"], folder / "smoke", {}))
+    for job in jobs[:-1]:
+        composed.train(job.folder, *job.overrides)
+        (job.folder / script.NOTE).write_text(json.dumps(list(job.overrides)))
+    return folder, jobs
+
+
+def found(job):
+    return composed.results(job.folder)
+
+
+def test_the_table_has_the_figures_of_the_runs(script, settings, smoke):
+    folder, jobs = smoke
+    (task,), missing = script.evidence(settings, "smoke", folder)
+    default = [job for job in jobs if job.arm == "default"]
+    assert [line.name for line in task.lines] == ["default", "literal", "offline", "two Pilots averaged"]
+    assert missing == [str(jobs[-1].folder.relative_to(folder))]
+    line = task.line("default")
+    assert line.seeds == [0, 1]
+    gains = [found(job)["gain"][0] for job in default]
+    assert line.gain.pilot == pytest.approx(sum(gain["pilot"] for gain in gains) / 2)
+    assert line.gain.fused == pytest.approx(sum(gain["fused"] for gain in gains) / 2)
+    assert (line.gain.fixed, line.gain.broken) == tuple(
+        sum(gain[key] for gain in gains) for key in ("fixed", "broken")
+    )
+    assert line.seconds == pytest.approx(sum(found(job)["train_seconds"] for job in default) / 2)
+    assert line.flops == pytest.approx(sum(found(job)["train_flops"] for job in default) / 2)
+    assert task.line("offline").seeds == [0]
+    control = task.line("two Pilots averaged")
+    values = [c["value"] for job in default for c in found(job)["controls"] if c["metric"] == "accuracy"]
+    assert control.gain.fused == pytest.approx(sum(values) / 2)
+    assert control.against.pilot == pytest.approx(line.gain.fused)
+
+
+def test_comparisons_are_paired_over_pooled_seeds(script, settings, smoke):
+    folder, jobs = smoke
+    (task,), _ = script.evidence(settings, "smoke", folder)
+    before, after = [], []
+    for seed in (0, 1):
+        arms = {job.arm: job for job in jobs if job.seed == seed}
+        for arm, into in (("default", before), ("literal", after)):
+            weight = found(arms[arm])["selected_weight"]
+            into += [row["scores"]["accuracy"] for row in composed.predictions(arms[arm].folder, "test", weight)]
+    assert task.line("literal").against == compare(before, after)
+
+
+def test_the_page_keeps_what_stands_around_the_tables(script, settings, smoke, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    for _ in range(2):
+        script.write_page(settings, "smoke", smoke[0], page)
+    text = page.read_text()
+    assert text.startswith("# Before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert text.count("| default |") == 1
+    assert f"Not run, or not finished: {smoke[1][-1].folder.relative_to(smoke[0])}" in text
+    for line in (line for line in text.splitlines() if line.startswith("| ")):
+        assert line.count("|") == len(evidence.HEAD) + 1
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="has no"):
+        script.write_page(settings, "smoke", smoke[0], page)
+
+
+class Program:
+    """Stands in for a process of train.py that ends at once."""
+
+    started: ClassVar[list[list[str]]] = []
+    returncode = 0
+
+    def __init__(self, command, **options):
+        self.started.append(command[2:])
+
+    def wait(self, timeout=None):
+        """It is over."""
+
+
+def test_finished_runs_are_not_run_again_and_a_stopped_one_goes_on(script, smoke, tmp_path, monkeypatch, capsys):
+    folder, jobs = smoke
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    composed.train(jobs[-1].folder, *jobs[-1].overrides)  # with a checkpoint, but not noted as finished
+    monkeypatch.setattr(script.subprocess, "Popen", Program)
+    given = ["smoke", "--folder", str(folder), "--page", str(page)]
+    for _ in range(2):
+        assert script.main(given) == 0
+    assert Program.started == [[f"resume={jobs[-1].folder}"]]
+    assert "6 finished, 0 stopped, 0 failed of 6" in capsys.readouterr().out
+    assert "Not run" not in page.read_text()
+    new = replace(jobs[0], folder=tmp_path / "new")
+    assert new.run(script.FOREVER, {}) == "finished"
+    assert Program.started[1:] == [[*new.overrides, f"paths.run_dir={new.folder}"]]
+    with pytest.raises(SystemExit, match="other overrides"):
+        _ = replace(new, overrides=("seed=9",)).finished
+    for code, outcome in ((script.STOPPED, "stopped"), (1, "failed")):
+        monkeypatch.setattr(Program, "returncode", code)
+        assert replace(jobs[0], folder=tmp_path / outcome).run(script.FOREVER, {}) == outcome
+
+
+def test_a_call_whose_time_is_over_starts_nothing(script, smoke, tmp_path):
+    job = replace(smoke[1][0], folder=tmp_path / "new")
+    assert job.run(deadline=0.0, environment={}) == "stopped"
+    assert not job.folder.exists()
+
+
+@pytest.mark.parametrize("preset", ["cpu", "gpu", "smoke"])
+def test_every_run_of_the_grid_composes(script, settings, tmp_path, preset):
+    about = settings["presets"][preset]
+    places = {"{pilot}": str(tmp_path), "{data}": str(tmp_path)}
+    jobs = list(script.grid({**about, "seeds": [0]}, settings["arms"], list(about["parts"]), tmp_path, places))
+    assert len({job.folder for job in jobs}) == len(jobs)
+    for job in jobs:
+        cfg = composed.compose_config(*job.overrides, "trainer=cpu")
+        problems = [text for text in config_problems(cfg) if "CUDA" not in text]
+        assert problems == [], job.folder
+
+
+def test_what_cannot_run_is_said_before_anything_does(script, capsys):
+    for given, said in (
+        (["cpu", "--parts", "imaginary"], "builtin, real"),
+        (["cpu", "--parts", "real"], "--pilot, --data"),
+    ):
+        with pytest.raises(SystemExit):
+            script.main(given)
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_script_as_a_user_runs_it(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    given = ["scripts/evidence.py", "smoke", "--folder", str(tmp_path / "runs"), "--page", str(page)]
+    done = composed.program(*given)
+    assert done.returncode == 0, done.stderr
+    assert "6 finished" in done.stdout
+    assert "| two Pilots averaged |" in page.read_text()

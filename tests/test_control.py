@@ -1,0 +1,183 @@
+"""Controls: two Pilots really averaged, budgets really equal, ablated Copilots really blind, all beside any run."""
+
+import json
+
+import composed
+import pytest
+import torch
+from omegaconf import OmegaConf
+from training import random_batch, tiny_model, tiny_pilot
+from transformers import AutoConfig
+
+from tcopilot import families
+from tcopilot.checks import config_problems
+from tcopilot.configuration import TCopilotConfig
+from tcopilot.control.averaged import AveragedPilots
+from tcopilot.control.widths import widened
+from tcopilot.copilot import READS
+from tcopilot.diagnostics import correct_targets
+from tcopilot.modeling import fused_class
+
+SMALL = [*composed.SMALL, "fusion.weight=[0,1]"]
+NAMES = {
+    "equal_time": "Pilot, equal time",
+    "equal_flops": "Pilot, equal FLOPs",
+    "averaged": "two Pilots averaged",
+    "equal_parameters": "Pilot, equal parameters",
+}
+
+
+# Two Pilots averaged ----------------------------------------------------------------------------------------------
+
+
+def averaged(family: str):
+    """A bare fused model of two different Pilots, and both of them."""
+    pilots = [tiny_pilot(family, seed=seed).eval() for seed in (1, 2)]
+    model = fused_class(family == "t5")(TCopilotConfig(pilots[0].config), AveragedPilots(*pilots))
+    return model.eval(), pilots
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_the_mean_is_of_probabilities(family):
+    model, pilots = averaged(family)
+    batch = random_batch(family)
+    mean, _ = correct_targets(model, batch)
+    one, two = (correct_targets(fused_class(family == "t5")(TCopilotConfig(p.config), p), batch)[0] for p in pilots)
+    torch.testing.assert_close(mean.exp(), (one.exp() + two.exp()) / 2)
+    assert (one - two).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_cached_decoding_of_the_mean_equals_decoding_without_a_cache(family, beams):
+    model, pilots = averaged(family)
+    batch = random_batch(family, rows=5)
+    given = {
+        "input_ids": batch.source_ids_BM, "attention_mask": batch.source_mask_BM.long(), "num_beams": beams,
+        "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    cached, plain = (model.generate(**given, use_cache=use) for use in (True, False))
+    assert cached.tolist() == plain.tolist()
+    (through_evaluation,) = model.generate_at_weights([0.0], **given)
+    assert through_evaluation.tolist() == cached.tolist()
+    assert all(pilot.generate(**given).tolist() != cached.tolist() for pilot in pilots)
+
+
+# A wider Pilot ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny_t5", "tiny_llama"])
+def test_a_wider_pilot_has_the_parameters_asked_for(name):
+    config = OmegaConf.to_container(composed.compose_config(f"pilot={name}").pilot.config)
+    sizes = {}
+    for wanted in (200_000, 400_000, 800_000):
+        wider = widened(config, 91, wanted)
+        sizes[wanted] = sum(
+            p.numel() for p in families.skeleton(AutoConfig.for_model(**wider, vocab_size=91)).parameters()
+        )
+        assert wider.keys() == config.keys()
+        assert sizes[wanted] == pytest.approx(wanted, rel=0.1)
+    assert len(set(sizes.values())) == 3
+
+
+# Ablated Copilots -------------------------------------------------------------------------------------------------
+
+
+def corrections(model, batch, **changed):
+    """f^C of given inputs, some of them replaced."""
+    states = {
+        "errors": torch.randn(
+            len(batch), 3, model.config.copilot["vocab_size"], generator=torch.Generator().manual_seed(1)
+        ),
+        "source": torch.randn(len(batch), 5, 16, generator=torch.Generator().manual_seed(2)),
+        "states": torch.randn(len(batch), 4, 16, generator=torch.Generator().manual_seed(3)),
+    } | changed
+    mask = torch.ones(len(batch), 5, dtype=torch.bool)
+    copilot = model.copilot
+    hidden, _ = copilot(copilot.inputs(states["errors"]), states["source"], mask, states["states"])
+    return hidden
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("hidden", READS)
+def test_what_a_copilot_does_not_read_changes_nothing(family, hidden):
+    model = tiny_model(family, head_std=0.5, reads=[name for name in READS if name != hidden]).eval()
+    batch = random_batch(family)
+    before = corrections(model, batch)
+    for name, shape in (("errors", (3, 24)), ("source", (5, 16)), ("states", (4, 16))):
+        other = torch.randn(len(batch), *shape, generator=torch.Generator().manual_seed(9))
+        same = torch.equal(corrections(model, batch, **{name: other}), before)
+        assert same == (name == hidden), name
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("hidden", READS)
+def test_an_ablated_copilot_decodes_step_by_step_as_in_one_pass(family, hidden):
+    model = tiny_model(family, head_std=0.5, weight=2.0, reads=[name for name in READS if name != hidden]).eval()
+    batch = random_batch(family, rows=5)
+    given = {
+        "input_ids": batch.source_ids_BM, "attention_mask": batch.source_mask_BM.long(), "max_new_tokens": 8,
+        "do_sample": False, "pad_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    cached, plain = (model.generate(**given, use_cache=use) for use in (True, False))
+    assert cached.tolist() == plain.tolist()
+    assert model.pilot.generate(**given).tolist() != cached.tolist()
+
+
+def test_a_copilot_reads_something():
+    with pytest.raises(ValueError, match=r"copilot\.reads"):
+        tiny_model("t5", reads=[])
+    with pytest.raises(ValueError, match="errors, source, states"):
+        tiny_model("t5", reads=["errors", "prompt"])
+
+
+# Beside a run -----------------------------------------------------------------------------------------------------
+
+
+def test_all_controls_stand_beside_the_gain_with_what_they_cost(tmp_path):
+    folder = composed.train(tmp_path / "run", *SMALL, f"control=[{','.join(NAMES)}]")
+    found = composed.results(folder)
+    by_name = {name: [c for c in found["controls"] if c["name"] == title] for name, title in NAMES.items()}
+    for name, rows in by_name.items():
+        assert {(row["benchmark"], row["metric"]) for row in rows} == {("word_problems", "accuracy"), ("all", "nll")}
+        predictions = composed.predictions(folder / "control" / name, "test", 0.0)
+        assert rows[0]["value"] == sum(p["scores"]["accuracy"] for p in predictions) / len(predictions)
+    cost = {name: rows[0] for name, rows in by_name.items()}
+    params = found["params"]
+    assert cost["averaged"]["rounds"] == 2 * cost["equal_parameters"]["rounds"] == 2 * found["rounds"]
+    assert cost["averaged"]["parameters"] == 2 * params["pilot"]
+    assert cost["equal_parameters"]["parameters"] == pytest.approx(params["pilot"] + params["copilot"], rel=0.1)
+    assert cost["equal_flops"]["train_flops"] == pytest.approx(found["train_flops"], rel=0.25)
+    assert cost["equal_flops"]["rounds"] > found["rounds"]
+    assert found["train_flops"] > cost["averaged"]["train_flops"] / 2 > 0
+
+
+def test_the_second_pilot_is_another_one(tmp_path):
+    folder = composed.train(tmp_path / "run", *SMALL, "control=averaged")
+    nll = next(c["value"] for c in composed.results(folder)["controls"] if c["metric"] == "nll")
+    assert nll != composed.value(composed.results(folder), "test", "nll", 0.0, "all")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["control=[equal_time,equal_rounds]"], ["equal_rounds", "null, equal_time, equal_flops"]),
+        (["control=[averaged,averaged]"], ["averaged"]),
+        (["control=[equal_flops]", "callbacks.flops=null"], ["callbacks.flops", "callbacks=default"]),
+        (["control=equal_parameters", "pilot.path=some/model"], ["pilot.path=some/model", "equal_parameters"]),
+        (["control=[averaged]", "copilot=none"], ["copilot=none", "control=null"]),
+        (["copilot.reads=[]"], ["copilot.reads=[]", "errors, source, states"]),
+        (["copilot.reads=[prompt]"], ["copilot.reads", "errors, source, states"]),
+        (["copilot.dropout=1"], ["copilot.dropout=1", "[0, 1)"]),
+    ],
+)
+def test_controls_and_ablations_that_cannot_work_are_refused(overrides, says):
+    problems = "\n".join(config_problems(composed.compose_config(*overrides)))
+    assert all(text in problems for text in says), problems
+
+
+def test_dropout_of_the_copilot_is_the_copilots_alone(tmp_path):
+    folder = composed.train(tmp_path / "run", *SMALL, "copilot.dropout=0.25")
+    config = json.loads((folder / "export" / "config.json").read_text())
+    assert config["copilot"]["body"]["dropout_rate"] == 0.25
+    assert config["pilot"]["dropout_rate"] == 0.0
