@@ -25,15 +25,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from tcopilot.evaluation.generation import Generation
-from tcopilot.evaluation.likelihood import Likelihood
+from tcopilot.evaluation.outcomes import OUTCOMES, answer_text, outcome, read_predictions
 from tcopilot.evaluation.results import Results
 
 SHOWN = 200  # rows of the table of generations
 STEPS_PER_ROUND = 4  # at most so many lines go to wandb in a round
 CREDENTIALS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 WEIGHT_COLUMNS = ("benchmark", "split", "metric", "weight", "value", "ci95_low", "ci95_high", "n", "selected")
-OUTCOMES = ("fixed", "broken", "both right", "both wrong")
 GENERATION_COLUMNS = ("benchmark", "id", "prompt", "target", "pilot", "fused", "outcome")
 
 
@@ -191,10 +189,10 @@ def side_by_side(results: Results, folder: Path) -> list[tuple[Any, ...]]:
     shown: list[tuple[Any, ...]] = []
     for place, name in enumerate(benchmarks):
         room = (SHOWN - len(shown)) // (len(benchmarks) - place)
-        pilot, fused = (_predictions(results, folder, name, w) for w in (0.0, results.weight_of(name) or 0.0))
+        pilot, fused = (read_predictions(results, folder, name, w) for w in (0.0, results.weight_of(name) or 0.0))
         rows = [
-            (name, number, said["prompt"], said["target"], _answer(said), _answer(fused[number]),
-             _outcome(said["scores"], fused[number]["scores"]))
+            (name, number, said["prompt"], said["target"], answer_text(said), answer_text(fused[number]),
+             outcome(said["scores"], fused[number]["scores"]))
             for number, said in pilot.items()
             if number in fused
         ]  # fmt: skip
@@ -202,36 +200,11 @@ def side_by_side(results: Results, folder: Path) -> list[tuple[Any, ...]]:
     return shown
 
 
-def _predictions(results: Results, folder: Path, benchmark: str, weight: float) -> dict[int, dict[str, Any]]:
-    """Row id to prediction on the reported split, of the mode that decided."""
-    splits = dict.fromkeys(row.split for row in results.rows)
-    split = next((split for split in splits if split != results.selected_on), results.selected_on)
-    for suffix in (Generation.suffix, Likelihood.suffix):
-        file = folder / f"{split}-{benchmark}{suffix}-weight={weight:g}.jsonl"
-        if file.exists():
-            lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-            return {line["id"]: line for line in lines}
-    return {}
-
-
 def _even(rows: Sequence[tuple[Any, ...]], room: int) -> list[tuple[Any, ...]]:
     """So many rows, as evenly over outcomes as there are rows; what the Copilot changed comes first."""
-    of_each = {outcome: [row for row in rows if row[-1] == outcome] for outcome in OUTCOMES}
+    of_each = {kind: [row for row in rows if row[-1] == kind] for kind in OUTCOMES}
     ranked = sorted((place, row[-1]) for some in of_each.values() for place, row in enumerate(some))[:room]
-    return [row for outcome, some in of_each.items() for row in some[: sum(o == outcome for _, o in ranked)]]
-
-
-def _answer(prediction: Mapping[str, Any]) -> str:
-    """What was said: a text, the likeliest option, or the best items."""
-    said = prediction["prediction_sum" if "prediction_sum" in prediction else "prediction"]
-    return said if isinstance(said, str) else ", ".join(map(str, said))
-
-
-def _outcome(pilot: Mapping[str, float], fused: Mapping[str, float]) -> str:
-    before, after = next(iter(pilot.values())), next(iter(fused.values()))  # the first score decides
-    if before == after:
-        return "both right" if before > 0 else "both wrong"
-    return "fixed" if after > before else "broken"
+    return [row for kind, some in of_each.items() for row in some[: sum(other == kind for _, other in ranked)]]
 
 
 def _show_on_wandb(logger: WandbLogger, results: Results, weights: Sequence, generations: Sequence) -> None:

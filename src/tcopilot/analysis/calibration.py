@@ -1,0 +1,60 @@
+"""How far a model's confidence can be believed: reliability over bins, and the expected calibration error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tcopilot.evaluation.significance import Interval, wilson_interval
+
+BINS = 10
+
+
+class Bin(NamedTuple):
+    """Tokens whose confidence lies in (low, high]; `accuracy` and its 95 % interval are the share that is right."""
+
+    low: float
+    high: float
+    tokens: int
+    confidence: float
+    accuracy: float
+    ci95: Interval
+
+
+def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = BINS) -> list[Bin]:
+    """Sort tokens by confidence into bins of equal width; empty bins are left out.
+
+    Args:
+        confidence: largest probability of each distribution.
+        right: whether the token with it is the right one.
+        bins: number of bins.
+
+    >>> [(b.low, b.tokens, b.accuracy) for b in reliability([0.2, 0.9, 0.8, 1.0], [False, True, False, True], 2)]
+    [(0.0, 1, 0.0), (0.5, 3, 0.6666666666666666)]
+    """
+    sure, correct = np.asarray(confidence, dtype=float), np.asarray(right, dtype=bool)
+    place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
+    found = []
+    for index in range(bins):
+        inside = place == index
+        if tokens := int(inside.sum()):
+            hits = int(correct[inside].sum())
+            found.append(
+                Bin(
+                    index / bins, (index + 1) / bins, tokens, float(sure[inside].mean()), hits / tokens,
+                    wilson_interval(hits, tokens),
+                )
+            )  # fmt: skip
+    return found
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Return the expected calibration error Σ_b n_b/n · |accuracy_b − confidence_b|.
+
+    >>> calibration_error([Bin(0.5, 1.0, 4, 0.9, 0.5, (0, 1)), Bin(0.0, 0.5, 4, 0.3, 0.3, (0, 1))])
+    0.2
+    """
+    tokens = sum(b.tokens for b in bins)
+    return sum(b.tokens * abs(b.accuracy - b.confidence) for b in bins) / tokens

@@ -1,0 +1,252 @@
+"""The plots of the report: for each its numbers (a CSV), how it is drawn, and what to read in it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from tcopilot.analysis import corrections, efficiency, figures
+from tcopilot.analysis.calibration import calibration_error, reliability
+from tcopilot.analysis.figures import Mark, Series
+from tcopilot.analysis.files import RunFiles, Trace
+from tcopilot.evaluation.results import LOSSES, Row
+
+DECILES = [place / 20 for place in range(1, 20)]
+MODELS = ("Pilot", "Pilot + Copilot")
+
+
+@dataclass
+class Panel:
+    """One plot.
+
+    Attributes:
+        name: of its files.
+        section: of the page.
+        title: what it shows, with the unit.
+        note: one or two sentences on how to read it.
+        columns: heads of the CSV.
+        rows: its lines.
+        draw: puts the plot on axes.
+    """
+
+    name: str
+    section: str
+    title: str
+    note: str
+    columns: Sequence[str]
+    rows: list[Sequence[Any]] = field(repr=False)
+    draw: Callable[[Axes], None] = field(repr=False)
+
+    def csv(self) -> str:
+        """Return the numbers as CSV text."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([self.columns, *self.rows])
+        return text.getvalue()
+
+
+def all_panels(run: RunFiles) -> list[Panel]:
+    """Return every plot that the files of a run allow, in the order of the page."""
+    found = [*weight_curves(run), *training_curves(run)]
+    if run.trace is not None:
+        found += [*calibration_panels(run.trace), *correction_panels(run.trace), *drift_panels(run.trace)]
+    return [*found, *efficiency_panels(run)]
+
+
+def weight_curves(run: RunFiles) -> Iterator[Panel]:
+    """The deciding metric of each benchmark, and the likelihood, over λ."""
+    results, first = run.results, {gain.benchmark: gain.metric for gain in reversed(run.results.gain)}
+    for benchmark, metric in [*((name, first[name]) for name in run.benchmarks), ("all", "nll")]:
+        rows = [row for row in results.rows if (row.benchmark, row.metric) == (benchmark, metric)]
+        if len({row.weight for row in rows}) < 2:
+            continue
+        scale = 1 if metric in LOSSES else 100
+        unit = "nats per target token" if metric in LOSSES else "%"
+        series = [_curve(split, [row for row in rows if row.split == split], scale) for split in _splits(rows)]
+        where = "all benchmarks" if benchmark == "all" else benchmark
+        yield Panel(
+            f"weight_{benchmark}_{metric}", "weights", f"{where}: {metric} over λ ({unit})",
+            "λ = 0 is the Pilot. Bars are 95 % intervals. λ* has the least squared error; where the theorem's λ₀ is "
+            "known, every λ in the shade is promised to lower it.",
+            ("split", "weight", "value", "ci95_low", "ci95_high", "n"),
+            [(row.split, row.weight, row.value, *row.ci95, row.n) for row in rows],
+            figures.lines(series, "λ", f"{metric} ({unit})", _weight_marks(run, benchmark)),
+        )  # fmt: skip
+
+
+def _curve(split: str, rows: Sequence[Row], scale: float) -> Series:
+    ordered = sorted(rows, key=lambda row: row.weight)
+    below, above = ([scale * abs(row.value - row.ci95[end]) for row in ordered] for end in (0, 1))
+    values = [scale * row.value for row in ordered]
+    return Series(split, [row.weight for row in ordered], values, (below, above))
+
+
+def _splits(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.split for row in rows))
+
+
+def _weight_marks(run: RunFiles, benchmark: str) -> list[Mark]:
+    marks = []
+    selected = run.results.weight_of(benchmark)
+    if selected is not None:
+        marks.append(Mark(f"selected λ = {selected:g}", selected, "-"))
+    if run.best_weight is not None:
+        marks.append(Mark(f"λ* = {run.best_weight:g}", run.best_weight, "--"))
+    if (bound := theorem_bound(run)) is not None:
+        marks.append(Mark(f"theorem's λ₀ = {bound:.3g}", bound, None))
+    return marks
+
+
+def theorem_bound(run: RunFiles) -> float | None:
+    """λ0 of Theorem 4.1 as `tcopilot-theorem` has estimated it for this run; None without it, or if it is unknown."""
+    file = run.find("theorem.json")
+    return json.loads(file.read_text(encoding="utf-8")).get("lambda_0") if file else None
+
+
+def calibration_panels(trace: Trace) -> Iterator[Panel]:
+    """Reliability of both models on right answers' tokens, over all benchmarks and for each."""
+    groups = {name: list(trace.gold(name)) for name in trace.rows}
+    if len(groups) > 1:
+        groups = {"all benchmarks": [token for tokens in groups.values() for token in tokens], **groups}
+    for name, tokens in groups.items():
+        bins, titles = [], []
+        for model, place in zip(MODELS, ("before", "after"), strict=True):
+            right = [token["right"][place == "after"] for token in tokens]
+            bins.append(reliability([token[place][0][1] for token in tokens], right))
+            titles.append(f"{model}, ECE {100 * calibration_error(bins[-1]):.1f} %")
+        series = [
+            Series(
+                title, [b.confidence for b in some], [b.accuracy for b in some],
+                ([b.accuracy - b.ci95[0] for b in some], [b.ci95[1] - b.accuracy for b in some]),
+            )
+            for title, some in zip(titles, bins, strict=True)
+        ]  # fmt: skip
+        yield Panel(
+            f"reliability_{name.replace(' ', '_')}", "calibration", f"{name}: reliability",
+            f"Share of tokens whose likeliest candidate is right, over the confidence in it; {len(tokens):,} tokens "
+            f"of right answers in bins of 0.1. Below the diagonal a model is too sure.",
+            ("model", "low", "high", "tokens", "confidence", "accuracy", "ci95_low", "ci95_high"),
+            [(model, *b[:5], *b.ci95) for model, some in zip(MODELS, bins, strict=True) for b in some],
+            figures.lines(series, "confidence", "share right", diagonal=True),
+        )  # fmt: skip
+
+
+def correction_panels(trace: Trace) -> Iterator[Panel]:
+    """Figure 3: the correction's share of the Pilot's logit range, and how its size is distributed."""
+    shares = [(name, *corrections.share(rows)) for name, rows in trace.rows.items()]
+    heights = [100 * mean for _, mean, _ in shares]
+    errors = [[100 * abs(mean - ends[end]) for _, mean, ends in shares] for end in (0, 1)]
+    yield Panel(
+        "correction_share", "corrections", "Correction beside the Pilot's logit range (%)",
+        "Mean logit shift over max − min of the Pilot's logits, with 95 % intervals over rows.",
+        ("benchmark", "share", "ci95_low", "ci95_high", "rows"),
+        [(name, mean, *ends, len(trace.rows[name])) for name, mean, ends in shares],
+        figures.bars([name for name, _, _ in shares], [Series("share", [], heights, errors)], "share of range (%)"),
+    )  # fmt: skip
+    domains: dict[str, list[float]] = {}
+    for name in trace.rows:
+        domains.setdefault(corrections.domain(name), []).extend(token["shift"] for token in trace.gold(name))
+    points = {name: corrections.quantiles(shifts, DECILES) for name, shifts in domains.items()}
+    series = [Series(name, values, [100 * d for d in DECILES]) for name, values in points.items()]
+    yield Panel(
+        "correction_magnitude", "corrections", "Correction magnitudes by domain (nats)",
+        "Share of target tokens whose logit shift is below the value: a line further right has larger corrections.",
+        ("domain", "share_of_tokens", "shift"),
+        [(name, share, value) for name, some in points.items() for share, value in zip(DECILES, some, strict=True)],
+        figures.lines(series, "mean logit shift of a token (nats)", "tokens below (%)", log_x=True),
+    )  # fmt: skip
+
+
+def drift_panels(trace: Trace) -> Iterator[Panel]:
+    """‖f^C‖ and its cosine with ℓ over the target position, under observed and own feedback."""
+    for name, rows in trace.rows.items():
+        found = corrections.drift(rows)
+        if len({point.position for point in found}) < 2:
+            continue
+        for what, label in (("norm", "‖f^C‖ (probability)"), ("cosine", "cosine of f^C with ℓ")):
+            if what == "norm" and trace.meta["fusion"] == "logits":
+                label = "‖f^C‖ (logits)"
+            series = [
+                Series(
+                    f"{feedback} feedback",
+                    *([getattr(p, key) for p in found if p.feedback == feedback] for key in ("position", what)),
+                    [getattr(p, f"{what}_half") for p in found if p.feedback == feedback],
+                )
+                for feedback in dict.fromkeys(point.feedback for point in found)
+            ]
+            yield Panel(
+                f"drift_{what}_{name}", "drift", f"{name}: {label} over position",
+                "Mean over rows that reach the position, along right answers; bars are 95 % intervals.",
+                ("feedback", "position", "tokens", "mean", "ci95_half_width"),
+                [(p.feedback, p.position, p.tokens, getattr(p, what), getattr(p, f"{what}_half")) for p in found],
+                figures.lines(series, "target position", label, whole_x=True),
+            )  # fmt: skip
+
+
+CURVES = (  # name, title, y label, note, {label: metric}
+    ("pilot_loss", "Pilot's loss (nats)", "cross-entropy (nats)", "Mean over a round's target tokens, before its "
+     "update; on validation, also of the fused model.",
+     {"training": "train/pilot_loss", "validation": "val/pilot_nll", "validation, fused": "val/fused_nll"}),
+    ("copilot_loss", "Copilot's loss", "objective", "Mean over the target tokens of the round's first draw.",
+     {"training": "train/copilot_loss"}),
+    ("cosine", "Does f^C estimate ℓ?", "cosine or ratio", "On validation rows. Cosine: 1 is a correction that points "
+     "at the error. Error ratio Σ‖f^C − ℓ‖² / Σ‖ℓ‖²: below 1 the Copilot knows something.",
+     {"cosine": "val/cosine", "error ratio": "val/error_ratio"}),
+    ("norms", "‖f^C‖ and ‖ℓ‖ (medians)", "norm", "Medians over validation tokens.",
+     {"‖f^C‖": "val/correction_norm_p50", "‖ℓ‖": "val/error_norm_p50"}),
+    ("log_age", "Age of the log (rounds)", "rounds", "Mean over records since each was logged.",
+     {"mean age": "log/age_rounds", "rounds held": "log/rounds"}),
+    ("log_repeats", "Composition of the log: repeated rows (share)", "share of records", "Records of rows that had "
+     "been logged before.", {"repeated": "log/repeated_share"}),
+    ("log_energy", "Error energy ‖ℓ‖² in the log", "‖ℓ‖²", "Mean over records. Far below validation's: the log no "
+     "longer shows the errors to come.",
+     {"log": "log/error_energy", "validation": "val/error_energy"}),
+)  # fmt: skip
+
+
+def training_curves(run: RunFiles) -> Iterator[Panel]:
+    """Losses, corrections and the log over rounds."""
+    for name, title, y_label, note, wanted in CURVES:
+        seen = {label: _over_rounds(run.metrics, metric) for label, metric in wanted.items()}
+        series = [Series(label, *zip(*points, strict=True)) for label, points in seen.items() if len(points) > 1]
+        if series:
+            yield Panel(
+                f"training_{name}", "training", title, note, ("series", "round", "value"),
+                [(one.label, x, y) for one in series for x, y in zip(one.x, one.y, strict=True)],
+                figures.lines(series, "round", y_label, whole_x=True),
+            )  # fmt: skip
+
+
+def _over_rounds(metrics: Sequence[dict[str, float]], name: str) -> list[tuple[float, float]]:
+    return [(line["round"], line[name]) for line in metrics if name in line and "round" in line]
+
+
+def efficiency_panels(run: RunFiles) -> Iterator[Panel]:
+    """Figure 5: time with the Copilot over time of the Pilot alone, beside its floor."""
+    costs = [cost for cost in (efficiency.training_cost(run.metrics, _training_floor(run)),) if cost]
+    costs += efficiency.decoding_costs(run.trace.meta, run.trace.rows) if run.trace else []
+    if costs:
+        groups = [Series("measured", [], [cost.ratio for cost in costs])]
+        if all(cost.floor is not None for cost in costs):
+            groups.append(Series("floor", [], [cost.floor for cost in costs]))
+        yield Panel(
+            "efficiency", "efficiency", "Time with the Copilot over time of the Pilot alone",
+            "Training: seconds inside training steps. Decoding: seconds per row, batch after batch in one process. "
+            "Floor: the ratio of multiplications by weights or, where smaller, of weights read.",
+            ("what", "pilot_seconds", "both_seconds", "ratio", "floor"), [tuple(cost) for cost in costs],
+            figures.bars([cost.what for cost in costs], groups, "ratio", base=1.0),
+        )  # fmt: skip
+
+
+def _training_floor(run: RunFiles) -> float | None:
+    if run.trace is None:
+        return None
+    rows = [row for some in run.trace.rows.values() for row in some]
+    updates = run.config["copilot"]["steps_per_round"]
+    return efficiency.training_floor(run.trace.meta["parameters"], *efficiency.lengths(rows, "gold"), updates)

@@ -1,0 +1,218 @@
+"""E‖p − p̂ − λ f^C‖² as a function of λ: a parabola for every vocabulary entry, and one for their sum.
+
+For one entry D(λ) = A − 2λB + λ²C with A = E ℓ², B = E ℓ f, C = E f². So three sums say everything about every λ:
+D is least at λ* = B / C and returns to the Pilot's A at the zero crossing 2B / C. Theorem 4.1 is about A, B and C.
+
+Shapes: R target tokens, V vocabulary, K kinds of sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, bincount, stack
+
+from tcopilot.functional import best_weight
+
+Floats = NDArray[np.float64]
+QUANTILES = (5, 25, 50, 75, 95)  # percent
+
+
+class Parabola(NamedTuple):
+    """D(λ) = error − 2λ · inner + λ² · correction: A, B and C, per target token."""
+
+    error: float
+    inner: float
+    correction: float
+
+    def distance(self, weight: float) -> float:
+        """D(λ)."""
+        return self.error - 2 * weight * self.inner + weight**2 * self.correction
+
+    @property
+    def best_weight(self) -> float:
+        """λ*, not below 0."""
+        return best_weight(self.inner, self.correction)
+
+    @property
+    def zero_crossing(self) -> float | None:
+        """2B / C: every λ between 0 and it brings D below D(0). At or below 0 no λ > 0 does; None if f^C is 0."""
+        return 2 * self.inner / self.correction if self.correction > 0 else None
+
+    @property
+    def copilot_error(self) -> float:
+        """E‖f^C − ℓ‖² = D(1)."""
+        return self.distance(1.0)
+
+    def split_copilot_error(self) -> tuple[float, float]:
+        """Part E‖f^C − ℓ‖² into ε_C², what is a multiple of ℓ, and σ_C², what is uncorrelated with ℓ.
+
+        Of all splits that the proof allows, this one turns its inequalities into equalities, so it promises most.
+        """
+        if self.error == 0:
+            return 0.0, self.correction
+        epsilon = (self.error - self.inner) ** 2 / self.error
+        return epsilon, max(self.correction - self.inner**2 / self.error, 0.0)
+
+    @property
+    def promised_weight(self) -> float | None:
+        """λ0 of Theorem 4.1 with the split of `split_copilot_error`."""
+        return promised_weight(self.error, *self.split_copilot_error())
+
+
+def promised_weight(pilot_error: float, epsilon: float, sigma: float) -> float | None:
+    """Return λ0 = min(1, 2S(S − ε_C) / ((S − ε_C)² + σ_C²)) of Theorem 4.1, or None if ε_C < S does not hold.
+
+    Args:
+        pilot_error: S² = ε_P² + σ_P².
+        epsilon: ε_C².
+        sigma: σ_C².
+
+    >>> promised_weight(1.0, 0.25, 0.75), promised_weight(1.0, 0.25, 0.0), promised_weight(1.0, 1.0, 0.0)
+    (1.0, 1.0, None)
+    >>> promised_weight(1.0, 0.25, 1.75)
+    0.5
+    """
+    left = math.sqrt(pilot_error) - math.sqrt(epsilon)
+    return min(1.0, 2 * math.sqrt(pilot_error) * left / (left**2 + sigma)) if left > 0 else None
+
+
+class EntrySums:
+    """Sums over target tokens, for each vocabulary entry, in float64.
+
+    Attributes:
+        tokens: target tokens summed over.
+        sums_KV: how often an entry is the target, Σℓ, Σℓ², Σℓf, Σf².
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self.tokens = 0
+        self.sums_KV: Floats = np.zeros((5, vocabulary))
+
+    def add(self, errors_RV: Tensor, corrections_RV: Tensor, targets_R: Tensor) -> None:
+        """Add target tokens; errors and corrections in float64."""
+        count_V = bincount(targets_R, minlength=errors_RV.shape[1]).double()
+        kinds = (errors_RV, errors_RV.square(), errors_RV * corrections_RV, corrections_RV.square())
+        self.sums_KV += stack([count_V, *(kind_RV.sum(0) for kind_RV in kinds)]).cpu().numpy()
+        self.tokens += len(targets_R)
+
+    @classmethod
+    def of(cls, parts: Sequence[EntrySums]) -> EntrySums:
+        """Add up parts over different tokens."""
+        whole = cls(parts[0].sums_KV.shape[1])
+        whole.tokens = sum(part.tokens for part in parts)
+        whole.sums_KV = sum(part.sums_KV for part in parts)
+        return whole
+
+    @property
+    def total(self) -> Parabola:
+        """The parabola of the distance summed over entries, per target token."""
+        return Parabola(*(self.sums_KV[2:].sum(1) / self.tokens).tolist())
+
+    @property
+    def constant_error(self) -> float:
+        """Σ_v (E ℓ_v)²: the part of the error energy that one constant for each entry would remove."""
+        return float(np.square(self.sums_KV[1] / self.tokens).sum())
+
+    def distances_V(self, weight: float) -> Floats:
+        """D_v(λ), per target token; they add up to `total.distance(λ)`."""
+        _, _, error_V, inner_V, correction_V = self.sums_KV
+        return (error_V - 2 * weight * inner_V + weight**2 * correction_V) / self.tokens
+
+    def best_weights_V(self) -> Floats:
+        """λ*_v = B_v / C_v, not below 0; 0 where f^C_v is always 0."""
+        inner_V, correction_V = self.sums_KV[3:]
+        return np.divide(inner_V.clip(0), correction_V, out=np.zeros_like(inner_V), where=correction_V > 0)
+
+    def removed(self, weights: float | Floats) -> float:
+        """Share of the error energy that λ, or one λ for each entry, removes; below 0 it adds."""
+        error, inner_V, correction_V = self.sums_KV[2].sum(), *self.sums_KV[3:]
+        return float((2 * weights * inner_V - weights**2 * correction_V).sum() / error) if error else 0.0
+
+
+def served_entries(sums: EntrySums, weight: float) -> dict[str, Any]:
+    """Say for which vocabulary entries one λ is too large, and what one λ for each entry would bring.
+
+    Args:
+        sums: sums of the tokens in question.
+        weight: the λ, usually λ* of all tokens.
+
+    Returns:
+        `harmed`: entries with D_v(λ) > D_v(0), as shares of all `entries`, of target `occurrences` and of the error
+        `energy`, and the `increase` of their distance as a share of all error energy. `never`: entries whose zero
+        crossing is at or below 0, so that no λ > 0 helps them, likewise. `common_zero_crossing`: the smallest of all
+        entries; every λ in (0, it) helps each of them, none does if it is not above 0. `best_weight_quantiles`: of
+        λ*_v, weighted by error energy. `removed_single` and `removed_per_entry`: shares of the error energy that λ and
+        the best λ_v ≥ 0 remove; the latter is chosen on the tokens that it is measured on, so it is an upper bound.
+    """
+    count_V, _, error_V, inner_V, correction_V = sums.sums_KV
+    added_V = sums.tokens * (sums.distances_V(weight) - sums.distances_V(0.0))
+    active_V = correction_V > 0
+    crossings = 2 * inner_V[active_V] / correction_V[active_V]
+    best_V = sums.best_weights_V()
+    harmed_V, never_V = weight * correction_V > 2 * inner_V, active_V & (inner_V <= 0)
+    harmed_V &= active_V & (weight > 0)
+
+    def shares(chosen_V: NDArray[np.bool_]) -> dict[str, float]:
+        weighted = {"entries": np.ones_like(count_V), "occurrences": count_V, "energy": error_V}
+        return {name: float(v[chosen_V].sum() / v.sum()) if v.sum() else 0.0 for name, v in weighted.items()}
+
+    increase = float(added_V[harmed_V].sum() / error_V.sum()) if error_V.any() else 0.0
+    return {
+        "harmed": shares(harmed_V) | {"increase": increase},
+        "never": shares(never_V),
+        "common_zero_crossing": float(crossings.min()) if len(crossings) else None,
+        "best_weight_quantiles": weighted_quantiles(best_V, error_V),
+        "removed_single": sums.removed(weight),
+        "removed_per_entry": sums.removed(best_V),
+    }
+
+
+def removed_on_other_half(halves: Sequence[EntrySums]) -> float:
+    """Share of the error energy that one λ_v for each entry removes on the rows that it was not chosen on."""
+    first, second = halves
+    pairs = ((first, second), (second, first))
+    energy = sum(half.sums_KV[2].sum() for half in halves)
+    removed = sum(there.removed(here.best_weights_V()) * there.sums_KV[2].sum() for here, there in pairs)
+    return float(removed / energy) if energy else 0.0
+
+
+def weighted_quantiles(values: Floats, weights: Floats) -> dict[str, float]:
+    """Quantiles of a distribution that gives each value its weight, by percent.
+
+    >>> weighted_quantiles(np.array([3.0, 1.0]), np.array([1.0, 9.0]))
+    {'5': 1.0, '25': 1.0, '50': 1.0, '75': 1.0, '95': 3.0}
+    """
+    order = np.argsort(values)
+    below = np.cumsum(weights[order])
+    places = np.searchsorted(below, [percent / 100 * below[-1] for percent in QUANTILES])
+    found = values[order][places.clip(max=len(values) - 1)]
+    return {str(percent): float(value) for percent, value in zip(QUANTILES, found, strict=True)}
+
+
+def row_intervals(rows_R4: Floats, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """95 % intervals by the percentile bootstrap over examples, whose tokens belong together.
+
+    Args:
+        rows_R4: of each example Σℓ², Σℓf, Σf² and its target tokens.
+        resamples: bootstrap resamples.
+        seed: of the resampling.
+
+    Returns:
+        Intervals of `pilot_error_sq`, `copilot_error_sq`, `lambda_star` and `zero_crossing`; empty if f^C is 0
+        in some resample.
+    """
+    random, found = np.random.default_rng(seed), []
+    for _ in range(resamples):
+        *sums, tokens = rows_R4[random.integers(len(rows_R4), size=len(rows_R4))].sum(0).tolist()
+        drawn = Parabola(*(value / tokens for value in sums))
+        if drawn.zero_crossing is None:
+            return {}
+        found.append((drawn.error, drawn.copilot_error, drawn.best_weight, drawn.zero_crossing))
+    bounds = np.quantile(np.array(found), [0.025, 0.975], axis=0).T.tolist()
+    names = ("pilot_error_sq", "copilot_error_sq", "lambda_star", "zero_crossing")
+    return {name: (low, high) for name, (low, high) in zip(names, bounds, strict=True)}

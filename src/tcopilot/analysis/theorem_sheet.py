@@ -1,0 +1,183 @@
+"""What `tcopilot-theorem` prints: the estimates, the curve, who is served by one λ, and the verdict in sentences."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+WIDTH = 140  # characters of a table that is no terminal's
+NONE = "–"
+TOLERANCE = 1e-9  # of sums in float64, per target token
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print tables and sentences of a `theorem.json`."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    for table in (_estimates(found), _curve(found), _parts(found)):
+        console.print(table)
+    for sentence in found["verdict"]:
+        console.print(escape(sentence))
+
+
+def verdict(found: dict[str, Any]) -> list[str]:
+    """Say in plain words what the figures say, and what they do not."""
+    said = [_range(found), _condition(found)]
+    if found["lambda_star"] > 0:
+        said += [_served(found), _per_entry(found)]
+        worse = [
+            f"{kind} {name} ({_percent(part['energy'])} of the error energy)"
+            for kind in ("benchmark", "position")
+            for name, part in found[f"by_{kind}"].items()
+            if part["removed_single"] < 0
+        ]
+        said.append(f"By benchmark and position, λ* makes {', '.join(worse) or 'nothing'} worse as a whole.")
+    said += [_measured(found), _pilots(found)]
+    said.append(
+        "p is the one-hot target: S², ε_P² and ε_C² hold its noise too; σ_P², λ* and the zero crossing do not."
+    )
+    if found["fusion"] != "probability":
+        said.append(f"This run decodes with fusion.space={found['fusion']}; all of this is about p̂ + λ f^C (Eq. 8).")
+    return said
+
+
+def _range(found: dict[str, Any]) -> str:
+    weight, crossing = found["lambda_star"], found["zero_crossing"]
+    if crossing is None:
+        return "f^C is 0 everywhere: every λ is the Pilot."
+    if crossing <= 0:
+        return (
+            f"f^C points away from the error (zero crossing {crossing:.3g}): no λ > 0 helps; λ* = 0, keep the Pilot."
+        )
+    removed = _percent(found["removed"])
+    return f"Measured: every λ in (0, {crossing:.3g}) lowers the distance; λ* = {weight:.3g} removes {removed} of S²."
+
+
+def _condition(found: dict[str, Any]) -> str:
+    promised, ratio = found["lambda_0"], found["copilot_error_sq"] / (found["pilot_error_sq"] or 1.0)
+    if promised is None:
+        return "Theorem 4.1 promises nothing here: ε_C < S does not hold."
+    whole = f"E‖f^C − ℓ‖² is {ratio:.3g} S²"
+    if ratio < 1:
+        return f"Theorem 4.1 promises (0, {promised:.3g}), the most it can; {whole}: below S² just where λ = 1 helps."
+    alone = "so it promises nothing if all of that is called ε_C"
+    return f"Theorem 4.1 promises (0, {promised:.3g}) with σ_C² set apart; {whole}, {alone}."
+
+
+def _served(found: dict[str, Any]) -> str:
+    harmed, never = found["entries"]["harmed"], found["entries"]["never"]
+    served = f"A single λ* serves {_percent(1 - harmed['energy'])} of the error energy"
+    if not harmed["entries"]:
+        return f"{served}: no entry of the vocabulary gets worse."
+    worst = ", ".join(repr(entry["token"]) for entry in found["entries"]["worst"])
+    lost = f"{_percent(harmed['entries'])} of the entries ({_percent(harmed['occurrences'])} of target occurrences)"
+    increase = _percent(harmed["increase"])
+    unhelped = f" For {_percent(never['energy'])} of the energy no λ > 0 helps." if never["entries"] else ""
+    return f"{served}; for {lost} it makes matters worse, by {increase} of S² in all, most for {worst}.{unhelped}"
+
+
+def _per_entry(found: dict[str, Any]) -> str:
+    entries = found["entries"]
+    single, best, held_out = (
+        _percent(entries[f"removed_{kind}"]) for kind in ("single", "per_entry", "per_entry_held_out")
+    )
+    least = entries["common_zero_crossing"]
+    common = f"every λ in (0, {least:.3g}) helps every entry" if least > 0 else "no λ > 0 helps every entry"
+    return (
+        f"One λ for each entry would remove at most {best} of S² ({held_out} on rows that it was not chosen on), the "
+        f"single one removes {single}; {common}."
+    )
+
+
+def _measured(found: dict[str, Any]) -> str:
+    on_it = "lies on" if found["curve_error"] < TOLERANCE else "DEPARTS FROM"
+    weight, *_, least = min(found["curve"], key=lambda point: point[3])
+    return (
+        f"The measured curve {on_it} the parabola (largest difference {found['curve_error']:.1e}). "
+        f"As decoded, floored and renormalised, the distance is least at λ = {weight:g} of those tried, {least:.4f}."
+    )
+
+
+def _pilots(found: dict[str, Any]) -> str:
+    pilots = found["pilots"]
+    if pilots is None:
+        return "One Pilot cannot tell ε_P² from σ_P²; give runs of other seeds, or --dropout-passes K."
+    count = f"{len(pilots['draws'])} {'passes with dropout' if pilots['kind'] == 'dropout' else 'runs'}"
+    share = _percent(pilots["sigma_sq"] / pilots["pilot_error_sq"]) if pilots["pilot_error_sq"] else NONE
+    best = ", ".join(f"{draw['lambda_star']:.3g}" for draw in pilots["draws"][:10])
+    return f"Over {count}, variance is {share} of S²; λ* of each: {best}."
+
+
+def _estimates(found: dict[str, Any]) -> Table:
+    table = Table("quantity", title=f"Theorem 4.1 on {found['split']}", title_justify="left")
+    table.add_column("estimate", justify="right")
+    table.add_column("95 %", justify="right")
+    rows = {
+        "S² = E‖p − p̂‖²": "pilot_error_sq",
+        "  of it removable by constants": "constant_error_sq",
+        "ε_P², bias of the Pilots": "epsilon_pilot_sq",
+        "σ_P², their variance": "sigma_pilot_sq",
+        "E‖f^C − ℓ‖²": "copilot_error_sq",
+        "  ε_C², along ℓ": "epsilon_copilot_sq",
+        "  σ_C², the rest": "sigma_copilot_sq",
+        "λ*, the best single λ": "lambda_star",
+        "λ0, promised": "lambda_0",
+        "zero crossing, measured": "zero_crossing",
+    }
+    for label, name in rows.items():
+        interval = found["intervals"].get(name)
+        bounds = NONE if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+        table.add_row(label, _number(found[name]), bounds)
+    table.caption = f"{found['rows']:,} rows, {found['tokens']:,} target tokens, {found['vocabulary']:,} entries"
+    return table
+
+
+def _curve(found: dict[str, Any]) -> Table:
+    table = Table(title="E‖p − p̃‖² over λ", title_justify="left")
+    for head in ("λ", "by the parabola", "p̂ + λ f^C", "as decoded (floored)"):
+        table.add_column(head, justify="right")
+    for weight, *distances in found["curve"]:
+        table.add_row(f"{weight:g}", *map(_number, distances))
+    return table
+
+
+def _parts(found: dict[str, Any]) -> Table:
+    table = Table("tokens of", title="Where a single λ* serves", title_justify="left")
+    heads = (
+        "tokens",
+        "energy",
+        "own λ*",
+        "zero crossing",
+        "removed",
+        "at best per entry",
+        "entries' λ* 5–95 %",
+        "served",
+    )
+    for head in heads:
+        table.add_column(head, justify="right")
+    whole = {name: found[name] for name in ("tokens", "lambda_star", "zero_crossing")} | {"energy": 1.0}
+    parts = [("all", whole | found["entries"])]
+    parts += [(name, part) for name, part in found["by_benchmark"].items()]
+    parts += [(f"position {name}", part) for name, part in found["by_position"].items()]
+    for name, part in parts:
+        quantiles = part["best_weight_quantiles"]
+        table.add_row(
+            escape(name), f"{part['tokens']:,}", _percent(part["energy"]), _number(part["lambda_star"]),
+            _number(part["zero_crossing"]), _percent(part["removed_single"]), _percent(part["removed_per_entry"]),
+            f"{quantiles['5']:.2f} to {quantiles['95']:.2f}", _percent(1 - part["harmed"]["energy"]),
+        )  # fmt: skip
+    return table
+
+
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:.4f}"
+
+
+def _percent(share: float) -> str:
+    percent = 100 * share
+    if 0 < percent < 0.05:
+        return "< 0.1 %"
+    return "> 99.9 %" if 99.95 <= percent < 100 - 1e-9 else f"{percent:,.1f} %"

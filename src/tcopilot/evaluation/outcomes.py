@@ -1,0 +1,44 @@
+"""What became of a row: the answers of Pilot and fused model side by side, and which of the two was right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from tcopilot.evaluation.generation import Generation
+from tcopilot.evaluation.likelihood import Likelihood
+from tcopilot.evaluation.predictions import Prediction
+from tcopilot.evaluation.results import Results
+
+OUTCOMES = ("fixed", "broken", "both right", "both wrong")
+
+
+def read_predictions(results: Results, folder: Path, benchmark: str, weight: float) -> dict[int, Prediction]:
+    """Row id to prediction on the reported split at one λ, of the mode that decided; empty if there is no file."""
+    for suffix in (Generation.suffix, Likelihood.suffix):
+        file = folder / f"{reported_split(results)}-{benchmark}{suffix}-weight={weight:g}.jsonl"
+        if file.exists():
+            lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+            return {line["id"]: line for line in lines}
+    return {}
+
+
+def reported_split(results: Results) -> str:
+    """The split whose figures count: the one λ was not chosen on, if there is one."""
+    splits = dict.fromkeys(row.split for row in results.rows)
+    return next((split for split in splits if split != results.selected_on), results.selected_on)
+
+
+def answer_text(prediction: Prediction) -> str:
+    """What was said: a text, the likeliest option, or the best items."""
+    said = prediction["prediction_sum" if "prediction_sum" in prediction else "prediction"]
+    return said if isinstance(said, str) else ", ".join(map(str, said))
+
+
+def outcome(pilot: Mapping[str, float], fused: Mapping[str, float]) -> str:
+    """One of `OUTCOMES`, from the first score of each, which is the one that decides on λ."""
+    before, after = next(iter(pilot.values())), next(iter(fused.values()))
+    if before == after:
+        return "both right" if before > 0 else "both wrong"
+    return "fixed" if after > before else "broken"
