@@ -451,10 +451,11 @@ def test_the_closed_form_weight_can_end_a_training_run(tmp_path):
 def test_the_equal_time_control_stands_beside_the_gain(tmp_path, capsys):
     folder = composed.train(tmp_path / "run", *SHORT, "control=equal_time")
     found = composed.results(folder)
-    (control,) = found["controls"]
+    control, likelihood = found["controls"]
     assert (control["name"], control["split"], control["n"]) == ("Pilot, equal time", "test", 16)
+    assert (likelihood["name"], likelihood["benchmark"], likelihood["metric"]) == ("Pilot, equal time", "all", "nll")
     assert control["rounds"] > 0
-    rows = composed.predictions(folder / "control", "test", 0.0)
+    rows = composed.predictions(folder / "control" / "equal_time", "test", 0.0)
     assert control["value"] == sum(row["scores"]["accuracy"] for row in rows) / 16
     assert "Pilot, equal time" in capsys.readouterr().out
     assert found["rounds"] == 4  # the joint run's own

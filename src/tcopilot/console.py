@@ -16,14 +16,20 @@ from tcopilot.build import Prepared
 from tcopilot.checks import ConfigError
 from tcopilot.distributed import is_first
 from tcopilot.evaluation.results import Results, gain_table, weight_table
+from tcopilot.memory_check import Budget
 from tcopilot.modeling import TCopilotModel
 from tcopilot.preflight import log_bytes
 
 
 def show_summary(
-    cfg: DictConfig, prepared: Prepared, model: TCopilotModel, params: dict[str, int], rounds: int
+    cfg: DictConfig,
+    prepared: Prepared,
+    model: TCopilotModel,
+    params: dict[str, int],
+    rounds: int,
+    memory: Budget | None = None,
 ) -> None:
-    """Say before training what is trained, what the log keeps and how large it grows, and the budget.
+    """Say before training what is trained, what the log keeps and how large it grows, memory, and the budget.
 
     Raises:
         ConfigError: if the log's storage cannot keep this Pilot's p̂.
@@ -41,6 +47,8 @@ def show_summary(
         size = log_bytes(cfg, prepared.pilot, prepared.data, prepared.log) / 2**20
         table.add_row("a record keeps", kept)
         table.add_row("full Mistake Log", f"{size:.1f} MiB, {prepared.log.capacity_rounds} rounds")
+    if memory is not None:
+        table.add_row("memory", str(memory))
     rows = "stream" if prepared.data.train_rows is None else f"{prepared.data.train_rows:,} training rows"
     table.add_row("budget", f"{rounds:,} rounds of {cfg.data.batch_size} rows; {rows}")
     table.add_row("run directory", str(cfg.paths.run_dir))

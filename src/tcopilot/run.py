@@ -16,17 +16,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from tcopilot import build, distributed, parts, sweep
 from tcopilot.adapters import merge_adapters
+from tcopilot.analysis.trace import trace_problems, write_trace
 from tcopilot.build import Prepared
-from tcopilot.callbacks import Agreement, CleanStop, RoundCheckpoint
+from tcopilot.callbacks import Agreement, CleanStop, FlopCount, RoundCheckpoint
 from tcopilot.checkpoints import CheckpointError, checkpoints, newest_good, round_of
 from tcopilot.checks import ConfigError, evaluation_problems, refuse_missing
 from tcopilot.console import quiet_libraries, show_results, show_summary
-from tcopilot.control import equal_time_controls
+from tcopilot.control import JointRun, controls
 from tcopilot.data.benchmarks import DataError
 from tcopilot.distributed import DisagreementError, LostProcessError, agree_on, is_first, is_lost_process, rank
 from tcopilot.evaluation.evaluate import Evaluator
-from tcopilot.evaluation.results import Results, git_revision
+from tcopilot.evaluation.results import Control, Results, git_revision
 from tcopilot.logging import closing_wandb, log_evaluation
+from tcopilot.memory_check import budget
 from tcopilot.modeling import TCopilotModel
 from tcopilot.module import TCopilotModule, TrainingDivergedError
 from tcopilot.pilot import ModelSource, ModelSourceError
@@ -76,6 +78,9 @@ def _train(cfg: DictConfig) -> float:
         mend = f"go on with it by resume={run_dir}, or choose another folder"
         raise ConfigError([f"paths.run_dir={run_dir}: holds the checkpoints of an earlier run; {mend}"])
     prepared = build.prepare(cfg)
+    memory = budget(cfg, prepared)
+    if memory is not None:
+        memory.check()
     _save_config(cfg, run_dir)
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = build.fused_model(cfg, prepared)
@@ -84,7 +89,7 @@ def _train(cfg: DictConfig) -> float:
     params = build.parameter_counts(model)  # now that a frozen Pilot is frozen
     if rank():
         seed_everything(cfg.seed + rank(), workers=True, verbose=False)  # dropout of its own
-    show_summary(cfg, prepared, model, params, rounds)
+    show_summary(cfg, prepared, model, params, rounds, memory)
     _fit(cfg, prepared, module)
 
     model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
@@ -95,10 +100,13 @@ def _train(cfg: DictConfig) -> float:
         model.config.save_pretrained(run_dir / "export")  # now with the selected λ
     results.params, results.rounds = params, module.round
     results.train_seconds = agree_on(round(sum(module.seconds.values()), 2))
+    counts = (callback for callback in module.trainer.callbacks if isinstance(callback, FlopCount))
+    results.train_flops = next((count.total() for count in counts), None)
+    results.controls = _controls_before(cfg, run_dir)
     _save_results(results, run_dir)
     log_evaluation(module.trainer.loggers, results, run_dir)
-    if cfg.control:
-        results.controls = equal_time_controls(cfg, prepared, results.train_seconds, run_dir / "control")
+    for found in controls(JointRun(cfg, prepared, model, results), run_dir / "control"):
+        results.controls += found
         _save_results(results, run_dir)
     show_results(results, run_dir / "results.json")
     return sweep.validation_gain(results)
@@ -119,7 +127,7 @@ def _evaluate(cfg: DictConfig) -> float:
     trained.paths.run_dir = cfg.paths.run_dir
     trained.control = None
 
-    if problems := evaluation_problems(trained):
+    if problems := [*evaluation_problems(trained), *trace_problems(cfg, trained)]:
         raise ConfigError(problems)
 
     config, tokenizer = build.read_export(source)
@@ -138,6 +146,9 @@ def _evaluate(cfg: DictConfig) -> float:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     prepared = Prepared(build.model_source(trained.pilot, "pilot"), None, tokenizer, data, None)
     results = _evaluated(trained, model, prepared, run_dir)
+    if cfg.trace and is_first():
+        evaluator = Evaluator(model, tokenizer, data, run_dir / "predictions", build.decoding(trained.evaluation))
+        write_trace(evaluator, trained.evaluation.report_on, run_dir / "trace", cfg.trace_rows, source)
     results.params = build.parameter_counts(model)
     if (source / "results.json").exists():
         before = _results_of(source)
@@ -217,6 +228,12 @@ def _results_of(run_dir: Path) -> Results:
         return Results.load(run_dir / "results.json")
     except ValueError as error:
         raise ConfigError([f"{error}; remove that file, or evaluate another run"]) from error
+
+
+def _controls_before(cfg: DictConfig, run_dir: Path) -> list[Control]:
+    """The controls that a resumed run had trained when it was stopped; results are written after training only."""
+    there = cfg.get("resume") and (run_dir / "results.json").exists()
+    return agree_on(_results_of(run_dir).controls if there else [])
 
 
 def _shared_run_dir(cfg: DictConfig) -> Path:

@@ -1,0 +1,67 @@
+"""Count the bytes of tensors as they come and go: torch has no such count for the CPU, and `tracemalloc` sees none."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveMemory(TorchDispatchMode):
+    """Within it, every storage that an operation returns is counted until it is freed.
+
+    The count is the same on every machine and in every run. What a kernel takes and gives back before it returns is
+    not seen, nor is memory that the allocator keeps for later. Tensors with shapes only (torch's `FakeTensorMode`)
+    count with the bytes that they stand for.
+
+    Args:
+        label: names the kind of a tensor when its storage comes.
+
+    Attributes:
+        live: bytes now.
+        peak: most bytes since the last `reset_peak`.
+        at_peak: bytes by kind when the peak was reached.
+    """
+
+    def __init__(self, label: Callable[[Tensor], str] = lambda tensor: "tensors") -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.at_peak: Counter[str] = Counter()
+        self._label = label
+        self._kinds: Counter[str] = Counter()
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def reset_peak(self) -> None:
+        """Look for a new peak from what is live now."""
+        self.peak, self.at_peak = self.live, Counter(self._kinds)
+
+    def count(self, tensor: Tensor) -> None:
+        """Count a tensor that was made before."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._storages:
+            return
+        kind = self._label(tensor)
+        self._storages[key] = weakref.ref(storage, lambda _: self._forget(key, size, kind))
+        self.live += size
+        self._kinds[kind] += size
+        if self.live > self.peak:
+            self.reset_peak()
+
+    def _forget(self, key: int, size: int, kind: str) -> None:
+        del self._storages[key]
+        self.live -= size
+        self._kinds[kind] -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self.count(value)
+        return out

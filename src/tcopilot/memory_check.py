@@ -1,0 +1,169 @@
+"""Whether a run fits into the memory of its device, told before weights load."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+from omegaconf import DictConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from tcopilot import build
+from tcopilot.build import Prepared
+from tcopilot.checks import ConfigError, process_count
+from tcopilot.footprint import Footprint, Load, measure
+from tcopilot.module import TCopilotModule
+from tcopilot.pilot import ModelSource
+from tcopilot.preflight import log_bytes
+
+log = logging.getLogger(__name__)
+MENDS = {
+    "parameters": "choose a smaller pilot or copilot, or pilot.dtype=bfloat16 with adapter@pilot.adapter=lora",
+    "gradients": "train fewer parameters with adapter@pilot.adapter=lora",
+    "optimiser": "train fewer parameters with adapter@pilot.adapter=lora",
+    "log": "lower mistake_log.log.capacity_rounds or set mistake_log.log.max_bytes",
+    "activations": "lower pilot.micro_batch_size or set pilot.gradient_checkpointing=true",
+    "logits": "lower pilot.micro_batch_size, copilot.batch_size or data.eval_batch_size",
+    "decoding": "lower evaluation.batch_size",
+}
+
+
+@dataclass
+class Budget:
+    """What a run needs and what is free, in bytes.
+
+    Attributes:
+        needed: the models' part, on the training device.
+        log: a full Mistake Log, in the host's memory; 0 where it is spilled to a disk.
+        free: on the training device.
+        device: `GPU` or `CPU`.
+    """
+
+    needed: Footprint
+    log: int
+    free: int
+    device: str
+
+    def __str__(self) -> str:
+        parts = {
+            "parameters": self.needed.parameters, "gradients": self.needed.gradients,
+            "optimiser": self.needed.optimizer, "activations": self.needed.activations,
+            "logits": self.needed.logits, "caches": self.needed.caches,
+        }  # fmt: skip
+        shown = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+        peaks = f"training {_size(self.training)}, decoding {_size(self.needed.decoding)}"
+        return f"{shown}; at its peak {peaks}, of {_size(self.free)} free on the {self.device}"
+
+    @property
+    def log_here(self) -> int:
+        """The log's bytes on the training device."""
+        return self.log if self.device == "CPU" else 0
+
+    @property
+    def training(self) -> int:
+        """The peak of training with a full log."""
+        return self.needed.training + self.log_here
+
+    def check(self) -> None:
+        """Refuse what cannot fit, and warn of what probably will not.
+
+        Raises:
+            ConfigError: if parameters, gradients, optimiser state and log alone need more than is free.
+        """
+        needed = self.needed
+        certain = {
+            "parameters": needed.parameters, "gradients": needed.gradients, "optimiser": needed.optimizer,
+            "log": self.log_here,
+        }  # fmt: skip
+        if (total := sum(certain.values())) > self.free:
+            largest = max(certain, key=certain.__getitem__)
+            shown = ", ".join(f"{name} {_size(size)}" for name, size in certain.items() if size)
+            raise ConfigError(
+                [
+                    f"{shown} need {_size(total)} and {_size(self.free)} are free on the {self.device}; "
+                    f"the largest part is {largest}: {MENDS[largest]}"
+                ]
+            )
+        if self.training > self.free:
+            parts = {"activations": needed.activations, "logits": needed.logits}
+            self._warn("training", self.training, MENDS[max(parts, key=parts.__getitem__)])
+        if needed.decoding + self.log_here > self.free:
+            self._warn("decoding", needed.decoding + self.log_here, MENDS["decoding"])
+
+    def _warn(self, what: str, size: int, mend: str) -> None:
+        log.warning(
+            "%s may need %s and %s are free on the %s: %s", what, _size(size), _size(self.free), self.device, mend
+        )
+
+
+def budget(cfg: DictConfig, prepared: Prepared) -> Budget | None:
+    """Estimate what a run needs; no weights are read.
+
+    Returns:
+        None, with a warning, where parts of the run's own cannot be run without memory.
+    """
+    on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    try:
+        needed = measure(
+            lambda: _module(cfg, prepared), _load(cfg, prepared), prepared.log, str(cfg.trainer.precision), on_gpu,
+            tied=bool((prepared.donor or prepared.pilot).model_config.tie_word_embeddings),
+        )  # fmt: skip
+    except Exception as error:  # an estimate that fails is no reason not to train
+        log.warning("memory is not estimated: %s: %s", type(error).__name__, error)
+        return None
+    kept = 0
+    if prepared.log is not None and prepared.log.spill is None:
+        kept = log_bytes(cfg, prepared.pilot, prepared.data, prepared.log)
+    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
+    return Budget(needed, kept, free, "GPU" if on_gpu else "CPU")
+
+
+@dataclass
+class _WithoutWeights:
+    """Stands for a model to load: the same classes and shapes, with whatever weights."""
+
+    source: ModelSource
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return self.source.is_encoder_decoder
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        auto = AutoModelForSeq2SeqLM if self.is_encoder_decoder else AutoModelForCausalLM
+        return auto.from_config(self.source.model_config, dtype=getattr(torch, self.source.dtype))
+
+
+def _module(cfg: DictConfig, prepared: Prepared) -> TCopilotModule:
+    donor = None if prepared.donor is None else _WithoutWeights(prepared.donor)
+    model = build.fused_model(cfg, replace(prepared, pilot=_WithoutWeights(prepared.pilot), donor=donor))
+    module = build.training_module(cfg, model, prepared.data.total_rounds)
+    module.copilot_batch_size //= process_count(cfg)
+    return module
+
+
+def _load(cfg: DictConfig, prepared: Prepared) -> Load:
+    parts = prepared.data.summary()
+    training = [part for name, part in parts.items() if name.endswith("/train")] or list(parts.values())
+    source, target = (int(max(part[f"{what}_max"] for part in training)) for what in ("source", "target"))
+    rows = cfg.data.batch_size // process_count(cfg)
+    at_once = min(cfg.pilot.micro_batch_size or rows, rows)
+    given = build.evaluation_weights(cfg.fusion.weight)
+    weights = len({0.0, *given} if given else (0, 1)) if cfg.copilot.enabled else 1
+    ranked = any(task.catalogue is not None for task in prepared.data.benchmarks.values())
+    searched = ranked and cfg.evaluation.ranking == "beam"
+    beams = cfg.evaluation.ranking_beams if searched else cfg.evaluation.num_beams
+    answers = [task.max_new_tokens for task in prepared.data.benchmarks.values()]
+    return Load(
+        at_once, source, target,
+        parts=-(-rows // at_once),
+        validation_rows=cfg.data.eval_batch_size if cfg.trainer.limit_val_batches else 0,
+        prompts=max(1, cfg.evaluation.batch_size // (weights * (beams if searched else 1))),
+        copies=weights * beams,
+        answer=cfg.evaluation.max_new_tokens or max(answer or target + 2 for answer in answers),
+    )  # fmt: skip
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
