@@ -243,6 +243,7 @@ class MistakeLog:
         self.seen_rounds = 0
         self._seen_ids: set[int] = set()
         self._visits = Visits() if rows == "first_visit" else None
+        self._has_records = False  # whether the round at hand has any, where some rows are left out
         self._generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:

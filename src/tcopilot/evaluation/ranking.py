@@ -408,7 +408,7 @@ def _select(cache: TCopilotCache, rows: Tensor) -> TCopilotCache:
 
 
 def _share(value: Any) -> Any:
-    """Copy a cache but not its tensors; every share is followed by a selection of rows, which takes tensors of its own."""
+    """Copy a cache but not its tensors; the selection of rows that follows takes tensors of its own."""
     if isinstance(value, dict):
         return {key: _share(item) for key, item in value.items()}
     if isinstance(value, list):
