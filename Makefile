@@ -32,10 +32,8 @@ format: .venv/dev ## Format the code
 	.venv/bin/ruff format . && .venv/bin/ruff check --fix .
 
 .PHONY: benchmark
-benchmark: .venv/run ## Time rounds, decoding and the log beside their floors (about eight minutes)
-	$(RUN) benchmarks/round.py
-	$(RUN) benchmarks/decode.py
-	$(RUN) benchmarks/log.py
+benchmark: .venv/run ## Run all benchmarks, print their bars, write the tables of docs/performance.md (about six minutes)
+	$(RUN) benchmarks/all.py
 
 .PHONY: clean
 clean: ## Remove the environment and caches; runs stay

@@ -1,4 +1,4 @@
-"""Cost of the Mistake Log from 10² to 10⁵ rounds held, and the size of a record of large models.
+"""Cost of the Mistake Log from 10² to 10⁵ rounds held. The size of a record is the matter of `memory.py`.
 
     python benchmarks/log.py [--rounds 100 1000 10000 100000] [--repeats 200] [--policies fifo …] [--json FILE]
 
@@ -21,7 +21,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tcopilot.log_storage import DenseStorage, FrozenHeadStorage, TopKStorage
 from tcopilot.mistake_log import MistakeLog
 from tcopilot.sampling import Balanced, Fifo, Latest, Prioritised, Reservoir
 from tcopilot.states import PilotStates
@@ -29,9 +28,6 @@ from tcopilot.states import PilotStates
 POLICIES = {"fifo": Fifo, "latest": Latest, "reservoir": Reservoir, "prioritised": Prioritised, "balanced": Balanced}
 ROWS, SOURCE, TARGET, WIDTH, VOCAB = 4, 8, 4, 8, 16
 DRAWN = 16  # records of a draw
-MODELS = {"LLaMA-3.2-1B": (2048, 128_256), "LLaMA-3.2-3B": (3072, 128_256), "LLaMA-3.1-8B": (4096, 128_256),
-          "Qwen2.5-0.5B": (896, 151_936), "Qwen2.5-3B": (2048, 151_936), "Qwen2.5-7B": (3584, 152_064)}  # fmt: skip
-LENGTHS = {"M": 150, "N": 200}  # tokens of a prompt and of a target
 
 
 @dataclass
@@ -47,20 +43,8 @@ class Cost:
     append_ratio: float = 1.0
 
 
-@dataclass
-class Size:
-    """One line of the second table: bytes of a record, and how many times smaller than dense in bfloat16."""
-
-    model: str
-    storage: str
-    probs_bytes: int
-    record_bytes: int
-    probs_ratio: float
-    record_ratio: float
-
-
 def main() -> None:
-    """Measure all costs, work out all sizes and print both."""
+    """Measure all costs and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, nargs="+", default=[100, 1000, 10_000, 100_000])
     parser.add_argument("--repeats", type=int, default=200)
@@ -69,7 +53,6 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     costs = [cost for name in arguments.policies for cost in measure(name, arguments.rounds, arguments.repeats)]
-    sizes = [size for model in MODELS for size in record_sizes(model)]
     console = Console(width=None if sys.stdout.isatty() else 110)
     table = Table(title=f"Full logs, {ROWS} records a round, {DRAWN} records a draw")
     for column in ("policy", "rounds held", "append", "ratio", "sample", "ratio", "statistics"):
@@ -78,16 +61,8 @@ def main() -> None:
         times = (_micro(c.append), f"{c.append_ratio:.2f}", _micro(c.sample), f"{c.ratio:.2f}", _micro(c.statistics))
         table.add_row(c.policy, f"{c.rounds:,}", *times)
     console.print(table)
-    table = Table(title=f"Bytes of a record in bf16-mixed training with LoRA, {LENGTHS}, h̄ in bfloat16")
-    for column in ("Pilot", "storage", "p̂ MB", "smaller", "record MB", "smaller"):
-        table.add_column(column, justify="right")
-    for s in sizes:
-        p, whole = f"{s.probs_bytes / 1e6:.2f}", f"{s.record_bytes / 1e6:.2f}"
-        table.add_row(s.model, s.storage, p, f"{s.probs_ratio:.1f} ×", whole, f"{s.record_ratio:.1f} ×")
-    console.print(table)
     if arguments.json:
-        found = {"costs": [asdict(c) for c in costs], "sizes": [asdict(s) for s in sizes]}
-        arguments.json.write_text(json.dumps(found, indent=1))
+        arguments.json.write_text(json.dumps({"costs": [asdict(c) for c in costs]}, indent=1))
 
 
 def measure(name: str, lengths: list[int], repeats: int) -> list[Cost]:
@@ -114,25 +89,6 @@ def measure(name: str, lengths: list[int], repeats: int) -> list[Cost]:
     for cost in costs:
         cost.ratio, cost.append_ratio = cost.sample / costs[0].sample, cost.append / costs[0].append
     return costs
-
-
-def record_sizes(model: str) -> list[Size]:
-    """Bytes of a record by what is kept of p̂, against dense p̂ with X̃ and h̄, all in bfloat16."""
-    width, vocab = MODELS[model]
-    source, target = LENGTHS.values()
-    half = torch.bfloat16
-    ways = {
-        "dense": (DenseStorage("bfloat16"), width * 2),
-        "topk, k = 256": (TopKStorage(256, "bfloat16"), 8),
-        "frozen_head": (FrozenHeadStorage(), 8),
-    }
-    sizes = []
-    for name, (storage, of_prompt) in ways.items():
-        probs = target * storage.bytes_per_token(vocab, width, half)
-        record = probs + source * (of_prompt + 1) + target * (width * 2 + 8 + 1)  # X̃ or ids; h̄, targets; masks
-        first = sizes[0] if sizes else Size("", "", probs, record, 1, 1)
-        sizes.append(Size(model, name, probs, record, first.probs_bytes / probs, first.record_bytes / record))
-    return sizes
 
 
 def _full(policy: type, rounds: int, states: PilotStates) -> MistakeLog:
