@@ -18,6 +18,7 @@ def grown(cache, steps):
 
 
 @pytest.mark.parametrize("change", ["none", "repeat", "select", "reorder", "crop"])
+@torch.no_grad()
 def test_it_holds_what_a_stock_cache_holds(change):
     layers = []
     for cache in (with_room(DynamicCache()), DynamicCache()):
@@ -43,6 +44,7 @@ def test_it_holds_what_a_stock_cache_holds(change):
     assert torch.equal(roomy.values, stock.values)
 
 
+@torch.no_grad()
 def test_a_step_writes_its_own_column_only():
     cache = with_room(DynamicCache())
     layer = grown(cache, 2)
@@ -53,6 +55,7 @@ def test_a_step_writes_its_own_column_only():
     assert layer.get_seq_length() == 66
 
 
+@torch.no_grad()
 def test_beams_move_no_column_that_is_equal_in_all_of_them():
     cache = with_room(DynamicCache())
     layer = grown(cache, 1)
@@ -72,6 +75,26 @@ def test_a_gradient_flows_through_a_growing_cache():
         out, _ = cache.update(keys * 2, keys, layer_idx=0)
         (out**2).sum().backward(retain_graph=True)
     assert all(keys.grad is not None for keys in given)
+
+
+def test_steps_with_and_without_gradients_may_take_turns():
+    roomy, stock = with_room(DynamicCache()), DynamicCache()
+    for seed, with_gradients in enumerate((False, False, True, False, False)):
+        with torch.set_grad_enabled(with_gradients):
+            for cache in (roomy, stock):
+                cache.update(*states(seed=seed), layer_idx=0)
+    assert torch.equal(roomy.layers[0].keys, stock.layers[0].keys)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chosen", [[1], [0, 0, 1, 1]])
+def test_a_reorder_may_change_the_number_of_rows(chosen):
+    roomy, stock = with_room(DynamicCache()), DynamicCache()
+    for cache in (roomy, stock):
+        cache.update(*states(seed=0), layer_idx=0)
+        cache.update(*states(seed=1), layer_idx=0)
+        cache.reorder_cache(torch.tensor(chosen))
+    assert torch.equal(roomy.layers[0].keys, stock.layers[0].keys)
 
 
 def test_sliding_windows_and_other_caches_stay_what_they_are(tiny_pilot):

@@ -28,7 +28,8 @@ class RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append columns [R, H, N, D]; returns all of them, [R, H, S + N, D]."""
-        if torch.is_grad_enabled() and key_states.requires_grad:
+        if torch.is_grad_enabled():
+            self._stores = None
             return super().update(key_states, value_states)  # what a backward pass reads must stay as it is
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -46,9 +47,11 @@ class RoomyLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the surviving beams."""
-        if self._stores is None and self._equal == 0:
+        seen = self.get_seq_length()
+        if seen and (len(beam_idx) != len(self.keys) or (self._stores is None and self._equal == 0)):
+            self._stores, self._equal = None, 0
             super().reorder_cache(beam_idx)
-        elif self.get_seq_length() > self._equal:
+        elif seen > self._equal:
             for held in (self.keys, self.values):
                 moving = held[:, :, self._equal :]
                 moving.copy_(moving.index_select(0, beam_idx.to(moving.device)))

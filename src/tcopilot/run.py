@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,8 @@ def _evaluate(cfg: DictConfig) -> float:
     prepared = Prepared(build.model_source(trained.pilot, "pilot"), None, tokenizer, data, None)
     results = _evaluated(trained, model, prepared, run_dir)
     if cfg.trace and is_first():
-        evaluator = Evaluator(model, tokenizer, data, run_dir / "predictions", build.decoding(trained.evaluation))
+        decoding = replace(build.decoding(trained.evaluation), decoding="dynamic")  # timed, so nothing may compile
+        evaluator = Evaluator(model, tokenizer, data, run_dir / "predictions", decoding)
         write_trace(evaluator, trained.evaluation.report_on, run_dir / "trace", cfg.trace_rows, source)
     results.params = build.parameter_counts(model)
     if (source / "results.json").exists():

@@ -160,7 +160,7 @@ class Evaluator:
                     found.verdicts.append(f"{name}, {metric}: {comparison.verdict}")
         if len(given) > 1 and found.selected_weight == max(given):
             found.verdicts.append(f"λ = {max(given):g} is the largest one tried: a larger one may be better still")
-        self.model.weight = found.selected_weight
+        self.model.weight, self.model.static_decoder = found.selected_weight, None  # its caches are no longer needed
         return found
 
     def scores(self, split: str, benchmark: str, weights: Sequence[float]) -> dict[float, Scores]:
