@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import composed
 import pytest
 import torch
+from processes import run_in_processes
 from torch.utils.data import DataLoader
 from training import FAMILIES, random_batch, small_module, tiny_model, trainer_for
 
 from tcopilot import build, memory_check
 from tcopilot.checks import ConfigError
+from tcopilot.distributed import rank
 from tcopilot.footprint import Footprint, Load, measure
 from tcopilot.live_memory import LiveMemory
 from tcopilot.memory_check import Budget, budget
@@ -147,3 +149,16 @@ def test_parts_that_need_real_numbers_do_not_keep_a_run_from_starting(tmp_path, 
     with caplog.at_level(logging.WARNING):
         assert budget(cfg, ready) is None
     assert "memory is not estimated: RuntimeError: no kernel" in caplog.text
+
+
+def budget_job(folder):
+    cfg = composed.compose_config(*composed.SMALL, "trainer=two_ranks", f"paths.run_dir={folder}/run")
+    found = budget(cfg, build.prepare(cfg))
+    (folder / f"{rank()}.txt").write_text(str(found))
+
+
+def test_processes_that_have_joined_estimate_alike(tmp_path):
+    run_in_processes(budget_job, tmp_path)
+    first, second = ((tmp_path / f"{number}.txt").read_text() for number in (0, 1))
+    assert "parameters" in first
+    assert first == second

@@ -23,7 +23,9 @@ from training import (
 )
 
 from tcopilot import chunked
+from tcopilot.callbacks import FlopCount
 from tcopilot.codec import pack, unpack
+from tcopilot.footprint import Load, measure
 from tcopilot.mistake_log import MistakeLog
 from tcopilot.objectives import RootMeanSquaredError, objective_sum
 from tcopilot.states import StatePooler, trace_pilot
@@ -53,6 +55,23 @@ def compiled_and_plain(family, backend):
 
 def test_what_dynamo_traces_trains_as_the_plain_models_do():
     compiled_and_plain("llama", "eager")
+
+
+def test_neither_the_estimate_of_memory_nor_the_count_of_operations_turns_compiling_off():
+    ran, by_round = [], []
+
+    def counting(graph, _):
+        return lambda *inputs: (ran.append(1), graph(*inputs))[1]
+
+    torch._dynamo.register_backend(counting, name="counting")
+    make = partial(small_module, tiny_model("llama"), 3, compile="counting")
+    measure(make, Load(rows=2, source=4, target=3), MistakeLog())
+    count = FlopCount(3)
+    after = EachRound(lambda trainer, module: (by_round.append(len(ran)), ran.clear()))
+    trained("llama", [count, after], compile="counting")
+    assert by_round[0] > 0
+    assert by_round == [by_round[0]] * 3
+    assert count.total() > 0
 
 
 @pytest.mark.slow

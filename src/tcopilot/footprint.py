@@ -229,16 +229,19 @@ class _FullLog(MistakeLog):
 
 def _fit(module: TCopilotModule, load: Load, log: MistakeLog | None, precision: str, meter: _Meter) -> None:
     module.steps_per_round = 1  # further ones are smaller
+    module.compile_backend = None  # what torch refuses to compile here it would never compile again
     module.log = module.log_dict = module.on_validation_epoch_end = lambda *_, **__: None  # no figures to report
+    module._sum_over_ranks = lambda value: value  # other processes estimate for themselves
     callbacks: list[Callback] = [meter]
     if log is not None:
         meter.mistake_log = _FullLog(1, storage=copy.deepcopy(log.storage), dtype=log.dtype)
         callbacks.append(MistakeLogCallback(meter.mistake_log))
     with _quiet():
         trainer = Trainer(
-            strategy=_Stand("cpu"), precision=precision, callbacks=callbacks, max_epochs=1, logger=False,
-            limit_val_batches=int(load.validation_rows > 0), num_sanity_val_steps=0, enable_checkpointing=False,
-            enable_model_summary=False, enable_progress_bar=False, use_distributed_sampler=False,
+            accelerator="cpu", devices=1, strategy=_Stand("cpu"), precision=precision, callbacks=callbacks,
+            max_epochs=1, limit_val_batches=int(load.validation_rows > 0), num_sanity_val_steps=0, logger=False,
+            enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+            use_distributed_sampler=False,
         )  # fmt: skip
         trainer.fit(
             module,

@@ -37,6 +37,11 @@ class LiveMemory(TorchDispatchMode):
         self._kinds: Counter[str] = Counter()
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let torch compile inside, and look at what compiled code does."""
+        return True
+
     def reset_peak(self) -> None:
         """Look for a new peak from what is live now."""
         self.peak, self.at_peak = self.live, Counter(self._kinds)

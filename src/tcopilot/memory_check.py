@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, replace
 
 import psutil
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from tcopilot import build
 from tcopilot.build import Prepared
 from tcopilot.checks import ConfigError, process_count
+from tcopilot.distributed import gather
 from tcopilot.footprint import Footprint, Load, measure
 from tcopilot.module import TCopilotModule
 from tcopilot.pilot import ModelSource
@@ -105,6 +107,7 @@ def budget(cfg: DictConfig, prepared: Prepared) -> Budget | None:
         None, with a warning, where parts of the run's own cannot be run without memory.
     """
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    needed = None
     try:
         needed = measure(
             lambda: _module(cfg, prepared), _load(cfg, prepared), prepared.log, str(cfg.trainer.precision), on_gpu,
@@ -112,12 +115,20 @@ def budget(cfg: DictConfig, prepared: Prepared) -> Budget | None:
         )  # fmt: skip
     except Exception as error:  # an estimate that fails is no reason not to train
         log.warning("memory is not estimated: %s: %s", type(error).__name__, error)
+    kept, free = 0, gather([None if needed is None else _free(cfg, on_gpu)])  # all processes decide alike
+    if None in free:
         return None
-    kept = 0
     if prepared.log is not None and prepared.log.spill is None:
         kept = log_bytes(cfg, prepared.pilot, prepared.data, prepared.log)
-    free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
-    return Budget(needed, kept, free, "GPU" if on_gpu else "CPU")
+    return Budget(needed, kept, min(free), "GPU" if on_gpu else "CPU")
+
+
+def _free(cfg: DictConfig, on_gpu: bool) -> int:
+    """Bytes that are free for this process: on its GPU, or its share of the host's."""
+    if not on_gpu:
+        return psutil.virtual_memory().available // max(1, process_count(cfg) // cfg.trainer.get("num_nodes", 1))
+    local, devices = int(os.environ.get("LOCAL_RANK", 0)), cfg.trainer.devices
+    return torch.cuda.mem_get_info(devices[local] if isinstance(devices, ListConfig) else local)[0]
 
 
 @dataclass

@@ -98,13 +98,13 @@ def _reported(trainer: Trainer) -> float:
 
 def _ratio(trainer: Trainer, pl_module: LightningModule) -> float:
     """The error ratio on the validation batches that training looks at."""
-    loader, model = trainer.datamodule.val_dataloader(), pl_module.model
-    limit = trainer.limit_val_batches
-    batches = islice(loader, limit if isinstance(limit, int) else math.ceil(limit * len(loader)))
+    model = pl_module.model
+    batches = islice(trainer.datamodule.val_dataloader(), trainer.num_val_batches[0])
     statistics, training = ErrorStatistics([model.weight], model.config.fusion), model.training
     model.eval()
     for batch in batches:
-        statistics.observe(model, batch.to(pl_module.device))
+        with trainer.precision_plugin.val_step_context():
+            statistics.observe(model, batch.to(pl_module.device))
     model.train(training)
     statistics.reduce(sum_over_processes)
     return statistics.summary()["error_ratio"]

@@ -39,6 +39,11 @@ class FlopCounter(TorchDispatchMode):
         super().__init__()
         self.flops = 0
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let torch compile inside, and look at what compiled code does."""
+        return True
+
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count it."""
         result = operation(*args, **(kwargs or {}))
