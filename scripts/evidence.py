@@ -31,7 +31,7 @@ from tcopilot.run import STOPPED
 
 ROOT = Path(__file__).parents[1]
 GRID = Path(__file__).with_suffix(".yaml")
-NOTE = "finished.json"  # in a run's folder: its overrides
+STARTED, FINISHED = "overrides.json", "finished.json"  # in a run's folder: its overrides, its end
 FOREVER = float("inf")
 SECONDS_TO_STOP = 60  # for a run that is told to stop: it ends its round and saves its state
 
@@ -54,12 +54,10 @@ class Job:
         Raises:
             SystemExit: if the folder holds a run with other overrides.
         """
-        note = self.folder / NOTE
-        if not note.exists():
-            return False
-        if json.loads(note.read_text()) != list(self.overrides):
+        note = self.folder / STARTED
+        if note.exists() and json.loads(note.read_text()) != list(self.overrides):
             sys.exit(f"error: {self.folder} holds a run with other overrides; give another --folder, or remove it")
-        return True
+        return (self.folder / FINISHED).exists()
 
     def run(self, deadline: float, environment: dict[str, str]) -> str:
         """Train and evaluate, or go on with it; returns `finished`, `stopped` or `failed`."""
@@ -68,6 +66,7 @@ class Job:
         if time.monotonic() > deadline:
             return "stopped"
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / STARTED).write_text(json.dumps(list(self.overrides), indent=1) + "\n")
         resumed = bool(checkpoints(self.folder / "checkpoints"))
         given = [f"resume={self.folder}"] if resumed else [*self.overrides, f"paths.run_dir={self.folder}"]
         with (self.folder / "output.txt").open("a") as output:
@@ -82,7 +81,7 @@ class Job:
             return "stopped"
         if process.returncode:
             return "failed"
-        (self.folder / NOTE).write_text(json.dumps(list(self.overrides), indent=1) + "\n")
+        (self.folder / FINISHED).write_text("{}\n")
         return "finished"
 
     @staticmethod
@@ -140,7 +139,7 @@ def evidence(settings: dict[str, Any], preset: str, folder: Path) -> tuple[list[
     """
     about = settings["presets"][preset]
     jobs = list(grid(about, settings["arms"], list(about["parts"]), folder / preset, {}))
-    done = [job for job in jobs if (job.folder / NOTE).exists()]
+    done = [job for job in jobs if (job.folder / FINISHED).exists()]
     tasks = []
     for part, task in dict.fromkeys((job.part, job.task) for job in done):
         arms: dict[str, list[Run]] = {}

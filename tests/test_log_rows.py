@@ -43,6 +43,16 @@ def append_all(log, batches, micro_batch_size=None):
 # First visits -----------------------------------------------------------------------------------------------------
 
 
+def test_a_round_without_first_visits_keeps_no_other_one_in_memory(tmp_path, monkeypatch):
+    log, moved = MistakeLog(rows="first_visit", spill=str(tmp_path)), []
+    move = log.spill.move
+    monkeypatch.setattr(log.spill, "move", lambda tensors: moved.append(1) or move(tensors))
+    ids = ([0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11])
+    append_all(log, [replace(random_batch("t5", rows=4), ids_B=torch.tensor(some)) for some in ids])
+    assert [logged.round for logged in log.rounds] == [0, 2, 3]
+    assert len(moved) == 2
+
+
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 2])
 def test_a_row_is_logged_on_its_first_visit_only_whatever_the_micro_batches(micro_batch_size):
     first, second = random_batch("t5", first_id=0), random_batch("t5", seed=1, first_id=2)  # ids 0-3 and 2-5

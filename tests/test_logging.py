@@ -6,6 +6,7 @@ import json
 import math
 import re
 import struct
+import time
 from pathlib import Path
 
 import composed
@@ -74,8 +75,15 @@ def wandb_records(file: Path) -> list[wandb_internal_pb2.Record]:
 
 
 def wandb_parts(folder: Path) -> list[list[wandb_internal_pb2.Record]]:
-    files = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
-    return [wandb_records(file) for file in files]
+    """What each offline run holds when its end is written, which a process of wandb's own does in its time."""
+    deadline = time.monotonic() + 20
+    while True:
+        files = sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+        parts = [wandb_records(file) for file in files]
+        ended = [any(record.WhichOneof("record_type") == "exit" for record in part) for part in parts]
+        if (ended and all(ended)) or time.monotonic() > deadline:
+            return parts
+        time.sleep(0.2)
 
 
 def wandb_lines(records) -> list[dict]:

@@ -238,6 +238,7 @@ class MistakeLog:
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self._rounds = LoggedRounds(self.policy.weights)
         self._copies, self._arriving = HostCopies(), None
+        self._in_memory: LoggedRound | None = None  # the newest round, which is not spilled yet
         self.spill = None if spill is None else Spill(spill)
         self.pilot: PreTrainedModel | None = None
         self.seen_rounds = 0
@@ -316,10 +317,10 @@ class MistakeLog:
         logged = arriving.logged(self.seen_rounds - 1, self._seen_ids)
         if arriving.extend:
             logged = _joined(self._rounds.pop(), logged)
-        elif self.spill is not None and self._rounds and self._rounds[-1].round == logged.round - 1:
-            complete = self._rounds[-1]
-            complete.tensors = self.spill.move(complete.tensors)
+        elif self.spill is not None and self._rounds and self._rounds[-1] is self._in_memory:
+            self._in_memory.tensors = self.spill.move(self._in_memory.tensors)
         self._rounds.append(logged)
+        self._in_memory = logged
         while len(self._rounds) > self.capacity_rounds or self._over_bytes():
             self._rounds.pop(self.policy.evict(len(self._rounds), self.seen_rounds, self._generator))
 
@@ -435,12 +436,13 @@ class MistakeLog:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a log; the draws go on as if nothing had happened."""
-        self._rounds, self._arriving = LoggedRounds(self.policy.weights), None
+        self._rounds, self._arriving, self._in_memory = LoggedRounds(self.policy.weights), None, None
         for logged in state["rounds"]:
             spilled = self.spill is not None and logged["round"] < state["seen_rounds"] - 1
             own = self.spill.move if spilled else _owned  # what is given may lie in a checkpoint's file
             rest = _owned({name: logged[name] for name in ("energy_B", "repeated_B")})
             self._rounds.append(LoggedRound(own(logged["tensors"]), logged["round"], **rest))
+            self._in_memory = None if spilled else self._rounds[-1]
         self.seen_rounds = state["seen_rounds"]
         self._seen_ids = set(state["seen_ids"].tolist())
         if self._visits is not None:

@@ -40,7 +40,8 @@ def smoke(script, settings, tmp_path_factory):
     jobs = list(script.grid(preset, settings["arms"], ["builtin"], folder / "smoke", {}))
     for job in jobs[:-1]:
         composed.train(job.folder, *job.overrides)
-        (job.folder / script.NOTE).write_text(json.dumps(list(job.overrides)))
+        (job.folder / script.STARTED).write_text(json.dumps(list(job.overrides)))
+        (job.folder / script.FINISHED).touch()
     return folder, jobs
 
 

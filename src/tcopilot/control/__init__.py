@@ -22,7 +22,7 @@ from tcopilot.checks import control_names
 from tcopilot.configuration import TCopilotConfig
 from tcopilot.control.averaged import AveragedPilots
 from tcopilot.control.widths import widened
-from tcopilot.distributed import agree_on
+from tcopilot.distributed import agree_on, rank
 from tcopilot.evaluation.evaluate import UNCOMPARED, Evaluator
 from tcopilot.evaluation.results import Control, Results
 from tcopilot.modeling import TCopilotModel
@@ -119,6 +119,8 @@ def _alone(joint: JointRun, rounds: int, seed: int | None = None, count_every: i
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = build.fused_model(cfg, prepared)
     module = build.training_module(cfg, model, rounds)
+    if rank():
+        seed_everything(cfg.seed + rank(), workers=True, verbose=False)  # dropout of its own, as in the joint run
     cfg.trainer.update({"limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_progress_bar": False})
     cfg.logger = {}
     count = FlopCount(count_every)
@@ -140,7 +142,10 @@ def _changed(thing: Any, **values: Any) -> Iterator[None]:
 
 def _scored(title: str, alternative: Alternative, joint: JointRun, folder: Path) -> list[Control]:
     cfg, prepared = joint.cfg, joint.prepared
-    evaluator = Evaluator(alternative.model, prepared.tokenizer, prepared.data, folder, build.decoding(cfg.evaluation))
+    decoding = build.decoding(cfg.evaluation)
+    if isinstance(alternative.model.pilot, AveragedPilots):
+        decoding = replace(decoding, compile=False)  # its caches are put together anew in each step
+    evaluator = Evaluator(alternative.model, prepared.tokenizer, prepared.data, folder, decoding)
     split = cfg.evaluation.report_on
     cost = {
         "rounds": alternative.rounds,

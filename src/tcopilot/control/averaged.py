@@ -48,7 +48,7 @@ class AveragedPilots(nn.Module):
             for pilot, cache, source in zip(self.pilots, caches, sources, strict=True)
         )
         first.logits = torch.logaddexp(*(out.logits.float().log_softmax(-1) for out in (first, second))) - math.log(2)
-        first.past_key_values = past_key_values
+        first.past_key_values, first.loss = past_key_values, None
         return first
 
     def get_encoder(self) -> _Encoders:
