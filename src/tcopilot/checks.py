@@ -51,6 +51,7 @@ PARTS = {  # what is built from a config of its own, and the group that it is ch
 FLAGS = (
     "pilot.frozen", "pilot.gradient_checkpointing", "copilot.enabled", "copilot.gradient_checkpointing",
     "copilot.train_error_input", "data.streaming", "data.group_by_length", "trainer.enable_progress_bar",
+    "evaluation.compile",
 )  # fmt: skip
 FIXED = {  # what the joint round leaves no choice in
     "trainer.max_epochs": (1, "one Lightning epoch is the whole budget; set rounds"),

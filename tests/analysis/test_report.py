@@ -237,3 +237,8 @@ def test_a_run_without_a_copilot_has_nothing_to_trace(run, tmp_path):
     (trained / "config.yaml").write_text(config.replace("enabled: true", "enabled: false", 1))
     with pytest.raises(ConfigError, match=r"trace=true: this run has no Copilot \(copilot=none\)"):
         composed.evaluate(trained, tmp_path / "eval", "trace=true")
+
+
+def test_a_page_of_evidence_that_is_named_and_not_there_is_refused(tmp_path, capsys):
+    assert main([str(tmp_path), "--evidence", str(tmp_path / "none.md")]) == 1
+    assert f"--evidence {tmp_path}/none.md" in capsys.readouterr().err

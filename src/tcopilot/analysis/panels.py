@@ -73,7 +73,7 @@ def weight_curves(run: RunFiles) -> Iterator[Panel]:
         yield Panel(
             f"weight_{benchmark}_{metric}", "weights", f"{where}: {metric} over λ ({unit})",
             "λ = 0 is the Pilot. Bars are 95 % intervals. λ* has the least squared error; where the theorem's λ₀ is "
-            "known, every λ in the shade is promised to lower it.",
+            "known, every λ in the shade is promised a squared error below the Pilot's. That is not this metric.",
             ("split", "weight", "value", "ci95_low", "ci95_high", "n"),
             [(row.split, row.weight, row.value, *row.ci95, row.n) for row in rows],
             figures.lines(series, "λ", f"{metric} ({unit})", _weight_marks(run, benchmark)),

@@ -42,13 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tcopilot-report", description="A run as one HTML page, with its plots.")
     parser.add_argument("run", metavar="RUN", help="directory of a train.py run, or better of an eval.py trace=true")
     parser.add_argument("--out", metavar="FOLDER", help="where to write; by default <RUN>/report")
-    parser.add_argument(
-        "--evidence", metavar="FILE", default="docs/evidence.md", help="its tables are shown too, once it has some"
-    )
+    parser.add_argument("--evidence", metavar="FILE", help="its tables are shown too; by default docs/evidence.md")
     asked = parser.parse_args(arguments)
     try:
         folder = Path(asked.out or Path(asked.run) / "report")
-        page = write_report(read_run(asked.run), folder, evidence_tables(Path(asked.evidence)))
+        if asked.evidence and not Path(asked.evidence).is_file():
+            raise ReportError(f"--evidence {asked.evidence}: there is no such file; leave it out, or name the page")
+        evidence = evidence_tables(Path(asked.evidence or "docs/evidence.md"))
+        page = write_report(read_run(asked.run), folder, evidence)
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -200,3 +201,7 @@ def _value(value: float, metric: str) -> str:
 
 def _step(value: float, metric: str) -> str:
     return f"{value:+.4f}" if metric in LOSSES else f"{100 * value:+.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
