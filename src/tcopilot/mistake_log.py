@@ -320,9 +320,9 @@ class MistakeLog:
         elif self.spill is not None and self._rounds and self._rounds[-1] is self._in_memory:
             self._in_memory.tensors = self.spill.move(self._in_memory.tensors)
         self._rounds.append(logged)
-        self._in_memory = logged
         while len(self._rounds) > self.capacity_rounds or self._over_bytes():
             self._rounds.pop(self.policy.evict(len(self._rounds), self.seen_rounds, self._generator))
+        self._in_memory = logged if self._rounds[-1] is logged else None
 
     def _sent(self, states: PilotStates, extend: bool, rows_per_piece: int) -> _Arriving:
         self.pilot, copy = states.pilot, self._copies.copy
