@@ -156,6 +156,10 @@ def test_the_second_pilot_is_another_one(tmp_path):
     folder = composed.train(tmp_path / "run", *SMALL, "control=averaged")
     nll = next(c["value"] for c in composed.results(folder)["controls"] if c["metric"] == "nll")
     assert nll != composed.value(composed.results(folder), "test", "nll", 0.0, "all")
+    again = composed.results(composed.evaluate(folder, tmp_path / "again"))
+    assert again["controls"] == composed.results(folder)["controls"]  # a report of the evaluation shows them too
+    other = composed.evaluate(folder, tmp_path / "other", "data=word_problems")
+    assert composed.results(other)["controls"] == []
 
 
 @pytest.mark.parametrize(

@@ -152,10 +152,7 @@ def _evaluate(cfg: DictConfig) -> float:
         evaluator = Evaluator(model, tokenizer, data, run_dir / "predictions", decoding)
         write_trace(evaluator, trained.evaluation.report_on, run_dir / "trace", cfg.trace_rows, source)
     results.params = build.parameter_counts(model)
-    if (source / "results.json").exists():
-        before = _results_of(source)
-        results.rounds, results.train_seconds = before.rounds, before.train_seconds
-        results.params = before.params if other is None else results.params
+    _add_training(results, cfg, source)
     if other is not None:
         results.notes.insert(0, f"the Copilot of {source} on a Pilot that it was not trained with: {cfg.pilot.path}")
     _save_results(results, run_dir)
@@ -223,6 +220,18 @@ def _trained_run(cfg: DictConfig) -> Path:
         what = "export/config.json" if cfg.run else "config.yaml beside the export"
         raise ConfigError([f"{key}: no {what} there; give the folder of a finished training run"])
     return source
+
+
+def _add_training(results: Results, cfg: DictConfig, source: Path) -> None:
+    """Add what the training run noted of its cost, and its controls if they answered these rows in this way."""
+    if not (source / "results.json").exists():
+        return
+    before = _results_of(source)
+    results.rounds, results.train_seconds = before.rounds, before.train_seconds
+    if not cfg.pilot.path:
+        results.params = before.params
+        if cfg.get("data") is None and cfg.get("evaluation") is None:
+            results.controls = before.controls
 
 
 def _results_of(run_dir: Path) -> Results:
