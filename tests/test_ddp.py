@@ -50,7 +50,7 @@ def assert_same(one: Path, two: Path) -> None:
     for before, after in zip(metrics(one), metrics(two), strict=True):
         best, same = before.pop("val/best_weight", 0.0), after.pop("val/best_weight", 0.0)
         assert same == pytest.approx(best, rel=1e-3)  # a quotient of sums that are next to 0 while f^C is
-        assert after == pytest.approx(before, rel=1e-5, abs=1e-6)
+        assert after == pytest.approx(before, rel=1e-4, abs=1e-6)
     first, second = (load_file(folder / "export" / "model.safetensors") for folder in (one, two))
     assert first.keys() == second.keys()
     assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-5
