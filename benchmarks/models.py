@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from shapes import pilot_of
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, T5Config, get_scheduler
+from transformers import get_scheduler
 
 from tcopilot.adapters import Lora
 from tcopilot.data.batch import Batch
@@ -39,22 +40,9 @@ class Shape:
 
     def module(self, joint: bool = True, rounds: int = 1) -> TCopilotModule:
         """Build the module; joint rounds have a Copilot, others are plain fine-tuning."""
-        torch.manual_seed(0)
-        dtype = torch.bfloat16 if self.lora else torch.float32
-        special = {"vocab_size": self.vocab, "pad_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True}
         heads = self.width // 64 or 1
-        if self.architecture == "t5":
-            config = T5Config(
-                d_model=self.width, d_kv=64, num_heads=heads, d_ff=4 * self.width, num_layers=self.layers,
-                decoder_start_token_id=0, **special,
-            )  # fmt: skip
-            pilot = AutoModelForSeq2SeqLM.from_config(config, dtype=dtype)
-        else:
-            config = LlamaConfig(
-                hidden_size=self.width, intermediate_size=4 * self.width, num_hidden_layers=self.layers,
-                num_attention_heads=heads, num_key_value_heads=heads, **special,
-            )  # fmt: skip
-            pilot = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        size = (self.vocab, self.width, self.layers, heads, 4 * self.width)
+        pilot = pilot_of(self.architecture, size, torch.bfloat16 if self.lora else torch.float32)
         cls = fused_class(pilot.config.is_encoder_decoder)
         options = {"head": "soft", "train_error_input": False} if self.lora else {}
         model = cls.from_pilot(pilot, **options) if joint else cls(cls.config_class(pilot.config), pilot)
