@@ -142,6 +142,10 @@ def test_all_controls_stand_beside_the_gain_with_what_they_cost(tmp_path):
         assert {(row["benchmark"], row["metric"]) for row in rows} == {("word_problems", "accuracy"), ("all", "nll")}
         predictions = composed.predictions(folder / "control" / name, "test", 0.0)
         assert rows[0]["value"] == sum(p["scores"]["accuracy"] for p in predictions) / len(predictions)
+    for title in NAMES.values():  # the run's last sentences hold the fused model against each of them
+        value = next(c["value"] for c in found["controls"] if c["name"] == title and c["metric"] == "accuracy")
+        (said,) = [note for note in found["notes"] if f"against {title}: " in note]
+        assert f": {100 * (found['gain'][0]['fused'] - value):+.2f} points [" in said
     cost = {name: rows[0] for name, rows in by_name.items()}
     params = found["params"]
     assert cost["averaged"]["rounds"] == 2 * cost["equal_parameters"]["rounds"] == 2 * found["rounds"]

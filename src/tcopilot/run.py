@@ -23,7 +23,7 @@ from tcopilot.callbacks import Agreement, CleanStop, FlopCount, RoundCheckpoint
 from tcopilot.checkpoints import CheckpointError, checkpoints, newest_good, round_of
 from tcopilot.checks import ConfigError, evaluation_problems, refuse_missing
 from tcopilot.console import quiet_libraries, show_results, show_summary
-from tcopilot.control import JointRun, controls
+from tcopilot.control import JointRun, against_controls, controls
 from tcopilot.data.benchmarks import DataError
 from tcopilot.distributed import DisagreementError, LostProcessError, agree_on, is_first, is_lost_process, rank
 from tcopilot.evaluation.evaluate import Evaluator
@@ -109,6 +109,8 @@ def _train(cfg: DictConfig) -> float:
     for found in controls(JointRun(cfg, prepared, model, results), run_dir / "control"):
         results.controls += found
         _save_results(results, run_dir)
+    results.notes += agree_on(against_controls(results, run_dir) if is_first() else [])
+    _save_results(results, run_dir)
     show_results(results, run_dir / "results.json")
     return sweep.validation_gain(results)
 
@@ -203,8 +205,8 @@ def _evaluated(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_di
     ]
     results = Results(
         seed=cfg.seed, git=git_revision(), config="config.yaml", params={}, rounds=0, train_seconds=0.0,
-        selected_weight=found.selected_weight, selected_on=splits[0], rows=found.rows, gain=found.gain,
-        notes=notes,
+        selected_weight=found.selected_weight, selected_on=splits[0], rows=found.rows, gain=found.gain, notes=notes,
+        best_weight=found.best_weight if cfg.fusion.space == "probability" else None,
     )  # fmt: skip
     return results
 

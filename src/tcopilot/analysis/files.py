@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from tcopilot.analysis import trace as traces
 from tcopilot.evaluation.results import Results
 
 Row = dict[str, Any]
-BEST_WEIGHT = re.compile(r"λ\* in closed form on \w+: ([\d.]+)")  # as run.py notes it
 
 
 class ReportError(ValueError):
@@ -67,12 +65,6 @@ class RunFiles:
     def find(self, name: str) -> Path | None:
         """A file of the run or of its training run; None if neither has it."""
         return next((folder / name for folder in self.folders if (folder / name).exists()), None)
-
-    @property
-    def best_weight(self) -> float | None:
-        """λ* in closed form on the split that λ was chosen on; None for fusion of logits, which has none."""
-        found = [match for note in self.results.notes if (match := BEST_WEIGHT.match(note))]
-        return float(found[0][1]) if found else None
 
 
 def read_run(folder: str | Path) -> RunFiles:

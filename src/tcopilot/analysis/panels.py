@@ -96,8 +96,8 @@ def _weight_marks(run: RunFiles, benchmark: str) -> list[Mark]:
     selected = run.results.weight_of(benchmark)
     if selected is not None:
         marks.append(Mark(f"selected λ = {selected:g}", selected, "-"))
-    if run.best_weight is not None:
-        marks.append(Mark(f"λ* = {run.best_weight:g}", run.best_weight, "--"))
+    if (best := run.results.best_weight) is not None:
+        marks.append(Mark(f"λ* = {best:.3g}", best, "--"))
     if (bound := theorem_bound(run)) is not None:
         marks.append(Mark(f"theorem's λ₀ = {bound:.3g}", bound, None))
     return marks

@@ -24,7 +24,9 @@ from tcopilot.control.averaged import AveragedPilots
 from tcopilot.control.widths import widened
 from tcopilot.distributed import agree_on, rank
 from tcopilot.evaluation.evaluate import UNCOMPARED, Evaluator
+from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.results import Control, Results
+from tcopilot.evaluation.significance import compare
 from tcopilot.modeling import TCopilotModel
 
 log = logging.getLogger(__name__)
@@ -128,6 +130,32 @@ def _alone(joint: JointRun, rounds: int, seed: int | None = None, count_every: i
         build.trainer(cfg, [count], None, rounds).fit(module, datamodule=data)
     model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
     return Alternative(model, rounds, round(agree_on(module.seconds["pilot"]), 2), count.total())
+
+
+def against_controls(results: Results, run_dir: Path) -> list[str]:
+    """Hold the fused model against every control on the rows that both answered, in the metric that decides.
+
+    Args:
+        results: of the run, with its controls.
+        run_dir: where the predictions of the run and of its controls lie.
+
+    Returns:
+        A sentence for each control and benchmark: the difference with its 95 % interval, and a verdict.
+    """
+    sentences = []
+    deciding = {gain.benchmark: gain.metric for gain in reversed(results.gain)}
+    titles = {control.name for control in results.controls}
+    for name, (title, _) in CONTROLS.items():
+        for benchmark, metric in deciding.items() if title in titles else ():
+            weight = results.weight_of(benchmark)
+            ours = read_predictions(results, run_dir / "predictions", benchmark, weight)
+            theirs = read_predictions(results, run_dir / "control" / name / "predictions", benchmark, 0.0)
+            pairs = [(theirs[row]["scores"][metric], ours[row]["scores"][metric]) for row in ours if row in theirs]
+            found = compare(*zip(*pairs, strict=True))
+            low, high = (100 * bound for bound in found.ci95)
+            shown = f"{100 * found.difference:+.2f} points [{low:+.2f}, {high:+.2f}]"
+            sentences.append(f"{benchmark}, {metric}, against {title}: {shown}, {found.verdict}")
+    return sentences
 
 
 @contextmanager

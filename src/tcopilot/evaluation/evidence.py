@@ -7,11 +7,11 @@ comparison is over the rows that both sides answered.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.results import LOSSES
 from tcopilot.evaluation.runs import Run
 from tcopilot.evaluation.significance import Comparison, compare, direction, over_seeds, p_text
@@ -179,13 +179,10 @@ def _control_line(folder: str, title: str, runs: Sequence[Run], benchmark: str, 
 
 def _scores(run: Run, folder: Path, benchmark: str, metric: str, weight: float) -> Scores:
     """Read a score for each test row out of the predictions, which `results.json` was made from."""
-    suffixes = ("", "-likelihood")
-    files = [folder / "predictions" / f"{run.split}-{benchmark}{s}-weight={weight:g}.jsonl" for s in suffixes]
-    for file in (file for file in files if file.exists()):
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        if metric in rows[0]["scores"]:
-            return {(run.results.seed, row["id"]): row["scores"][metric] for row in rows}
-    raise ValueError(f"{folder}: no predictions of {benchmark} with {metric} at λ = {weight:g}; run it anew")
+    found = read_predictions(run.results, folder / "predictions", benchmark, weight)
+    if not found:
+        raise ValueError(f"{folder}: no predictions of {benchmark} at λ = {weight:g}; run it anew")
+    return {(run.results.seed, row): prediction["scores"][metric] for row, prediction in found.items()}
 
 
 def _last_validation(folder: Path) -> dict[str, float]:

@@ -91,6 +91,7 @@ class Results:
         train_flops: Operations of those steps; None if they were not counted.
         selected_weight: λ of `gain`; a mapping if it was chosen for each benchmark.
         selected_on: Split on which λ was chosen, never the test split.
+        best_weight: λ* in closed form on that split; None for fusion of logits, which has none.
         rows: Every metric at every λ evaluated.
         gain: The comparison with the Pilot, one per benchmark and metric.
         controls: Other models on the same rows.
@@ -110,6 +111,7 @@ class Results:
     rows: list[Row]
     gain: list[Gain]
     controls: list[Control] = field(default_factory=list)
+    best_weight: float | None = None
     notes: list[str] = field(default_factory=list)
 
     def weight_of(self, benchmark: str) -> float | None:

@@ -15,8 +15,11 @@ from tcopilot.evaluation import published
 from tcopilot.evaluation.results import Results
 
 INSIDE_RUNS = {"checkpoints", "control", "export", "predictions"}  # folders of a run that hold no runs
-# These change no figure.
-ASIDE = {"callbacks", "control", "hydra", "logger", "name", "paths", "resume", "run", "seed", "traceback"}
+ASIDE = (  # these, and what lies under them, change no figure
+    *("callbacks", "compile", "control", "evaluation.batch_size", "evaluation.compile", "evaluation.decoding"),
+    *("hydra", "logger", "name", "paths", "resume", "run", "seed", "traceback"),
+)
+NOT_ASIDE = "callbacks.copilot_stop"
 SHORT = {"mistake_log.log.policy": "mistake_log", "mistake_log.log.storage": "log_storage"}  # as one types them
 MOST_KEYS = 4  # of a label
 
@@ -159,8 +162,13 @@ def _figures_of(run: Run) -> dict[str, Any]:
     return {
         key: own.sub("<run>", value) if isinstance(value, str) else value
         for key, value in run.config.items()
-        if key.split(".")[0] not in ASIDE and not key.endswith(".seed")
+        if not (_is_aside(key) or key.endswith(".seed"))
     }
+
+
+def _is_aside(key: str) -> bool:
+    under = any(key == place or key.startswith(f"{place}.") for place in ASIDE)
+    return under and not key.startswith(NOT_ASIDE)
 
 
 def _group(runs: list[Run]) -> Group:
