@@ -8,10 +8,11 @@ import pytest
 import torch
 from processes import run_in_processes
 from torch.utils.data import DataLoader
-from training import FAMILIES, random_batch, small_module, tiny_model, trainer_for
+from training import FAMILIES, random_batch, small_module, tiny_model, tiny_pilot, trainer_for
 
 from tcopilot import build, memory_check
 from tcopilot.checks import ConfigError
+from tcopilot.data import byte_tokenizer
 from tcopilot.distributed import rank
 from tcopilot.footprint import Footprint, Load, measure
 from tcopilot.live_memory import LiveMemory
@@ -68,12 +69,17 @@ def test_the_estimate_of_decoding_is_within_a_fifth_of_what_live_tensors_take(fa
     [
         [],
         ["copilot=none"],
-        ["pilot.frozen=true"],
+        ["pilot.frozen=true", "pilot.path=<saved>"],
         ["copilot=half", "trainer.precision=bf16-mixed"],
         [*LORA, "pilot.dtype=bfloat16", "adapter@copilot.adapter=lora", "copilot.head=soft"],
     ],
 )
 def test_parameters_are_counted_as_they_load_and_as_they_are_trained(overrides, tmp_path):
+    if "pilot.path=<saved>" in overrides:
+        saved = tiny_pilot("t5", vocab=300)
+        saved.save_pretrained(tmp_path / "pilot")
+        byte_tokenizer().save_pretrained(tmp_path / "pilot")
+        overrides = ["pilot.frozen=true", f"pilot.path={tmp_path}/pilot"]
     cfg, ready = prepared(tmp_path, *overrides)
     needed = budget(cfg, ready).needed
     module = build.training_module(cfg, build.fused_model(cfg, ready), 1)

@@ -366,6 +366,8 @@ def _learners(cfg: DictConfig) -> Iterator[str]:
             f"pilot.dtype={cfg.pilot.dtype}: weights that are trained must be float32 (trainer.precision=bf16-mixed "
             f"computes in bfloat16 all the same); use pilot.dtype=float32, or adapter@pilot.adapter=lora"
         )
+    if cfg.pilot.frozen and cfg.pilot.path is None:
+        yield "pilot.frozen=true with pilot.path=null: random weights would stay; give pilot.path=<model or export>"
     if cfg.pilot.frozen and not cfg.copilot.enabled:
         yield "pilot.frozen=true with copilot=none: nothing would be trained"
 
@@ -390,6 +392,8 @@ def _controls(cfg: DictConfig) -> Iterator[str]:
         yield f"{given} with pilot.frozen=true: a frozen Pilot cannot be trained alone; use control=null"
     if names and not cfg.copilot.enabled:
         yield f"{given} with copilot=none: the run itself is the Pilot alone; use control=null"
+    if cfg.callbacks.get("copilot_stop") is not None and not cfg.copilot.enabled:
+        yield "callbacks.copilot_stop with copilot=none: there is no Copilot to stop; use callbacks=default"
     if "equal_flops" in names and cfg.callbacks.get("flops") is None:
         yield f"{given} without callbacks.flops: nobody would count the joint run's operations; use callbacks=default"
     widths = {"d_model", "hidden_size"} & set(cfg.pilot.config or {})

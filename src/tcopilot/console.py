@@ -16,7 +16,7 @@ from tcopilot.build import Prepared
 from tcopilot.checks import ConfigError
 from tcopilot.distributed import is_first
 from tcopilot.evaluation.results import Results, gain_table, weight_table
-from tcopilot.memory_check import Budget
+from tcopilot.memory_check import Budget, bytes_text
 from tcopilot.modeling import TCopilotModel
 from tcopilot.preflight import log_bytes
 
@@ -44,12 +44,14 @@ def show_summary(
     for name in ("pilot", "copilot"):
         table.add_row(f"{name} parameters", f"{params[f'{name}_trainable']:,} trainable of {params[name]:,}")
     if prepared.log is not None:
-        size = log_bytes(cfg, prepared.pilot, prepared.data, prepared.log) / 2**20
+        size = bytes_text(log_bytes(cfg, prepared.pilot, prepared.data, prepared.log))
         table.add_row("a record keeps", kept)
-        table.add_row("full Mistake Log", f"{size:.1f} MiB, {prepared.log.capacity_rounds} rounds")
+        table.add_row("full Mistake Log", f"{size}, {min(prepared.log.capacity_rounds, rounds)} rounds")
     if memory is not None:
         table.add_row("memory", str(memory))
     rows = "stream" if prepared.data.train_rows is None else f"{prepared.data.train_rows:,} training rows"
+    if prepared.data.held_out:
+        rows += f", {prepared.data.held_out_rows:,} held out for the log"
     table.add_row("budget", f"{rounds:,} rounds of {cfg.data.batch_size} rows; {rows}")
     table.add_row("run directory", str(cfg.paths.run_dir))
     Console(width=None if sys.stdout.isatty() else 140).print(table)

@@ -52,11 +52,11 @@ class Budget:
         parts = {
             "parameters": self.needed.parameters, "gradients": self.needed.gradients,
             "optimiser": self.needed.optimizer, "activations": self.needed.activations,
-            "logits": self.needed.logits, "caches": self.needed.caches,
+            "logits": self.needed.logits, "log": self.log_here, "caches": self.needed.caches,
         }  # fmt: skip
-        shown = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
-        peaks = f"training {_size(self.training)}, decoding {_size(self.needed.decoding)}"
-        return f"{shown}; at its peak {peaks}, of {_size(self.free)} free on the {self.device}"
+        shown = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items() if size)
+        peaks = f"training {bytes_text(self.training)}, decoding {bytes_text(self.needed.decoding)}"
+        return f"{shown}; at its peak {peaks}, of {bytes_text(self.free)} free on the {self.device}"
 
     @property
     def log_here(self) -> int:
@@ -81,10 +81,10 @@ class Budget:
         }  # fmt: skip
         if (total := sum(certain.values())) > self.free:
             largest = max(certain, key=certain.__getitem__)
-            shown = ", ".join(f"{name} {_size(size)}" for name, size in certain.items() if size)
+            shown = ", ".join(f"{name} {bytes_text(size)}" for name, size in certain.items() if size)
             raise ConfigError(
                 [
-                    f"{shown} need {_size(total)} and {_size(self.free)} are free on the {self.device}; "
+                    f"{shown} need {bytes_text(total)} and {bytes_text(self.free)} are free on the {self.device}; "
                     f"the largest part is {largest}: {MENDS[largest]}"
                 ]
             )
@@ -95,9 +95,8 @@ class Budget:
             self._warn("decoding", needed.decoding + self.log_here, MENDS["decoding"])
 
     def _warn(self, what: str, size: int, mend: str) -> None:
-        log.warning(
-            "%s may need %s and %s are free on the %s: %s", what, _size(size), _size(self.free), self.device, mend
-        )
+        needed, free = bytes_text(size), bytes_text(self.free)
+        log.warning("%s may need %s and %s are free on the %s: %s", what, needed, free, self.device, mend)
 
 
 def budget(cfg: DictConfig, prepared: Prepared) -> Budget | None:
@@ -176,5 +175,10 @@ def _load(cfg: DictConfig, prepared: Prepared) -> Load:
     )  # fmt: skip
 
 
-def _size(size: int) -> str:
+def bytes_text(size: int) -> str:
+    """Write a number of bytes for people.
+
+    >>> bytes_text(1_500_000), bytes_text(2_000_000_000)
+    ('1.5 MB', '2.0 GB')
+    """
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

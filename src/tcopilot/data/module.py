@@ -182,6 +182,12 @@ class TCopilotDataModule(LightningDataModule):
         return None if self.streaming else len(self._divided()[0])
 
     @property
+    def held_out_rows(self) -> int:
+        """Count the train rows that are never trained on."""
+        self.setup()
+        return 0 if self.streaming else len(self._divided()[1])
+
+    @property
     def total_rounds(self) -> int:
         """Count the batches of ``train_dataloader``.
 
