@@ -46,6 +46,7 @@ class Job:
     seed: int
     folder: Path
     overrides: tuple[str, ...]
+    program: str = "train.py"
 
     @property
     def finished(self) -> bool:
@@ -71,7 +72,7 @@ class Job:
         given = [f"resume={self.folder}"] if resumed else [*self.overrides, f"paths.run_dir={self.folder}"]
         with (self.folder / "output.txt").open("a") as output:
             process = subprocess.Popen(
-                [sys.executable, "train.py", *given], cwd=ROOT, stdout=output, stderr=output, env=environment
+                [sys.executable, self.program, *given], cwd=ROOT, stdout=output, stderr=output, env=environment
             )
             try:
                 process.wait(None if deadline == FOREVER else max(1.0, deadline - time.monotonic()))
@@ -105,12 +106,16 @@ def grid(
                 home = folder / name / task
                 for arm in about["arms"]:
                     extra, own = arms[arm], about.get("experiment", part.get("experiment"))
+                    here = {**places, "{default}": str(home / DEFAULT / str(seed))}
+                    if "evaluates" in extra:  # the default arm's models, fused in another way
+                        given = [text.replace("{default}", here["{default}"]) for text in extra["evaluates"]]
+                        yield Job(name, task, arm, seed, home / arm / str(seed), tuple(given), "eval.py")
+                        continue
                     experiments = [one for one in (own, extra.get("experiment")) if one]
                     given = [*([f"experiment=[{','.join(experiments)}]"] if experiments else []), f"seed={seed}"]
                     given += [*part.get("overrides", []), *about.get("overrides", []), *extra.get("overrides", [])]
                     if arm == DEFAULT:
                         given.append(f"control=[{','.join(part['controls'])}]")
-                    here = {**places, "{default}": str(home / DEFAULT / str(seed))}
                     for mark, value in here.items():
                         given = [text.replace(mark, value) for text in given]
                     yield Job(name, task, arm, seed, home / arm / str(seed), tuple(given))
@@ -148,7 +153,7 @@ def evidence(settings: dict[str, Any], preset: str, folder: Path) -> tuple[list[
                 arms.setdefault(job.arm, []).extend(find_runs([job.folder]).runs)
         if DEFAULT in arms:
             titles = {name: title for name, (title, _) in CONTROLS.items()}
-            tasks.append(gather(f"{preset}, {part}: {task}", arms, titles))
+            tasks += gather(f"{preset}, {part}: {task}", arms, titles)
     return tasks, [str(job.folder.relative_to(folder)) for job in jobs if job not in done]
 
 

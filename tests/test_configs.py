@@ -108,23 +108,29 @@ def test_an_unknown_key_is_answered_with_its_place(key):
         composed.compose_config(f"{key}=5")
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The export of a finished run, for experiments that start from one."""
+    return composed.train(tmp_path_factory.mktemp("finished"), "debug=fdr", *in_small("demo")) / "export"
+
+
 @pytest.mark.parametrize("name", [n for n in names_in("experiment") if n.rpartition("/")[0] in SMALL_FOLDERS])
-def test_every_recipe_runs_two_rounds_in_small(name, tmp_path):
+def test_every_recipe_runs_two_rounds_in_small(name, tmp_path, finished):
     """With the sizes and rows of the demo in place of checkpoints and benchmarks that would be downloaded; the rows of
     the paper's tables are its recipes with other models (tests/test_experiments.py composes them all).
     """
-    folder = composed.train(tmp_path / "run", f"experiment={name}", *ON_A_CPU, "debug=fdr", *in_small(name))
+    folder = composed.train(tmp_path / "run", f"experiment={name}", *ON_A_CPU, "debug=fdr", *in_small(name, finished))
     found = composed.results(folder)
     assert found["rounds"] == 2
     assert (folder / "export" / "config.json").exists()
 
 
-def in_small(experiment: str) -> list[str]:
+def in_small(experiment: str, export: Path | None = None) -> list[str]:
     """Overrides that put a tiny Pilot with random weights and generated rows where an experiment downloads them."""
     with initialize_config_dir(str(composed.CONFIGS), version_base="1.3"):
         cfg = compose("train", [f"experiment={experiment}"], return_hydra_config=True)
     changes, data = ["data.num_workers=0"], cfg.data
-    changes += ["pilot.path=null"] if OmegaConf.is_missing(cfg.pilot, "path") else []
+    changes += [f"pilot.path={export}"] if OmegaConf.is_missing(cfg.pilot, "path") else []
     if not cfg.pilot.config:
         name = f"{cfg.hydra.runtime.choices.pilot} {OmegaConf.to_container(cfg.pilot)['path']}".lower()
         family, depth = ("t5", "num_decoder_layers") if re.search("t5|bart", name) else ("llama", "num_hidden_layers")

@@ -18,10 +18,11 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from tcopilot.copilot import PATTERNS, POSITIONS, READS
 from tcopilot.decoding import FEEDBACKS
-from tcopilot.evaluation.evaluate import DECODINGS, MODES
+from tcopilot.evaluation.evaluate import DECODINGS, MODES, PER
 from tcopilot.evaluation.recommendation import RANKINGS
 from tcopilot.functional import POOLINGS
 from tcopilot.fusion import FUSIONS
+from tcopilot.gates import GATES
 from tcopilot.heads import HEADS
 from tcopilot.log_attention import CONTEXTS
 from tcopilot.mistake_log import ROWS
@@ -330,6 +331,9 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
         yield "fusion.weight=auto: λ* in closed form belongs to fusion.space=probability; give numbers for logits"
     yield from _one_of("fusion.space", cfg.fusion.space, FUSIONS)
     yield from _one_of("fusion.feedback", cfg.fusion.feedback, FEEDBACKS)
+    yield from _one_of("fusion.per", cfg.fusion.per, PER)
+    if cfg.fusion.per in GATES and cfg.fusion.space == "logits":
+        yield f"fusion.per={cfg.fusion.per} is fitted to squared error in fusion.space=probability; use fusion.per=all"
     modes = cfg.evaluation.modes
     if not isinstance(modes, ListConfig) or not modes or not set(modes) <= set(MODES) or len(set(modes)) < len(modes):
         yield f"evaluation.modes={modes}: give a list of {', '.join(MODES)}"
@@ -366,7 +370,7 @@ def _learners(cfg: DictConfig) -> Iterator[str]:
             f"pilot.dtype={cfg.pilot.dtype}: weights that are trained must be float32 (trainer.precision=bf16-mixed "
             f"computes in bfloat16 all the same); use pilot.dtype=float32, or adapter@pilot.adapter=lora"
         )
-    if cfg.pilot.frozen and cfg.pilot.path is None:
+    if cfg.pilot.frozen and not OmegaConf.is_missing(cfg.pilot, "path") and cfg.pilot.path is None:
         yield "pilot.frozen=true with pilot.path=null: random weights would stay; give pilot.path=<model or export>"
     if cfg.pilot.frozen and not cfg.copilot.enabled:
         yield "pilot.frozen=true with copilot=none: nothing would be trained"

@@ -17,6 +17,7 @@ from tcopilot import families
 from tcopilot.cache_layers import LEAST_ROOM, let_go
 from tcopilot.chunked import project_errors
 from tcopilot.functional import shift_right
+from tcopilot.gates import Gate, build_gate
 from tcopilot.heads import HEADS
 from tcopilot.log_attention import CONTEXTS, additive, causal_mask, log_mask, log_positions
 from tcopilot.states import StatePooler
@@ -44,6 +45,7 @@ class CopilotConfig:
         positions: `none` (the paper's) or `pilot` (the Pilot's own positions).
         tied: the soft head reads the error input's matrix as its unembedding.
         reads: which of `READS` it is shown; what is left out is hidden in training and decoding alike.
+        gate: settings of the gate that scales its corrections in decoding and scoring; None for none.
     """
 
     body: dict[str, Any]
@@ -56,6 +58,7 @@ class CopilotConfig:
     positions: str = "none"
     tied: bool = False
     reads: list[str] = field(default_factory=lambda: list(READS))
+    gate: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         allowed = {"head": HEADS, "pattern": PATTERNS, "context": CONTEXTS, "positions": POSITIONS}
@@ -65,6 +68,7 @@ class CopilotConfig:
         if not self.reads or not set(self.reads) <= set(READS):
             raise ValueError(f"copilot.reads={self.reads!r}: give one or more of {', '.join(READS)}")
         StatePooler(self.pooling)  # refuses an unknown pooling
+        build_gate(self.gate)
 
     @property
     def pooler(self) -> StatePooler:
@@ -86,6 +90,7 @@ class CopilotState:
         rows: how many rows the log has.
         next_mask: what that mask says of rows to come: 0, or closed for a Copilot that is not shown them.
         position_B1: position of the next target.
+        target_B1: how many targets come before the next one.
         pending_B1P: the newest h̄, not yet in the log (strict context).
         feedback_BV: the last p̂ (observed feedback) or the last f^C (own feedback).
     """
@@ -95,12 +100,13 @@ class CopilotState:
     rows: int
     next_mask: float
     position_B1: Tensor
+    target_B1: Tensor
     pending_B1P: Tensor
     feedback_BV: Tensor | None = None
 
     def apply(self, rearrange: Callable[[Tensor], Tensor]) -> None:
         """Apply a function to every batch-first tensor outside the cache."""
-        for name in ("log_mask_B11S", "position_B1", "pending_B1P", "feedback_BV"):
+        for name in ("log_mask_B11S", "position_B1", "target_B1", "pending_B1P", "feedback_BV"):
             if getattr(self, name) is not None:
                 setattr(self, name, rearrange(getattr(self, name)))
 
@@ -127,7 +133,7 @@ class Copilot(nn.Module):
 
     def __init__(self, config: CopilotConfig) -> None:
         super().__init__()
-        self.config, self.pooler = config, config.pooler
+        self.config, self.pooler, self.gate = config, config.pooler, build_gate(config.gate)
         body_config = families.body_config_from_dict(config.body)
         self.body = families.build_body(body_config)
         width, vocab = body_config.hidden_size, config.vocab_size
@@ -267,7 +273,8 @@ class Copilot(nn.Module):
         log_mask_B11S = additive(visible_BNS[:, -1:], inputs_BNC.dtype)
         next_mask = 0.0 if "states" in self.config.reads else torch.finfo(inputs_BNC.dtype).min
         position_B1, pending_B1P = targets_at_BN[:, -1:] + 1, states_BNP[:, -1:]
-        return hidden_BNC, CopilotState(cache, log_mask_B11S, rows, next_mask, position_B1, pending_B1P)
+        target_B1 = torch.full_like(position_B1, targets)
+        return hidden_BNC, CopilotState(cache, log_mask_B11S, rows, next_mask, position_B1, target_B1, pending_B1P)
 
     def step(self, inputs_B1C: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:
         """Run the body for one more target; the state's cache moves on in place.
@@ -292,11 +299,30 @@ class Copilot(nn.Module):
             state.cache,
         )
         state.position_B1 += 1
+        state.target_B1 += 1
         return hidden_B1C
 
     def correct(self, hidden_BNC: Tensor, log_probs_BNV: Tensor) -> Tensor:
         """Return the corrections f^C [B, N, V], float32, for the Pilot's log p̂ at the same positions."""
         return self.head(hidden_BNC, log_probs_BNV, self.unembedding_VC)
+
+    def set_gate(self, gate: Gate | None) -> None:
+        """Scale corrections by a gate from now on, or no longer."""
+        self.gate, self.config.gate = gate, None if gate is None else gate.settings()
+
+    def gated(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, positions_BN: Tensor | None = None) -> Tensor:
+        """Return g f^C; f^C itself without a gate.
+
+        Args:
+            log_probs_BNV: log p̂, float32.
+            corrections_BNV: from `correct`.
+            positions_BN: places of the targets, from 0; None for all of a text.
+        """
+        if self.gate is None:
+            return corrections_BNV
+        if positions_BN is None:
+            positions_BN = torch.arange(corrections_BNV.shape[1], device=corrections_BNV.device)[None]
+        return self.gate(log_probs_BNV, corrections_BNV, positions_BN) * corrections_BNV
 
     @property
     def unembedding_VC(self) -> Tensor | None:

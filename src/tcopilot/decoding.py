@@ -71,7 +71,8 @@ def correct_text(
         keep: also return the state from which `correct_next` goes on.
 
     Returns:
-        Corrections f^C [B, N, V], float32, and the state (None unless `keep`).
+        Corrections f^C [B, N, V], float32, scaled by the Copilot's gate if it has one, and the state (None unless
+        `keep`).
     """
     if feedback == "observed":
         errors_BKV = token_errors(log_probs_BNV[:, :-1].exp(), tokens_BK)
@@ -79,12 +80,12 @@ def correct_text(
         corrections_BNV = copilot.correct(hidden, log_probs_BNV)
         if state is not None:
             state.feedback_BV = log_probs_BNV[:, -1].exp()
-        return corrections_BNV, state
+        return copilot.gated(log_probs_BNV, corrections_BNV), state
 
     none_B0V = log_probs_BNV[:, :0]
     hidden, state = copilot(copilot.inputs(none_B0V), source_BMP, source_mask_BM, states_BNP[:, :1], keep=True)
-    corrections = [copilot.correct(hidden, log_probs_BNV[:, :1])]
-    state.feedback_BV = corrections[0][:, 0]
+    first_B1V = copilot.correct(hidden, log_probs_BNV[:, :1])
+    corrections, state.feedback_BV = [copilot.gated(log_probs_BNV[:, :1], first_B1V)], first_B1V[:, 0]
     for i in range(1, log_probs_BNV.shape[1]):
         here = slice(i, i + 1)
         token_B1 = tokens_BK[:, i - 1 : i]
@@ -127,8 +128,8 @@ def conclude(
     """The part of a step after the Pilot's: the head; and what the next step needs of this one.
 
     Returns:
-        Correction f^C [B, 1, V], float32.
+        Correction f^C [B, 1, V], float32, scaled by the Copilot's gate if it has one. Feedback is never scaled.
     """
     correction_B1V = copilot.correct(hidden_B1C, log_probs_B1V)
     state.keep(states_B1P, (log_probs_B1V.exp() if feedback == "observed" else correction_B1V)[:, 0])
-    return correction_B1V
+    return copilot.gated(log_probs_B1V, correction_B1V, state.target_B1 - 1)

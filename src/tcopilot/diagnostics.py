@@ -7,7 +7,7 @@ Shapes: B batch, N target length, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,6 +94,15 @@ class ErrorStatistics:
     def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
         """Add up the sums of all ranks; one without rows takes part too."""
         self._sums = sum_over_ranks(self._sums)
+
+    @classmethod
+    def joined(cls, parts: Iterable[ErrorStatistics]) -> ErrorStatistics:
+        """The statistics of several benchmarks together."""
+        parts = list(parts)
+        total = cls(parts[0].weights)
+        total._sums = sum(part._sums.cpu() for part in parts)
+        total._norms = [norms for part in parts for norms in part._norms]
+        return total
 
     def norms(self) -> dict[str, Tensor]:
         """‖ℓ‖ (`error_norm`) and ‖f^C‖ (`correction_norm`) of each target token that this rank saw, on the CPU."""

@@ -27,6 +27,7 @@ from tcopilot.configuration import TCopilotConfig
 from tcopilot.copilot import Copilot, CopilotConfig
 from tcopilot.decoding import Beside, advance, conclude, correct_text
 from tcopilot.fusion import build_fusion
+from tcopilot.gates import Gate
 from tcopilot.states import position_ids as count_positions
 from tcopilot.static_decoding import StaticDecoder, sample
 
@@ -127,6 +128,12 @@ class TCopilotModel(PreTrainedModel, GenerationMixin):
         if not 0 <= value < math.inf:
             raise ValueError(f"weight={value}: λ must be 0 (the Pilot) or positive")
         self.config.weight = float(value)
+
+    def set_gate(self, gate: Gate | None) -> None:
+        """Let λ vary: corrections are scaled by a gate from now on (`tcopilot.gates`), or no longer."""
+        self.copilot.set_gate(gate)
+        self.config.copilot = self.copilot.config.to_dict()
+        self.static_decoder = None  # its compiled step knows the gate of before
 
     def set_fusion(self, name: str) -> None:
         """Change the fusion space: `probability` or `logits`."""

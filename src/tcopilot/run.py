@@ -190,7 +190,7 @@ def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
 
 def _evaluated(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_dir: Path) -> Results:
     decoding = build.decoding(cfg.evaluation)
-    evaluator = Evaluator(model, prepared.tokenizer, prepared.data, run_dir / "predictions", decoding)
+    evaluator = Evaluator(model, prepared.tokenizer, prepared.data, run_dir / "predictions", decoding, cfg.fusion.per)
     splits = (cfg.evaluation.select_on, cfg.evaluation.report_on)
     found = evaluator.run(build.evaluation_weights(cfg.fusion.weight), splits)
     notes = list(found.verdicts)
@@ -230,6 +230,7 @@ def _add_training(results: Results, cfg: DictConfig, source: Path) -> None:
         return
     before = _results_of(source)
     results.rounds, results.train_seconds = before.rounds, before.train_seconds
+    results.train_flops = before.train_flops
     if not cfg.pilot.path:
         results.params = before.params
         if cfg.get("data") is None and cfg.get("evaluation") is None:

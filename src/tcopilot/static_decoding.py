@@ -38,7 +38,7 @@ _ALL = "all layers"
 class StaticState(CopilotState):
     """A Copilot's state in place: masks over all rows to come, of which each step opens one."""
 
-    KEPT = ("position_B1", "pending_B1P", "feedback_BV")
+    KEPT = ("position_B1", "target_B1", "pending_B1P", "feedback_BV")
 
     def __init__(self, state: CopilotState, answer: int, block: int) -> None:
         mask_B11S, errors = state.log_mask_B11S, state.cache.get_seq_length()

@@ -23,13 +23,13 @@ def rows_of(family: str, *kinds: str) -> TCopilotDataModule:
     return data
 
 
-def evaluator(family, folder, *kinds, decoding=None, **options) -> Evaluator:
+def evaluator(family, folder, *kinds, decoding=None, per="all", **options) -> Evaluator:
     """An evaluator of an untrained model whose Copilot has a say."""
     data = rows_of(family, *(kinds or ("word_problems",)))
     tokenizer = word_tokenizer(data.vocabulary)
     tokenizer.padding_side = source_side(family)
     model = tiny_model(family, vocab=len(tokenizer), **({"head_std": 0.1} | options))
-    return Evaluator(model, tokenizer, data, folder, decoding)
+    return Evaluator(model, tokenizer, data, folder, decoding, per)
 
 
 def written(folder, split="test", weight=1.0, benchmark="word_problems") -> list[dict]:
@@ -207,6 +207,32 @@ def test_the_weight_is_chosen_on_validation_and_compared_on_test(tmp_path, monke
     (gain,) = found.gain
     assert (gain.pilot, gain.fused, gain.fixed, gain.broken) == (0.0, 0.5, 5, 0)
     assert judge.model.weight == 0.5  # what is exported and used next
+
+
+def test_each_benchmark_may_have_a_weight_of_its_own(tmp_path, monkeypatch):
+    def scores(self, split, benchmark, weights):
+        favoured = {"word_problems": 1.0, "multiple_choice": 0.5}[benchmark]
+        count = len(self.data.evaluation_rows(split, benchmark))
+        return {weight: {"accuracy": [float(weight == favoured)] * count} for weight in weights}
+
+    monkeypatch.setattr(Evaluator, "scores", scores)
+    judge = evaluator("t5", tmp_path, "word_problems", "multiple_choice", per="benchmark")
+    found = judge.run(WEIGHTS)
+    assert found.selected_weight == {"word_problems": 1.0, "multiple_choice": 0.5}
+    assert [gain.fused for gain in found.gain] == [1.0, 1.0]
+    assert judge.model.weight in WEIGHTS
+    assert any("multiple_choice 0.5" in verdict for verdict in found.verdicts)
+    assert judge.run([0.5]).selected_weight == {"word_problems": 0.5, "multiple_choice": 0.5}
+
+
+def test_the_closed_form_weight_of_each_benchmark_is_of_its_own_rows(tmp_path):
+    names = ("word_problems", "multiple_choice")
+    judge = evaluator("t5", tmp_path / "both", *names, per="benchmark")
+    found = judge.run(None)
+    statistics = judge._statistics("validation", [0.0])
+    assert found.selected_weight == {name: round(statistics[name].best_weight, 3) for name in names}
+    assert {gain.benchmark for gain in found.gain} == set(names)
+    assert len({row.weight for row in found.rows}) == len({0.0, *found.selected_weight.values()})
 
 
 @pytest.mark.parametrize("favoured", [0.0, 0.5, 1.0])

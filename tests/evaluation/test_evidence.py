@@ -10,8 +10,10 @@ import composed
 import pytest
 import yaml
 
+from tcopilot import run
 from tcopilot.checks import config_problems
 from tcopilot.evaluation import evidence
+from tcopilot.evaluation.evaluate import PER
 from tcopilot.evaluation.significance import compare
 
 TITLES = {"averaged": "two Pilots averaged"}
@@ -32,6 +34,15 @@ def settings(script):
     return yaml.safe_load(script.GRID.read_text())
 
 
+def carry_out(job):
+    """Do in this process what a job does in one of its own."""
+    given = [*job.overrides, f"paths.run_dir={job.folder}"]
+    if job.program == "eval.py":
+        run.evaluate(composed.compose_config(*given, name="eval"))
+    else:
+        run.train(composed.compose_config(*composed.QUIET, *given))
+
+
 @pytest.fixture(scope="module")
 def smoke(script, settings, tmp_path_factory):
     """The smoke preset's runs, trained in this process, but for one that is left to do."""
@@ -39,7 +50,7 @@ def smoke(script, settings, tmp_path_factory):
     preset = settings["presets"]["smoke"]
     jobs = list(script.grid(preset, settings["arms"], ["builtin"], folder / "smoke", {}))
     for job in jobs[:-1]:
-        composed.train(job.folder, *job.overrides)
+        carry_out(job)
         (job.folder / script.STARTED).write_text(json.dumps(list(job.overrides)))
         (job.folder / script.FINISHED).touch()
     return folder, jobs
@@ -51,9 +62,11 @@ def found(job):
 
 def test_the_table_has_the_figures_of_the_runs(script, settings, smoke):
     folder, jobs = smoke
-    (task,), missing = script.evidence(settings, "smoke", folder)
+    (*_, task), missing = script.evidence(settings, "smoke", folder)
+    jobs = [job for job in jobs if job.task == "word_problems"]
     default = [job for job in jobs if job.arm == "default"]
-    assert [line.name for line in task.lines] == ["default", "literal", "offline", "two Pilots averaged"]
+    names = ["default", "literal", "token_gate", "offline", "two Pilots averaged"]
+    assert [line.name for line in task.lines] == names
     assert missing == [str(jobs[-1].folder.relative_to(folder))]
     line = task.line("default")
     assert line.seeds == [0, 1]
@@ -65,7 +78,10 @@ def test_the_table_has_the_figures_of_the_runs(script, settings, smoke):
     )
     assert line.seconds == pytest.approx(sum(found(job)["train_seconds"] for job in default) / 2)
     assert line.flops == pytest.approx(sum(found(job)["train_flops"] for job in default) / 2)
+    assert line.best_weight == pytest.approx(sum(found(job)["best_weight"] for job in default) / 2)
     assert task.line("offline").seeds == [0]
+    gate = task.line("token_gate")  # the default arm's models
+    assert (gate.seconds, gate.flops, gate.gain.pilot) == (line.seconds, line.flops, line.gain.pilot)
     control = task.line("two Pilots averaged")
     values = [c["value"] for job in default for c in found(job)["controls"] if c["metric"] == "accuracy"]
     assert control.gain.fused == pytest.approx(sum(values) / 2)
@@ -74,14 +90,30 @@ def test_the_table_has_the_figures_of_the_runs(script, settings, smoke):
 
 def test_comparisons_are_paired_over_pooled_seeds(script, settings, smoke):
     folder, jobs = smoke
-    (task,), _ = script.evidence(settings, "smoke", folder)
-    before, after = [], []
+    (*_, task), _ = script.evidence(settings, "smoke", folder)
+    before, after, ahead = [], [], []
     for seed in (0, 1):
-        arms = {job.arm: job for job in jobs if job.seed == seed}
+        arms = {job.arm: job for job in jobs if (job.task, job.seed) == ("word_problems", seed)}
+        one, two = (found(arms[arm])["gain"][0]["fused"] for arm in ("default", "literal"))
+        ahead += [seed] if two > one else []
         for arm, into in (("default", before), ("literal", after)):
             weight = found(arms[arm])["selected_weight"]
             into += [row["scores"]["accuracy"] for row in composed.predictions(arms[arm].folder, "test", weight)]
     assert task.line("literal").against == compare(before, after)
+    assert task.line("literal").ahead == ahead
+
+
+def test_a_mixture_has_a_table_for_each_of_its_benchmarks(script, settings, smoke):
+    folder, jobs = smoke
+    tasks, _ = script.evidence(settings, "smoke", folder)
+    both = {task.name: task for task in tasks if "mixture" in task.name}
+    assert list(both) == [f"smoke, builtin: mixture, {name}" for name in ("word_problems", "multiple_choice")]
+    for place, task in enumerate(both.values()):
+        for arm in ("default", "benchmark_weights"):
+            fused = [found(job)["gain"][place]["fused"] for job in jobs if (job.task, job.arm) == ("mixture", arm)]
+            assert task.line(arm).gain.fused == pytest.approx(sum(fused) / 2)
+        chosen = [found(job)["selected_weight"] for job in jobs if job.arm == "benchmark_weights"]
+        assert task.line("benchmark_weights").weights == [list(one.values())[place] for one in chosen]
 
 
 def test_the_page_keeps_what_stands_around_the_tables(script, settings, smoke, tmp_path):
@@ -93,7 +125,7 @@ def test_the_page_keeps_what_stands_around_the_tables(script, settings, smoke, t
     assert text.startswith("# Before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
-    assert text.count("| default |") == 1
+    assert text.count("| default |") == 3
     assert f"Not run, or not finished: {smoke[1][-1].folder.relative_to(smoke[0])}" in text
     for line in (line for line in text.splitlines() if line.startswith("| ")):
         assert line.count("|") == len(evidence.HEAD) + 1
@@ -125,7 +157,7 @@ def test_finished_runs_are_not_run_again_and_a_stopped_one_goes_on(script, smoke
     for _ in range(2):
         assert script.main(given) == 0
     assert Program.started == [[f"resume={jobs[-1].folder}"]]
-    assert "6 finished, 0 stopped, 0 failed of 6" in capsys.readouterr().out
+    assert "12 finished, 0 stopped, 0 failed of 12" in capsys.readouterr().out
     assert "Not run" not in page.read_text()
     new = replace(jobs[0], folder=tmp_path / "new")
     assert new.run(script.FOREVER, {}) == "finished"
@@ -150,6 +182,11 @@ def test_every_run_of_the_grid_composes(script, settings, tmp_path, preset):
     jobs = list(script.grid({**about, "seeds": [0]}, settings["arms"], list(about["parts"]), tmp_path, places))
     assert len({job.folder for job in jobs}) == len(jobs)
     for job in jobs:
+        if job.program == "eval.py":
+            cfg = composed.compose_config(*job.overrides, name="eval")
+            assert cfg.run.endswith("default/0")
+            assert cfg.fusion.per in PER
+            continue
         cfg = composed.compose_config(*job.overrides, "trainer=cpu")
         problems = [text for text in config_problems(cfg) if "CUDA" not in text]
         assert problems == [], job.folder
@@ -172,5 +209,5 @@ def test_the_script_as_a_user_runs_it(tmp_path):
     given = ["scripts/evidence.py", "smoke", "--folder", str(tmp_path / "runs"), "--page", str(page)]
     done = composed.program(*given)
     assert done.returncode == 0, done.stderr
-    assert "6 finished" in done.stdout
+    assert "12 finished" in done.stdout
     assert "| two Pilots averaged |" in page.read_text()

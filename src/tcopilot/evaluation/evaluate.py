@@ -6,19 +6,21 @@ How a row is answered is a mode: as generated text, as the likeliest option, or 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
+from tcopilot.data.batch import Batch
 from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.module import TCopilotDataModule
-from tcopilot.diagnostics import ErrorStatistics
-from tcopilot.distributed import agree_on, is_first, rank, sum_over_processes, world_size
+from tcopilot.diagnostics import ErrorStatistics, correct_targets
+from tcopilot.distributed import agree_on, gather, is_first, rank, sum_over_processes, world_size
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.likelihood import Likelihood
 from tcopilot.evaluation.metrics import consistency_problems
@@ -26,10 +28,13 @@ from tcopilot.evaluation.predictions import Prediction, PredictionFiles, claim, 
 from tcopilot.evaluation.recommendation import ItemRanking
 from tcopilot.evaluation.results import Gain, Row
 from tcopilot.evaluation.significance import compare, mean_interval
+from tcopilot.gates import GATES, Observations, build_gate
 from tcopilot.modeling import TCopilotModel
 
 log = logging.getLogger(__name__)
 MODES = ("generation", "likelihood")
+PER = ("all", "benchmark", *GATES)
+"""What has a λ of its own."""
 DECODINGS = ("dynamic", "static")
 UNCOMPARED = frozenset({"no_answer"})  # reported, but neither better nor worse
 
@@ -69,9 +74,14 @@ class Evaluation:
 
     rows: list[Row] = field(default_factory=list)
     gain: list[Gain] = field(default_factory=list)
-    selected_weight: float = 0.0
+    selected_weight: float | dict[str, float] = 0.0
     best_weight: float = 0.0
     verdicts: list[str] = field(default_factory=list)
+
+    def weight_of(self, benchmark: str) -> float:
+        """λ chosen for a benchmark."""
+        selected = self.selected_weight
+        return selected[benchmark] if isinstance(selected, dict) else selected
 
 
 class Mode(Protocol):
@@ -104,6 +114,8 @@ class Evaluator:
         data: prepared rows.
         folder: where predictions go, one JSON line per row as soon as it is answered.
         decoding: how answers are had.
+        per: what has a λ of its own, fitted on the split that λ is chosen on: `all` for one λ; `benchmark`; or
+            a gate of `tcopilot.gates`, which λ then scales.
     """
 
     def __init__(
@@ -113,12 +125,14 @@ class Evaluator:
         data: TCopilotDataModule,
         folder: str | Path,
         decoding: Decoding | None = None,
+        per: str = "all",
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.data = data
         self.folder = Path(folder)
         self.decoding = Decoding() if decoding is None else decoding
+        self.per = per
         side = "right" if model.config.is_encoder_decoder else "left"
         self._collate = PromptTargetCollator(tokenizer.pad_token_id, side)
 
@@ -130,38 +144,43 @@ class Evaluator:
                 closed form on validation.
             splits: `validation` to choose on, then the split to report.
         """
-        if self.model.copilot is None:
-            weights = [0.0]
         found = Evaluation()
         chosen_on, reported = splits
-        given = [] if weights is None else [float(weight) for weight in weights]
+        if self.model.copilot is None:
+            weights = [0.0]
+        else:
+            self._fit_gate(chosen_on)
+        given = [float(weight) for weight in weights or ()]
         statistics = self._statistics(chosen_on, sorted({0.0, *given}))
-        found.best_weight = statistics.best_weight
+        closed_form = {name: round(of_name.best_weight, 3) for name, of_name in statistics.items()}
+        found.best_weight = ErrorStatistics.joined(statistics.values()).best_weight
         if weights is None:
-            given = [round(found.best_weight, 3)]
+            given = sorted({*closed_form.values()}) if self.per == "benchmark" else [round(found.best_weight, 3)]
             statistics = self._statistics(chosen_on, sorted({0.0, *given}))
         candidates = sorted({0.0, *given})
         for split in dict.fromkeys((chosen_on, reported)):
             outcomes = {name: self.scores(split, name, candidates) for name in self.data.benchmark_names}
-            observed = statistics if split == chosen_on else self._statistics(split, candidates)
-            for name, by_weight in outcomes.items():
-                self._report(found, split, name, by_weight)
-            likelihood, intervals = observed.nll(), observed.nll_intervals()
-            rows = [row for name in self.data.benchmark_names for row in self.data.evaluation_rows(split, name)]
-            tokens = sum(len(row["target_ids"]) for row in rows)
-            found.rows += [Row("all", split, "nll", w, nll, tokens, intervals[w]) for w, nll in likelihood.items()]
+            by_name = statistics if split == chosen_on else self._statistics(split, candidates)
+            self._report(found, split, outcomes, by_name)
             if split == chosen_on:
-                found.selected_weight = given[0] if len(given) == 1 else _select(outcomes, likelihood)
-        for name, by_weight in outcomes.items():
-            for place, metric in enumerate(metric for metric in by_weight[0.0] if metric not in UNCOMPARED):
-                comparison = compare(by_weight[0.0][metric], by_weight[found.selected_weight][metric])
-                found.gain.append(Gain.of(name, metric, comparison))
-                if not place:  # the table has the others'
-                    found.verdicts.append(f"{name}, {metric}: {comparison.verdict}")
-        if len(given) > 1 and found.selected_weight == max(given):
+                likelihood = ErrorStatistics.joined(by_name.values()).nll()
+                for_all = found.selected_weight = given[0] if len(given) == 1 else _select(outcomes, likelihood)
+                if self.per == "benchmark":
+                    found.selected_weight = closed_form if weights is None else _select_each(outcomes, by_name, given)
+        self._compare(found, outcomes)
+        if len(given) > 1 and max(given) in map(found.weight_of, outcomes):
             found.verdicts.append(f"λ = {max(given):g} is the largest one tried: a larger one may be better still")
-        self.model.weight, self.model.static_decoder = found.selected_weight, None  # its caches are no longer needed
+        if self.per == "benchmark":
+            chosen = ", ".join(f"{name} {found.weight_of(name):g}" for name in outcomes)
+            found.verdicts.append(f"λ of each benchmark: {chosen}; the model keeps the best for all, {for_all:g}")
+        self.model.weight, self.model.static_decoder = for_all, None  # its caches are no longer needed
         return found
+
+    def _fit_gate(self, split: str) -> None:
+        self.model.set_gate(None)
+        if self.per in GATES:
+            fitted = GATES[self.per].fit(self._observations(split))
+            self.model.set_gate(build_gate(agree_on(fitted.settings())))
 
     def scores(self, split: str, benchmark: str, weights: Sequence[float]) -> dict[float, Scores]:
         """Answer every row of a benchmark's split in every mode.
@@ -220,25 +239,64 @@ class Evaluator:
                 modes.append(Likelihood(self.model, self._collate, decoding.batch_size))
         return modes
 
-    def _statistics(self, split: str, weights: Sequence[float]) -> ErrorStatistics:
-        """Teacher-forced pass over a split: fused likelihood at every λ at once, and λ* in closed form."""
-        statistics = ErrorStatistics(weights, self.model.config.fusion)
+    def _statistics(self, split: str, weights: Sequence[float]) -> dict[str, ErrorStatistics]:
+        """Teacher-forced pass over a split: each benchmark's fused likelihood at every λ at once, and λ*."""
+        found = {}
         for name in self.data.benchmark_names:
-            rows = sorted(self.data.evaluation_rows(split, name), key=lambda row: len(row["source_ids"]))
-            share, size = rows[rank() :: world_size()], self.decoding.batch_size
-            for first in range(0, len(share), size):
-                batch = self._collate(share[first : first + size]).to(self.model.device)
-                statistics.observe(self.model, batch)
-        statistics.reduce(sum_over_processes)
-        return statistics
+            found[name] = ErrorStatistics(weights, self.model.config.fusion)
+            for batch in self._batches(split, name):
+                found[name].observe(self.model, batch)
+            found[name].reduce(sum_over_processes)
+        return found
 
-    def _report(self, found: Evaluation, split: str, name: str, by_weight: dict[float, Scores]) -> None:
-        for weight, scores in by_weight.items():
-            for metric, values in scores.items():
-                mean, interval = sum(values) / len(values), mean_interval(values)
-                found.rows.append(Row(name, split, metric, weight, mean, len(values), interval))
-            figures = {metric: sum(values) / len(values) for metric, values in scores.items()}
-            found.verdicts += [f"{name}, {split}, λ = {weight:g}: {text}" for text in consistency_problems(figures)]
+    @torch.no_grad()
+    def _observations(self, split: str) -> Observations:
+        """Teacher-forced pass over a split: what a gate is fitted on."""
+        seen = []
+        for name in self.data.benchmark_names:
+            for batch in self._batches(split, name):
+                scored = correct_targets(self.model, batch)
+                seen.append(Observations.of(*scored, batch.target_ids_BN, batch.target_mask_BN))
+        return Observations.joined(gather(seen))
+
+    def _batches(self, split: str, benchmark: str) -> Iterator[Batch]:
+        """This process's share of a benchmark's rows, rows of similar length together."""
+        rows = sorted(self.data.evaluation_rows(split, benchmark), key=lambda row: len(row["source_ids"]))
+        share, size = rows[rank() :: world_size()], self.decoding.batch_size
+        for first in range(0, len(share), size):
+            yield self._collate(share[first : first + size]).to(self.model.device)
+
+    def _report(
+        self,
+        found: Evaluation,
+        split: str,
+        outcomes: dict[str, dict[float, Scores]],
+        statistics: dict[str, ErrorStatistics],
+    ) -> None:
+        """Add a split's figures at every λ."""
+        for name, by_weight in outcomes.items():
+            for weight, scores in by_weight.items():
+                figures = {metric: sum(values) / len(values) for metric, values in scores.items()}
+                for metric, values in scores.items():
+                    row = (figures[metric], len(values), mean_interval(values))
+                    found.rows.append(Row(name, split, metric, weight, *row))
+                problems = consistency_problems(figures)
+                found.verdicts += [f"{name}, {split}, λ = {weight:g}: {text}" for text in problems]
+        observed = ErrorStatistics.joined(statistics.values())
+        intervals = observed.nll_intervals()
+        rows = [row for name in outcomes for row in self.data.evaluation_rows(split, name)]
+        tokens = sum(len(row["target_ids"]) for row in rows)
+        found.rows += [Row("all", split, "nll", w, nll, tokens, intervals[w]) for w, nll in observed.nll().items()]
+
+    @staticmethod
+    def _compare(found: Evaluation, outcomes: dict[str, dict[float, Scores]]) -> None:
+        """Hold each benchmark's answers at its λ against the Pilot's."""
+        for name, by_weight in outcomes.items():
+            for place, metric in enumerate(metric for metric in by_weight[0.0] if metric not in UNCOMPARED):
+                comparison = compare(by_weight[0.0][metric], by_weight[found.weight_of(name)][metric])
+                found.gain.append(Gain.of(name, metric, comparison))
+                if not place:  # the table has the others'
+                    found.verdicts.append(f"{name}, {metric}: {comparison.verdict}")
 
     def _longest_answer(self, benchmark: str) -> int:
         """Tokens to wait for: as configured, else the longest training target with a little room."""
@@ -262,6 +320,7 @@ class Evaluator:
             "benchmarks": benchmarks,
             "fusion": config.fusion,
             "feedback": config.feedback,
+            "gate": None if self.model.copilot is None else self.model.copilot.config.gate,
             "decoding": decoding,
         }
 
@@ -277,6 +336,16 @@ def _select(outcomes: dict[str, dict[float, Scores]], likelihood: dict[float, fl
         return sum(shares) / len(shares), -likelihood[weight], -weight
 
     return max(likelihood, key=merit)
+
+
+def _select_each(
+    outcomes: dict[str, dict[float, Scores]], statistics: dict[str, ErrorStatistics], given: Sequence[float]
+) -> dict[str, float]:
+    """`_select` for each benchmark by itself; a single λ is taken as it is."""
+    return {
+        name: given[0] if len(given) == 1 else _select({name: outcomes[name]}, statistics[name].nll())
+        for name in outcomes
+    }
 
 
 class _progress:

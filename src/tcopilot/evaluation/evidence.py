@@ -20,7 +20,7 @@ DEFAULT = "default"
 BEGIN, END = "<!-- evidence: tables -->", "<!-- evidence: end of tables -->"
 HEAD = (
     *("arm", "Pilot", "with it", "gain over its Pilot [95 %], p", f"against `{DEFAULT}` [95 %], p"),
-    *("NLL", "ε²/S²", "λ*", "λ", "rounds", "train s", "TFLOP", "seeds"),
+    *("NLL", "ε²/S²", "λ*", "λ", "rounds", "train s", "TFLOP", "seeds ahead"),
 )
 
 Scores = dict[tuple[int, int], float]
@@ -44,6 +44,7 @@ class Line:
     flops: float | None
     gain: Comparison | None = None
     against: Comparison | None = None
+    ahead: list[int] | None = None  # seeds on which it is better than the default arm
 
 
 @dataclass
@@ -59,8 +60,8 @@ class TaskEvidence:
         return next((line for line in self.lines if line.name == name), None)
 
 
-def gather(name: str, arms: Mapping[str, Sequence[Run]], controls: Mapping[str, str]) -> TaskEvidence:
-    """Read the runs of a task.
+def gather(name: str, arms: Mapping[str, Sequence[Run]], controls: Mapping[str, str]) -> list[TaskEvidence]:
+    """Read the runs of a task; each of its benchmarks is a table of its own.
 
     Args:
         name: of the task.
@@ -73,7 +74,16 @@ def gather(name: str, arms: Mapping[str, Sequence[Run]], controls: Mapping[str, 
     first = arms[DEFAULT][0].results
     if not first.gain:
         raise ValueError(f"{arms[DEFAULT][0].folder}: no benchmark was compared")
-    benchmark, metric = first.gain[0].benchmark, first.gain[0].metric
+    deciding = {gain.benchmark: gain.metric for gain in reversed(first.gain)}
+    return [
+        _task(f"{name}, {benchmark}" if len(deciding) > 1 else name, arms, controls, benchmark, metric)
+        for benchmark, metric in reversed(deciding.items())
+    ]
+
+
+def _task(
+    name: str, arms: Mapping[str, Sequence[Run]], controls: Mapping[str, str], benchmark: str, metric: str
+) -> TaskEvidence:
     lines = [_arm_line(arm, runs, benchmark, metric) for arm, runs in arms.items() if runs]
     lines.sort(key=lambda line: line.name != DEFAULT)
     for folder, title in controls.items():
@@ -82,7 +92,9 @@ def gather(name: str, arms: Mapping[str, Sequence[Run]], controls: Mapping[str, 
             lines.append(_control_line(folder, title, runs, benchmark, metric))
     for line in lines:
         line.gain = _compared(line.pilot, line.scores)
-        line.against = None if line is lines[0] else _compared(lines[0].scores, line.scores)
+        if line is not lines[0]:
+            line.against = _compared(lines[0].scores, line.scores)
+            line.ahead = _seeds_ahead(lines[0].scores, line.scores, metric)
     return TaskEvidence(name, metric, lines)
 
 
@@ -146,7 +158,7 @@ def _arm_line(arm: str, runs: Sequence[Run], benchmark: str, metric: str) -> Lin
         pilot=at_zero,
         nll=tuple(_mean(column) for column in zip(*likelihoods, strict=True)),
         error_ratio=_mean([one.get("val/error_ratio") for one in last]),
-        best_weight=_mean([one.get("val/best_weight") for one in last]),
+        best_weight=_mean([run.results.best_weight for run in runs]),
         weights=weights,
         rounds=_mean([run.results.rounds for run in runs]),
         seconds=_mean([run.results.train_seconds for run in runs]),
@@ -203,6 +215,17 @@ def _compared(before: Scores, after: Scores) -> Comparison:
     return compare([before[key] for key in common], [after[key] for key in common])
 
 
+def _seeds_ahead(default: Scores, other: Scores, metric: str) -> list[int]:
+    """The seeds whose own rows speak for the other."""
+    found = []
+    for seed in sorted({seed for seed, _ in default.keys() & other.keys()}):
+        one, two = ({key: value for key, value in scores.items() if key[0] == seed} for scores in (default, other))
+        difference = _compared(one, two).difference
+        if (difference < 0) if metric in LOSSES else (difference > 0):
+            found.append(seed)
+    return found
+
+
 def _mean(values: Iterable[float | None]) -> float | None:
     values = list(values)
     return None if not values or None in values else over_seeds(values)[0]
@@ -244,7 +267,7 @@ def _cells(line: Line) -> tuple[str, ...]:
         _plain(line.rounds, 0),
         _plain(line.seconds, 0),
         _plain(None if line.flops is None else line.flops / 1e12, 3),
-        str(len(line.seeds)),
+        str(len(line.seeds)) if line.ahead is None else f"{len(line.ahead)} of {len(line.seeds)}",
     )
 
 

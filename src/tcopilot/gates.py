@@ -1,0 +1,182 @@
+"""λ beyond a constant: p̃_i = p̂_i + λ g_i f^C_i, with g_i by the target's position or by the token at hand.
+
+A gate scales the correction and is fitted on validation rows, after training, so that λ = 1 gives the smallest
+expected squared error E‖p − p̂ − g f^C‖² that a gate of its kind can give (Theorem 4.1, beyond one λ). λ scales what is
+left as it scales f^C without a gate: λ = 0 is the Pilot, exactly. The paper has none of this.
+
+Adding a gate is one class here and an entry in `GATES`.
+
+Shapes: B batch, N targets, V vocabulary, T target tokens of a data set, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tcopilot.functional import best_weight, token_errors
+
+EDGES = (1, 2, 4, 8, 16, 32, 64)
+"""First positions of the buckets after the one that holds the first target alone."""
+LEAST_TOKENS = 30
+"""A bucket with fewer validation tokens takes the g of all tokens."""
+DIGITS = 4
+"""Fitted values are rounded, so that an evaluation that is started again fits the same gate."""
+LARGEST = 2.0
+"""g of a token lies between 0 and this; a gate that learned nothing gives 1."""
+PENALTY = 1e-4
+"""Weight of the squared coefficients beside the relative squared error."""
+
+
+class Gate(Protocol):
+    """How strongly each correction counts."""
+
+    def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, positions_BN: Tensor) -> Tensor:
+        """Return g [B, N, 1], float32, from log p̂, f^C and the targets' positions, counted from 0."""
+
+    def settings(self) -> dict[str, Any]:
+        """What `build_gate` builds this gate from, in plain values."""
+
+    @classmethod
+    def fit(cls, seen: Observations) -> Gate:
+        """Choose the gate with the least squared error on what was seen."""
+
+
+@dataclass(frozen=True)
+class PositionGate:
+    """One g for each bucket of positions 0, 1, 2–3, 4–7, …: λ* in closed form of that bucket's tokens."""
+
+    values: list[float]
+
+    def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, positions_BN: Tensor) -> Tensor:
+        """Return g [B, N, 1]."""
+        of_bucket = torch.tensor(self.values, device=corrections_BNV.device)
+        return of_bucket[_buckets(positions_BN)].unsqueeze(-1)
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values for `config.json`."""
+        return {"per": "position", "values": self.values}
+
+    @classmethod
+    def fit(cls, seen: Observations) -> PositionGate:
+        """Take λ* of each bucket."""
+        buckets, values = _buckets(seen.positions_T), []
+        for bucket in range(len(EDGES) + 1):
+            chosen = buckets == bucket
+            if chosen.sum() < LEAST_TOKENS:
+                chosen = torch.ones_like(chosen)
+            values.append(best_weight(seen.inner_T[chosen].sum().item(), seen.energy_T[chosen].sum().item()))
+        return cls([round(value, DIGITS) for value in values])
+
+
+@dataclass(frozen=True)
+class TokenGate:
+    """g = 2 σ(c · x), x = (1, max p̂, entropy of p̂, ‖f^C‖): trust a correction by what both models show."""
+
+    coefficients: list[float]
+
+    def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, positions_BN: Tensor) -> Tensor:
+        """Return g [B, N, 1]."""
+        coefficients_F = torch.tensor(self.coefficients, device=corrections_BNV.device)
+        return self._of(_features(log_probs_BNV, corrections_BNV), coefficients_F).unsqueeze(-1)
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values for `config.json`."""
+        return {"per": "token", "coefficients": self.coefficients}
+
+    @classmethod
+    def fit(cls, seen: Observations) -> TokenGate:
+        """Find the coefficients by L-BFGS, from 0, where g = 1 everywhere."""
+        coefficients_F = torch.zeros(seen.features_TF.shape[1], dtype=torch.float64, requires_grad=True)
+        search = torch.optim.LBFGS([coefficients_F], max_iter=100, line_search_fn="strong_wolfe")
+        scale = seen.energy_T.sum().clamp_min(torch.finfo(torch.float64).tiny)
+
+        def loss() -> Tensor:
+            search.zero_grad()
+            gate_T = cls._of(seen.features_TF, coefficients_F)
+            error = (gate_T.square() * seen.energy_T - 2 * gate_T * seen.inner_T).sum() / scale
+            total = error + PENALTY * coefficients_F.square().sum()
+            total.backward()
+            return total
+
+        with torch.enable_grad():
+            search.step(loss)
+        return cls([round(value, DIGITS) for value in coefficients_F.tolist()])
+
+    @staticmethod
+    def _of(features_F: Tensor, coefficients_F: Tensor) -> Tensor:
+        return LARGEST * torch.sigmoid(features_F @ coefficients_F)
+
+
+GATES: dict[str, type[Gate]] = {"position": PositionGate, "token": TokenGate}
+
+
+def build_gate(settings: Mapping[str, Any] | None) -> Gate | None:
+    """Build a gate from its settings; None for none.
+
+    Raises:
+        ValueError: naming the gates that exist.
+    """
+    if settings is None:
+        return None
+    kind = settings.get("per")
+    if kind not in GATES:
+        raise ValueError(f"gate per {kind!r} is not one of {', '.join(GATES)}")
+    return GATES[kind](**{key: value for key, value in settings.items() if key != "per"})
+
+
+@dataclass
+class Observations:
+    """What a gate is fitted on, of each target token; squared error needs no more than this of [T, V].
+
+    Attributes:
+        inner_T: ⟨ℓ, f^C⟩.
+        energy_T: ‖f^C‖².
+        positions_T: place of the token in its target, from 0.
+        features_TF: what `TokenGate` reads.
+    """
+
+    inner_T: Tensor
+    energy_T: Tensor
+    positions_T: Tensor
+    features_TF: Tensor
+
+    @classmethod
+    def of(cls, log_probs_BNV: Tensor, corrections_BNV: Tensor, targets_BN: Tensor, mask_BN: Tensor) -> Observations:
+        """Observe a batch of targets, teacher-forced."""
+        errors_BNV = token_errors(log_probs_BNV.exp(), targets_BN)
+        positions_BN = torch.arange(targets_BN.shape[1], device=targets_BN.device).expand_as(targets_BN)
+        parts = (
+            (errors_BNV * corrections_BNV).sum(-1).double(),
+            corrections_BNV.square().sum(-1).double(),
+            positions_BN,
+            _features(log_probs_BNV, corrections_BNV).double(),
+        )
+        return cls(*(part[mask_BN].cpu() for part in parts))
+
+    @classmethod
+    def joined(cls, parts: list[Observations]) -> Observations:
+        """Put the observations of many batches together."""
+        columns = zip(*((one.inner_T, one.energy_T, one.positions_T, one.features_TF) for one in parts), strict=True)
+        return cls(*(torch.cat(column) for column in columns))
+
+
+def _buckets(positions: Tensor) -> Tensor:
+    """Number of the bucket of each position.
+
+    >>> _buckets(torch.tensor([0, 1, 2, 3, 4, 7, 8, 200])).tolist()
+    [0, 1, 2, 2, 3, 3, 4, 7]
+    """
+    return torch.bucketize(positions, torch.tensor(EDGES, device=positions.device), right=True)
+
+
+def _features(log_probs_BNV: Tensor, corrections_BNV: Tensor) -> Tensor:
+    """Return (1, max p̂, entropy of p̂ in nats, ‖f^C‖) of each target, [B, N, F]."""
+    probs_BNV = log_probs_BNV.exp()
+    entropy_BN = -torch.xlogy(probs_BNV, probs_BNV).sum(-1)
+    norm_BN = corrections_BNV.square().sum(-1).sqrt()
+    return torch.stack([torch.ones_like(entropy_BN), probs_BNV.amax(-1), entropy_BN, norm_BN], dim=-1)
