@@ -66,8 +66,12 @@ def test_every_experiment_composes_with_classes_that_exist(name, tmp_path):
     cfg = composed.compose_config(f"experiment={name}", f"paths.run_dir={tmp_path}")
     assert_targets_exist(cfg)
     assert cfg.name != composed.compose_config().name or name == "demo"  # runs of experiments stand apart
-    on_a_cpu = composed.compose_config(f"experiment={name}", "trainer.accelerator=cpu", "logger=csv")
-    assert config_problems(on_a_cpu) == []
+    given = [f"experiment={name}", "trainer.accelerator=cpu", "logger=csv"]
+    if cfg.pilot.frozen:
+        (problem,) = config_problems(composed.compose_config(*given))
+        assert "give pilot.path=<model or export>" in problem
+        given.append("pilot.path=/runs/a/export")
+    assert config_problems(composed.compose_config(*given)) == []
 
 
 @pytest.mark.parametrize("override", ["run=/runs/a", *(f"data={n}" for n in names_in("data")), "evaluation=beam4"])
@@ -130,7 +134,7 @@ def in_small(experiment: str, export: Path | None = None) -> list[str]:
     with initialize_config_dir(str(composed.CONFIGS), version_base="1.3"):
         cfg = compose("train", [f"experiment={experiment}"], return_hydra_config=True)
     changes, data = ["data.num_workers=0"], cfg.data
-    changes += [f"pilot.path={export}"] if OmegaConf.is_missing(cfg.pilot, "path") else []
+    changes += [f"pilot.path={export}"] if cfg.pilot.frozen else []
     if not cfg.pilot.config:
         name = f"{cfg.hydra.runtime.choices.pilot} {OmegaConf.to_container(cfg.pilot)['path']}".lower()
         family, depth = ("t5", "num_decoder_layers") if re.search("t5|bart", name) else ("llama", "num_hidden_layers")

@@ -370,7 +370,7 @@ def _learners(cfg: DictConfig) -> Iterator[str]:
             f"pilot.dtype={cfg.pilot.dtype}: weights that are trained must be float32 (trainer.precision=bf16-mixed "
             f"computes in bfloat16 all the same); use pilot.dtype=float32, or adapter@pilot.adapter=lora"
         )
-    if cfg.pilot.frozen and not OmegaConf.is_missing(cfg.pilot, "path") and cfg.pilot.path is None:
+    if cfg.pilot.frozen and cfg.pilot.path is None:
         yield "pilot.frozen=true with pilot.path=null: random weights would stay; give pilot.path=<model or export>"
     if cfg.pilot.frozen and not cfg.copilot.enabled:
         yield "pilot.frozen=true with copilot=none: nothing would be trained"
