@@ -140,7 +140,7 @@ def evidence(settings: dict[str, Any], preset: str, folder: Path) -> tuple[list[
     """Read a preset's finished runs.
 
     Returns:
-        The tasks of which a run of the default arm is finished, and the runs that are not finished yet.
+        The tasks of which a run of the default arm is finished, and names of the runs that are not finished yet.
     """
     about = settings["presets"][preset]
     jobs = list(grid(about, settings["arms"], list(about["parts"]), folder / preset, {}))
@@ -154,7 +154,21 @@ def evidence(settings: dict[str, Any], preset: str, folder: Path) -> tuple[list[
         if DEFAULT in arms:
             titles = {name: title for name, (title, _) in CONTROLS.items()}
             tasks += gather(f"{preset}, {part}: {task}", arms, titles)
-    return tasks, [str(job.folder.relative_to(folder)) for job in jobs if job not in done]
+    return tasks, not_done(jobs, done, folder)
+
+
+def not_done(jobs: list[Job], done: list[Job], folder: Path) -> list[str]:
+    """Name the runs of a preset that are left: a part or a task as a whole, or an arm with its seeds."""
+    left = []
+    for part in dict.fromkeys(job.part for job in jobs):
+        of_part = [job for job in jobs if job.part == part]
+        if not any(job in done for job in of_part):
+            left.append(f"{of_part[0].folder.parents[2].relative_to(folder)} (all)")
+            continue
+        for arm in dict.fromkeys(job.folder.parent for job in of_part):
+            seeds = [str(job.seed) for job in of_part if job.folder.parent == arm and job not in done]
+            left += [f"{arm.relative_to(folder)} (seed {', '.join(seeds)})"] if seeds else []
+    return left
 
 
 def write_page(settings: dict[str, Any], asked: str, folder: Path, page: Path) -> None:

@@ -74,11 +74,13 @@ def controls(joint: JointRun, folder: Path) -> Iterator[list[Control]]:
 def _equal_time(joint: JointRun) -> Alternative:
     """The Pilot alone, for as many rounds as fit into the joint run's training time.
 
-    A short trial measures the time of a Pilot-only round; the schedule then spans exactly the rounds that fit.
+    A short trial measures the time of a Pilot-only round; the schedule then spans exactly the rounds that fit, and
+    never fewer than the joint run's, which did all that a Pilot-only round does.
     """
     _alone(joint, WARM_UP_ROUNDS)
     trial = _alone(joint, TRIAL_ROUNDS)
-    rounds = agree_on(max(1, round(joint.results.train_seconds / (trial.seconds / TRIAL_ROUNDS))))
+    fitting = round(joint.results.train_seconds / (trial.seconds / TRIAL_ROUNDS))
+    rounds = agree_on(max(joint.results.rounds, fitting))
     return _alone(joint, rounds)
 
 

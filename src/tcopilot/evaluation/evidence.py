@@ -99,35 +99,88 @@ def _task(
 
 
 def as_markdown(tasks: Sequence[TaskEvidence], missing: Sequence[str] = ()) -> str:
-    """Lay the tasks out as tables, with the conclusions that follow from them and what was not run."""
-    parts = [f"### {task.name} ({task.metric})\n\n{_table(task)}" for task in tasks]
+    """Lay the tasks out as tables, with an overview, the conclusions that follow, and what was not run."""
+    if not tasks:
+        return "Nothing was run yet."
+    parts = [f"### At a glance\n\n{_overview(tasks)}\n\n{conclusions(tasks)}"]
+    parts += [f"### {task.name} ({task.metric})\n\n{_table(task)}" for task in tasks]
     if missing:
         parts.append(f"Not run, or not finished: {', '.join(missing)}.")
-    return "\n\n".join([*parts, conclusions(tasks)])
+    return "\n\n".join(parts)
 
 
 def conclusions(tasks: Sequence[TaskEvidence]) -> str:
-    """One paragraph: where the default arm helps its Pilot, and where it beats what costs as much."""
-    if not tasks:
-        return "Nothing was run yet."
-    gains = _counted((task, task.lines[0].gain) for task in tasks)
-    sentences = [f"Of {len(tasks)} tasks, `{DEFAULT}` against its own Pilot is {gains}."]
-    names = dict.fromkeys(line.name for task in tasks for line in task.lines if line.name != DEFAULT)
+    """One paragraph: where the default arm helps its Pilot, what costs as much and gives more, and what beats it."""
+    short = _short_names(tasks)
+    gains = {"better": [], "worse": [], "not distinguishable": []}
+    for task in tasks:
+        gains[_verdict(task.lines[0].gain, task.metric)].append(short[task.name])
+    sentences = [f"Over its own Pilot, `{DEFAULT}` is {_counted(gains)} of {len(tasks)} tables."]
     ahead = []
-    for name in names:
-        pairs = [(task, line.against) for task in tasks if (line := task.line(name))]
-        sentences.append(f"{name} against `{DEFAULT}` is {_counted(pairs)}.")
-        if name.startswith("Pilot"):
-            ahead += [(task.name, name) for task, found in pairs if _verdict(found, task.metric) == "worse"]
+    for name in _others(tasks):
+        found = {"better": [], "worse": [], "not distinguishable": []}
+        seeds = 0
+        for task in tasks:
+            if line := task.line(name):
+                found[_verdict(line.against, task.metric)].append(short[task.name])
+                seeds += len(line.ahead) == len(line.seeds)
+        tables = sum(map(len, found.values()))
+        if _is_control(name):
+            sentences.append(f"{name[0].upper()}{name[1:]}: {_counted(found)}, of {tables} against `{DEFAULT}`.")
+        elif 2 * seeds > tables:
+            ahead.append(f"`{name}` ({seeds} of {tables} tables)")
     if ahead:
-        where = "; ".join(f"{task}: {name}" for task, name in ahead)
-        sentences.append(f"The method beats a Pilot of equal cost or size here, so use it there: {where}.")
+        sentences.append(f"Ahead of `{DEFAULT}` on every seed of most tables: {', '.join(ahead)}.")
     else:
-        sentences.append(
-            "No Pilot of equal cost or size was beaten beyond chance: while the Pilot can still be trained, train it; "
-            "the method is for a Pilot that cannot be trained further, and where its gain above is beyond chance."
-        )
+        sentences.append(f"No other arm is ahead of `{DEFAULT}` on every seed of most of its tables.")
     return " ".join(sentences)
+
+
+def _overview(tasks: Sequence[TaskEvidence]) -> str:
+    """What each arm and control adds to the default arm in points, by task; bold where it is beyond chance."""
+    short = _short_names(tasks)
+    rows = [("", *(short[task.name] for task in tasks)), ("---",) * (len(tasks) + 1)]
+    gains = [_glance(task.lines[0].gain, task.metric) for task in tasks]
+    rows.append((f"gain of `{DEFAULT}` over its Pilot", *gains))
+    for name in _others(tasks):
+        lines = [task.line(name) for task in tasks]
+        title = name if _is_control(name) else f"`{name}`"
+        cells = [_glance(line.against, task.metric) if line else "" for line, task in zip(lines, tasks, strict=True)]
+        rows.append((f"{title} − `{DEFAULT}`", *cells))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _glance(found: Comparison, metric: str) -> str:
+    shown = f"{100 * found.difference:+.1f}"
+    return shown if _verdict(found, metric) == "not distinguishable" else f"**{shown}**"
+
+
+def _others(tasks: Sequence[TaskEvidence]) -> list[str]:
+    """Arms, then controls, each once."""
+    names = list(dict.fromkeys(line.name for task in tasks for line in task.lines if line.name != DEFAULT))
+    return sorted(names, key=_is_control)
+
+
+def _is_control(name: str) -> bool:
+    """Controls go by a title, arms by the name of their config."""
+    return " " in name
+
+
+def _short_names(tasks: Sequence[TaskEvidence]) -> dict[str, str]:
+    """Names of tasks without preset and part, where that tells them apart."""
+    short = {task.name: task.name.rpartition(": ")[2] for task in tasks}
+    values = list(short.values())
+    return {name: one if values.count(one) == 1 else name for name, one in short.items()}
+
+
+def _counted(found: Mapping[str, Sequence[str]]) -> str:
+    """Say on how many tables a comparison came out which way, and name the fewer."""
+    most = max(found, key=lambda verdict: len(found[verdict]))
+    return ", ".join(
+        f"{verdict} on {len(names)}" + (f" ({', '.join(names)})" if verdict != most else "")
+        for verdict, names in found.items()
+        if names
+    )
 
 
 def put_between_markers(page: str, text: str) -> str:
@@ -233,18 +286,6 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _verdict(found: Comparison, metric: str) -> str:
     return direction(found.difference, found.ci95, found.p_value, lower_is_better=metric in LOSSES)
-
-
-def _counted(pairs: Iterable[tuple[TaskEvidence, Comparison]]) -> str:
-    """Say on how many tasks a comparison came out which way, and name those beyond chance."""
-    by_verdict: dict[str, list[str]] = {"better": [], "worse": [], "not distinguishable": []}
-    for task, found in pairs:
-        by_verdict[_verdict(found, task.metric)].append(task.name)
-    return ", ".join(
-        f"{verdict} on {len(names)}" + (f" ({', '.join(names)})" if verdict != "not distinguishable" else "")
-        for verdict, names in by_verdict.items()
-        if names
-    )
 
 
 def _table(task: TaskEvidence) -> str:
