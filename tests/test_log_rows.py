@@ -140,6 +140,13 @@ def test_the_order_goes_on_where_it_was():
     assert [(b.ids_B.tolist(), b.held_out.ids_B.tolist()) for b in again] == everything[7:]
 
 
+def test_fewer_rows_held_out_than_a_batch_has_are_warned_of(caplog):
+    with_held_out(share=0.125).train_dataloader()
+    assert not caplog.text
+    with_held_out(share=0.05).train_dataloader()
+    assert "data.held_out=0.05 holds out 3 rows, fewer than a batch of 8" in caplog.text
+
+
 def with_rows_held_out(batches, others):
     """Batches that bring others for the log."""
     return [replace(batch, held_out=other) for batch, other in zip(batches, others, strict=True)]

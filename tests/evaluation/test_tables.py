@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from written_runs import ARITHMETIC, REASONING, published_run, write_run, write_three_seeds
 
 from tcopilot.evaluation import published
+from tcopilot.evaluation.results import Control, Results
 from tcopilot.evaluation.runs import find_runs, group_runs
 from tcopilot.evaluation.sheets import lay_out
 from tcopilot.evaluation.tables import Seen, join_benchmarks, line_over_seeds, main, summarise
@@ -35,6 +37,20 @@ def test_runs_that_differ_in_seed_are_one_group_with_mean_and_deviation(three_se
     assert line.gain == pytest.approx((3.0, 1.0))
     assert line.relative == pytest.approx(100 * 3 / 42)
     assert line.p_value == pytest.approx(1 - math.sqrt(27 / 29))  # t = 3 / (1 / √3), 2 degrees of freedom
+
+
+def test_controls_are_noted_beneath_with_what_the_fused_model_differs_by(three_seeds, capsys):
+    for seed, value in enumerate((0.44, 0.46, 0.49)):
+        path = three_seeds / str(seed) / "results.json"
+        results = Results.load(path)
+        control = Control("Pilot, equal time", "gsm8k", "test", "accuracy", value, 1319, (0.4, 0.5), 900, 61.2)
+        results.controls = [control, replace(control, benchmark="all", metric="nll", value=0.1)]
+        results.save(path)
+    (summary,) = summaries_of(three_seeds)
+    (note,) = [note for note in summary.notes if "equal time" in note]
+    assert note == "Pilot, equal time: gsm8k accuracy 46.3 ± 2.5 %, fused − control -1.3 ± 1.2, 3 seeds"
+    assert main([str(three_seeds)]) == 0
+    assert note in capsys.readouterr().out
 
 
 def test_several_seeds_are_judged_over_seeds_and_counted_alone(three_seeds):

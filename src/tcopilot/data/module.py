@@ -219,6 +219,9 @@ class TCopilotDataModule(LightningDataModule):
 
         kept, held_out = self._divided()
         if len(held_out):
+            if len(held_out) < self.batch_size:
+                short = "data.held_out=%s holds out %d rows, fewer than a batch of %d; a round repeats some: raise it"
+                log.warning(short, self.held_out, len(held_out), self.batch_size)
             order = HeldOutSampler(kept, held_out, sampler, self._lengths)
             shared["collate_fn"] = HeldOutCollator(self._collate)
         else:

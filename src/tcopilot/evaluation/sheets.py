@@ -149,10 +149,10 @@ def _gain_sheet(summary: Summary) -> Sheet:
         for side in ("pilot", "fused"):
             beyond = line.beyond(side)
             difference = "" if beyond is None else f" ({beyond:+.1f})"
-            cells += [_text(getattr(line, side), line.unit), _theirs(line, side) + difference]
+            cells += [figure(getattr(line, side), line.unit), _theirs(line, side) + difference]
         relative = NONE if line.relative is None else f"{line.relative:+.1f} %"
         p_value = NONE if line.p_value is None else p_text(line.p_value)
-        rows.append([*cells, _text(line.gain, line.unit, "+"), relative, p_value, line.verdict])
+        rows.append([*cells, figure(line.gain, line.unit, "+"), relative, p_value, line.verdict])
     several = len(summary.group.runs) > 1
     basis = "p of a paired t test over seeds" if several else "p paired over the test rows; 1 seed: no spread"
     what = f"{summary.group.runs[0].split} rows; %, gains in points, losses in their own unit; {basis}"
@@ -182,7 +182,7 @@ def _paper_sheet(title: str, summaries: Sequence[Summary], columns: Sequence[tup
         if group.copilot:
             sides["fused"] = f"+ {group.copilot}"
         for side, name in sides.items():
-            rows.append([name, *(_text(getattr(line, side), line.unit) if line else NONE for line in lines)])
+            rows.append([name, *(figure(getattr(line, side), line.unit) if line else NONE for line in lines)])
             rows.append(["  published", *(_theirs(line, side) if line else NONE for line in lines)])
             beyond = [line.beyond(side) if line else None for line in lines]
             if any(step is not None for step in beyond):
@@ -204,7 +204,8 @@ def _theirs(line: Line, side: str) -> str:
     return NONE if theirs is None else f"{theirs:.1f}{IMPOSSIBLE if side in line.impossible else ''}"
 
 
-def _text(spread: Spread | None, unit: str, sign: str = "") -> str:
+def figure(spread: Spread | None, unit: str, sign: str = "") -> str:
+    """Write a mean with its deviation: one digit of a percentage, four of a loss; `sign` is `+` for differences."""
     if spread is None:
         return NONE
     digits = 1 if unit else 4

@@ -104,6 +104,7 @@ def summarise(group: Group, metric: str | None = None) -> Summary:
         for m in dict.fromkeys(m for _, m in here) if suite in published.REASONING else ():
             _average(summary, suite, m, seen)
     _publish(summary)
+    summary.notes += _controls(summary)
     return summary
 
 
@@ -252,6 +253,25 @@ def _average(summary: Summary, suite: str, metric: str, seen: dict[tuple[str, st
     else:
         absent = [name for name, have in members.items() if not have.keys() >= set(everyone)]
         summary.missing[f"{suite}_avg {metric}"] = absent
+
+
+def _controls(summary: Summary) -> list[str]:
+    """Say what each control gave on the metrics shown, and by how much the fused model differs from it."""
+    found: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for run in summary.group.runs:
+        for control in run.results.controls:
+            weight = run.results.weight_of(control.benchmark)
+            fused = run.results.find(control.benchmark, control.metric, run.split, weight)
+            if fused is not None and summary.line(control.benchmark, control.metric):
+                pair = (control.value, fused.value - control.value)
+                found.setdefault((control.name, control.benchmark, control.metric), []).append(pair)
+    notes = []
+    for (name, benchmark, metric), pairs in found.items():
+        scale, unit = (1, "") if metric in LOSSES else (100, "%")
+        value, step = (_spread([scale * one for one in column]) for column in zip(*pairs, strict=True))
+        shown = f"{sheets.figure(value, unit)}{unit and ' %'}, fused − control {sheets.figure(step, unit, '+')}"
+        notes.append(f"{name}: {benchmark} {metric} {shown}, {len(pairs)} seed{'s' if len(pairs) > 1 else ''}")
+    return notes
 
 
 def _publish(summary: Summary) -> None:
