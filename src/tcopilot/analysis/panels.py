@@ -224,7 +224,10 @@ def training_curves(run: RunFiles) -> Iterator[Panel]:
 
 
 def _over_rounds(metrics: Sequence[dict[str, float]], name: str) -> list[tuple[float, float]]:
-    return [(line["round"], line[name]) for line in metrics if name in line and "round" in line]
+    """A metric's points; where a line repeats a value that was measured earlier, the first and the last of them."""
+    points = [(line["round"], line[name]) for line in metrics if name in line and "round" in line]
+    ends = {0, len(points) - 1}
+    return [point for i, point in enumerate(points) if i in ends or point[1] != points[i - 1][1]]
 
 
 def efficiency_panels(run: RunFiles) -> Iterator[Panel]:
