@@ -168,7 +168,7 @@ class Evaluator:
                 if self.per == "benchmark":
                     found.selected_weight = closed_form if weights is None else _select_each(outcomes, by_name, given)
         self._compare(found, outcomes)
-        if len(given) > 1 and max(given) in map(found.weight_of, outcomes):
+        if weights is not None and len(given) > 1 and max(given) in map(found.weight_of, outcomes):
             found.verdicts.append(f"λ = {max(given):g} is the largest one tried: a larger one may be better still")
         if self.per == "benchmark":
             chosen = ", ".join(f"{name} {found.weight_of(name):g}" for name in outcomes)
