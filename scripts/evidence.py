@@ -158,7 +158,7 @@ def evidence(settings: dict[str, Any], preset: str, folder: Path) -> tuple[list[
 
 
 def not_done(jobs: list[Job], done: list[Job], folder: Path) -> list[str]:
-    """Name the runs of a preset that are left: a part or a task as a whole, or an arm with its seeds."""
+    """Name the runs of a preset that are left: a part as a whole, or an arm with its seeds."""
     left = []
     for part in dict.fromkeys(job.part for job in jobs):
         of_part = [job for job in jobs if job.part == part]

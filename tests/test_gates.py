@@ -183,3 +183,10 @@ def test_a_run_fits_its_gate_and_exports_it(family, tmp_path):
     assert of_pilot[0] == of_pilot[1]
     at_one = [[row for row in composed.results(each)["rows"] if row["weight"] == 1] for each in (folder, plain)]
     assert at_one[0] != at_one[1]
+
+
+def test_an_evaluation_of_bfloat16_weights_repeats_the_figures_of_the_run(tmp_path):
+    given = [*composed.SMALL, "pilot=tiny_llama", "adapter@pilot.adapter=lora", "pilot.dtype=bfloat16"]
+    folder = composed.train(tmp_path / "run", *given, "copilot.head=soft", "fusion.weight=[0,1]")
+    again = composed.evaluate(folder, tmp_path / "again")
+    assert composed.results(again)["rows"] == composed.results(folder)["rows"]

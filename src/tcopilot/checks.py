@@ -331,9 +331,10 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
         yield "fusion.weight=auto: λ* in closed form belongs to fusion.space=probability; give numbers for logits"
     yield from _one_of("fusion.space", cfg.fusion.space, FUSIONS)
     yield from _one_of("fusion.feedback", cfg.fusion.feedback, FEEDBACKS)
-    yield from _one_of("fusion.per", cfg.fusion.per, PER)
-    if cfg.fusion.per in GATES and cfg.fusion.space == "logits":
-        yield f"fusion.per={cfg.fusion.per} is fitted to squared error in fusion.space=probability; use fusion.per=all"
+    per = cfg.fusion.get("per", "all")  # runs of before do not have it
+    yield from _one_of("fusion.per", per, PER)
+    if per in GATES and cfg.fusion.space == "logits":
+        yield f"fusion.per={per} is fitted to squared error in fusion.space=probability; use fusion.per=all"
     modes = cfg.evaluation.modes
     if not isinstance(modes, ListConfig) or not modes or not set(modes) <= set(MODES) or len(set(modes)) < len(modes):
         yield f"evaluation.modes={modes}: give a list of {', '.join(MODES)}"

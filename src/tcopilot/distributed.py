@@ -101,7 +101,7 @@ def sum_over_processes(value: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes, on each of them."""
     if not _on():
         return value
-    gpu = distributed.get_backend() == "nccl"
+    gpu = "nccl" in distributed.get_backend()
     total = value.to(torch.device("cuda", torch.cuda.current_device()) if gpu else value.device, copy=True)
     distributed.all_reduce(total)
     return total.to(value.device)

@@ -25,7 +25,7 @@ EDGES = (1, 2, 4, 8, 16, 32, 64)
 LEAST_TOKENS = 30
 """A bucket with fewer validation tokens takes the g of all tokens."""
 DIGITS = 4
-"""Fitted values are rounded, so that an evaluation that is started again fits the same gate."""
+"""Fitted values are rounded, as an evaluation that is started again keeps its answers if the gate is the same."""
 LARGEST = 2.0
 """g of a token lies between 0 and this; a gate that learned nothing gives 1."""
 PENALTY = 1e-4
@@ -54,8 +54,10 @@ class PositionGate:
 
     def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, positions_BN: Tensor) -> Tensor:
         """Return g [B, N, 1]."""
-        of_bucket = torch.tensor(self.values, device=corrections_BNV.device)
-        return of_bucket[_buckets(positions_BN)].unsqueeze(-1)
+        gate_BN = torch.full_like(positions_BN, self.values[0], dtype=torch.float32)
+        for edge, value in zip(EDGES, self.values[1:], strict=True):  # no tensor comes from the host
+            gate_BN = torch.where(positions_BN >= edge, value, gate_BN)
+        return gate_BN.unsqueeze(-1)
 
     def settings(self) -> dict[str, Any]:
         """Plain values for `config.json`."""
@@ -81,8 +83,9 @@ class TokenGate:
 
     def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, positions_BN: Tensor) -> Tensor:
         """Return g [B, N, 1]."""
-        coefficients_F = torch.tensor(self.coefficients, device=corrections_BNV.device)
-        return self._of(_features(log_probs_BNV, corrections_BNV), coefficients_F).unsqueeze(-1)
+        features = _features(log_probs_BNV, corrections_BNV).unbind(-1)
+        score_BN = sum(c * feature_BN for c, feature_BN in zip(self.coefficients, features, strict=True))
+        return LARGEST * torch.sigmoid(score_BN).unsqueeze(-1)
 
     def settings(self) -> dict[str, Any]:
         """Plain values for `config.json`."""
@@ -97,7 +100,7 @@ class TokenGate:
 
         def loss() -> Tensor:
             search.zero_grad()
-            gate_T = cls._of(seen.features_TF, coefficients_F)
+            gate_T = LARGEST * torch.sigmoid(seen.features_TF @ coefficients_F)
             error = (gate_T.square() * seen.energy_T - 2 * gate_T * seen.inner_T).sum() / scale
             total = error + PENALTY * coefficients_F.square().sum()
             total.backward()
@@ -106,10 +109,6 @@ class TokenGate:
         with torch.enable_grad():
             search.step(loss)
         return cls([round(value, DIGITS) for value in coefficients_F.tolist()])
-
-    @staticmethod
-    def _of(features_F: Tensor, coefficients_F: Tensor) -> Tensor:
-        return LARGEST * torch.sigmoid(features_F @ coefficients_F)
 
 
 GATES: dict[str, type[Gate]] = {"position": PositionGate, "token": TokenGate}

@@ -141,7 +141,9 @@ def _evaluate(cfg: DictConfig) -> float:
             raise ConfigError(problems)
     data = build.prepare_data(trained, tokenizer, config.pilot)
     model = build.load_export(source, config)
-    if other is not None:
+    if other is None:
+        model.pilot.to(getattr(torch, trained.pilot.dtype))  # as it answered when it was trained; the export has these
+    else:
         model = put_on(other, model, tokenizer)
     model.set_fusion(trained.fusion.space)
     model.config.feedback = trained.fusion.feedback
@@ -152,7 +154,8 @@ def _evaluate(cfg: DictConfig) -> float:
     if cfg.trace and is_first():
         decoding = replace(build.decoding(trained.evaluation), decoding="dynamic")  # timed, so nothing may compile
         evaluator = Evaluator(model, tokenizer, data, run_dir / "predictions", decoding)
-        write_trace(evaluator, trained.evaluation.report_on, run_dir / "trace", cfg.trace_rows, source)
+        weights = {name: results.weight_of(name) for name in data.benchmark_names}
+        write_trace(evaluator, trained.evaluation.report_on, run_dir / "trace", cfg.trace_rows, source, weights)
     results.params = build.parameter_counts(model)
     _add_training(results, cfg, source)
     if other is not None:
@@ -190,7 +193,9 @@ def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
 
 def _evaluated(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_dir: Path) -> Results:
     decoding = build.decoding(cfg.evaluation)
-    evaluator = Evaluator(model, prepared.tokenizer, prepared.data, run_dir / "predictions", decoding, cfg.fusion.per)
+    evaluator = Evaluator(
+        model, prepared.tokenizer, prepared.data, run_dir / "predictions", decoding, cfg.fusion.get("per", "all")
+    )
     splits = (cfg.evaluation.select_on, cfg.evaluation.report_on)
     found = evaluator.run(build.evaluation_weights(cfg.fusion.weight), splits)
     notes = list(found.verdicts)

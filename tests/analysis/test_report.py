@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 import shutil
+from pathlib import Path
 
 import composed
 import pytest
@@ -72,7 +73,7 @@ def test_a_trace_holds_rows_spread_over_the_split_along_right_and_emitted_answer
         assert all(set(position["feedback"]) == {"observed", "own"} for position in row["gold"])
         assert all(position["after"][0][0] == position["token"] for position in row["emitted"])  # greedy
     meta = json.loads((run / "trace" / "meta.json").read_text())
-    assert (meta["weight"], meta["split"]) == (weight, "test")
+    assert (meta["benchmarks"]["word_problems"]["weight"], meta["split"]) == (weight, "test")
     assert meta["benchmarks"][benchmark]["traced"] == TRACED
     assert meta["benchmarks"][benchmark]["decoding"]["pilot"] > 0
 
@@ -145,6 +146,32 @@ def test_the_page_loads_nothing_and_names_the_weights(reported):
     assert "default-src 'none'" in page
     assert (star := re.search(r"λ\* in closed form on validation: ([\d.]+)", page))
     assert read_run(reported).results.best_weight == pytest.approx(float(star[1]), abs=5e-4)
+
+
+def test_a_weight_for_each_benchmark_reaches_the_trace_and_the_page(run, tmp_path, unplotted):
+    trained = json.loads((run / "trace" / "meta.json").read_text())["trained"]
+    given = ["fusion.per=benchmark", "trace=true", f"trace_rows={TRACED}"]
+    folder = composed.evaluate(trained, tmp_path / "eval", *given)
+    chosen = composed.results(folder)["selected_weight"]
+    meta = json.loads((folder / "trace" / "meta.json").read_text())
+    assert {name: about["weight"] for name, about in meta["benchmarks"].items()} | {"all": chosen["all"]} == chosen
+    (folder / "theorem.json").write_text('{"lambda_0": 0.75}')
+    assert main([str(folder)]) == 0
+    page = (folder / "report" / "index.html").read_text()
+    assert f"word_problems {chosen['word_problems']:g}, multiple_choice" in page
+    assert "theorem's λ₀" not in page  # it is of all benchmarks together
+
+
+def test_a_bound_that_knows_no_gate_is_not_drawn_for_one(run, tmp_path):
+    read = read_run(run)
+    trained = Path(read.trace.meta["trained"])
+    try:
+        (trained / "theorem.json").write_text('{"lambda_0": 0.75}')
+        assert theorem_bound(read) == 0.75
+        read.config["fusion"]["per"] = "token"
+        assert theorem_bound(read) is None
+    finally:
+        (trained / "theorem.json").unlink()
 
 
 def test_ids_of_all_plots_are_unique(reported):

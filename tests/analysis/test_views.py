@@ -7,6 +7,7 @@ from tcopilot.analysis.views import CANDIDATES, positions, trace_targets
 from tcopilot.diagnostics import correct_targets
 from tcopilot.families import SUPPORTED
 from tcopilot.functional import token_errors
+from tcopilot.gates import build_gate
 from tcopilot.modeling import fused_class
 
 
@@ -23,9 +24,11 @@ def fused(tiny_pilot, randomise):
     return build
 
 
+@pytest.mark.parametrize("gate", [None, {"per": "token", "coefficients": [0.5, -1.0, 0.3, 2.0]}])
 @pytest.mark.parametrize("family", SUPPORTED)
-def test_the_last_layer_of_each_lens_is_the_model_itself(fused, make_batch, family):
+def test_the_last_layer_of_each_lens_is_the_model_itself(fused, make_batch, family, gate):
     model = fused(family)
+    model.set_gate(build_gate(gate))
     batch = make_batch(model.pilot)
     trace = trace_targets(model, batch)
     log_probs_BNV, corrections_BNV = correct_targets(model, batch)

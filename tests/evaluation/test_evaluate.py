@@ -218,11 +218,11 @@ def test_each_benchmark_may_have_a_weight_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(Evaluator, "scores", scores)
     judge = evaluator("t5", tmp_path, "word_problems", "multiple_choice", per="benchmark")
     found = judge.run(WEIGHTS)
-    assert found.selected_weight == {"word_problems": 1.0, "multiple_choice": 0.5}
+    assert found.selected_weight == {"word_problems": 1.0, "multiple_choice": 0.5, "all": judge.model.weight}
     assert [gain.fused for gain in found.gain] == [1.0, 1.0]
     assert judge.model.weight in WEIGHTS
     assert any("multiple_choice 0.5" in verdict for verdict in found.verdicts)
-    assert judge.run([0.5]).selected_weight == {"word_problems": 0.5, "multiple_choice": 0.5}
+    assert set(judge.run([0.5]).selected_weight.values()) == {0.5}
 
 
 def test_the_closed_form_weight_of_each_benchmark_is_of_its_own_rows(tmp_path):
@@ -230,7 +230,8 @@ def test_the_closed_form_weight_of_each_benchmark_is_of_its_own_rows(tmp_path):
     judge = evaluator("t5", tmp_path / "both", *names, per="benchmark")
     found = judge.run(None)
     statistics = judge._statistics("validation", [0.0])
-    assert found.selected_weight == {name: round(statistics[name].best_weight, 3) for name in names}
+    own = {name: round(statistics[name].best_weight, 3) for name in names}
+    assert found.selected_weight == {**own, "all": judge.model.weight}
     assert {gain.benchmark for gain in found.gain} == set(names)
     assert len({row.weight for row in found.rows}) == len({0.0, *found.selected_weight.values()})
 

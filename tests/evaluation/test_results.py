@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 import pytest
 from rich.console import Console
 
+from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.results import Control, Gain, Results, Row, gain_table, git_revision, weight_table
 from tcopilot.evaluation.significance import compare
 
@@ -241,3 +242,19 @@ def test_git_revision_is_unknown_outside_a_repository(tmp_path, monkeypatch):
     monkeypatch.delenv("GIT_DIR", raising=False)  # set while a commit hook runs
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert git_revision(tmp_path) == "unknown"
+
+
+def test_the_predictions_of_a_run_are_those_of_the_mode_that_decided(tmp_path):
+    gain = Gain("choice", "accuracy_sum", 0.0, 1.0, 1.0, (1.0, 1.0), 1, 0, 1.0)
+    rows = [Row("choice", split, "accuracy_sum", 0.5, 1.0, 1, (1.0, 1.0)) for split in ("validation", "test")]
+    results = Results(
+        seed=0, git="abc", config="config.yaml", params={}, rounds=1, train_seconds=1.0,
+        selected_weight=0.5, selected_on="validation", rows=rows, gain=[gain],
+    )  # fmt: skip
+    for suffix, metric in (("", "accuracy"), ("-likelihood", "accuracy_sum")):
+        line = json.dumps({"id": 3, "scores": {metric: 1.0}})
+        (tmp_path / f"test-choice{suffix}-weight=0.5.jsonl").write_text(line + "\n")
+    assert read_predictions(results, tmp_path, "choice", 0.5)[3]["scores"] == {"accuracy_sum": 1.0}
+    results.gain = [replace(gain, metric="accuracy")]
+    assert read_predictions(results, tmp_path, "choice", 0.5)[3]["scores"] == {"accuracy": 1.0}
+    assert read_predictions(results, tmp_path, "choice", 0.3) == {}

@@ -16,6 +16,7 @@ from tcopilot.analysis.calibration import calibration_error, reliability
 from tcopilot.analysis.figures import Mark, Series
 from tcopilot.analysis.files import RunFiles, Trace
 from tcopilot.evaluation.results import LOSSES, Row
+from tcopilot.gates import GATES
 
 DECILES = [place / 20 for place in range(1, 20)]
 MODELS = ("Pilot", "Pilot + Copilot")
@@ -96,16 +97,19 @@ def _weight_marks(run: RunFiles, benchmark: str) -> list[Mark]:
     selected = run.results.weight_of(benchmark)
     if selected is not None:
         marks.append(Mark(f"selected λ = {selected:g}", selected, "-"))
-    if (best := run.results.best_weight) is not None:
+    shared = not isinstance(run.results.selected_weight, dict)  # λ* and λ0 are of all benchmarks together
+    if shared and (best := run.results.best_weight) is not None:
         marks.append(Mark(f"λ* = {best:.3g}", best, "--"))
-    if (bound := theorem_bound(run)) is not None:
+    if shared and (bound := theorem_bound(run)) is not None:
         marks.append(Mark(f"theorem's λ₀ = {bound:.3g}", bound, None))
     return marks
 
 
 def theorem_bound(run: RunFiles) -> float | None:
     """λ0 of Theorem 4.1 as `tcopilot-theorem` has estimated it for this run; None without it, or if it is unknown."""
-    file = run.find("theorem.json")
+    gated = run.config["fusion"].get("per", "all") in GATES
+    file = run.folder / "theorem.json" if gated else run.find("theorem.json")  # the training run's knows no gate
+    file = file if file and file.exists() else None
     return json.loads(file.read_text(encoding="utf-8")).get("lambda_0") if file else None
 
 

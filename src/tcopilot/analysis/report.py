@@ -12,7 +12,7 @@ import html
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -189,7 +189,9 @@ def _csv(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def _number(value: Any) -> str:
-    """A number as a table shows it: whole numbers whole, others with four significant digits."""
+    """A number as a table shows it: whole numbers whole, others with four significant digits; of a mapping, each."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_number(one)}" for name, one in value.items())
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
     return f"{int(value):,}" if value == int(value) and abs(value) >= 1 else f"{value:.4g}"

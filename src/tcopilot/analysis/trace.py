@@ -9,7 +9,7 @@ import gzip
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,15 @@ VISIBLE = str.maketrans({"▁": "␣", "Ġ": "␣", "Ċ": "↵", "ĉ": "⇥"})  
 Row = dict[str, Any]
 
 
-def write_trace(evaluator: Evaluator, split: str, folder: str | Path, limit: int | None, trained: str | Path) -> None:
-    """Trace rows of every benchmark at the model's λ, and time decoding with and without the Copilot.
+def write_trace(
+    evaluator: Evaluator,
+    split: str,
+    folder: str | Path,
+    limit: int | None,
+    trained: str | Path,
+    weights: Mapping[str, float],
+) -> None:
+    """Trace rows of every benchmark at its λ, and time decoding with and without the Copilot.
 
     Args:
         evaluator: of a model that has a Copilot; brings rows and decoding.
@@ -42,13 +49,14 @@ def write_trace(evaluator: Evaluator, split: str, folder: str | Path, limit: int
         folder: where the files go; older traces there are replaced.
         limit: rows of each benchmark, spread evenly over the split; None traces all.
         trained: directory of the training run, where the report finds the curves of training.
+        weights: λ of each benchmark.
     """
     folder, model = Path(folder), evaluator.model
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.jsonl.gz"):
         old.unlink()
     meta: dict[str, Any] = {
-        "version": VERSION, "weight": model.weight, "fusion": model.config.fusion, "feedback": model.config.feedback,
+        "version": VERSION, "fusion": model.config.fusion, "feedback": model.config.feedback,
         "split": split, "limit": limit, "vocabulary": model.pilot.get_input_embeddings().num_embeddings,
         "device": model.device.type, "trained": str(Path(trained).resolve()),
         "parameters": step_parameters(model), "benchmarks": {},
@@ -58,10 +66,17 @@ def write_trace(evaluator: Evaluator, split: str, folder: str | Path, limit: int
         some = spread(rows, limit)
         log.info("trace of %s: %d of %d rows", name, len(some), len(rows))
         tracer = _Tracer(evaluator, name)
+        before, model.weight = model.weight, weights[name]
         with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as file:
             for line in tracer.lines(some):
                 file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
-        meta["benchmarks"][name] = {"rows": len(rows), "traced": len(some), "decoding": tracer.timings}
+        model.weight = before
+        meta["benchmarks"][name] = {
+            "weight": weights[name],
+            "rows": len(rows),
+            "traced": len(some),
+            "decoding": tracer.timings,
+        }
     (folder / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

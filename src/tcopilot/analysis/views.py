@@ -77,7 +77,10 @@ def trace_targets(model: TCopilotModel, batch: Batch, others: Sequence[str] = ()
         model.fuse(log_probs_BNV, used_BNV, model.weight),
         corrections,
         [_likeliest(families.logit_lens(model.pilot, calls[0][:, first : first + length])) for calls in pilot_layers],
-        [copilot.correct(norm(layer_BNC), log_probs_BNV).max(-1) for layer_BNC in copilot_layers],
+        [
+            copilot.gated(log_probs_BNV, copilot.correct(norm(layer_BNC), log_probs_BNV)).max(-1)
+            for layer_BNC in copilot_layers
+        ],
     )
 
 

@@ -153,6 +153,8 @@ def against_controls(results: Results, run_dir: Path) -> list[str]:
             ours = read_predictions(results, run_dir / "predictions", benchmark, weight)
             theirs = read_predictions(results, run_dir / "control" / name / "predictions", benchmark, 0.0)
             pairs = [(theirs[row]["scores"][metric], ours[row]["scores"][metric]) for row in ours if row in theirs]
+            if not pairs:  # somebody removed the predictions
+                continue
             found = compare(*zip(*pairs, strict=True))
             low, high = (100 * bound for bound in found.ci95)
             shown = f"{100 * found.difference:+.2f} points [{low:+.2f}, {high:+.2f}]"

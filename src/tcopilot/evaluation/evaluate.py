@@ -166,7 +166,8 @@ class Evaluator:
                 likelihood = ErrorStatistics.joined(by_name.values()).nll()
                 for_all = found.selected_weight = given[0] if len(given) == 1 else _select(outcomes, likelihood)
                 if self.per == "benchmark":
-                    found.selected_weight = closed_form if weights is None else _select_each(outcomes, by_name, given)
+                    each = closed_form if weights is None else _select_each(outcomes, by_name, given)
+                    found.selected_weight = {**each, "all": for_all}
         self._compare(found, outcomes)
         if weights is not None and len(given) > 1 and max(given) in map(found.weight_of, outcomes):
             found.verdicts.append(f"λ = {max(given):g} is the largest one tried: a larger one may be better still")
@@ -308,7 +309,7 @@ class Evaluator:
 
     def _key(self) -> dict[str, Any]:
         """Everything that an answer depends on."""
-        config = self.model.config
+        config, gate = self.model.config, self.model.copilot and self.model.copilot.gate
         benchmarks = {name: asdict(task) for name, task in self.data.benchmarks.items()}  # how answers are read
         decoding = {key: list(value) if key == "modes" else value for key, value in asdict(self.decoding).items()}
         for name in ("batch_size", "decoding", "compile"):  # change no answer
@@ -320,8 +321,8 @@ class Evaluator:
             "benchmarks": benchmarks,
             "fusion": config.fusion,
             "feedback": config.feedback,
-            "gate": None if self.model.copilot is None else self.model.copilot.config.gate,
             "decoding": decoding,
+            **({"gate": gate.settings()} if gate else {}),
         }
 
 

@@ -271,9 +271,9 @@ def _compared(before: Scores, after: Scores) -> Comparison:
 def _seeds_ahead(default: Scores, other: Scores, metric: str) -> list[int]:
     """The seeds whose own rows speak for the other."""
     found = []
-    for seed in sorted({seed for seed, _ in default.keys() & other.keys()}):
-        one, two = ({key: value for key, value in scores.items() if key[0] == seed} for scores in (default, other))
-        difference = _compared(one, two).difference
+    common = default.keys() & other.keys()
+    for seed in sorted({seed for seed, _ in common}):
+        difference = sum(other[key] - default[key] for key in common if key[0] == seed)
         if (difference < 0) if metric in LOSSES else (difference > 0):
             found.append(seed)
     return found

@@ -16,11 +16,13 @@ OUTCOMES = ("fixed", "broken", "both right", "both wrong")
 
 def read_predictions(results: Results, folder: Path, benchmark: str, weight: float) -> dict[int, Prediction]:
     """Row id to prediction on the reported split at one λ, of the mode that decided; empty if there is no file."""
+    metric = next((gain.metric for gain in results.gain if gain.benchmark == benchmark), None)
     for suffix in (Generation.suffix, Likelihood.suffix):
         file = folder / f"{reported_split(results)}-{benchmark}{suffix}-weight={weight:g}.jsonl"
         if file.exists():
-            lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-            return {line["id"]: line for line in lines}
+            found = {line["id"]: line for line in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+            if metric is None or all(metric in prediction["scores"] for prediction in found.values()):
+                return found
     return {}
 
 

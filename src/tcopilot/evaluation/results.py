@@ -89,7 +89,7 @@ class Results:
         rounds: Pilot updates made.
         train_seconds: Seconds inside training steps, of both models.
         train_flops: Operations of those steps; None if they were not counted.
-        selected_weight: λ of `gain`; a mapping if it was chosen for each benchmark.
+        selected_weight: λ of `gain`; if it was chosen for each benchmark a mapping, with the best one for `all`.
         selected_on: Split on which λ was chosen, never the test split.
         best_weight: λ* in closed form on that split; None for fusion of logits, which has none.
         rows: Every metric at every λ evaluated.
