@@ -30,7 +30,7 @@ from tcopilot.evaluation.significance import compare
 from tcopilot.modeling import TCopilotModel
 
 log = logging.getLogger(__name__)
-WARM_UP_ROUNDS, TRIAL_ROUNDS = 5, 30
+WARM_UP_ROUNDS, TRIAL_ROUNDS = 5, 30  # at most; long rounds are few, and need less of a trial
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,20 @@ def _equal_time(joint: JointRun) -> Alternative:
     never fewer than the joint run's, which did all that a Pilot-only round does.
     """
     _alone(joint, WARM_UP_ROUNDS)
-    trial = _alone(joint, TRIAL_ROUNDS)
-    fitting = round(joint.results.train_seconds / (trial.seconds / TRIAL_ROUNDS))
+    trial = _alone(joint, _trial_rounds(joint))
+    fitting = round(joint.results.train_seconds / (trial.seconds / trial.rounds))
     rounds = agree_on(max(joint.results.rounds, fitting))
     return _alone(joint, rounds)
 
 
 def _equal_flops(joint: JointRun) -> Alternative:
     """The Pilot alone, for as many rounds as the joint run's operations pay for; a short trial counts those of one."""
-    trial = _alone(joint, TRIAL_ROUNDS, count_every=1)
-    return _alone(joint, max(1, round(joint.results.train_flops / (trial.flops / TRIAL_ROUNDS))))
+    trial = _alone(joint, _trial_rounds(joint), count_every=1)
+    return _alone(joint, max(1, round(joint.results.train_flops / (trial.flops / trial.rounds))))
+
+
+def _trial_rounds(joint: JointRun) -> int:
+    return min(TRIAL_ROUNDS, max(5, joint.results.rounds // 10))
 
 
 def _averaged(joint: JointRun) -> Alternative:
