@@ -107,7 +107,7 @@ def test_a_mixture_has_a_table_for_each_of_its_benchmarks(script, settings, smok
     folder, jobs = smoke
     tasks, _ = script.evidence(settings, "smoke", folder)
     both = {task.name: task for task in tasks if "mixture" in task.name}
-    assert list(both) == [f"smoke, builtin: mixture, {name}" for name in ("word_problems", "multiple_choice")]
+    assert list(both) == [f"smoke, builtin: mixture/{name}" for name in ("word_problems", "multiple_choice")]
     for place, task in enumerate(both.values()):
         for arm in ("default", "benchmark_weights"):
             fused = [found(job)["gain"][place]["fused"] for job in jobs if (job.task, job.arm) == ("mixture", arm)]
@@ -120,7 +120,7 @@ def test_the_overview_and_the_conclusions_follow_from_the_tables(script, setting
     folder, _ = smoke
     tasks, _ = script.evidence(settings, "smoke", folder)
     text = evidence.as_markdown(tasks)
-    names = ["mixture, word_problems", "mixture, multiple_choice", "word_problems"]
+    names = ["mixture/word_problems", "mixture/multiple_choice", "word_problems"]
     assert f"|  | {' | '.join(names)} |" in text
     points = 100 * tasks[-1].line("literal").against.difference
     (row,) = [line for line in text.splitlines() if line.startswith("| `literal` − `default` |")]

@@ -76,7 +76,7 @@ def gather(name: str, arms: Mapping[str, Sequence[Run]], controls: Mapping[str, 
         raise ValueError(f"{arms[DEFAULT][0].folder}: no benchmark was compared")
     deciding = {gain.benchmark: gain.metric for gain in reversed(first.gain)}
     return [
-        _task(f"{name}, {benchmark}" if len(deciding) > 1 else name, arms, controls, benchmark, metric)
+        _task(f"{name}/{benchmark}" if len(deciding) > 1 else name, arms, controls, benchmark, metric)
         for benchmark, metric in reversed(deciding.items())
     ]
 
