@@ -457,6 +457,7 @@ def test_the_equal_time_control_stands_beside_the_gain(tmp_path, capsys):
     assert control["rounds"] > 0
     rows = composed.predictions(folder / "control" / "equal_time", "test", 0.0)
     assert control["value"] == sum(row["scores"]["accuracy"] for row in rows) / 16
+    assert control["rounds"] >= composed.results(folder)["rounds"]  # the joint run did all that these do
     assert "Pilot, equal time" in capsys.readouterr().out
     assert found["rounds"] == 4  # the joint run's own
 

@@ -146,7 +146,14 @@ class Observations:
 
     @classmethod
     def of(cls, log_probs_BNV: Tensor, corrections_BNV: Tensor, targets_BN: Tensor, mask_BN: Tensor) -> Observations:
-        """Observe a batch of targets, teacher-forced."""
+        """Observe a batch of targets, teacher-forced.
+
+        Args:
+            log_probs_BNV: log p̂, float32.
+            corrections_BNV: f^C without a gate.
+            targets_BN: target token ids.
+            mask_BN: True on targets; padding is left out.
+        """
         errors_BNV = token_errors(log_probs_BNV.exp(), targets_BN)
         positions_BN = torch.arange(targets_BN.shape[1], device=targets_BN.device).expand_as(targets_BN)
         parts = (

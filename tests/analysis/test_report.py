@@ -162,7 +162,7 @@ def test_a_weight_for_each_benchmark_reaches_the_trace_and_the_page(run, tmp_pat
     assert "theorem's λ₀" not in page  # it is of all benchmarks together
 
 
-def test_a_bound_that_knows_no_gate_is_not_drawn_for_one(run, tmp_path):
+def test_a_bound_that_knows_no_gate_is_not_drawn_for_one(run):
     read = read_run(run)
     trained = Path(read.trace.meta["trained"])
     try:
