@@ -8,9 +8,9 @@ from shapes import pilot_of
 from torch import nn
 from transformers import get_scheduler
 
-from tcopilot.adapters import Lora
 from tcopilot.data.batch import Batch
-from tcopilot.modeling import fused_class
+from tcopilot.models.adapters import Lora
+from tcopilot.models.modeling import fused_class
 from tcopilot.module import Learner, TCopilotModule
 
 

@@ -30,11 +30,11 @@ from training import (
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, get_scheduler
 
 from tcopilot import checkpoints as checkpoints_module
-from tcopilot.adapters import Lora
 from tcopilot.callbacks import CleanStop, CopilotHealth, RandomState, RoundCheckpoint, health, stop
 from tcopilot.checkpoints import SafeCheckpointIO, checkpoints, newest_good
 from tcopilot.log_storage import TopKStorage
 from tcopilot.mistake_log import MistakeLog
+from tcopilot.models.adapters import Lora
 from tcopilot.module import TrainingDivergedError
 from tcopilot.sampling import Prioritised, Reservoir
 

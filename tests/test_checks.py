@@ -12,7 +12,7 @@ from transformers import GPT2Config, LlamaConfig
 from tcopilot import checks, console, preflight, run
 from tcopilot.checks import ConfigError
 from tcopilot.mistake_log import MistakeLog
-from tcopilot.pilot import ModelSource
+from tcopilot.models.pilot import ModelSource
 
 LORA = ["adapter@pilot.adapter=lora"]
 LLAMA = ["pilot=tiny_llama"]

@@ -9,14 +9,14 @@ from omegaconf import OmegaConf
 from training import random_batch, tiny_model, tiny_pilot
 from transformers import AutoConfig
 
-from tcopilot import families
 from tcopilot.checks import config_problems
-from tcopilot.configuration import TCopilotConfig
 from tcopilot.control.averaged import AveragedPilots
 from tcopilot.control.widths import widened
-from tcopilot.copilot import READS
 from tcopilot.diagnostics import correct_targets
-from tcopilot.modeling import fused_class
+from tcopilot.models import families
+from tcopilot.models.configuration import TCopilotConfig
+from tcopilot.models.copilot import READS
+from tcopilot.models.modeling import fused_class
 
 SMALL = [*composed.SMALL, "fusion.weight=[0,1]"]
 NAMES = {

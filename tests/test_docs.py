@@ -18,9 +18,10 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tcopilot import TCopilotForCausalLM, families, fusion
+from tcopilot import TCopilotForCausalLM
 from tcopilot.checks import config_problems
-from tcopilot.log_attention import LogAttention
+from tcopilot.models import families, fusion
+from tcopilot.models.log_attention import LogAttention
 
 DOCS = composed.ROOT / "docs"
 DOCUMENTS = {
@@ -104,8 +105,8 @@ def extended(tmp_path_factory):
         patch.chdir(root)
         patch.syspath_prepend(str(root))
         patch.setattr(composed, "CONFIGS", root / "configs")
-        exec(package.pop("src/tcopilot/fusion.py"), added := dict(vars(fusion)))  # FUSIONS itself, not a copy
-        exec(package.pop("src/tcopilot/families.py"), listed := {})
+        exec(package.pop("src/tcopilot/models/fusion.py"), added := dict(vars(fusion)))  # FUSIONS itself, not a copy
+        exec(package.pop("src/tcopilot/models/families.py"), listed := {})
         patch.setattr(families, "SUPPORTED", listed["SUPPORTED"])
         assert not package
         yield SimpleNamespace(root=root, rule=added["UnsureFusion"], listed_before=listed_before)
@@ -142,8 +143,12 @@ def test_every_link_and_every_path_leads_to_a_file(name):
 
 def test_a_name_that_does_not_exist_would_be_found():
     resolve("tcopilot.mistake_log.MistakeRecord.errors_BNV")
-    resolve("tcopilot.copilot.CopilotState.cache")
-    for wrong in ("tcopilot.functional.token_error", "tcopilot.nothing", "tcopilot.copilot.CopilotState.nothing"):
+    resolve("tcopilot.models.copilot.CopilotState.cache")
+    for wrong in (
+        "tcopilot.functional.token_error",
+        "tcopilot.nothing",
+        "tcopilot.models.copilot.CopilotState.nothing",
+    ):
         with pytest.raises(AttributeError):
             resolve(wrong)
 

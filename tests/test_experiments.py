@@ -14,8 +14,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tcopilot import build, parts
-from tcopilot.adapters import Lora
 from tcopilot.checks import config_problems
+from tcopilot.models.adapters import Lora
 
 EXPERIMENTS = composed.CONFIGS / "experiment"
 DOCS = composed.ROOT / "docs" / "experiments.md"

@@ -10,8 +10,8 @@ from tcopilot.functional import (
     shift_right,
     token_errors,
 )
-from tcopilot.fusion import FUSIONS, build_fusion
-from tcopilot.heads import SoftHead
+from tcopilot.models.fusion import FUSIONS, build_fusion
+from tcopilot.models.heads import SoftHead
 
 PROBS = torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]])
 

@@ -22,7 +22,7 @@ from tcopilot.checks import config_problems
 from tcopilot.data import DataError, GeneratedTask, TCopilotDataModule
 from tcopilot.distributed import rank
 from tcopilot.mistake_log import MistakeLog
-from tcopilot.states import StatePooler, trace_pilot
+from tcopilot.models.states import StatePooler, trace_pilot
 from tcopilot.visits import Visits
 
 

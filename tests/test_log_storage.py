@@ -6,11 +6,11 @@ import torch
 from training import FAMILIES, VOCAB, InOrder, learner, random_batch, small_module, tiny_model, tiny_pilot, train_on
 
 from tcopilot import console
-from tcopilot.adapters import Lora
-from tcopilot.families import SUPPORTED
 from tcopilot.log_storage import DenseStorage, FrozenHeadStorage, TopKStorage
 from tcopilot.mistake_log import MistakeLog
-from tcopilot.states import StatePooler, trace_pilot
+from tcopilot.models.adapters import Lora
+from tcopilot.models.families import SUPPORTED
+from tcopilot.models.states import StatePooler, trace_pilot
 
 
 def filled(family, storage, rounds=3):

@@ -25,8 +25,8 @@ from tcopilot import log_spill
 from tcopilot.checkpoints import pack
 from tcopilot.log_storage import DenseStorage, TopKStorage
 from tcopilot.mistake_log import LoggedRounds, MistakeLog
+from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
 from tcopilot.sampling import Balanced, Fifo, Latest, Prioritised, Reservoir
-from tcopilot.states import PilotStates, StatePooler, trace_pilot
 from tcopilot.tally import Tally
 
 WIDTH = 16

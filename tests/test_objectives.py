@@ -4,9 +4,10 @@ import weakref
 import pytest
 import torch
 
-from tcopilot import Copilot, chunked
+from tcopilot import Copilot
 from tcopilot.functional import token_errors
 from tcopilot.mistake_log import MistakeRecord
+from tcopilot.models import chunked
 from tcopilot.objectives import (
     CrossEntropy,
     KullbackLeibler,

@@ -372,7 +372,7 @@ def test_a_run_from_the_hub_is_evaluated_without_the_hub(finished, tmp_path):
 def test_evaluations_refuse_bad_input_before_weights_load(finished, overrides, said, tmp_path, monkeypatch):
     for auto in ("TCopilotForCausalLM", "TCopilotForSeq2SeqLM"):
         monkeypatch.setattr(
-            f"tcopilot.modeling.{auto}.from_pretrained", lambda *_, **__: pytest.fail("weights loaded")
+            f"tcopilot.models.modeling.{auto}.from_pretrained", lambda *_, **__: pytest.fail("weights loaded")
         )
     with pytest.raises(ConfigError) as refused:
         composed.evaluate(finished.folder, tmp_path / "eval", *overrides)

@@ -22,13 +22,13 @@ from training import (
     weights,
 )
 
-from tcopilot import chunked
 from tcopilot.callbacks import FlopCount
 from tcopilot.codec import pack, unpack
 from tcopilot.footprint import Load, measure
 from tcopilot.mistake_log import MistakeLog
+from tcopilot.models import chunked
+from tcopilot.models.states import StatePooler, trace_pilot
 from tcopilot.objectives import RootMeanSquaredError, objective_sum
-from tcopilot.states import StatePooler, trace_pilot
 
 
 def trained(family, callbacks=(), **options):

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from tcopilot.callbacks import MistakeLogCallback
 from tcopilot.data import Batch, GeneratedTask, PromptTargetCollator, TCopilotDataModule, word_tokenizer
 from tcopilot.mistake_log import MistakeLog
-from tcopilot.modeling import TCopilotForCausalLM, TCopilotForSeq2SeqLM, TCopilotModel
+from tcopilot.models.modeling import TCopilotForCausalLM, TCopilotForSeq2SeqLM, TCopilotModel
 from tcopilot.module import Learner, TCopilotModule
 from tcopilot.sampling import Fifo
 

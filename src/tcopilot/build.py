@@ -19,18 +19,18 @@ from yaml import YAMLError
 from tcopilot.callbacks import MistakeLogCallback
 from tcopilot.checkpoints import SafeCheckpointIO
 from tcopilot.checks import ConfigError, config_problems, refuse_misshapen, refuse_missing
-from tcopilot.configuration import TCopilotConfig
-from tcopilot.copilot import Copilot
 from tcopilot.data.benchmarks import DataError
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.distributed import is_first
 from tcopilot.evaluation.evaluate import Decoding
-from tcopilot.families import decoder_depth
 from tcopilot.mistake_log import MistakeLog
-from tcopilot.modeling import TCopilotModel, fused_class
+from tcopilot.models.configuration import TCopilotConfig
+from tcopilot.models.copilot import Copilot
+from tcopilot.models.families import decoder_depth
+from tcopilot.models.modeling import TCopilotModel, fused_class
+from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.module import Learner, TCopilotModule
 from tcopilot.parts import part_problems, refusal
-from tcopilot.pilot import ModelSource, ModelSourceError
 from tcopilot.preflight import (
     copilot_layers,
     data_problems,

@@ -16,16 +16,16 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from tcopilot.copilot import PATTERNS, POSITIONS, READS
-from tcopilot.decoding import FEEDBACKS
 from tcopilot.evaluation.evaluate import DECODINGS, MODES, PER
 from tcopilot.evaluation.recommendation import RANKINGS
 from tcopilot.functional import POOLINGS
-from tcopilot.fusion import FUSIONS
-from tcopilot.gates import GATES
-from tcopilot.heads import HEADS
-from tcopilot.log_attention import CONTEXTS
 from tcopilot.mistake_log import ROWS
+from tcopilot.models.copilot import PATTERNS, POSITIONS, READS
+from tcopilot.models.decoding import FEEDBACKS
+from tcopilot.models.fusion import FUSIONS
+from tcopilot.models.gates import GATES
+from tcopilot.models.heads import HEADS
+from tcopilot.models.log_attention import CONTEXTS
 
 PRECISIONS = ("32-true", "bf16-mixed")
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")

@@ -17,7 +17,7 @@ from tcopilot.checks import ConfigError
 from tcopilot.distributed import is_first
 from tcopilot.evaluation.results import Results, gain_table, weight_table
 from tcopilot.memory_check import Budget, bytes_text
-from tcopilot.modeling import TCopilotModel
+from tcopilot.models.modeling import TCopilotModel
 from tcopilot.preflight import log_bytes
 
 

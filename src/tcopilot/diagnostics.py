@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tcopilot.decoding import correct_text
 from tcopilot.functional import best_weight, token_errors
-from tcopilot.fusion import build_fusion
-from tcopilot.states import StatePooler, trace_pilot
+from tcopilot.models.decoding import correct_text
+from tcopilot.models.fusion import build_fusion
+from tcopilot.models.states import StatePooler, trace_pilot
 
 if TYPE_CHECKING:
     from tcopilot.data.batch import Batch
-    from tcopilot.modeling import TCopilotModel
+    from tcopilot.models.modeling import TCopilotModel
 
 PERCENTILES = (10, 50, 90)
 

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
-from tcopilot.cache_layers import LEAST_ROOM
 from tcopilot.callbacks.mistake_log import MistakeLogCallback
 from tcopilot.data.batch import Batch
 from tcopilot.live_memory import LiveMemory
 from tcopilot.mistake_log import MistakeLog
-from tcopilot.modeling import TCopilotModel
+from tcopilot.models.cache_layers import LEAST_ROOM
+from tcopilot.models.modeling import TCopilotModel
 from tcopilot.module import TCopilotModule
 
 aten = torch.ops.aten

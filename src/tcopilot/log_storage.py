@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tcopilot.chunked import CHUNK_ELEMENTS
-from tcopilot.families import logits_from_head_input
-from tcopilot.states import PilotStates
+from tcopilot.models.chunked import CHUNK_ELEMENTS
+from tcopilot.models.families import logits_from_head_input
+from tcopilot.models.states import PilotStates
 
 
 class Storage(Protocol):

@@ -16,8 +16,8 @@ from tcopilot.build import Prepared
 from tcopilot.checks import ConfigError, process_count
 from tcopilot.distributed import gather
 from tcopilot.footprint import Footprint, Load, measure
+from tcopilot.models.pilot import ModelSource
 from tcopilot.module import TCopilotModule
-from tcopilot.pilot import ModelSource
 from tcopilot.preflight import log_bytes
 
 log = logging.getLogger(__name__)

@@ -27,8 +27,8 @@ from tcopilot.functional import token_errors
 from tcopilot.host_copy import HostCopies, owned_copy, to_device
 from tcopilot.log_spill import Spill
 from tcopilot.log_storage import DenseStorage, Storage, is_frozen
+from tcopilot.models.states import PilotStates
 from tcopilot.sampling import Fifo, SamplingPolicy
-from tcopilot.states import PilotStates
 from tcopilot.tally import Tally
 from tcopilot.visits import Visits
 

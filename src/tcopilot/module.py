@@ -17,9 +17,9 @@ from tcopilot.data.batch import Batch
 from tcopilot.diagnostics import ErrorStatistics
 from tcopilot.distributed import sum_over_processes
 from tcopilot.mistake_log import MistakeLog, MistakeRecord
-from tcopilot.modeling import TCopilotModel
+from tcopilot.models.modeling import TCopilotModel
+from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
 from tcopilot.objectives import Objective, RootMeanSquaredError, objective_sum
-from tcopilot.states import PilotStates, StatePooler, trace_pilot
 
 
 class TrainingDivergedError(RuntimeError):

@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tcopilot.chunked import chunked_sum
-from tcopilot.copilot import Copilot
 from tcopilot.functional import fuse_probabilities, root_mean_square, token_errors
 from tcopilot.mistake_log import MistakeRecord
+from tcopilot.models.chunked import chunked_sum
+from tcopilot.models.copilot import Copilot
 
 
 class Objective(Protocol):

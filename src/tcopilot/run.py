@@ -16,7 +16,6 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
 from tcopilot import build, distributed, parts, sweep
-from tcopilot.adapters import merge_adapters
 from tcopilot.analysis.trace import trace_problems, write_trace
 from tcopilot.build import Prepared
 from tcopilot.callbacks import Agreement, CleanStop, FlopCount, RoundCheckpoint
@@ -30,10 +29,11 @@ from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.results import Control, Results, git_revision
 from tcopilot.logging import closing_wandb, log_evaluation
 from tcopilot.memory_check import budget
-from tcopilot.modeling import TCopilotModel
+from tcopilot.models.adapters import merge_adapters
+from tcopilot.models.modeling import TCopilotModel
+from tcopilot.models.pilot import ModelSource, ModelSourceError
+from tcopilot.models.transfer import put_on, transfer_problems
 from tcopilot.module import TCopilotModule, TrainingDivergedError
-from tcopilot.pilot import ModelSource, ModelSourceError
-from tcopilot.transfer import put_on, transfer_problems
 
 log = logging.getLogger(__name__)
 USER_ERRORS = (

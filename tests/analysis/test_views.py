@@ -5,10 +5,10 @@ import torch
 
 from tcopilot.analysis.views import CANDIDATES, positions, trace_targets
 from tcopilot.diagnostics import correct_targets
-from tcopilot.families import SUPPORTED
 from tcopilot.functional import token_errors
-from tcopilot.gates import build_gate
-from tcopilot.modeling import fused_class
+from tcopilot.models.families import SUPPORTED
+from tcopilot.models.gates import build_gate
+from tcopilot.models.modeling import fused_class
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 from tcopilot.data.tokenizers import byte_tokenizer
 from tcopilot.evaluation.lm_eval import TCopilotLM
-from tcopilot.modeling import TCopilotForSeq2SeqLM, TCopilotModel
+from tcopilot.models.modeling import TCopilotForSeq2SeqLM, TCopilotModel
 
 FAMILIES = ("llama", "t5")
 TEXTS = [

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from tcopilot.data.tokenizers import byte_tokenizer
 from tcopilot.evaluation.ranking import ItemTrie, Ranking, rank_by_beams, rank_exhaustively
-from tcopilot.modeling import fused_class
+from tcopilot.models.modeling import fused_class
 
 END = 1
 WEIGHTS = (0.0, 0.3, 1.0)

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from tcopilot import build, parts, run
 from tcopilot.checks import ConfigError
 from tcopilot.data import byte_tokenizer
+from tcopilot.models.pilot import ModelSourceError
 from tcopilot.module import TCopilotModule
-from tcopilot.pilot import ModelSourceError
 
 LORA = ("pilot=tiny_llama", "adapter@pilot.adapter=lora")
 TOPK = ("log_storage@mistake_log.log.storage=topk",)

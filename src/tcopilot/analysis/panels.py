@@ -16,7 +16,7 @@ from tcopilot.analysis.calibration import calibration_error, reliability
 from tcopilot.analysis.figures import Mark, Series
 from tcopilot.analysis.files import RunFiles, Trace
 from tcopilot.evaluation.results import LOSSES, Row
-from tcopilot.gates import GATES
+from tcopilot.models.gates import GATES
 
 DECILES = [place / 20 for place in range(1, 20)]
 MODELS = ("Pilot", "Pilot + Copilot")

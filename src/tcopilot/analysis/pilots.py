@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from tcopilot import build
 from tcopilot.analysis.parabola import Parabola
 from tcopilot.checks import ConfigError
-from tcopilot.configuration import TCopilotConfig
 from tcopilot.data.batch import Batch
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.diagnostics import correct_targets
 from tcopilot.functional import token_errors
-from tcopilot.modeling import TCopilotModel
+from tcopilot.models.configuration import TCopilotConfig
+from tcopilot.models.modeling import TCopilotModel
 
 Scored = tuple[Tensor, Tensor]  # log p̂ [B, N, V] and f^C [B, N, V]
 

@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from tcopilot.analysis.views import Position, positions, trace_targets
 from tcopilot.data.answers import until_end
 from tcopilot.data.collate import PromptTargetCollator
-from tcopilot.decoding import FEEDBACKS
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.generation import Generation
-from tcopilot.modeling import TCopilotModel
+from tcopilot.models.decoding import FEEDBACKS
+from tcopilot.models.modeling import TCopilotModel
 
 log = logging.getLogger(__name__)
 VERSION = 1

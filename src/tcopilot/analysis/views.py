@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tcopilot import families
 from tcopilot.data.batch import Batch
-from tcopilot.decoding import correct_text
 from tcopilot.functional import token_errors
-from tcopilot.modeling import TCopilotModel
-from tcopilot.states import trace_pilot
+from tcopilot.models import families
+from tcopilot.models.decoding import correct_text
+from tcopilot.models.modeling import TCopilotModel
+from tcopilot.models.states import trace_pilot
 
 CANDIDATES = 5
 

@@ -19,7 +19,6 @@ from tcopilot import build
 from tcopilot.build import Prepared
 from tcopilot.callbacks import FlopCount
 from tcopilot.checks import control_names
-from tcopilot.configuration import TCopilotConfig
 from tcopilot.control.averaged import AveragedPilots
 from tcopilot.control.widths import widened
 from tcopilot.distributed import agree_on, rank
@@ -27,7 +26,8 @@ from tcopilot.evaluation.evaluate import UNCOMPARED, Evaluator
 from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.results import Control, Results
 from tcopilot.evaluation.significance import compare
-from tcopilot.modeling import TCopilotModel
+from tcopilot.models.configuration import TCopilotConfig
+from tcopilot.models.modeling import TCopilotModel
 
 log = logging.getLogger(__name__)
 WARM_UP_ROUNDS, TRIAL_ROUNDS = 5, 30  # at most; long rounds are few, and need less of a trial

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from tcopilot.families import decoder_depth
+from tcopilot.models.families import decoder_depth
 
 
 class AveragedPilots(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from tcopilot.families import skeleton
+from tcopilot.models.families import skeleton
 
 MODEL_WIDTHS = ("d_model", "hidden_size")
 WIDTHS = (*MODEL_WIDTHS, "d_kv", "head_dim", "d_ff", "intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim")

@@ -28,8 +28,8 @@ from tcopilot.evaluation.predictions import Prediction, PredictionFiles, claim, 
 from tcopilot.evaluation.recommendation import ItemRanking
 from tcopilot.evaluation.results import Gain, Row
 from tcopilot.evaluation.significance import compare, mean_interval
-from tcopilot.gates import GATES, Observations, build_gate
-from tcopilot.modeling import TCopilotModel
+from tcopilot.models.gates import GATES, Observations, build_gate
+from tcopilot.models.modeling import TCopilotModel
 
 log = logging.getLogger(__name__)
 MODES = ("generation", "likelihood")
@@ -115,7 +115,7 @@ class Evaluator:
         folder: where predictions go, one JSON line per row as soon as it is answered.
         decoding: how answers are had.
         per: what has a λ of its own, fitted on the split that λ is chosen on: `all` for one λ; `benchmark`; or
-            a gate of `tcopilot.gates`, which λ then scales.
+            a gate of `tcopilot.models.gates`, which λ then scales.
     """
 
     def __init__(

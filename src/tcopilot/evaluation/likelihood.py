@@ -16,7 +16,7 @@ from tcopilot.data.batch import Batch
 from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.diagnostics import correct_targets
 from tcopilot.evaluation.predictions import Prediction
-from tcopilot.modeling import TCopilotModel
+from tcopilot.models.modeling import TCopilotModel
 
 
 @torch.no_grad()

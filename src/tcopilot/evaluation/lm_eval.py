@@ -38,9 +38,9 @@ except ModuleNotFoundError as error:
     ) from error
 
 from tcopilot.data.collate import PromptTargetCollator
-from tcopilot.decoding import FEEDBACKS
-from tcopilot.modeling import TCopilotConfig, TCopilotModel
-from tcopilot.states import position_ids
+from tcopilot.models.decoding import FEEDBACKS
+from tcopilot.models.modeling import TCopilotConfig, TCopilotModel
+from tcopilot.models.states import position_ids
 
 _GIVE = "Give the export folder of a run, or a folder that save_pretrained of a fused model and its tokenizer wrote"
 # They change or wrap the weights in ways that know nothing of two models in one.

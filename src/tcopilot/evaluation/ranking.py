@@ -21,10 +21,10 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerB
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from tcopilot.cache import TCopilotCache
-from tcopilot.copilot import CopilotState
 from tcopilot.data.batch import Batch
-from tcopilot.modeling import TCopilotModel
+from tcopilot.models.caches import TCopilotCache
+from tcopilot.models.copilot import CopilotState
+from tcopilot.models.modeling import TCopilotModel
 
 IMPOSSIBLE = -5e8  # beam search of transformers marks empty places by −1e9; sums of log-probabilities stay far above
 

@@ -11,7 +11,7 @@ from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.recommendation import NextItem
 from tcopilot.evaluation.predictions import Prediction
 from tcopilot.evaluation.ranking import ItemTrie, Ranking, rank_by_beams, rank_exhaustively
-from tcopilot.modeling import TCopilotModel
+from tcopilot.models.modeling import TCopilotModel
 
 RANKINGS = ("beam", "exhaustive")
 SHOWN = 10  # best items that a prediction lists

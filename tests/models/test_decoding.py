@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from tcopilot import Copilot
-from tcopilot.decoding import correct_next, correct_text
 from tcopilot.functional import token_errors
+from tcopilot.models.decoding import correct_next, correct_text
 
 VARIANTS = [
     ("llama", "strict", "linear"),

@@ -7,8 +7,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import CompileConfig
 
 from tcopilot.checks import config_problems
-from tcopilot.families import SUPPORTED
-from tcopilot.modeling import fused_class
+from tcopilot.models.families import SUPPORTED
+from tcopilot.models.modeling import fused_class
 
 STATIC = {"cache_implementation": "static", "disable_compile": True}
 COMPILED = {
@@ -122,7 +122,7 @@ def test_rows_end_at_their_own_step_however_seldom_one_looks(fuse, prompts, monk
     options = {"eos_token_id": [int(free[0, 2]), int(free[1, 5]), int(free[2, 4])], "pad_token_id": 0}
     expected = decode(model, tokens, 12, **options)
     assert expected.shape[1] <= start + 6
-    monkeypatch.setattr("tcopilot.static_decoding._patience", lambda _: patience)
+    monkeypatch.setattr("tcopilot.models.static_decoding._patience", lambda _: patience)
     assert torch.equal(decode(model, tokens, 12, **options, **STATIC), expected)
 
 

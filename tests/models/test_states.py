@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from tcopilot.families import SUPPORTED
-from tcopilot.states import StatePooler, position_ids, trace_pilot
+from tcopilot.models.families import SUPPORTED
+from tcopilot.models.states import StatePooler, position_ids, trace_pilot
 
 
 def real_tokens(batch, row):

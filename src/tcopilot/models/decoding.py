@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tcopilot.copilot import Copilot, CopilotState
 from tcopilot.functional import token_errors
+from tcopilot.models.copilot import Copilot, CopilotState
 
 FEEDBACKS = ("observed", "own")
 

@@ -63,7 +63,7 @@ def test_a_pilot_that_does_not_fit_is_refused_before_weights_load(runs, override
     other = composed.train(tmp_path / "other", *small, *overrides, *limits)
     for auto in ("TCopilotForCausalLM", "TCopilotForSeq2SeqLM"):
         monkeypatch.setattr(
-            f"tcopilot.modeling.{auto}.from_pretrained", lambda *_, **__: pytest.fail("weights loaded")
+            f"tcopilot.models.modeling.{auto}.from_pretrained", lambda *_, **__: pytest.fail("weights loaded")
         )
     with pytest.raises(ConfigError) as refused:
         transferred(tmp_path / "eval", f"run={runs[0]}", f"pilot.path={other}/export")

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from tcopilot.data.tokenizers import byte_tokenizer, word_tokenizer
-from tcopilot.pilot import ModelSource, ModelSourceError
+from tcopilot.models.pilot import ModelSource, ModelSourceError
 
 WORDS = ["how", "many", "eggs", "?", "7"]
 CONFIGS = {

@@ -5,9 +5,9 @@ import math
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from tcopilot.copilot import CopilotConfig
-from tcopilot.decoding import FEEDBACKS
-from tcopilot.fusion import build_fusion
+from tcopilot.models.copilot import CopilotConfig
+from tcopilot.models.decoding import FEEDBACKS
+from tcopilot.models.fusion import build_fusion
 
 _SHARED_SETTINGS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "is_encoder_decoder")
 

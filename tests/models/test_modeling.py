@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from tcopilot import Copilot, TCopilotCache, TCopilotConfig, TCopilotForCausalLM, TCopilotForSeq2SeqLM
-from tcopilot.copilot import PATTERNS
-from tcopilot.decoding import Beside
-from tcopilot.families import SUPPORTED
 from tcopilot.functional import fuse_logits, fuse_probabilities, token_errors
-from tcopilot.modeling import fused_class
-from tcopilot.states import StatePooler, trace_pilot
+from tcopilot.models.copilot import PATTERNS
+from tcopilot.models.decoding import Beside
+from tcopilot.models.families import SUPPORTED
+from tcopilot.models.modeling import fused_class
+from tcopilot.models.states import StatePooler, trace_pilot
 
 DECODING = {
     "greedy": {"do_sample": False},
@@ -721,7 +721,7 @@ def test_a_body_that_runs_ahead_gives_what_one_that_waits_gives(fuse, prompts, m
         def __init__(self, device, work):
             self.result = work
 
-    monkeypatch.setattr("tcopilot.modeling.Beside", Waiting)
+    monkeypatch.setattr("tcopilot.models.modeling.Beside", Waiting)
     waited = decode(model, tokens, output_scores=True, return_dict_in_generate=True)
     assert torch.equal(ahead.sequences, waited.sequences)
     assert all(torch.equal(*pair) for pair in zip(ahead.scores, waited.scores, strict=True))
@@ -735,5 +735,5 @@ def test_a_second_stream_gives_the_same_tokens(fuse, prompts, monkeypatch, famil
     model = fuse(family).double().cuda()
     tokens = {name: tensor.cuda() for name, tensor in prompts(model.pilot, padded=True).items()}
     beside = decode(model, tokens, tokens=40, **DECODING[decoding])
-    monkeypatch.setattr("tcopilot.modeling.Beside", lambda device, work: Beside(torch.device("cpu"), work))
+    monkeypatch.setattr("tcopilot.models.modeling.Beside", lambda device, work: Beside(torch.device("cpu"), work))
     assert torch.equal(beside, decode(model, tokens, tokens=40, **DECODING[decoding]))

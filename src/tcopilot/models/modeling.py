@@ -21,15 +21,15 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, ModelOutput, Seq2SeqLMOutput
 
-from tcopilot.cache import CANNOT_UNDO, TCopilotCache, is_repeatable, of_pilot
-from tcopilot.cache_layers import with_room
-from tcopilot.configuration import TCopilotConfig
-from tcopilot.copilot import Copilot, CopilotConfig
-from tcopilot.decoding import Beside, advance, conclude, correct_text
-from tcopilot.fusion import build_fusion
-from tcopilot.gates import Gate
-from tcopilot.states import position_ids as count_positions
-from tcopilot.static_decoding import StaticDecoder, sample
+from tcopilot.models.cache_layers import with_room
+from tcopilot.models.caches import CANNOT_UNDO, TCopilotCache, is_repeatable, of_pilot
+from tcopilot.models.configuration import TCopilotConfig
+from tcopilot.models.copilot import Copilot, CopilotConfig
+from tcopilot.models.decoding import Beside, advance, conclude, correct_text
+from tcopilot.models.fusion import build_fusion
+from tcopilot.models.gates import Gate
+from tcopilot.models.states import position_ids as count_positions
+from tcopilot.models.static_decoding import StaticDecoder, sample
 
 IGNORED_LABEL = -100
 
@@ -130,7 +130,7 @@ class TCopilotModel(PreTrainedModel, GenerationMixin):
         self.config.weight = float(value)
 
     def set_gate(self, gate: Gate | None) -> None:
-        """Let λ vary: corrections are scaled by a gate from now on (`tcopilot.gates`), or no longer."""
+        """Let λ vary: corrections are scaled by a gate from now on (`tcopilot.models.gates`), or no longer."""
         self.copilot.set_gate(gate)
         self.config.copilot = self.copilot.config.to_dict()
         self.static_decoder = None  # its compiled step knows the gate of before

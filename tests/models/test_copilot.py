@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from tcopilot import Copilot, CopilotConfig
-from tcopilot.copilot import PATTERNS
-from tcopilot.families import SUPPORTED, input_embeddings
 from tcopilot.functional import token_errors
-from tcopilot.log_attention import LogAttention
-from tcopilot.states import StatePooler, trace_pilot
+from tcopilot.models.copilot import PATTERNS
+from tcopilot.models.families import SUPPORTED, input_embeddings
+from tcopilot.models.log_attention import LogAttention
+from tcopilot.models.states import StatePooler, trace_pilot
 
 
 @pytest.fixture

@@ -2,11 +2,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig
 
-from tcopilot import Copilot, families
-from tcopilot.adapters import Lora
-from tcopilot.families import SUPPORTED, UnsupportedFamilyError
-from tcopilot.log_attention import LogAttention
-from tcopilot.states import StatePooler, trace_pilot
+from tcopilot import Copilot
+from tcopilot.models import families
+from tcopilot.models.adapters import Lora
+from tcopilot.models.families import SUPPORTED, UnsupportedFamilyError
+from tcopilot.models.log_attention import LogAttention
+from tcopilot.models.states import StatePooler, trace_pilot
 
 
 @pytest.mark.parametrize("family", SUPPORTED)

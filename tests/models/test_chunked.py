@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from tcopilot import chunked
-from tcopilot.chunked import chunked_sum, project_errors
 from tcopilot.functional import token_errors
+from tcopilot.models import chunked
+from tcopilot.models.chunked import chunked_sum, project_errors
 
 ROWS, WIDTH, VOCAB = 7, 4, 10
 

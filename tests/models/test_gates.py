@@ -9,8 +9,8 @@ import torch
 from tcopilot.checks import config_problems
 from tcopilot.evaluation.evaluate import PER
 from tcopilot.functional import best_weight
-from tcopilot.gates import EDGES, GATES, LEAST_TOKENS, Observations, PositionGate, TokenGate, build_gate
-from tcopilot.modeling import fused_class
+from tcopilot.models.gates import EDGES, GATES, LEAST_TOKENS, Observations, PositionGate, TokenGate, build_gate
+from tcopilot.models.modeling import fused_class
 
 SETTINGS = {
     "position": {"per": "position", "values": [0.5, 1.5, 0.25, 1.0, 2.0, 1.0, 1.0, 1.0]},

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tcopilot.families import SUPPORTED
-from tcopilot.modeling import fused_class
+from tcopilot.models.families import SUPPORTED
+from tcopilot.models.modeling import fused_class
 
 WEIGHTS = [0.0, 0.4, 1.0, 3.0]
 DECODING = {"greedy": {}, "beams": {"num_beams": 3}, "several": {"num_beams": 3, "num_return_sequences": 2}}

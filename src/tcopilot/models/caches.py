@@ -3,7 +3,7 @@
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from tcopilot.copilot import CopilotState
+from tcopilot.models.copilot import CopilotState
 
 CANNOT_UNDO = "a fused model cannot undo decoding steps; use greedy, sampling or beam search"
 

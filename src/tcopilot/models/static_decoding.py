@@ -20,13 +20,13 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEnc
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutput
 
-from tcopilot.cache import TCopilotCache, of_pilot
-from tcopilot.cache_layers import fill_cache, in_place, rounded, static_cache, static_sizes
-from tcopilot.copilot import CopilotState
-from tcopilot.log_attention import additive
+from tcopilot.models.cache_layers import fill_cache, in_place, rounded, static_cache, static_sizes
+from tcopilot.models.caches import TCopilotCache, of_pilot
+from tcopilot.models.copilot import CopilotState
+from tcopilot.models.log_attention import additive
 
 if TYPE_CHECKING:
-    from tcopilot.modeling import TCopilotModel
+    from tcopilot.models.modeling import TCopilotModel
 
 BLOCK = 64
 """Compiled shapes are multiples of this, so that prompts of similar length share one compilation."""

@@ -16,8 +16,8 @@ from training import (
     weights,
 )  # fmt: skip
 
-from tcopilot.adapters import Lora, merge_adapters
 from tcopilot.mistake_log import MistakeLog
+from tcopilot.models.adapters import Lora, merge_adapters
 
 TARGETS = {"t5": ("q", "k", "v", "wi", "wo"), "llama": ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")}
 

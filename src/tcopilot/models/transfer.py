@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from tcopilot.configuration import TCopilotConfig
-from tcopilot.modeling import TCopilotModel, fused_class
-from tcopilot.pilot import ModelSource, ModelSourceError
+from tcopilot.models.configuration import TCopilotConfig
+from tcopilot.models.modeling import TCopilotModel, fused_class
+from tcopilot.models.pilot import ModelSource, ModelSourceError
 
 
 def transfer_problems(pilot: ModelSource, trained: TCopilotConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tcopilot import Copilot
-from tcopilot.families import SUPPORTED
-from tcopilot.log_attention import additive, causal_mask, log_mask, log_positions
+from tcopilot.models.families import SUPPORTED
+from tcopilot.models.log_attention import additive, causal_mask, log_mask, log_positions
 
 SOURCE_MASK = torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()
 

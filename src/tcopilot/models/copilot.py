@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from tcopilot import families
-from tcopilot.cache_layers import LEAST_ROOM, let_go
-from tcopilot.chunked import project_errors
 from tcopilot.functional import shift_right
-from tcopilot.gates import Gate, build_gate
-from tcopilot.heads import HEADS
-from tcopilot.log_attention import CONTEXTS, additive, causal_mask, log_mask, log_positions
-from tcopilot.states import StatePooler
+from tcopilot.models import families
+from tcopilot.models.cache_layers import LEAST_ROOM, let_go
+from tcopilot.models.chunked import project_errors
+from tcopilot.models.gates import Gate, build_gate
+from tcopilot.models.heads import HEADS
+from tcopilot.models.log_attention import CONTEXTS, additive, causal_mask, log_mask, log_positions
+from tcopilot.models.states import StatePooler
 
 PATTERNS = {1: ("even", "all"), 2: ("every", "all"), 3: ("even", "first_half"), 4: ("even", "second_half")}
 """The paper's insertion patterns (Section F.4): which decoder-only layers, counted from 1, become log attention, and

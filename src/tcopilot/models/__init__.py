@@ -1,0 +1,1 @@
+"""Pilot, Copilot and the fused model: what runs forward passes."""
