@@ -21,9 +21,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.mistake_log.policies import Balanced, Fifo, Latest, Prioritised, Reservoir
 from tcopilot.models.states import PilotStates
-from tcopilot.sampling import Balanced, Fifo, Latest, Prioritised, Reservoir
 
 POLICIES = {"fifo": Fifo, "latest": Latest, "reservoir": Reservoir, "prioritised": Prioritised, "balanced": Balanced}
 ROWS, SOURCE, TARGET, WIDTH, VOCAB = 4, 8, 4, 8, 16

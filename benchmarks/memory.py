@@ -28,8 +28,8 @@ from tcopilot.callbacks import MistakeLogCallback
 from tcopilot.footprint import Load, measure
 from tcopilot.functional import token_errors
 from tcopilot.live_memory import LiveMemory
-from tcopilot.log_storage import DenseStorage, FrozenHeadStorage, TopKStorage
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.mistake_log.storage import DenseStorage, FrozenHeadStorage, TopKStorage
 from tcopilot.module import TCopilotModule
 from tcopilot.objectives import RootMeanSquaredError, objective_sum
 

@@ -39,7 +39,7 @@ from transformers import get_constant_schedule_with_warmup
 
 from tcopilot.callbacks import MistakeLogCallback
 from tcopilot.data.batch import Batch
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.copilot import Copilot
 from tcopilot.models.modeling import TCopilotConfig, fused_class
 from tcopilot.models.states import position_ids

@@ -22,7 +22,7 @@ from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.states import trace_pilot
 from tcopilot.objectives import RootMeanSquaredError, objective_sum
 

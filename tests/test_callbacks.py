@@ -32,11 +32,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, get_schedu
 from tcopilot import checkpoints as checkpoints_module
 from tcopilot.callbacks import CleanStop, CopilotHealth, RandomState, RoundCheckpoint, health, stop
 from tcopilot.checkpoints import SafeCheckpointIO, checkpoints, newest_good
-from tcopilot.log_storage import TopKStorage
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.mistake_log.policies import Prioritised, Reservoir
+from tcopilot.mistake_log.storage import TopKStorage
 from tcopilot.models.adapters import Lora
 from tcopilot.module import TrainingDivergedError
-from tcopilot.sampling import Prioritised, Reservoir
 
 ROUNDS = 10
 

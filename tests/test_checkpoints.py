@@ -33,8 +33,8 @@ from tcopilot.checkpoints import (
     unpack,
     verify,
 )
-from tcopilot.mistake_log import MistakeLog
-from tcopilot.sampling import Fifo, Reservoir
+from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.mistake_log.policies import Fifo, Reservoir
 
 DTYPES = sorted(codec.DTYPES, key=str)
 

@@ -11,7 +11,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from tcopilot import checks, console, preflight, run
 from tcopilot.checks import ConfigError
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.pilot import ModelSource
 
 LORA = ["adapter@pilot.adapter=lora"]

@@ -142,7 +142,7 @@ def test_every_link_and_every_path_leads_to_a_file(name):
 
 
 def test_a_name_that_does_not_exist_would_be_found():
-    resolve("tcopilot.mistake_log.MistakeRecord.errors_BNV")
+    resolve("tcopilot.mistake_log.log.MistakeRecord.errors_BNV")
     resolve("tcopilot.models.copilot.CopilotState.cache")
     for wrong in (
         "tcopilot.functional.token_error",

@@ -130,7 +130,7 @@ def test_values_are_those_of_the_paper(name):
 def test_every_row_is_the_papers_method(name):
     cfg = composed.compose_config(f"experiment={name}")
     assert cfg.mistake_log.log.capacity_rounds == 128
-    assert cfg.mistake_log.log.policy._target_ == "tcopilot.sampling.Fifo"
+    assert cfg.mistake_log.log.policy._target_ == "tcopilot.mistake_log.policies.Fifo"
     assert (cfg.fusion.space, cfg.fusion.feedback) == ("probability", "own")
     assert {0, 0.3, 0.5, 0.8, 1.0} <= set(cfg.fusion.weight)
     copilot = cfg.copilot
@@ -227,7 +227,11 @@ def test_what_the_ablations_change():
         assert name not in given[f"control/no_{name}"].copilot.reads
         assert len(given[f"control/no_{name}"].copilot.reads) == 2
     latest, literal = (given[f"control/{name}"] for name in ("latest_log", "literal"))
-    assert latest.mistake_log.log.policy == literal.mistake_log.log.policy == {"_target_": "tcopilot.sampling.Latest"}
+    assert (
+        latest.mistake_log.log.policy
+        == literal.mistake_log.log.policy
+        == {"_target_": "tcopilot.mistake_log.policies.Latest"}
+    )
     assert (latest.copilot.steps_per_round, latest.fusion.feedback) == (4, "observed")
     assert (literal.copilot.steps_per_round, literal.fusion.feedback) == (1, "own")
     offline = given["control/offline"].pilot

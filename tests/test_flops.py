@@ -8,7 +8,7 @@ from training import FAMILIES, learner, random_batch, small_module, tiny_model, 
 
 from tcopilot.callbacks import FlopCount
 from tcopilot.callbacks.flops import FlopCounter
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog
 
 
 @pytest.mark.parametrize("family", FAMILIES)

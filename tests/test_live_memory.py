@@ -5,7 +5,7 @@ import torch
 from training import FAMILIES, random_batch, small_module, tiny_model, train_on
 
 from tcopilot.live_memory import LiveMemory
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog
 
 MIB = 2**20
 

@@ -17,7 +17,7 @@ from tcopilot.distributed import rank
 from tcopilot.footprint import Footprint, Load, measure
 from tcopilot.live_memory import LiveMemory
 from tcopilot.memory_check import Budget, budget
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog
 
 ROWS, TARGET, VOCAB = 8, 5, 200
 LORA = ["pilot=tiny_llama", "adapter@pilot.adapter=lora", "log_storage@mistake_log.log.storage=frozen_head"]

@@ -26,11 +26,11 @@ from training import (
 )
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_scheduler
 
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.mistake_log.policies import Fifo, Prioritised
 from tcopilot.models.decoding import correct_text
 from tcopilot.models.states import trace_pilot
 from tcopilot.module import TrainingDivergedError
-from tcopilot.sampling import Fifo, Prioritised
 
 SGD = partial(learner, lr=1.0, clip=None, optimizer=torch.optim.SGD)  # the update is the negative gradient
 

@@ -6,7 +6,7 @@ import torch
 
 from tcopilot import Copilot
 from tcopilot.functional import token_errors
-from tcopilot.mistake_log import MistakeRecord
+from tcopilot.mistake_log.log import MistakeRecord
 from tcopilot.models import chunked
 from tcopilot.objectives import (
     CrossEntropy,

@@ -25,7 +25,7 @@ from training import (
 from tcopilot.callbacks import FlopCount
 from tcopilot.codec import pack, unpack
 from tcopilot.footprint import Load, measure
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models import chunked
 from tcopilot.models.states import StatePooler, trace_pilot
 from tcopilot.objectives import RootMeanSquaredError, objective_sum

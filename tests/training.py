@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tcopilot.callbacks import MistakeLogCallback
 from tcopilot.data import Batch, GeneratedTask, PromptTargetCollator, TCopilotDataModule, word_tokenizer
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.mistake_log.policies import Fifo
 from tcopilot.models.modeling import TCopilotForCausalLM, TCopilotForSeq2SeqLM, TCopilotModel
 from tcopilot.module import Learner, TCopilotModule
-from tcopilot.sampling import Fifo
 
 torch.set_num_threads(1)
 VOCAB = 24

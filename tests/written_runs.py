@@ -21,7 +21,7 @@ def config_of(seed: int, folder: Path, **changes) -> dict:
         "pilot": {"path": None, "config": {"model_type": "t5"}, "adapter": None},
         "copilot": {"enabled": True, "path": None, "layers": None},
         "data": {"rounds": 500, "seed": seed, "benchmarks": {"gsm8k": {"name": "gsm8k", "seed": seed}}},
-        "mistake_log": {"log": {"capacity_rounds": 128, "policy": {"_target_": "tcopilot.sampling.Fifo"}}},
+        "mistake_log": {"log": {"capacity_rounds": 128, "policy": {"_target_": "tcopilot.mistake_log.policies.Fifo"}}},
         "fusion": {"weight": [0, 0.5]},
         "evaluation": {"report_on": "test"},
         "callbacks": {"checkpoint": {"folder": f"{folder}/checkpoints"}},

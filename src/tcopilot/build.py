@@ -23,7 +23,7 @@ from tcopilot.data.benchmarks import DataError
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.distributed import is_first
 from tcopilot.evaluation.evaluate import Decoding
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.copilot import Copilot
 from tcopilot.models.families import decoder_depth

@@ -19,7 +19,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from tcopilot.evaluation.evaluate import DECODINGS, MODES, PER
 from tcopilot.evaluation.recommendation import RANKINGS
 from tcopilot.functional import POOLINGS
-from tcopilot.mistake_log import ROWS
+from tcopilot.mistake_log.log import ROWS
 from tcopilot.models.copilot import PATTERNS, POSITIONS, READS
 from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fusion import FUSIONS

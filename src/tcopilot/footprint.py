@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tcopilot.callbacks.mistake_log import MistakeLogCallback
 from tcopilot.data.batch import Batch
 from tcopilot.live_memory import LiveMemory
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.cache_layers import LEAST_ROOM
 from tcopilot.models.modeling import TCopilotModel
 from tcopilot.module import TCopilotModule

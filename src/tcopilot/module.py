@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tcopilot.data.batch import Batch
 from tcopilot.diagnostics import ErrorStatistics
 from tcopilot.distributed import sum_over_processes
-from tcopilot.mistake_log import MistakeLog, MistakeRecord
+from tcopilot.mistake_log.log import MistakeLog, MistakeRecord
 from tcopilot.models.modeling import TCopilotModel
 from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
 from tcopilot.objectives import Objective, RootMeanSquaredError, objective_sum

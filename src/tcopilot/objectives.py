@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tcopilot.functional import fuse_probabilities, root_mean_square, token_errors
-from tcopilot.mistake_log import MistakeRecord
+from tcopilot.mistake_log.log import MistakeRecord
 from tcopilot.models.chunked import chunked_sum
 from tcopilot.models.copilot import Copilot
 

@@ -48,7 +48,7 @@ def test_the_same_seed_twice_counts_once_and_is_named(tmp_path):
 
 def test_a_sweep_is_labelled_by_the_keys_that_differ(tmp_path):
     figures = {("gsm8k", "accuracy"): (0.4, 0.5)}
-    prioritised = {"_target_": "tcopilot.sampling.Prioritised", "power": 2}
+    prioritised = {"_target_": "tcopilot.mistake_log.policies.Prioritised", "power": 2}
     for seed in (0, 1):
         write_run(tmp_path / f"fifo{seed}", figures, seed)
         write_run(tmp_path / f"other{seed}", figures, seed, mistake_log__log__policy=prioritised, fusion__weight=0.3)

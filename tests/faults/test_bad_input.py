@@ -133,7 +133,9 @@ CONFIGS = {
     "log: storage by name": given(
         "mistake_log.log.storage=topk", says=("mistake_log.log.storage=topk", "log_storage@")
     ),
-    "log: unknown policy": given("mistake_log.log.policy._target_=tcopilot.sampling.Fifoo", says=("Fifoo",)),
+    "log: unknown policy": given(
+        "mistake_log.log.policy._target_=tcopilot.mistake_log.policies.Fifoo", says=("Fifoo",)
+    ),
     "log: unknown value": given("+mistake_log.log.size=3", says=("mistake_log.log", "'size'")),
     "log: negative k": given(*TOPK, "mistake_log.log.storage.k=-3", says=("storage.k=-3", "at least one")),
     "log: k is text": given(*TOPK, "mistake_log.log.storage.k=many", says=("storage.k=many", "whole number")),

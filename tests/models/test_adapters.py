@@ -16,7 +16,7 @@ from training import (
     weights,
 )  # fmt: skip
 
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.adapters import Lora, merge_adapters
 
 TARGETS = {"t5": ("q", "k", "v", "wi", "wo"), "llama": ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")}

@@ -247,7 +247,7 @@ def _value(config: dict[str, Any], key: str) -> str:
 def _short(value: Any) -> str:
     """Shorten a config value for a label; a class goes by its name in snake case, as config groups do.
 
-    >>> _short("tcopilot.sampling.Fifo"), _short([0, 0.3]), _short(None)
+    >>> _short("tcopilot.mistake_log.policies.Fifo"), _short([0, 0.3]), _short(None)
     ('fifo', '[0,0.3]', 'null')
     """
     if isinstance(value, str):

@@ -8,9 +8,9 @@ import torch
 from scipy.stats import binom, chisquare
 from training import learner, random_batch, small_module, tiny_model, train_on
 
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.mistake_log.policies import Balanced, Fifo, Latest, Prioritised, Reservoir, _without_replacement
 from tcopilot.models.states import PilotStates
-from tcopilot.sampling import Balanced, Fifo, Latest, Prioritised, Reservoir, _without_replacement
 
 DRAWS = 4000
 UNLIKELY = 1e-4

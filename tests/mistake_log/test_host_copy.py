@@ -2,8 +2,8 @@ import pytest
 import torch
 from training import random_batch, tiny_pilot
 
-from tcopilot.host_copy import HostCopies, owned_copy, to_device
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.host_copy import HostCopies, owned_copy, to_device
+from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.states import StatePooler, trace_pilot
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

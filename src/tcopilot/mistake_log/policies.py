@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 if TYPE_CHECKING:
-    from tcopilot.mistake_log import LoggedRound, MistakeLog
+    from tcopilot.mistake_log.log import LoggedRound, MistakeLog
 
 WEIGHT_UNIT = 2**32  # a weight of 1.0 as a whole number
 

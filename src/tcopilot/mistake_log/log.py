@@ -24,13 +24,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from tcopilot.functional import token_errors
-from tcopilot.host_copy import HostCopies, owned_copy, to_device
-from tcopilot.log_spill import Spill
-from tcopilot.log_storage import DenseStorage, Storage, is_frozen
+from tcopilot.mistake_log.host_copy import HostCopies, owned_copy, to_device
+from tcopilot.mistake_log.policies import Fifo, SamplingPolicy
+from tcopilot.mistake_log.spill import Spill
+from tcopilot.mistake_log.storage import DenseStorage, Storage, is_frozen
+from tcopilot.mistake_log.tally import Tally
+from tcopilot.mistake_log.visits import Visits
 from tcopilot.models.states import PilotStates
-from tcopilot.sampling import Fifo, SamplingPolicy
-from tcopilot.tally import Tally
-from tcopilot.visits import Visits
 
 _OF_SOURCE = ("source", "source_ids", "source_mask")
 ROWS = ("all", "first_visit")

@@ -6,8 +6,8 @@ import torch
 from training import FAMILIES, VOCAB, InOrder, learner, random_batch, small_module, tiny_model, tiny_pilot, train_on
 
 from tcopilot import console
-from tcopilot.log_storage import DenseStorage, FrozenHeadStorage, TopKStorage
-from tcopilot.mistake_log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.mistake_log.storage import DenseStorage, FrozenHeadStorage, TopKStorage
 from tcopilot.models.adapters import Lora
 from tcopilot.models.families import SUPPORTED
 from tcopilot.models.states import StatePooler, trace_pilot
@@ -251,7 +251,7 @@ def test_head_inputs_of_large_vocabularies_are_many_times_smaller_than_p(width, 
 def test_many_records_are_rebuilt_a_few_rows_at_a_time(tiny_pilot, monkeypatch):
     _, compact, _, _ = trained_with(tiny_pilot, "llama", rounds=2)
     whole = compact.sample(8)
-    monkeypatch.setattr("tcopilot.log_storage.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("tcopilot.mistake_log.storage.CHUNK_ELEMENTS", 1)
     torch.testing.assert_close(compact.sample(8).probs_BNV, whole.probs_BNV, atol=1e-6, rtol=0)
 
 
