@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from tcopilot.checks import ConfigError
-from tcopilot.data.tasks import GeneratedTask
+from tcopilot.data.generated_tasks import GeneratedTask
 from tcopilot.data.tokenizers import word_tokenizer
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.results import Results

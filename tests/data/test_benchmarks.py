@@ -6,7 +6,7 @@ import yaml
 from hydra.utils import instantiate
 
 from tcopilot.data import DataError, ExactMatch, LetteredOptions, MultipleChoice, NumberAnswer, YesNo
-from tcopilot.data.streams import open_split
+from tcopilot.data.sources import open_split
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"

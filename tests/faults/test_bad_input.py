@@ -266,7 +266,7 @@ CONFIGS = {
     "unknown value": given(f"+{TASK}.nope=5", says=("'nope'", TASK)),
     "unknown split": given(f"+{TASK}.splits={{dev:dev}}", says=("'dev'", "train")),
     "splits are text": given(f"+{TASK}.splits=train", says=(f"{TASK}.splits='train'", "a mapping")),
-    "no such class": given(f"{TASK}._target_=tcopilot.data.tasks.Nope", says=(TASK, "Nope")),
+    "no such class": given(f"{TASK}._target_=tcopilot.data.generated_tasks.Nope", says=(TASK, "Nope")),
     "no such data module": given("data._target_=nope", says=("data", "nope")),
     "name ../x": given(f"{TASK}.name=../x", says=("'../x'", TRAVERSAL)),
     "name with a slash": given(f"{TASK}.name=a/b", says=("'a/b'", TRAVERSAL)),

@@ -3,10 +3,10 @@
 from tcopilot.data.batch import Batch
 from tcopilot.data.benchmarks import Benchmark, DataError, ExactMatch, Example
 from tcopilot.data.collate import PromptTargetCollator
-from tcopilot.data.kinds import LetteredOptions, MultipleChoice, NumberAnswer, YesNo
+from tcopilot.data.generated_tasks import GeneratedTask
 from tcopilot.data.module import TCopilotDataModule
-from tcopilot.data.recommendation import NextItem
-from tcopilot.data.tasks import GeneratedTask
+from tcopilot.data.next_item import NextItem
+from tcopilot.data.question_types import LetteredOptions, MultipleChoice, NumberAnswer, YesNo
 from tcopilot.data.tokenizers import byte_tokenizer, word_tokenizer
 
 __all__ = [

@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from tcopilot.data.benchmarks import Benchmark, DataError
 from tcopilot.data.collate import HeldOutCollator, PromptTargetCollator, Side
 from tcopilot.data.prepare import Overflow, RowPreparer
-from tcopilot.data.rounds import HeldOutSampler, RoundSampler, StreamRounds
+from tcopilot.data.samplers import HeldOutSampler, RoundSampler, StreamRounds
+from tcopilot.data.sources import as_stream, mixture
 from tcopilot.data.splits import SplitReader
-from tcopilot.data.streams import as_stream, mixture
 
 log = logging.getLogger(__name__)
 SHOWN = 3  # complaints about one split that are printed in full

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError
-from tcopilot.data.streams import HubError, RowSource, open_split
+from tcopilot.data.sources import HubError, RowSource, open_split
 
 NumberedRow = tuple[int, dict[str, Any]]
 

@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.batch import Batch
 from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.data.metrics import consistency_problems
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.diagnostics import ErrorStatistics, correct_targets
 from tcopilot.distributed import agree_on, gather, is_first, rank, sum_over_processes, world_size
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.likelihood import Likelihood
-from tcopilot.evaluation.metrics import consistency_problems
 from tcopilot.evaluation.predictions import Prediction, PredictionFiles, claim, fingerprint
 from tcopilot.evaluation.recommendation import ItemRanking
 from tcopilot.evaluation.results import Gain, Row

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.collate import PromptTargetCollator
-from tcopilot.data.recommendation import NextItem
+from tcopilot.data.next_item import NextItem
 from tcopilot.evaluation.predictions import Prediction
 from tcopilot.evaluation.ranking import ItemTrie, Ranking, rank_by_beams, rank_exhaustively
 from tcopilot.models.modeling import TCopilotModel

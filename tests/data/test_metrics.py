@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from tcopilot.evaluation.metrics import consistency_problems, hit_at_k, ndcg_at_k
+from tcopilot.data.metrics import consistency_problems, hit_at_k, ndcg_at_k
 
 CUTOFFS = (5, 10, 20, 100)
 

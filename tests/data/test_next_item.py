@@ -7,8 +7,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from tcopilot.data import DataError, TCopilotDataModule, byte_tokenizer
-from tcopilot.data.recommendation import INDICES, NextItem
-from tcopilot.data.streams import open_split
+from tcopilot.data.next_item import INDICES, NextItem
+from tcopilot.data.sources import open_split
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data"

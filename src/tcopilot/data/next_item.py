@@ -16,7 +16,7 @@ from scipy.sparse import csr_array, diags_array
 
 from tcopilot.data.answers import tidy
 from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError, Example, Row
-from tcopilot.evaluation.metrics import hit_at_k, ndcg_at_k
+from tcopilot.data.metrics import hit_at_k, ndcg_at_k
 
 SHOWN = 3  # problems of a file that are printed in full
 HELD_OUT = {"test": 1, "validation": 2}  # how far from the end of a history a split's item stands

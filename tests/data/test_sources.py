@@ -5,7 +5,7 @@ import datasets
 import pytest
 
 from tcopilot.data import DataError, ExactMatch
-from tcopilot.data.streams import HubError, as_stream, mixture, open_split
+from tcopilot.data.sources import HubError, as_stream, mixture, open_split
 
 BENCHMARK = ExactMatch(name="mine", hub="someone/mine", splits={"train": "train", "test": "validation"})
 ROW = '{"prompt": "a", "target": "b"}\n'

@@ -3,7 +3,7 @@ import time
 import pytest
 
 from tcopilot.data import DataError, GeneratedTask, word_tokenizer
-from tcopilot.data.tasks import KINDS
+from tcopilot.data.generated_tasks import KINDS
 
 SPLITS = ("train", "validation", "test")
 

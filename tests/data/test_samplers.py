@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tcopilot.data import DataError
-from tcopilot.data.rounds import RoundSampler, rank_slice
+from tcopilot.data.samplers import RoundSampler, rank_slice
 
 
 def test_a_pass_has_every_row_and_the_next_pass_another_order():
