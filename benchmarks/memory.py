@@ -24,14 +24,14 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from tcopilot.callbacks import MistakeLogCallback
 from tcopilot.footprint import Load, measure
 from tcopilot.functional import token_errors
 from tcopilot.live_memory import LiveMemory
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.storage import DenseStorage, FrozenHeadStorage, TopKStorage
-from tcopilot.module import TCopilotModule
-from tcopilot.objectives import RootMeanSquaredError, objective_sum
+from tcopilot.training.callbacks import MistakeLogCallback
+from tcopilot.training.module import TCopilotModule
+from tcopilot.training.objectives import RootMeanSquaredError, objective_sum
 
 SHORT = {
     "llama, width 128": Shape("llama"),

@@ -11,7 +11,7 @@ from transformers import get_scheduler
 from tcopilot.data.batch import Batch
 from tcopilot.models.adapters import Lora
 from tcopilot.models.modeling import fused_class
-from tcopilot.module import Learner, TCopilotModule
+from tcopilot.training.module import Learner, TCopilotModule
 
 
 @dataclass(frozen=True)

@@ -37,13 +37,13 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_constant_schedule_with_warmup
 
-from tcopilot.callbacks import MistakeLogCallback
 from tcopilot.data.batch import Batch
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.copilot import Copilot
 from tcopilot.models.modeling import TCopilotConfig, fused_class
 from tcopilot.models.states import position_ids
-from tcopilot.module import Learner, TCopilotModule
+from tcopilot.training.callbacks import MistakeLogCallback
+from tcopilot.training.module import Learner, TCopilotModule
 
 WARM_UP = 3  # rounds of each fit that are not counted
 KINDS = {"whole, 1 update": (1.0, 1), "half, 1 update": (0.5, 1), "whole, 4 updates": (1.0, 4)}

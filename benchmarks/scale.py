@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.states import trace_pilot
-from tcopilot.objectives import RootMeanSquaredError, objective_sum
+from tcopilot.training.objectives import RootMeanSquaredError, objective_sum
 
 BASE = Shape("llama", width=128, vocab=4096, target=32)
 VALUES = {"width": (128, 256, 512), "target": (16, 32, 64, 128), "vocab": (4096, 16_384, 65_536)}

@@ -23,11 +23,11 @@ from typing import Any
 
 import yaml
 
-from tcopilot.checkpoints import checkpoints
 from tcopilot.control import CONTROLS
 from tcopilot.evaluation.evidence import DEFAULT, TaskEvidence, as_markdown, gather, put_between_markers
 from tcopilot.evaluation.runs import Run, find_runs
 from tcopilot.run import STOPPED
+from tcopilot.training.checkpoints import checkpoints
 
 ROOT = Path(__file__).parents[1]
 GRID = Path(__file__).with_suffix(".yaml")

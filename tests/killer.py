@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from tcopilot import checkpoints
+from tcopilot.training import checkpoints
 
 
 def die() -> None:

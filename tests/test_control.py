@@ -12,11 +12,11 @@ from transformers import AutoConfig
 from tcopilot.checks import config_problems
 from tcopilot.control.averaged import AveragedPilots
 from tcopilot.control.widths import widened
-from tcopilot.diagnostics import correct_targets
 from tcopilot.models import families
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.copilot import READS
 from tcopilot.models.modeling import fused_class
+from tcopilot.training.error_statistics import correct_targets
 
 SMALL = [*composed.SMALL, "fusion.weight=[0,1]"]
 NAMES = {

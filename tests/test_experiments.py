@@ -136,7 +136,7 @@ def test_every_row_is_the_papers_method(name):
     copilot = cfg.copilot
     assert (copilot.context, copilot.positions, copilot.pattern, copilot.pooling) == ("strict", "none", 1, "mean")
     assert (copilot.steps_per_round, copilot.own_feedback) == (1, 0.0)
-    assert cfg.objective._target_ == "tcopilot.objectives.RootMeanSquaredError"
+    assert cfg.objective._target_ == "tcopilot.training.objectives.RootMeanSquaredError"
     assert (cfg.data.max_source_length, cfg.data.max_target_length) == (256, 256)
     for node in (cfg.pilot, cfg.copilot):
         assert node.optimizer._target_ == "torch.optim.AdamW"

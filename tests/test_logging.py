@@ -19,7 +19,7 @@ from wandb.proto import wandb_internal_pb2
 
 from tcopilot.evaluation.results import Gain, Results, Row
 from tcopilot.logging import SHOWN, has_credentials, side_by_side
-from tcopilot.module import TCopilotModule, TrainingDivergedError
+from tcopilot.training.module import TCopilotModule, TrainingDivergedError
 
 PAGE = (composed.ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 GPU_ONLY = {"memory/gpu_peak_mib"}

@@ -13,11 +13,11 @@ from training import FAMILIES, random_batch, small_module, tiny_model, tiny_pilo
 from tcopilot import build, memory_check
 from tcopilot.checks import ConfigError
 from tcopilot.data import byte_tokenizer
-from tcopilot.distributed import rank
 from tcopilot.footprint import Footprint, Load, measure
 from tcopilot.live_memory import LiveMemory
 from tcopilot.memory_check import Budget, budget
 from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.processes import rank
 
 ROWS, TARGET, VOCAB = 8, 5, 200
 LORA = ["pilot=tiny_llama", "adapter@pilot.adapter=lora", "log_storage@mistake_log.log.storage=frozen_head"]

@@ -27,7 +27,7 @@ from tcopilot.data.generated_tasks import GeneratedTask
 from tcopilot.data.tokenizers import word_tokenizer
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.results import Results
-from tcopilot.module import TCopilotModule, TrainingDivergedError
+from tcopilot.training.module import TCopilotModule, TrainingDivergedError
 
 DATA = composed.ROOT.parent / "shared" / "data"
 TASKS = {"t5": "word_problems", "llama": "multiple_choice"}

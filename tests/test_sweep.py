@@ -21,8 +21,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tcopilot import run, sweep
-from tcopilot.callbacks.checkpoint import checkpoints
 from tcopilot.evaluation.results import Gain, Results, Row
+from tcopilot.training.callbacks.checkpoint import checkpoints
 
 SHORT = [*composed.SMALL, "fusion.weight=[0,1]", "trainer.enable_progress_bar=false", "~callbacks.progress"]
 DOCS = composed.ROOT / "docs" / "sweeps.md"

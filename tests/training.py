@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, get_scheduler
 
-from tcopilot.callbacks import MistakeLogCallback
 from tcopilot.data import Batch, GeneratedTask, PromptTargetCollator, TCopilotDataModule, word_tokenizer
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.policies import Fifo
 from tcopilot.models.modeling import TCopilotForCausalLM, TCopilotForSeq2SeqLM, TCopilotModel
-from tcopilot.module import Learner, TCopilotModule
+from tcopilot.training.callbacks import MistakeLogCallback
+from tcopilot.training.module import Learner, TCopilotModule
 
 torch.set_num_threads(1)
 VOCAB = 24

@@ -16,12 +16,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from yaml import YAMLError
 
-from tcopilot.callbacks import MistakeLogCallback
-from tcopilot.checkpoints import SafeCheckpointIO
 from tcopilot.checks import ConfigError, config_problems, refuse_misshapen, refuse_missing
 from tcopilot.data.benchmarks import DataError
 from tcopilot.data.module import TCopilotDataModule
-from tcopilot.distributed import is_first
 from tcopilot.evaluation.evaluate import Decoding
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.configuration import TCopilotConfig
@@ -29,7 +26,6 @@ from tcopilot.models.copilot import Copilot
 from tcopilot.models.families import decoder_depth
 from tcopilot.models.modeling import TCopilotModel, fused_class
 from tcopilot.models.pilot import ModelSource, ModelSourceError
-from tcopilot.module import Learner, TCopilotModule
 from tcopilot.parts import part_problems, refusal
 from tcopilot.preflight import (
     copilot_layers,
@@ -40,6 +36,10 @@ from tcopilot.preflight import (
     source_problems,
     tokenizer_problems,
 )
+from tcopilot.processes import is_first
+from tcopilot.training.callbacks import MistakeLogCallback
+from tcopilot.training.checkpoints import SafeCheckpointIO
+from tcopilot.training.module import Learner, TCopilotModule
 
 
 @dataclass

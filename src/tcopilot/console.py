@@ -14,11 +14,11 @@ from transformers.utils import logging as transformers_logging
 
 from tcopilot.build import Prepared
 from tcopilot.checks import ConfigError
-from tcopilot.distributed import is_first
 from tcopilot.evaluation.results import Results, gain_table, weight_table
 from tcopilot.memory_check import Budget, bytes_text
 from tcopilot.models.modeling import TCopilotModel
 from tcopilot.preflight import log_bytes
+from tcopilot.processes import is_first
 
 
 def show_summary(

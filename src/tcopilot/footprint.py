@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
-from tcopilot.callbacks.mistake_log import MistakeLogCallback
 from tcopilot.data.batch import Batch
 from tcopilot.live_memory import LiveMemory
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.cache_layers import LEAST_ROOM
 from tcopilot.models.modeling import TCopilotModel
-from tcopilot.module import TCopilotModule
+from tcopilot.training.callbacks.mistake_log import MistakeLogCallback
+from tcopilot.training.module import TCopilotModule
 
 aten = torch.ops.aten
 

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 from tcopilot import build
 from tcopilot.build import Prepared
 from tcopilot.checks import ConfigError, process_count
-from tcopilot.distributed import gather
 from tcopilot.footprint import Footprint, Load, measure
 from tcopilot.models.pilot import ModelSource
-from tcopilot.module import TCopilotModule
 from tcopilot.preflight import log_bytes
+from tcopilot.processes import gather
+from tcopilot.training.module import TCopilotModule
 
 log = logging.getLogger(__name__)
 MENDS = {

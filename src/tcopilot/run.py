@@ -15,16 +15,13 @@ from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
-from tcopilot import build, distributed, parts, sweep
+from tcopilot import build, parts, processes, sweep
 from tcopilot.analysis.trace import trace_problems, write_trace
 from tcopilot.build import Prepared
-from tcopilot.callbacks import Agreement, CleanStop, FlopCount, RoundCheckpoint
-from tcopilot.checkpoints import CheckpointError, checkpoints, newest_good, round_of
 from tcopilot.checks import ConfigError, evaluation_problems, refuse_missing
 from tcopilot.console import quiet_libraries, show_results, show_summary
 from tcopilot.control import JointRun, against_controls, controls
 from tcopilot.data.benchmarks import DataError
-from tcopilot.distributed import DisagreementError, LostProcessError, agree_on, is_first, is_lost_process, rank
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.results import Control, Results, git_revision
 from tcopilot.logging import closing_wandb, log_evaluation
@@ -33,7 +30,10 @@ from tcopilot.models.adapters import merge_adapters
 from tcopilot.models.modeling import TCopilotModel
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.models.transfer import put_on, transfer_problems
-from tcopilot.module import TCopilotModule, TrainingDivergedError
+from tcopilot.processes import DisagreementError, LostProcessError, agree_on, is_first, is_lost_process, rank
+from tcopilot.training.callbacks import Agreement, CleanStop, FlopCount, RoundCheckpoint
+from tcopilot.training.checkpoints import CheckpointError, checkpoints, newest_good, round_of
+from tcopilot.training.module import TCopilotModule, TrainingDivergedError
 
 log = logging.getLogger(__name__)
 USER_ERRORS = (
@@ -260,7 +260,7 @@ def _shared_run_dir(cfg: DictConfig) -> Path:
     folder = cfg.paths.run_dir
     if not isinstance(folder, str) or not folder:
         raise ConfigError([f"paths.run_dir={folder}: give the folder that the run writes to"])
-    distributed.start()
+    processes.start()
     cfg.paths.run_dir = agree_on(folder)
     return Path(cfg.paths.run_dir)
 

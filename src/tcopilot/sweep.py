@@ -29,10 +29,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from tcopilot.callbacks.checkpoint import checkpoints
 from tcopilot.checks import ConfigError, process_count, refuse_missing
-from tcopilot.distributed import is_first
 from tcopilot.evaluation.results import LOSSES, Results
+from tcopilot.processes import is_first
+from tcopilot.training.callbacks.checkpoint import checkpoints
 
 DONE, FAILED, JOB = "done.json", "failed.json", "job.yaml"
 NOT_COMPARED = ("paths", "resume", "traceback", "logger")  # they do not change what a job finds

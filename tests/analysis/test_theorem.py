@@ -17,8 +17,8 @@ from tcopilot.analysis.pilots import PilotSpread, dropout_draws
 from tcopilot.analysis.theorem import WEIGHTS, DistanceSums, main
 from tcopilot.analysis.theorem_sheet import verdict
 from tcopilot.data.batch import Batch
-from tcopilot.diagnostics import ErrorStatistics, correct_targets
 from tcopilot.functional import token_errors
+from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 
 SAME_ROWS = ("data.seed=0", "data.benchmarks.word_problems.seed=0")
 

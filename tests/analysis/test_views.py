@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tcopilot.analysis.views import CANDIDATES, positions, trace_targets
-from tcopilot.diagnostics import correct_targets
 from tcopilot.functional import token_errors
 from tcopilot.models.families import SUPPORTED
 from tcopilot.models.gates import build_gate
 from tcopilot.models.modeling import fused_class
+from tcopilot.training.error_statistics import correct_targets
 
 
 @pytest.fixture

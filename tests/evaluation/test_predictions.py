@@ -10,9 +10,9 @@ from processes import run_in_processes
 from training import tiny_model
 
 from tcopilot.data import GeneratedTask, TCopilotDataModule, word_tokenizer
-from tcopilot.distributed import rank, world_size
 from tcopilot.evaluation.evaluate import Decoding, Evaluator
 from tcopilot.evaluation.predictions import PredictionFiles, claim, fingerprint
+from tcopilot.processes import rank, world_size
 
 
 def line(number: int, **more) -> dict:

@@ -18,7 +18,7 @@ from tcopilot import build, parts, run
 from tcopilot.checks import ConfigError
 from tcopilot.data import byte_tokenizer
 from tcopilot.models.pilot import ModelSourceError
-from tcopilot.module import TCopilotModule
+from tcopilot.training.module import TCopilotModule
 
 LORA = ("pilot=tiny_llama", "adapter@pilot.adapter=lora")
 TOPK = ("log_storage@mistake_log.log.storage=topk",)
@@ -142,7 +142,7 @@ CONFIGS = {
     "log: half a k": given(*TOPK, "mistake_log.log.storage.k=1.5", says=("storage.k=1.5", "whole number")),
     "log: negative statistics": given("mistake_log.every_n_rounds=-5", says=("every_n_rounds=-5", "at least 1")),
     "unknown objective value": given("+objective.alpha=2", says=("objective", "alpha=2")),
-    "objective of nowhere": given("objective._target_=tcopilot.objectives.Nope", says=("objective", "Nope")),
+    "objective of nowhere": given("objective._target_=tcopilot.training.objectives.Nope", says=("objective", "Nope")),
     # fusion and evaluation
     "λ is not a number": given("fusion.weight=nan", says=("fusion.weight=nan", "a number, a list")),
     "λ is a flag": given("fusion.weight=true", says=("fusion.weight=True", "a number, a list")),
@@ -199,7 +199,9 @@ CONFIGS = {
     # callbacks and loggers
     "checkpoints never": given("callbacks.checkpoint.every_n_rounds=0", says=("every_n_rounds=0", "at least 1")),
     "checkpoints kept": given("callbacks.checkpoint.keep=-1", says=("callbacks.checkpoint.keep=-1", "at least 1")),
-    "unknown callback": given("callbacks.health._target_=tcopilot.callbacks.Nope", says=("callbacks.health", "Nope")),
+    "unknown callback": given(
+        "callbacks.health._target_=tcopilot.training.callbacks.Nope", says=("callbacks.health", "Nope")
+    ),
     "callback is a number": given("callbacks.checkpoint=5", says=("callbacks.checkpoint=5", "_target_")),
     "callback without class": given("+callbacks.extra.x=1", says=("callbacks.extra", "_target_")),
     "no callback at all": given("+callbacks.extra._target_=builtins.dict", says=("callbacks.extra", "no Lightning")),

@@ -20,10 +20,10 @@ from training import (
 
 from tcopilot.checks import config_problems
 from tcopilot.data import DataError, GeneratedTask, TCopilotDataModule
-from tcopilot.distributed import rank
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.visits import Visits
 from tcopilot.models.states import StatePooler, trace_pilot
+from tcopilot.processes import rank
 
 
 def held(log: MistakeLog) -> list[int]:

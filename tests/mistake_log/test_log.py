@@ -21,13 +21,13 @@ from training import (
     train_on,
 )
 
-from tcopilot.checkpoints import pack
 from tcopilot.mistake_log import spill as log_spill
 from tcopilot.mistake_log.log import LoggedRounds, MistakeLog
 from tcopilot.mistake_log.policies import Balanced, Fifo, Latest, Prioritised, Reservoir
 from tcopilot.mistake_log.storage import DenseStorage, TopKStorage
 from tcopilot.mistake_log.tally import Tally
 from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
+from tcopilot.training.checkpoints import pack
 
 WIDTH = 16
 POLICIES = (Latest, Fifo, Reservoir, Prioritised, Balanced)

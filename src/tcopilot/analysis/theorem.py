@@ -43,10 +43,10 @@ from tcopilot.console import quiet_libraries
 from tcopilot.data.batch import Batch
 from tcopilot.data.benchmarks import DataError
 from tcopilot.data.collate import PromptTargetCollator
-from tcopilot.diagnostics import correct_targets
 from tcopilot.functional import fuse_probabilities, token_errors
 from tcopilot.models.chunked import CHUNK_ELEMENTS
 from tcopilot.models.pilot import ModelSourceError
+from tcopilot.training.error_statistics import correct_targets
 
 WEIGHTS = (0.0, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0)  # λ of the measured curve: those of configs/fusion/probability.yaml
 WORST = 5  # entries that are named

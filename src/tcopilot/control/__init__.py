@@ -17,17 +17,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from tcopilot import build
 from tcopilot.build import Prepared
-from tcopilot.callbacks import FlopCount
 from tcopilot.checks import control_names
 from tcopilot.control.averaged import AveragedPilots
 from tcopilot.control.widths import widened
-from tcopilot.distributed import agree_on, rank
 from tcopilot.evaluation.evaluate import UNCOMPARED, Evaluator
 from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.results import Control, Results
 from tcopilot.evaluation.significance import compare
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.modeling import TCopilotModel
+from tcopilot.processes import agree_on, rank
+from tcopilot.training.callbacks import FlopCount
 
 log = logging.getLogger(__name__)
 WARM_UP_ROUNDS, TRIAL_ROUNDS = 5, 30  # at most; long rounds are few, and need less of a trial

@@ -20,8 +20,6 @@ from tcopilot.data.batch import Batch
 from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.metrics import consistency_problems
 from tcopilot.data.module import TCopilotDataModule
-from tcopilot.diagnostics import ErrorStatistics, correct_targets
-from tcopilot.distributed import agree_on, gather, is_first, rank, sum_over_processes, world_size
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.likelihood import Likelihood
 from tcopilot.evaluation.predictions import Prediction, PredictionFiles, claim, fingerprint
@@ -30,6 +28,8 @@ from tcopilot.evaluation.results import Gain, Row
 from tcopilot.evaluation.significance import compare, mean_interval
 from tcopilot.models.gates import GATES, Observations, build_gate
 from tcopilot.models.modeling import TCopilotModel
+from tcopilot.processes import agree_on, gather, is_first, rank, sum_over_processes, world_size
+from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 
 log = logging.getLogger(__name__)
 MODES = ("generation", "likelihood")

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tcopilot.data.batch import Batch
 from tcopilot.data.collate import PromptTargetCollator
-from tcopilot.diagnostics import correct_targets
 from tcopilot.evaluation.predictions import Prediction
 from tcopilot.models.modeling import TCopilotModel
+from tcopilot.training.error_statistics import correct_targets
 
 
 @torch.no_grad()

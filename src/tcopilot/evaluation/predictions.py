@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tcopilot.distributed import barrier, is_first, rank
+from tcopilot.processes import barrier, is_first, rank
 
 Prediction = dict[str, Any]
 """One row at one λ: its `id`, what was said, and `scores`, a value for each metric."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tcopilot.distributed import gather
+from tcopilot.processes import gather
 
 
 class Visits:

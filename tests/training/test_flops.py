@@ -6,9 +6,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from training import FAMILIES, learner, random_batch, small_module, tiny_model, tiny_pilot, train_on
 
-from tcopilot.callbacks import FlopCount
-from tcopilot.callbacks.flops import FlopCounter
 from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.training.callbacks import FlopCount
+from tcopilot.training.callbacks.flops import FlopCounter
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from tcopilot.distributed import refuse_differences
+from tcopilot.processes import refuse_differences
 
 
 class Agreement(Callback):

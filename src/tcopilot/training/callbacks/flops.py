@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from tcopilot.data.batch import Batch
-from tcopilot.distributed import sum_over_processes
+from tcopilot.processes import sum_over_processes
 
 
 @shape_wrapper

@@ -14,7 +14,7 @@ from processes import run_in_processes
 from safetensors.torch import load_file
 
 from tcopilot.checks import config_problems
-from tcopilot.distributed import DisagreementError, agree_on, rank, refuse_differences
+from tcopilot.processes import DisagreementError, agree_on, rank, refuse_differences
 
 SMALL = [
     *(f"data.benchmarks.word_problems.{name}" for name in ("train=400", "validation=24", "test=20")),

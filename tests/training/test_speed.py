@@ -22,13 +22,13 @@ from training import (
     weights,
 )
 
-from tcopilot.callbacks import FlopCount
-from tcopilot.codec import pack, unpack
 from tcopilot.footprint import Load, measure
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models import chunked
 from tcopilot.models.states import StatePooler, trace_pilot
-from tcopilot.objectives import RootMeanSquaredError, objective_sum
+from tcopilot.training.callbacks import FlopCount
+from tcopilot.training.checkpoint_codec import pack, unpack
+from tcopilot.training.objectives import RootMeanSquaredError, objective_sum
 
 
 def trained(family, callbacks=(), **options):

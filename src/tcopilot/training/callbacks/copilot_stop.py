@@ -10,9 +10,9 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from tcopilot.diagnostics import ErrorStatistics
-from tcopilot.distributed import agree_on, sum_over_processes
 from tcopilot.models.copilot import Copilot
+from tcopilot.processes import agree_on, sum_over_processes
+from tcopilot.training.error_statistics import ErrorStatistics
 
 log = logging.getLogger(__name__)
 

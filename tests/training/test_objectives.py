@@ -8,7 +8,7 @@ from tcopilot import Copilot
 from tcopilot.functional import token_errors
 from tcopilot.mistake_log.log import MistakeRecord
 from tcopilot.models import chunked
-from tcopilot.objectives import (
+from tcopilot.training.objectives import (
     CrossEntropy,
     KullbackLeibler,
     MeanSquaredError,

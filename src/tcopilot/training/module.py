@@ -14,12 +14,12 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from tcopilot.data.batch import Batch
-from tcopilot.diagnostics import ErrorStatistics
-from tcopilot.distributed import sum_over_processes
 from tcopilot.mistake_log.log import MistakeLog, MistakeRecord
 from tcopilot.models.modeling import TCopilotModel
 from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
-from tcopilot.objectives import Objective, RootMeanSquaredError, objective_sum
+from tcopilot.processes import sum_over_processes
+from tcopilot.training.error_statistics import ErrorStatistics
+from tcopilot.training.objectives import Objective, RootMeanSquaredError, objective_sum
 
 
 class TrainingDivergedError(RuntimeError):

@@ -9,8 +9,8 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from tcopilot import distributed
-from tcopilot.checkpoints import (
+from tcopilot import processes
+from tcopilot.training.checkpoints import (
     PER_RANK,
     CheckpointError,
     checkpoints,
@@ -70,7 +70,7 @@ class RoundCheckpoint(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep a state that is still good if validation fails; one of several processes cannot save alone."""
-        if distributed.world_size() == 1:
+        if processes.world_size() == 1:
             try:
                 self._write_due(trainer)
             except CheckpointError as error:

@@ -20,9 +20,12 @@ from safetensors import SafetensorError
 from test_callbacks import ROUNDS, Run, assert_equal, assert_same_end
 from torch import distributed
 
-from tcopilot import checkpoints, codec
-from tcopilot.callbacks import MistakeLogCallback, RandomState, RoundCheckpoint
-from tcopilot.checkpoints import (
+from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.mistake_log.policies import Fifo, Reservoir
+from tcopilot.training import checkpoint_codec as codec
+from tcopilot.training import checkpoints
+from tcopilot.training.callbacks import MistakeLogCallback, RandomState, RoundCheckpoint
+from tcopilot.training.checkpoints import (
     MANIFEST,
     PER_RANK,
     CheckpointError,
@@ -33,8 +36,6 @@ from tcopilot.checkpoints import (
     unpack,
     verify,
 )
-from tcopilot.mistake_log.log import MistakeLog
-from tcopilot.mistake_log.policies import Fifo, Reservoir
 
 DTYPES = sorted(codec.DTYPES, key=str)
 
@@ -486,7 +487,7 @@ import resource, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_callbacks import Run
 from training import EachRound
-from tcopilot.checkpoints import CheckpointError
+from tcopilot.training.checkpoints import CheckpointError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 def fill(trainer, module):
     if module.round == 6:
@@ -635,7 +636,7 @@ def test_a_user_who_resumes_past_damage_is_told_and_ends_where_an_unbroken_run_d
 
 
 def test_alarms_that_were_raised_are_not_raised_again():
-    from tcopilot.callbacks import CopilotHealth
+    from tcopilot.training.callbacks import CopilotHealth
 
     before, after = CopilotHealth(), CopilotHealth()
     before.raised = {"stale", "collapsed"}
@@ -689,8 +690,8 @@ def _train(folder):
     """Train, stop by a signal that only the second process gets, resume, and compare with a run in one go."""
     import signal
 
-    from tcopilot.callbacks import CleanStop
-    from tcopilot.callbacks.stop import SIGNALS
+    from tcopilot.training.callbacks import CleanStop
+    from tcopilot.training.callbacks.clean_stop import SIGNALS
 
     rank = distributed.get_rank()
     strategy = {"strategy": "ddp", "devices": 2, "num_nodes": 1}

@@ -8,8 +8,8 @@ import pytest
 from test_callbacks import ROUNDS, Crash, Run, assert_equal, crash_after
 from training import EachRound, same, weights
 
-from tcopilot.callbacks import CopilotStop, copilot_stop
-from tcopilot.checkpoints import checkpoints
+from tcopilot.training.callbacks import CopilotStop, copilot_stop
+from tcopilot.training.checkpoints import checkpoints
 
 VALIDATES = {"limit_val_batches": 1, "val_check_interval": 2}
 

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from tcopilot.diagnostics import ErrorStatistics
 from tcopilot.functional import token_errors
+from tcopilot.training.error_statistics import ErrorStatistics
 
 LOG_PROBS = torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.3, 0.3, 0.4]]]).log()
 TARGETS = torch.tensor([[1, 2, 0]])

@@ -30,7 +30,7 @@ from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.policies import Fifo, Prioritised
 from tcopilot.models.decoding import correct_text
 from tcopilot.models.states import trace_pilot
-from tcopilot.module import TrainingDivergedError
+from tcopilot.training.module import TrainingDivergedError
 
 SGD = partial(learner, lr=1.0, clip=None, optimizer=torch.optim.SGD)  # the update is the negative gradient
 

@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tcopilot import distributed
-from tcopilot.codec import CheckpointError, pack, unpack
+from tcopilot import processes
+from tcopilot.training.checkpoint_codec import CheckpointError, pack, unpack
 
 log = logging.getLogger(__name__)
 FORMAT, VERSION = "tcopilot checkpoint", 1
@@ -74,8 +74,8 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     Raises:
         CheckpointError: if it cannot be written. What was written of it is removed; the ones before stay.
     """
-    world_size = distributed.world_size()
-    rank = distributed.rank() if world_size > 1 else 0
+    world_size = processes.world_size()
+    rank = processes.rank() if world_size > 1 else 0
     draft = path.with_name(f".{path.name}.tmp")
     sums = torch.zeros(world_size + 1, len(KINDS), 1 + 32, dtype=torch.int64)  # size and SHA-256 of the parts' files
 
@@ -114,7 +114,7 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     try:
         _together(begin)
         _together(write)
-        everyones = distributed.sum_over_processes(sums)
+        everyones = processes.sum_over_processes(sums)
         _together(finish)
     except (OSError, SafetensorError) as error:
         if rank == 0:
@@ -148,7 +148,7 @@ def _together(action: Callable[[], None]) -> None:
         action()
     except Exception as error:
         problem = error
-    failed = distributed.sum_over_processes(torch.tensor(float(problem is not None)))
+    failed = processes.sum_over_processes(torch.tensor(float(problem is not None)))
     if problem is not None:
         raise problem
     if failed:
@@ -258,7 +258,7 @@ class SafeCheckpointIO(CheckpointIO):
         Raises:
             CheckpointError: if it cannot be written, or if there are several processes: Lightning asks the first only.
         """
-        if distributed.world_size() > 1:
+        if processes.world_size() > 1:
             raise CheckpointError(f"{path}: with several processes, states are saved by callbacks.checkpoint only")
         save(checkpoint, Path(path))
 
@@ -270,8 +270,8 @@ class SafeCheckpointIO(CheckpointIO):
         Raises:
             CheckpointError: if either is damaged, or if it is of another number of processes.
         """
-        path, world_size = Path(path), distributed.world_size()
-        own = f"rank{distributed.rank() if world_size > 1 else 0}"
+        path, world_size = Path(path), processes.world_size()
+        own = f"rank{processes.rank() if world_size > 1 else 0}"
         manifest = _manifest(path)
         _check_world_size(path, manifest, world_size)
         _check_files(path, manifest, ["main", own])
@@ -355,5 +355,5 @@ def _read(path: Path, part: str, owned: bool) -> Any:
 
 
 def _say(text: str) -> None:
-    if distributed.is_first():
+    if processes.is_first():
         log.warning(text)

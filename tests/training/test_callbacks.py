@@ -29,14 +29,14 @@ from training import (
 )
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, get_scheduler
 
-from tcopilot import checkpoints as checkpoints_module
-from tcopilot.callbacks import CleanStop, CopilotHealth, RandomState, RoundCheckpoint, health, stop
-from tcopilot.checkpoints import SafeCheckpointIO, checkpoints, newest_good
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.policies import Prioritised, Reservoir
 from tcopilot.mistake_log.storage import TopKStorage
 from tcopilot.models.adapters import Lora
-from tcopilot.module import TrainingDivergedError
+from tcopilot.training import checkpoints as checkpoints_module
+from tcopilot.training.callbacks import CleanStop, CopilotHealth, RandomState, RoundCheckpoint, health, stop
+from tcopilot.training.checkpoints import SafeCheckpointIO, checkpoints, newest_good
+from tcopilot.training.module import TrainingDivergedError
 
 ROUNDS = 10
 
