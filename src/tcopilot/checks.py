@@ -17,7 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from tcopilot.evaluation.evaluate import DECODINGS, MODES, PER
-from tcopilot.evaluation.recommendation import RANKINGS
+from tcopilot.evaluation.ranking import RANKINGS
 from tcopilot.functional import POOLINGS
 from tcopilot.mistake_log.log import ROWS
 from tcopilot.models.copilot import PATTERNS, POSITIONS, READS

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from tcopilot.checks import is_whole
 from tcopilot.data.module import TCopilotDataModule
-from tcopilot.evaluation.recommendation import ranking_problems
+from tcopilot.evaluation.ranking import ranking_problems
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models import families
 from tcopilot.models.adapters import Lora

@@ -16,7 +16,6 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
 from tcopilot import build, parts, processes, sweep
-from tcopilot.analysis.trace import trace_problems, write_trace
 from tcopilot.build import Prepared
 from tcopilot.checks import ConfigError, evaluation_problems, refuse_missing
 from tcopilot.console import quiet_libraries, show_results, show_summary
@@ -24,6 +23,7 @@ from tcopilot.control import JointRun, against_controls, controls
 from tcopilot.data.benchmarks import DataError
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.results import Control, Results, git_revision
+from tcopilot.evaluation.trace import trace_problems, write_trace
 from tcopilot.logging import closing_wandb, log_evaluation
 from tcopilot.memory_check import budget
 from tcopilot.models.adapters import merge_adapters

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from tcopilot.analysis import trace as traces
+from tcopilot.evaluation import trace as traces
 from tcopilot.evaluation.results import Results
 
 Row = dict[str, Any]

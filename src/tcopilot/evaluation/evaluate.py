@@ -23,7 +23,7 @@ from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.likelihood import Likelihood
 from tcopilot.evaluation.predictions import Prediction, PredictionFiles, claim, fingerprint
-from tcopilot.evaluation.recommendation import ItemRanking
+from tcopilot.evaluation.ranking import ItemRanking
 from tcopilot.evaluation.results import Gain, Row
 from tcopilot.evaluation.significance import compare, mean_interval
 from tcopilot.models.gates import GATES, Observations, build_gate

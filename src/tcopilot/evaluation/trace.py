@@ -17,11 +17,11 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from tcopilot.analysis.views import Position, positions, trace_targets
 from tcopilot.data.answers import until_end
 from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.generation import Generation
+from tcopilot.evaluation.trace_views import Position, positions, trace_targets
 from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.modeling import TCopilotModel
 

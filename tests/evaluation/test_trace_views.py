@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tcopilot.analysis.views import CANDIDATES, positions, trace_targets
+from tcopilot.evaluation.trace_views import CANDIDATES, positions, trace_targets
 from tcopilot.functional import token_errors
 from tcopilot.models.families import SUPPORTED
 from tcopilot.models.gates import build_gate

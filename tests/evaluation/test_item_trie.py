@@ -8,7 +8,7 @@ from training import random_batch, tiny_model
 from transformers import GenerationConfig
 
 from tcopilot.data.tokenizers import byte_tokenizer
-from tcopilot.evaluation.ranking import ItemTrie, Ranking, rank_by_beams, rank_exhaustively
+from tcopilot.evaluation.item_trie import ItemTrie, Ranking, rank_by_beams, rank_exhaustively
 from tcopilot.models.modeling import fused_class
 
 END = 1
