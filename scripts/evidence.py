@@ -24,8 +24,8 @@ from typing import Any
 import yaml
 
 from tcopilot.control import CONTROLS
-from tcopilot.evaluation.evidence import DEFAULT, TaskEvidence, as_markdown, gather, put_between_markers
-from tcopilot.evaluation.runs import Run, find_runs
+from tcopilot.reporting.evidence import DEFAULT, TaskEvidence, as_markdown, gather, put_between_markers
+from tcopilot.reporting.runs import Run, find_runs
 from tcopilot.run import STOPPED
 from tcopilot.training.checkpoints import checkpoints
 

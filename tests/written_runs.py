@@ -4,8 +4,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from tcopilot.evaluation import published
 from tcopilot.evaluation.results import Gain, Results, Row
+from tcopilot.reporting import published
 
 REASONING = ("piqa", "winogrande", "hellaswag", "boolq", "siqa", "openbookqa")
 ARITHMETIC = ("aqua", "gsm8k", "mawps", "svamp")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tcopilot.analysis.calibration import calibration_error, reliability
+from tcopilot.reporting.report.calibration import calibration_error, reliability
 
 
 def test_bins_hold_their_upper_edge_and_skip_what_is_empty():

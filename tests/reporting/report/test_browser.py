@@ -6,7 +6,7 @@ import composed
 import pytest
 from reports import BROKEN, FIXED, traced_run, with_outcomes
 
-from tcopilot.analysis.report import main
+from tcopilot.reporting.report.page import main
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tcopilot.analysis.files import RunFiles
 from tcopilot.evaluation.outcomes import answer_text, outcome, read_predictions
+from tcopilot.reporting.report.files import RunFiles
 
 MOST_POSITIONS = 60_000  # on the page, about 15 MB
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tcopilot.analysis.corrections import FEWEST, Mistake, drift, frequent_mistakes, quantiles, share
+from tcopilot.reporting.report.corrections import FEWEST, Mistake, drift, frequent_mistakes, quantiles, share
 
 
 def position(token="a", said="a", after="a", shift=0.0, span=10.0, **feedback):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from written_runs import published_run, write_run, write_three_seeds
 
-from tcopilot.evaluation.runs import find_runs, group_runs
-from tcopilot.evaluation.sheets import lay_out
-from tcopilot.evaluation.tables import main, summarise
+from tcopilot.reporting.runs import find_runs, group_runs
+from tcopilot.reporting.sheets import lay_out
+from tcopilot.reporting.tables import main, summarise
 
 CUTS = (5, 10, 20, 100)
 

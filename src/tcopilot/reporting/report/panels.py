@@ -11,12 +11,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from tcopilot.analysis import corrections, efficiency, figures
-from tcopilot.analysis.calibration import calibration_error, reliability
-from tcopilot.analysis.figures import Mark, Series
-from tcopilot.analysis.files import RunFiles, Trace
 from tcopilot.evaluation.results import LOSSES, Row
 from tcopilot.models.gates import GATES
+from tcopilot.reporting.report import corrections, efficiency, figures
+from tcopilot.reporting.report.calibration import calibration_error, reliability
+from tcopilot.reporting.report.figures import Mark, Series
+from tcopilot.reporting.report.files import RunFiles, Trace
 
 DECILES = [place / 20 for place in range(1, 20)]
 MODELS = ("Pilot", "Pilot + Copilot")

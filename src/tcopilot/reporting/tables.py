@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from scipy import stats
 
-from tcopilot.evaluation import published, sheets
 from tcopilot.evaluation.results import LOSSES
-from tcopilot.evaluation.runs import Found, Group, Run, find_runs, group_runs
 from tcopilot.evaluation.significance import ALPHA, direction, over_seeds
+from tcopilot.reporting import published, sheets
+from tcopilot.reporting.runs import Found, Group, Run, find_runs, group_runs
 
 LOWER_IS_BETTER = LOSSES | {"no_answer"}
 ACCURACIES = ("accuracy", "accuracy_lenient")  # the paper's accuracy is either

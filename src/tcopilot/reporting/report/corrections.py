@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tcopilot.evaluation import published
 from tcopilot.evaluation.significance import Interval, mean_interval
+from tcopilot.reporting import published
 
 FEWEST = 10  # tokens at a position, below which its mean is not shown
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from written_runs import ARITHMETIC, REASONING, published_run, write_run, write_three_seeds
 
-from tcopilot.evaluation import published
 from tcopilot.evaluation.results import Control, Results
-from tcopilot.evaluation.runs import find_runs, group_runs
-from tcopilot.evaluation.sheets import lay_out
-from tcopilot.evaluation.tables import Seen, join_benchmarks, line_over_seeds, main, summarise
+from tcopilot.reporting import published
+from tcopilot.reporting.runs import find_runs, group_runs
+from tcopilot.reporting.sheets import lay_out
+from tcopilot.reporting.tables import Seen, join_benchmarks, line_over_seeds, main, summarise
 
 CUTS = (5, 10, 20, 100)
 

@@ -12,9 +12,9 @@ import yaml
 
 from tcopilot import run
 from tcopilot.checks import config_problems
-from tcopilot.evaluation import evidence
 from tcopilot.evaluation.evaluate import PER
 from tcopilot.evaluation.significance import compare
+from tcopilot.reporting import evidence
 
 TITLES = {"averaged": "two Pilots averaged"}
 PAGE = f"# Before\n{evidence.BEGIN}\nold\n{evidence.END}\nafter\n"

@@ -11,8 +11,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from tcopilot.evaluation import published
 from tcopilot.evaluation.results import Results
+from tcopilot.reporting import published
 
 INSIDE_RUNS = {"checkpoints", "control", "export", "predictions"}  # folders of a run that hold no runs
 ASIDE = (  # these, and what lies under them, change no figure

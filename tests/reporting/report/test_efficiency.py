@@ -2,7 +2,7 @@
 
 import pytest
 
-from tcopilot.analysis.efficiency import Cost, decoding_costs, decoding_floor, training_cost, training_floor
+from tcopilot.reporting.report.efficiency import Cost, decoding_costs, decoding_floor, training_cost, training_floor
 
 DECODER = {"encoder": 0, "decoder": 100, "copilot": 100}
 ENCODER = {"encoder": 100, "decoder": 100, "copilot": 100}

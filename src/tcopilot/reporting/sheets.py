@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tcopilot.evaluation import published
 from tcopilot.evaluation.significance import p_text
+from tcopilot.reporting import published
 
 if TYPE_CHECKING:
-    from tcopilot.evaluation.runs import Found
-    from tcopilot.evaluation.tables import Line, Spread, Summary
+    from tcopilot.reporting.runs import Found
+    from tcopilot.reporting.tables import Line, Spread, Summary
 
 WIDTH = 200  # characters of a table that is no terminal's
 LEFT = {"", "benchmark", "metric", "verdict"}  # heads of columns of words

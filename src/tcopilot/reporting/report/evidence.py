@@ -7,7 +7,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from tcopilot.evaluation.evidence import BEGIN, END
+from tcopilot.reporting.evidence import BEGIN, END
 
 
 def evidence_tables(file: Path) -> Markup | None:

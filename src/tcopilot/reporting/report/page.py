@@ -21,13 +21,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tcopilot.analysis import corrections, explorer, figures
-from tcopilot.analysis.evidence import evidence_tables
-from tcopilot.analysis.files import ReportError, RunFiles, read_run
-from tcopilot.analysis.panels import Panel, all_panels
 from tcopilot.evaluation.outcomes import reported_split
 from tcopilot.evaluation.results import LOSSES, Gain
 from tcopilot.evaluation.significance import direction, p_text
+from tcopilot.reporting.report import corrections, explorer, figures
+from tcopilot.reporting.report.evidence import evidence_tables
+from tcopilot.reporting.report.files import ReportError, RunFiles, read_run
+from tcopilot.reporting.report.panels import Panel, all_panels
 
 MOST_MISTAKES = 20
 MOST_NUMBERS = 60  # lines of a table beneath a plot; longer ones are in the CSV only

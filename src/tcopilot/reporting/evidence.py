@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.results import LOSSES
-from tcopilot.evaluation.runs import Run
 from tcopilot.evaluation.significance import Comparison, compare, direction, over_seeds, p_text
+from tcopilot.reporting.runs import Run
 
 DEFAULT = "default"
 BEGIN, END = "<!-- evidence: tables -->", "<!-- evidence: end of tables -->"

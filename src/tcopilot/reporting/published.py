@@ -139,5 +139,5 @@ def _model(path: str | None) -> dict[str, str] | None:
 
 def _read(name: str) -> Iterator[dict[str, str]]:
     """Rows of a file of the package; lines with # are remarks."""
-    text = (files("tcopilot") / "published" / f"{name}.csv").read_text(encoding="utf-8")
+    text = (files("tcopilot.reporting") / "paper_tables" / f"{name}.csv").read_text(encoding="utf-8")
     return csv.DictReader(line for line in text.splitlines() if not line.startswith("#"))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from written_runs import write_run, write_three_seeds
 
-from tcopilot.evaluation import published
-from tcopilot.evaluation.runs import find_runs, group_runs
+from tcopilot.reporting import published
+from tcopilot.reporting.runs import find_runs, group_runs
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import pytest
 from reports import BROKEN, FIXED, TRACED, traced_run, with_outcomes
 from written_runs import write_run
 
-from tcopilot.analysis import figures
-from tcopilot.analysis.explorer import examples
-from tcopilot.analysis.files import read_run
-from tcopilot.analysis.panels import theorem_bound
-from tcopilot.analysis.report import gain_lines, main
 from tcopilot.checks import ConfigError
+from tcopilot.reporting.report import figures
+from tcopilot.reporting.report.explorer import examples
+from tcopilot.reporting.report.files import read_run
+from tcopilot.reporting.report.page import gain_lines, main
+from tcopilot.reporting.report.panels import theorem_bound
 
 BENCHMARKS = ("word_problems", "multiple_choice")
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
@@ -109,7 +109,7 @@ def test_the_explorer_has_every_example_with_its_outcome_and_traced_ones_first(r
 def test_a_full_page_keeps_the_answers_that_changed(reported, monkeypatch):
     run = read_run(reported)
     changed = sum(e[2] in ("fixed", "broken") and e[-1] is not None for e in examples(run)["examples"])
-    monkeypatch.setattr("tcopilot.analysis.explorer.MOST_POSITIONS", 12 * max(1, changed))
+    monkeypatch.setattr("tcopilot.reporting.report.explorer.MOST_POSITIONS", 12 * max(1, changed))
     less = examples(run)
     kept = [example[2] for example in less["examples"] if example[-1] is not None]
     assert changed
