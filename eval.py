@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from tcopilot.run import evaluate
+from tcopilot.app.run import evaluate
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="eval")

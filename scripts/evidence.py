@@ -23,10 +23,10 @@ from typing import Any
 
 import yaml
 
-from tcopilot.control import CONTROLS
+from tcopilot.app.controls import CONTROLS
+from tcopilot.app.run import STOPPED
 from tcopilot.reporting.evidence import DEFAULT, TaskEvidence, as_markdown, gather, put_between_markers
 from tcopilot.reporting.runs import Run, find_runs
-from tcopilot.run import STOPPED
 from tcopilot.training.checkpoints import checkpoints
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from hydra.errors import MissingConfigException
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tcopilot import TCopilotForCausalLM
-from tcopilot.checks import config_problems
+from tcopilot.app.checks.config import config_problems
 from tcopilot.models import families, fusion
 from tcopilot.models.log_attention import LogAttention
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from training import source_side, tiny_model
+from small_training import source_side, tiny_model
 
 from tcopilot.data import GeneratedTask, TCopilotDataModule, word_tokenizer
 from tcopilot.evaluation.evaluate import Decoding, Evaluator, _select

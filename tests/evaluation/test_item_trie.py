@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from training import random_batch, tiny_model
+from small_training import random_batch, tiny_model
 from transformers import GenerationConfig
 
 from tcopilot.data.tokenizers import byte_tokenizer

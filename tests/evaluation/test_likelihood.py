@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from training import source_side, tiny_model
+from small_training import source_side, tiny_model
 
 from tcopilot.data import MultipleChoice, PromptTargetCollator, TCopilotDataModule, byte_tokenizer
 from tcopilot.evaluation.evaluate import Decoding, Evaluator

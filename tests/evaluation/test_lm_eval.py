@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from training import tiny_model, tiny_pilot
+from small_training import tiny_model, tiny_pilot
 
 pytest.importorskip("lm_eval")
 
@@ -305,5 +305,5 @@ def test_the_command_is_the_harness_own_with_one_more_model(exports, tasks):
 
 
 def test_the_package_does_not_need_the_harness():
-    code = "import sys, tcopilot, tcopilot.run; sys.exit('lm_eval' in sys.modules)"
+    code = "import sys, tcopilot, tcopilot.app.run; sys.exit('lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

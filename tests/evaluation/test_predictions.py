@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 from processes import run_in_processes
-from training import tiny_model
+from small_training import tiny_model
 
 from tcopilot.data import GeneratedTask, TCopilotDataModule, word_tokenizer
 from tcopilot.evaluation.evaluate import Decoding, Evaluator

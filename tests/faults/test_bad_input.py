@@ -14,8 +14,9 @@ from hydra._internal.utils import run_and_report
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tcopilot import build, parts, run
-from tcopilot.checks import ConfigError
+from tcopilot.app import build, run
+from tcopilot.app.checks import parts
+from tcopilot.app.checks.config import ConfigError
 from tcopilot.data import byte_tokenizer
 from tcopilot.models.pilot import ModelSourceError
 from tcopilot.training.module import TCopilotModule

@@ -6,7 +6,7 @@ import composed
 import pytest
 import torch
 from processes import run_in_processes
-from training import (
+from small_training import (
     FAMILIES,
     InOrder,
     random_batch,
@@ -18,7 +18,7 @@ from training import (
     weights,
 )
 
-from tcopilot.checks import config_problems
+from tcopilot.app.checks.config import config_problems
 from tcopilot.data import DataError, GeneratedTask, TCopilotDataModule
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.visits import Visits

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from training import random_batch, tiny_pilot
+from small_training import random_batch, tiny_pilot
 
 from tcopilot.mistake_log.host_copy import HostCopies, owned_copy, to_device
 from tcopilot.mistake_log.log import MistakeLog

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from training import (
+from small_training import (
     FAMILIES,
     VOCAB,
     EachRound,

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from scipy.stats import binom, chisquare
-from training import learner, random_batch, small_module, tiny_model, train_on
+from small_training import learner, random_batch, small_module, tiny_model, train_on
 
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.policies import Balanced, Fifo, Latest, Prioritised, Reservoir, _without_replacement

@@ -3,9 +3,19 @@
 import composed
 import pytest
 import torch
-from training import FAMILIES, VOCAB, InOrder, learner, random_batch, small_module, tiny_model, tiny_pilot, train_on
+from small_training import (
+    FAMILIES,
+    VOCAB,
+    InOrder,
+    learner,
+    random_batch,
+    small_module,
+    tiny_model,
+    tiny_pilot,
+    train_on,
+)
 
-from tcopilot import console
+from tcopilot.app import console
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.storage import DenseStorage, FrozenHeadStorage, TopKStorage
 from tcopilot.models.adapters import Lora

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
-from training import (
+from small_training import (
     FAMILIES,
     InOrder,
     learner,
@@ -15,6 +14,7 @@ from training import (
     train_on,
     weights,
 )  # fmt: skip
+from torch import nn
 
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.adapters import Lora, merge_adapters

@@ -6,7 +6,7 @@ import composed
 import pytest
 import torch
 
-from tcopilot.checks import config_problems
+from tcopilot.app.checks.config import config_problems
 from tcopilot.evaluation.evaluate import PER
 from tcopilot.functional import best_weight
 from tcopilot.models.gates import EDGES, GATES, LEAST_TOKENS, Observations, PositionGate, TokenGate, build_gate

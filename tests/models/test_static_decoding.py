@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import CompileConfig
 
-from tcopilot.checks import config_problems
+from tcopilot.app.checks.config import config_problems
 from tcopilot.models.families import SUPPORTED
 from tcopilot.models.modeling import fused_class
 

@@ -10,8 +10,8 @@ import composed
 import pytest
 import yaml
 
-from tcopilot import run
-from tcopilot.checks import config_problems
+from tcopilot.app import run
+from tcopilot.app.checks.config import config_problems
 from tcopilot.evaluation.evaluate import PER
 from tcopilot.evaluation.significance import compare
 from tcopilot.reporting import evidence

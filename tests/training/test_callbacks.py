@@ -5,17 +5,16 @@ import os
 import random
 import signal
 import warnings
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger
-from training import (
+from resumable_run import Crash, Run, assert_equal, assert_same_end, crash_after
+from small_training import (
     FAMILIES,
     EachRound,
-    Losses,
     learner,
     random_batch,
     small_module,
@@ -27,89 +26,17 @@ from training import (
     vocabulary_size,
     weights,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, get_scheduler
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.policies import Prioritised, Reservoir
 from tcopilot.mistake_log.storage import TopKStorage
 from tcopilot.models.adapters import Lora
 from tcopilot.training import checkpoints as checkpoints_module
-from tcopilot.training.callbacks import CleanStop, CopilotHealth, RandomState, RoundCheckpoint, health, stop
+from tcopilot.training.callbacks import CopilotHealth, RandomState, clean_stop
+from tcopilot.training.callbacks import alarms as alarms_module
 from tcopilot.training.checkpoints import SafeCheckpointIO, checkpoints, newest_good
 from tcopilot.training.module import TrainingDivergedError
-
-ROUNDS = 10
-
-
-class Crash(Exception):
-    """A power cut, a node that dies."""
-
-
-def crash_after(rounds):
-    def crash(trainer, module):
-        if module.round + 1 == rounds:
-            raise Crash
-
-    return EachRound(crash)
-
-
-class Run:
-    """One process's life: everything is built anew, from another seed if asked, so that nothing leaks into it."""
-
-    def __init__(
-        self, family, folder, seed=0, every=None, keep=2, callbacks=(), log=None, model=None, trainer=None, **options
-    ):
-        self.data = task_data(family, ROUNDS, rows=60)  # a pass is 8 rounds, the last of them filled up
-        built = {"vocab": vocabulary_size(self.data), "dropout": 0.1, "seed": seed}
-        self.model = tiny_model(family, **built) if model is None else model
-        schedule = partial(get_scheduler, name="cosine", num_warmup_steps=3)
-        learners = {"pilot": learner(3e-3, schedule=schedule), "copilot": learner(schedule=schedule)}
-        self.module = small_module(self.model, ROUNDS, **{**learners, "steps_per_round": 2, **options})
-        self.log = MistakeLog(capacity_rounds=4) if log is None else log
-        self.losses = Losses()
-        saver = RoundCheckpoint(str(folder), every, keep)
-        self.trainer = trainer_for(
-            [self.losses, saver, RandomState(), CleanStop(), *callbacks],
-            self.log,
-            **{"plugins": [SafeCheckpointIO()], **(trainer or {})},
-        )
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-
-    def fit(self, checkpoint=None):
-        self.trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
-        return self
-
-
-def assert_equal(left, right):
-    """Equal to the bit: tensors, containers and plain values."""
-    assert type(left) is type(right)
-    if isinstance(left, torch.Tensor):
-        assert torch.equal(left, right)
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for name in left:
-            assert_equal(left[name], right[name])
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right)
-        for one, other in zip(left, right, strict=True):
-            assert_equal(one, other)
-    else:
-        assert left == right
-
-
-def assert_same_end(whole, resumed, resumed_after):
-    """Weights, log, optimisers and the losses of the rounds since the resume are equal to the bit."""
-    assert whole.module.round == resumed.module.round == ROUNDS
-    assert resumed.losses.pilot == whole.losses.pilot[resumed_after:]
-    assert resumed.losses.copilot == whole.losses.copilot[resumed_after:]
-    assert len(resumed.losses.copilot) == ROUNDS - resumed_after
-    assert_equal(weights(whole.model), weights(resumed.model))
-    assert_equal(whole.log.state_dict(), resumed.log.state_dict())
-    for one, other in zip(whole.trainer.optimizers, resumed.trainer.optimizers, strict=True):
-        assert_equal(one.state_dict(), other.state_dict())
-
 
 # Resuming ----------------------------------------------------------------------------------------------------------
 
@@ -301,14 +228,14 @@ class Signal(Callback):
 @pytest.fixture
 def handlers():
     """The signal handlers before the test; put back after it, whatever the test does."""
-    before = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    before = {number: signal.getsignal(number) for number in clean_stop.SIGNALS}
     yield before
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("number", stop.SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", clean_stop.SIGNALS, ids=lambda number: number.name)
 def test_a_stopped_run_finishes_its_round_saves_and_resumes_as_if_never_stopped(family, number, tmp_path, handlers):
     stopped = Run(family, tmp_path / "cut", callbacks=[Signal(3, number)]).fit()
     assert stopped.module.round == len(stopped.losses.pilot) == 4
@@ -453,7 +380,7 @@ def test_a_log_of_rows_that_the_pilot_has_memorised_rings_once():
 
 
 def test_a_log_of_old_rounds_rings_once(monkeypatch):
-    monkeypatch.setattr(health, "STALE_ROUNDS", 4)
+    monkeypatch.setattr(alarms_module, "STALE_ROUNDS", 4)
     settings = {"rounds": 24, "rows": 400, "pilot": None, "copilot": learner(lr=1e-2)}
     assert alarms(**settings, capacity=24) == {"stale": 1}
     assert alarms(**settings, capacity=5) == {}

@@ -16,10 +16,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from processes import run_in_processes
+from resumable_run import ROUNDS, Run, assert_equal, assert_same_end
 from safetensors import SafetensorError
-from test_callbacks import ROUNDS, Run, assert_equal, assert_same_end
 from torch import distributed
 
+import tcopilot
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.policies import Fifo, Reservoir
 from tcopilot.training import checkpoint_codec as codec
@@ -435,7 +436,7 @@ def test_a_pickle_given_as_the_checkpoint_is_refused(bomb):
 
 
 def test_no_code_of_the_package_unpickles():
-    package = Path(checkpoints.__file__).parent
+    package = Path(tcopilot.__file__).parent
     for path in package.rglob("*.py"):
         assert "torch.load" not in path.read_text(), path
         assert "pickle.load" not in path.read_text(), path  # `UnpicklingError` may be named
@@ -484,9 +485,9 @@ def test_a_full_disk_ends_the_run_with_one_clear_error_and_leaves_the_last_check
     """Where the disk is full is simulated by a limit on the size of files, which grows too small with the log."""
     program = f"""
 import resource, signal, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_callbacks import Run
-from training import EachRound
+sys.path[:0] = {sys.path!r}
+from resumable_run import Run
+from small_training import EachRound
 from tcopilot.training.checkpoints import CheckpointError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 def fill(trainer, module):
@@ -702,7 +703,7 @@ def _train(folder):
         if module.round == 3 and rank == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    from training import EachRound
+    from small_training import EachRound
 
     whole = Run("t5", folder / "whole", every=4, trainer=strategy).fit()
     cut = Run("t5", folder / "cut", every=2, trainer=strategy, callbacks=[EachRound(press)]).fit()
@@ -727,7 +728,7 @@ def test_the_loaders_position_is_the_same_on_all_ranks():
     """So it may be saved once: each rank draws the same global batches and takes its slice."""
     from types import SimpleNamespace
 
-    from training import task_data
+    from small_training import task_data
 
     for workers in (0, 1):
         states = []

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import composed
 import pytest
-from test_callbacks import ROUNDS, Crash, Run, assert_equal, crash_after
-from training import EachRound, same, weights
+from resumable_run import ROUNDS, Crash, Run, assert_equal, crash_after
+from small_training import EachRound, same, weights
 
 from tcopilot.training.callbacks import CopilotStop, copilot_stop
 from tcopilot.training.checkpoints import checkpoints

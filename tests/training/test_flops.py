@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from small_training import FAMILIES, learner, random_batch, small_module, tiny_model, tiny_pilot, train_on
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from training import FAMILIES, learner, random_batch, small_module, tiny_model, tiny_pilot, train_on
 
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.training.callbacks import FlopCount

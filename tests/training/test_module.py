@@ -5,8 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
-from training import (
+from small_training import (
     FAMILIES,
     EachRound,
     InOrder,
@@ -24,6 +23,7 @@ from training import (
     vocabulary_size,
     weights,
 )
+from torch import nn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_scheduler
 
 from tcopilot.mistake_log.log import MistakeLog

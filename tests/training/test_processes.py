@@ -13,7 +13,7 @@ import pytest
 from processes import run_in_processes
 from safetensors.torch import load_file
 
-from tcopilot.checks import config_problems
+from tcopilot.app.checks.config import config_problems
 from tcopilot.processes import DisagreementError, agree_on, rank, refuse_differences
 
 SMALL = [

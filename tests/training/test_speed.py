@@ -5,10 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from training import (
+from small_training import (
     FAMILIES,
     EachRound,
     InOrder,
@@ -21,8 +18,11 @@ from training import (
     train_on,
     weights,
 )
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tcopilot.footprint import Load, measure
+from tcopilot.app.memory.footprint import Load, measure
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models import chunked
 from tcopilot.models.states import StatePooler, trace_pilot

@@ -157,7 +157,7 @@ def _page(
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": _number, "value": _value, "step": _step, "p": p_text}
-    templates = files("tcopilot.analysis") / "templates"
+    templates = files("tcopilot.reporting.report") / "templates"
     shown = explorer.examples(run)
     return environment.get_template("report.html.j2").render(
         run=run,

@@ -2,7 +2,7 @@
 
 from lightning import Callback, LightningModule, Trainer
 
-from tcopilot.logging import log_histograms
+from tcopilot.app.dashboards import log_histograms
 
 
 class ErrorHistograms(Callback):

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from tcopilot.build import Prepared
-from tcopilot.checks import ConfigError
+from tcopilot.app.build import Prepared
+from tcopilot.app.checks.config import ConfigError
+from tcopilot.app.checks.models_and_data import log_bytes
+from tcopilot.app.memory.estimate import Budget, bytes_text
 from tcopilot.evaluation.results import Results, gain_table, weight_table
-from tcopilot.memory_check import Budget, bytes_text
 from tcopilot.models.modeling import TCopilotModel
-from tcopilot.preflight import log_bytes
 from tcopilot.processes import is_first
 
 

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from tcopilot import run, sweep
+from tcopilot.app import run, sweep
 from tcopilot.evaluation.results import Gain, Results, Row
 from tcopilot.training.callbacks.checkpoint import checkpoints
 

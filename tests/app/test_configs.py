@@ -10,7 +10,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from tcopilot.checks import config_problems
+from tcopilot.app.checks.config import config_problems
 
 GROUPS = {  # where train.yaml puts a group; others stand at their own name
     "adapter": ("adapter@pilot.adapter", "adapter@copilot.adapter"),

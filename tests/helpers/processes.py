@@ -8,12 +8,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+HELPERS = Path(__file__).parent
 START = """
 import importlib.util, pathlib, sys
 from torch import distributed
 module, function, rank, size, store, folder = sys.argv[1:]
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{helpers!r}, {tests!r}]
 distributed.init_process_group("gloo", init_method="file://" + store, rank=int(rank), world_size=int(size))
 spec = importlib.util.spec_from_file_location("job", module)
 job = importlib.util.module_from_spec(spec)
@@ -30,7 +30,7 @@ def run_in_processes(function, folder: Path, size: int = 2, timeout: int = 120) 
         started = [
             subprocess.Popen(
                 [
-                    *(sys.executable, "-c", START.format(tests=str(TESTS))),
+                    *(sys.executable, "-c", START.format(helpers=str(HELPERS), tests=str(HELPERS.parent))),
                     *(function.__code__.co_filename, function.__name__, str(rank), str(size)),
                     *(f"{scratch}/store", str(folder)),
                 ],

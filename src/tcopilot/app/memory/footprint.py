@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
+from tcopilot.app.memory.live_tensors import LiveMemory
 from tcopilot.data.batch import Batch
-from tcopilot.live_memory import LiveMemory
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.cache_layers import LEAST_ROOM
 from tcopilot.models.modeling import TCopilotModel

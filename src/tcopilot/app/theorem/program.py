@@ -34,12 +34,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tcopilot import build
-from tcopilot.analysis.parabola import EntrySums, Floats, removed_on_other_half, row_intervals, served_entries
-from tcopilot.analysis.pilots import PilotSpread, TrainedRun, dropout_draws, refuse_other_kinds
-from tcopilot.analysis.theorem_sheet import show, verdict
-from tcopilot.checks import ConfigError
-from tcopilot.console import quiet_libraries
+from tcopilot.app import build
+from tcopilot.app.checks.config import ConfigError
+from tcopilot.app.console import quiet_libraries
+from tcopilot.app.theorem.parabola import EntrySums, Floats, removed_on_other_half, row_intervals, served_entries
+from tcopilot.app.theorem.pilots import PilotSpread, TrainedRun, dropout_draws, refuse_other_kinds
+from tcopilot.app.theorem.sheet import show, verdict
 from tcopilot.data.batch import Batch
 from tcopilot.data.benchmarks import DataError
 from tcopilot.data.collate import PromptTargetCollator

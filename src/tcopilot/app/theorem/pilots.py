@@ -15,9 +15,9 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tcopilot import build
-from tcopilot.analysis.parabola import Parabola
-from tcopilot.checks import ConfigError
+from tcopilot.app import build
+from tcopilot.app.checks.config import ConfigError
+from tcopilot.app.theorem.parabola import Parabola
 from tcopilot.data.batch import Batch
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.functional import token_errors

@@ -11,12 +11,12 @@ import torch
 from omegaconf import DictConfig, ListConfig
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from tcopilot import build
-from tcopilot.build import Prepared
-from tcopilot.checks import ConfigError, process_count
-from tcopilot.footprint import Footprint, Load, measure
+from tcopilot.app import build
+from tcopilot.app.build import Prepared
+from tcopilot.app.checks.config import ConfigError, process_count
+from tcopilot.app.checks.models_and_data import log_bytes
+from tcopilot.app.memory.footprint import Footprint, Load, measure
 from tcopilot.models.pilot import ModelSource
-from tcopilot.preflight import log_bytes
 from tcopilot.processes import gather
 from tcopilot.training.module import TCopilotModule
 

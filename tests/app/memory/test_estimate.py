@@ -7,15 +7,16 @@ import composed
 import pytest
 import torch
 from processes import run_in_processes
+from small_training import FAMILIES, random_batch, small_module, tiny_model, tiny_pilot, trainer_for
 from torch.utils.data import DataLoader
-from training import FAMILIES, random_batch, small_module, tiny_model, tiny_pilot, trainer_for
 
-from tcopilot import build, memory_check
-from tcopilot.checks import ConfigError
+from tcopilot.app import build
+from tcopilot.app.checks.config import ConfigError
+from tcopilot.app.memory import estimate as memory_check
+from tcopilot.app.memory.estimate import Budget, budget
+from tcopilot.app.memory.footprint import Footprint, Load, measure
+from tcopilot.app.memory.live_tensors import LiveMemory
 from tcopilot.data import byte_tokenizer
-from tcopilot.footprint import Footprint, Load, measure
-from tcopilot.live_memory import LiveMemory
-from tcopilot.memory_check import Budget, budget
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.processes import rank
 

@@ -29,7 +29,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from tcopilot.checks import ConfigError, process_count, refuse_missing
+from tcopilot.app.checks.config import ConfigError, process_count, refuse_missing
 from tcopilot.evaluation.results import LOSSES, Results
 from tcopilot.processes import is_first
 from tcopilot.training.callbacks.checkpoint import checkpoints

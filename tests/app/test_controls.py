@@ -6,12 +6,12 @@ import composed
 import pytest
 import torch
 from omegaconf import OmegaConf
-from training import random_batch, tiny_model, tiny_pilot
+from small_training import random_batch, tiny_model, tiny_pilot
 from transformers import AutoConfig
 
-from tcopilot.checks import config_problems
-from tcopilot.control.averaged import AveragedPilots
-from tcopilot.control.widths import widened
+from tcopilot.app.checks.config import config_problems
+from tcopilot.app.controls.averaged import AveragedPilots
+from tcopilot.app.controls.widths import widened
 from tcopilot.models import families
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.copilot import READS

@@ -1,6 +1,6 @@
 """Controls beside every gain: what the joint run's rows and budget give without a Copilot.
 
-Adding a control is one function here, an entry in `CONTROLS` and its name in `tcopilot.checks.CONTROLS`.
+Adding a control is one function here, an entry in `CONTROLS` and its name in `tcopilot.app.checks.config.CONTROLS`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
-from tcopilot import build
-from tcopilot.build import Prepared
-from tcopilot.checks import control_names
-from tcopilot.control.averaged import AveragedPilots
-from tcopilot.control.widths import widened
+from tcopilot.app import build
+from tcopilot.app.build import Prepared
+from tcopilot.app.checks.config import control_names
+from tcopilot.app.controls.averaged import AveragedPilots
+from tcopilot.app.controls.widths import widened
 from tcopilot.evaluation.evaluate import UNCOMPARED, Evaluator
 from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.results import Control, Results

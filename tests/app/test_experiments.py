@@ -13,8 +13,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from tcopilot import build, parts
-from tcopilot.checks import config_problems
+from tcopilot.app import build
+from tcopilot.app.checks import parts
+from tcopilot.app.checks.config import config_problems
 from tcopilot.models.adapters import Lora
 
 EXPERIMENTS = composed.CONFIGS / "experiment"

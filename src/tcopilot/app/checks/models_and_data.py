@@ -16,14 +16,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from tcopilot.checks import is_whole
+from tcopilot.app.checks.config import is_whole
+from tcopilot.app.checks.parts import refusal
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.ranking import ranking_problems
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models import families
 from tcopilot.models.adapters import Lora
 from tcopilot.models.pilot import ModelSource, ModelSourceError
-from tcopilot.parts import refusal
 
 
 def source_problems(*sources: ModelSource | None) -> list[str]:

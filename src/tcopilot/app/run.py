@@ -15,17 +15,19 @@ from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
-from tcopilot import build, parts, processes, sweep
-from tcopilot.build import Prepared
-from tcopilot.checks import ConfigError, evaluation_problems, refuse_missing
-from tcopilot.console import quiet_libraries, show_results, show_summary
-from tcopilot.control import JointRun, against_controls, controls
+from tcopilot import processes
+from tcopilot.app import build, sweep
+from tcopilot.app.build import Prepared
+from tcopilot.app.checks import parts
+from tcopilot.app.checks.config import ConfigError, evaluation_problems, refuse_missing
+from tcopilot.app.console import quiet_libraries, show_results, show_summary
+from tcopilot.app.controls import JointRun, against_controls, controls
+from tcopilot.app.dashboards import closing_wandb, log_evaluation
+from tcopilot.app.memory.estimate import budget
 from tcopilot.data.benchmarks import DataError
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.results import Control, Results, git_revision
 from tcopilot.evaluation.trace import trace_problems, write_trace
-from tcopilot.logging import closing_wandb, log_evaluation
-from tcopilot.memory_check import budget
 from tcopilot.models.adapters import merge_adapters
 from tcopilot.models.modeling import TCopilotModel
 from tcopilot.models.pilot import ModelSource, ModelSourceError

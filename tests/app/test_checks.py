@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from tcopilot import checks, console, preflight, run
-from tcopilot.checks import ConfigError
+from tcopilot.app import console, run
+from tcopilot.app.checks import config as checks
+from tcopilot.app.checks import models_and_data as preflight
+from tcopilot.app.checks.config import ConfigError
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.pilot import ModelSource
 

@@ -10,12 +10,12 @@ import composed
 import numpy as np
 import pytest
 import torch
-from training import VOCAB, random_batch, tiny_model
+from small_training import VOCAB, random_batch, tiny_model
 
-from tcopilot.analysis.parabola import EntrySums, Parabola, promised_weight, row_intervals, served_entries
-from tcopilot.analysis.pilots import PilotSpread, dropout_draws
-from tcopilot.analysis.theorem import WEIGHTS, DistanceSums, main
-from tcopilot.analysis.theorem_sheet import verdict
+from tcopilot.app.theorem.parabola import EntrySums, Parabola, promised_weight, row_intervals, served_entries
+from tcopilot.app.theorem.pilots import PilotSpread, dropout_draws
+from tcopilot.app.theorem.program import WEIGHTS, DistanceSums, main
+from tcopilot.app.theorem.sheet import verdict
 from tcopilot.data.batch import Batch
 from tcopilot.functional import token_errors
 from tcopilot.training.error_statistics import ErrorStatistics, correct_targets

@@ -16,7 +16,17 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from yaml import YAMLError
 
-from tcopilot.checks import ConfigError, config_problems, refuse_misshapen, refuse_missing
+from tcopilot.app.checks.config import ConfigError, config_problems, refuse_misshapen, refuse_missing
+from tcopilot.app.checks.models_and_data import (
+    copilot_layers,
+    data_problems,
+    donor_problems,
+    memory_problems,
+    model_problems,
+    source_problems,
+    tokenizer_problems,
+)
+from tcopilot.app.checks.parts import part_problems, refusal
 from tcopilot.data.benchmarks import DataError
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.evaluate import Decoding
@@ -26,16 +36,6 @@ from tcopilot.models.copilot import Copilot
 from tcopilot.models.families import decoder_depth
 from tcopilot.models.modeling import TCopilotModel, fused_class
 from tcopilot.models.pilot import ModelSource, ModelSourceError
-from tcopilot.parts import part_problems, refusal
-from tcopilot.preflight import (
-    copilot_layers,
-    data_problems,
-    donor_problems,
-    memory_problems,
-    model_problems,
-    source_problems,
-    tokenizer_problems,
-)
 from tcopilot.processes import is_first
 from tcopilot.training.callbacks import MistakeLogCallback
 from tcopilot.training.checkpoints import SafeCheckpointIO

@@ -1,0 +1,1 @@
+"""The programs: from a config to a finished run."""
