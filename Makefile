@@ -31,9 +31,9 @@ lint: .venv/dev ## Check format and lint rules
 format: .venv/dev ## Format the code
 	.venv/bin/ruff format . && .venv/bin/ruff check --fix .
 
-.PHONY: benchmark
-benchmark: .venv/run ## Run all benchmarks, print their bars, write the tables of docs/performance.md (about six minutes)
-	$(RUN) benchmarks/all.py
+.PHONY: performance
+performance: .venv/run ## Measure speed and memory again and update docs/performance.md (about six minutes)
+	$(RUN) performance/all.py
 
 .PHONY: clean
 clean: ## Remove the environment and caches; runs stay

@@ -7,12 +7,12 @@ import sys
 import composed
 import pytest
 
-FOLDER = composed.ROOT / "benchmarks"
+FOLDER = composed.ROOT / "performance"
 
 
 @pytest.fixture(scope="module")
-def benchmarks():
-    spec = importlib.util.spec_from_file_location("all_benchmarks_script", FOLDER / "all.py")
+def performance():
+    spec = importlib.util.spec_from_file_location("all_performance_scripts", FOLDER / "all.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -26,42 +26,42 @@ def round_row(overhead, trainer=1.0):
     }  # fmt: skip
 
 
-def test_the_page_is_what_the_committed_figures_give(benchmarks):
-    page, found = benchmarks.PAGE.read_text(), json.loads(benchmarks.FOUND.read_text())
-    assert benchmarks.render(page, found) == page
+def test_the_page_is_what_the_committed_figures_give(performance):
+    page, found = performance.PAGE.read_text(), json.loads(performance.FOUND.read_text())
+    assert performance.render(page, found) == page
 
 
-def test_the_page_has_a_place_for_every_table(benchmarks):
-    page = benchmarks.PAGE.read_text()
-    for name in (*benchmarks.TABLES, "records", "bars"):
+def test_the_page_has_a_place_for_every_table(performance):
+    page = performance.PAGE.read_text()
+    for name in (*performance.TABLES, "records", "bars"):
         assert page.count(f"<!-- {name} -->\n") == page.count(f"<!-- /{name} -->") == 1, name
-    assert set(benchmarks.SCRIPTS) == set(benchmarks.TABLES)
+    assert set(performance.SCRIPTS) == set(performance.TABLES)
 
 
-def test_tables_replace_what_stood_between_their_marks_and_nothing_else(benchmarks):
+def test_tables_replace_what_stood_between_their_marks_and_nothing_else(performance):
     page = "before\n<!-- round -->\nold\n<!-- /round -->\nbetween\n<!-- log -->\nkept\n<!-- /log -->\nafter\n"
-    written = benchmarks.render(page, {"round": [round_row(1.05)]})
+    written = performance.render(page, {"round": [round_row(1.05)]})
     assert "old" not in written
     assert "| llama | 4 layers | 128 | 16 | 1.20 | 1.10 | 1.05 | 1.00 |" in written
     assert written.endswith("between\n<!-- log -->\nkept\n<!-- /log -->\nafter\n")
     assert written.startswith("before\n<!-- round -->\n| Pilot |")
-    assert benchmarks.render(written, {"round": [round_row(1.05)]}) == written
+    assert performance.render(written, {"round": [round_row(1.05)]}) == written
 
 
 @pytest.mark.parametrize(
     ("overheads", "said"),
     [((1.0, 1.25), "1.25, at most 1.25: met"), ((1.3, 1.0), "1.30, at most 1.25: missed")],
 )
-def test_a_bar_is_judged_by_the_worst_figure(benchmarks, overheads, said):
-    assert said in benchmarks.bars({"round": [round_row(overhead) for overhead in overheads]})[0]
+def test_a_bar_is_judged_by_the_worst_figure(performance, overheads, said):
+    assert said in performance.bars({"round": [round_row(overhead) for overhead in overheads]})[0]
 
 
-def test_what_was_not_measured_has_no_bar(benchmarks):
-    assert benchmarks.bars({}) == []
+def test_what_was_not_measured_has_no_bar(performance):
+    assert performance.bars({}) == []
 
 
-def test_the_scripts_take_the_options_that_they_are_given(benchmarks):
-    for command in benchmarks.SCRIPTS.values():
+def test_the_scripts_take_the_options_that_they_are_given(performance):
+    for command in performance.SCRIPTS.values():
         text = (FOLDER / command[0]).read_text()
         for option in (*command[1:], "--json"):
             assert not option.startswith("--") or f'"{option}"' in text, (command[0], option)

@@ -1,6 +1,6 @@
 """Cost against model width, target length, vocabulary and number of λ, each over that of the first value.
 
-    python benchmarks/scale.py [--repeats 5] [--json FILE]
+    python performance/scale.py [--repeats 5] [--json FILE]
 
 A round is a joint round without the Trainer's part: trace, log, both losses, backward pass. `measured` is a ratio of
 medians taken in turn in one process; `FLOPs` is the same ratio of the operations that torch counts.

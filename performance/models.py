@@ -1,4 +1,4 @@
-"""Modules with random weights and batches of random tokens, for the benchmarks that vary shapes."""
+"""Modules with random weights and batches of random tokens, for the scripts that vary shapes."""
 
 from dataclasses import dataclass
 from functools import partial

@@ -1,6 +1,6 @@
 """Time of decoding: the stock Pilot, ours at λ = 0, and fused, side by side, with the floor beside it.
 
-    python benchmarks/decode.py [--full] [--static] [--repeats 3] [--device cuda] [--dtype bfloat16] [--json FILE]
+    python performance/decode.py [--full] [--static] [--repeats 3] [--device cuda] [--dtype bfloat16] [--json FILE]
 
 Every figure is a ratio of medians measured alternately in one process; every text has its full length. The floor is
 what no implementation can beat: the smaller one of the ratio of weight bytes read at each step and the ratio of FLOPs

@@ -1,6 +1,6 @@
-"""Run every benchmark in its short version and write the tables of docs/performance.md from what they found.
+"""Run the short version of every script here and write the tables of docs/performance.md from what they found.
 
-    python benchmarks/all.py [--only memory log …] [--render]
+    python performance/all.py [--only memory log …] [--render]
 
 Each script runs in a process of its own; its JSON joins docs/performance.json, from which alone the tables are made
 (`--render` makes them without running anything). On a machine with a GPU the scripts take the shapes of LLaMA-3.2 and

@@ -1,4 +1,4 @@
-"""The shapes that the benchmarks time, with random weights: the time of a step does not depend on their values."""
+"""Models of the shapes that the scripts time. Weights are random: the time of a step does not depend on them."""
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, PreTrainedModel, T5Config

@@ -1,6 +1,6 @@
 """Peaks of the loss, a round and decoding, beside the estimate that training starts with, and bytes of a record.
 
-    python benchmarks/memory.py [--full] [--json FILE]
+    python performance/memory.py [--full] [--json FILE]
 
 Every size runs in a process of its own. On the CPU peaks are bytes of live tensors, counted operation by operation and
 therefore the same in every run; on a GPU they are what torch has allocated there. `--full` takes the sizes of

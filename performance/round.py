@@ -1,7 +1,7 @@
 """Time of a training round: Pilot alone, Pilot and Copilot, and Hugging Face's Trainer on the same Pilot.
 
-    python benchmarks/round.py [--rounds 6] [--repeats 2] [--device cuda] [--dtype bfloat16] [--json FILE]
-    python benchmarks/round.py --size llama-3.2-3b --copilot-size llama-3.2-1b --architectures llama --profile FILE
+    python performance/round.py [--rounds 6] [--repeats 2] [--device cuda] [--dtype bfloat16] [--json FILE]
+    python performance/round.py --size llama-3.2-3b --copilot-size llama-3.2-1b --architectures llama --profile FILE
 
 Every figure is a ratio of medians measured alternately in one process, through the real `training_step` under a
 Lightning Trainer. The floor is what the extra arithmetic alone would cost: FLOPs of a joint round over FLOPs of a

@@ -1,6 +1,6 @@
 """Cost of the Mistake Log from 10² to 10⁵ rounds held. The size of a record is the matter of `memory.py`.
 
-    python benchmarks/log.py [--rounds 100 1000 10000 100000] [--repeats 200] [--policies fifo …] [--json FILE]
+    python performance/log.py [--rounds 100 1000 10000 100000] [--repeats 200] [--policies fifo …] [--json FILE]
 
 Every log is full, so an append also evicts. Logs of all lengths are timed in turn in one process, and the figures are
 medians over the turns; `ratio` is a length's sample time over that of the shortest log. Records are small, so that
