@@ -4,8 +4,8 @@ from tcopilot.models.caches import TCopilotCache
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.copilot import Copilot, CopilotConfig
 from tcopilot.models.modeling import TCopilotForCausalLM, TCopilotForSeq2SeqLM
+from tcopilot.version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "Copilot",
     "CopilotConfig",
@@ -13,4 +13,5 @@ __all__ = [
     "TCopilotConfig",
     "TCopilotForCausalLM",
     "TCopilotForSeq2SeqLM",
+    "__version__",
 ]

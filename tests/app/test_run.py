@@ -28,6 +28,7 @@ from tcopilot.data.tokenizers import word_tokenizer
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.results import Results
 from tcopilot.training.module import TCopilotModule, TrainingDivergedError
+from tcopilot.version import __version__
 
 DATA = composed.ROOT.parent / "shared" / "data"
 TASKS = {"t5": "word_problems", "llama": "multiple_choice"}
@@ -620,7 +621,8 @@ def test_a_finished_run_can_be_resumed_and_says_the_same_again(tmp_path):
 @pytest.mark.parametrize("files", [[], ["config.yaml"]])
 def test_resuming_what_cannot_be_resumed_says_why(files, tmp_path):
     for name in files:
-        OmegaConf.save(composed.compose_config(*SHORT, f"paths.run_dir={tmp_path}"), tmp_path / name, resolve=True)
+        config = composed.compose_config(*SHORT, f"paths.run_dir={tmp_path}", f"+version={__version__}")
+        OmegaConf.save(config, tmp_path / name, resolve=True)
     with pytest.raises(ConfigError) as refused:
         composed.run.train(composed.compose_config(f"resume={tmp_path}", "traceback=true"))
     assert f"resume={tmp_path}" in str(refused.value)

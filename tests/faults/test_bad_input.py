@@ -11,6 +11,7 @@ import composed
 import pytest
 import torch
 from hydra._internal.utils import run_and_report
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -20,6 +21,7 @@ from tcopilot.app.checks.config import ConfigError
 from tcopilot.data import byte_tokenizer
 from tcopilot.models.pilot import ModelSourceError
 from tcopilot.training.module import TCopilotModule
+from tcopilot.version import __version__
 
 LORA = ("pilot=tiny_llama", "adapter@pilot.adapter=lora")
 TOPK = ("log_storage@mistake_log.log.storage=topk",)
@@ -497,6 +499,17 @@ def edit_json(name: str, **changes):
     return change
 
 
+def set_version(version: str | None):
+    """Let another version have made a run; None is one that did not say so yet."""
+
+    def change(folder: Path) -> None:
+        config = OmegaConf.load(folder / "config.yaml")
+        assert config.pop("version") == __version__
+        OmegaConf.save({**config} if version is None else {**config, "version": version}, folder / "config.yaml")
+
+    return change
+
+
 def edit_weights(change, name: str = "model.safetensors"):
     """Change tensors of a safetensors file."""
 
@@ -667,6 +680,11 @@ EXPORTS = {  # a change to a finished run
         write("config.yaml", "a: !!python/object/apply:os.system ['touch executed']\n"),
         ("config.yaml", "cannot be read"),
     ),
+    "made by an older version": (
+        set_version(None),
+        ("a version before 0.2.0", f"this is tcopilot {__version__}", "evaluate it with the version that made it"),
+    ),
+    "made by another version": (set_version("0.9.1"), ("made by version 0.9.1", "evaluate it with tcopilot 0.9.1")),
 }
 
 
@@ -881,8 +899,9 @@ def test_the_evaluation_of_a_damaged_run_is_refused(name, damaged, refusal, plac
     [
         (lambda folder: shutil.rmtree(folder / "checkpoints"), ("no checkpoint in",)),
         (remove("config.yaml"), ("no config.yaml",)),
+        (set_version(None), ("a version before 0.2.0", "the version that made it")),
     ],
-    ids=["no checkpoints", "no config"],
+    ids=["no checkpoints", "no config", "an older version"],
 )
 def test_a_run_that_cannot_go_on_is_refused(change, says, damaged, refusal, placed, untrained):
     folder = damaged(change)

@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 
 from tcopilot.evaluation.results import Gain, Results, Row
 from tcopilot.reporting import published
+from tcopilot.version import __version__
 
 REASONING = ("piqa", "winogrande", "hellaswag", "boolq", "siqa", "openbookqa")
 ARITHMETIC = ("aqua", "gsm8k", "mawps", "svamp")
@@ -14,6 +15,7 @@ ARITHMETIC = ("aqua", "gsm8k", "mawps", "svamp")
 def config_of(seed: int, folder: Path, **changes) -> dict:
     """A resolved config; changes are dotted keys with __ for the dot."""
     config = {
+        "version": __version__,
         "name": "demo",
         "seed": seed,
         "resume": None,

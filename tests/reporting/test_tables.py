@@ -247,15 +247,17 @@ def test_unfinished_and_unreadable_runs_are_listed(three_seeds, capsys):
     (bare / "config.yaml").unlink()
     garbled = write_run(three_seeds / "garbled", {("gsm8k", "accuracy"): (0.4, 0.5)}, 8)
     (garbled / "config.yaml").write_text("a: [1")
+    older = write_run(three_seeds / "older", {("gsm8k", "accuracy"): (0.4, 0.5)}, 8, version="0.1.0")
     assert main([str(three_seeds), "--json", str(three_seeds / "table.json")]) == 0
     out = capsys.readouterr().out
     assert f"unfinished: {three_seeds / 'stopped'}\n" in out
     assert f"unreadable: {broken}: results.json: not JSON" in out
     assert f"unreadable: {bare}: no config.yaml beside results.json" in out
     assert f"unreadable: {garbled}: " in out
+    assert f"unreadable: {older}: this run was made by version 0.1.0" in out
     data = json.loads((three_seeds / "table.json").read_text())
     assert data["unfinished"] == [str(three_seeds / "stopped")]
-    assert len(data["unreadable"]) == 3
+    assert len(data["unreadable"]) == 4
     assert data["groups"][0]["runs"] == [str(three_seeds / name) for name in "012"]
 
 

@@ -40,6 +40,7 @@ from tcopilot.processes import is_first
 from tcopilot.training.callbacks import MistakeLogCallback
 from tcopilot.training.checkpoints import SafeCheckpointIO
 from tcopilot.training.module import Learner, TCopilotModule
+from tcopilot.version import version_problem
 
 
 @dataclass
@@ -132,7 +133,7 @@ def read_config(file: Path, key: str) -> DictConfig:
     """The config of an earlier run.
 
     Raises:
-        ConfigError: if the file is no mapping in YAML.
+        ConfigError: if the file is no mapping in YAML, or of a run that another version made.
     """
     try:
         config = OmegaConf.load(file)
@@ -141,6 +142,8 @@ def read_config(file: Path, key: str) -> DictConfig:
         raise ConfigError([f"{key}: {file} cannot be read ({reason}); give the folder of another run"]) from error
     if not isinstance(config, DictConfig) or "paths" not in config:
         raise ConfigError([f"{key}: {file} is not the config of a run; give the folder of another run"])
+    if problem := version_problem(config):
+        raise ConfigError([f"{key}: {problem}"])
     return config
 
 

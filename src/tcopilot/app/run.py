@@ -36,6 +36,7 @@ from tcopilot.processes import DisagreementError, LostProcessError, agree_on, is
 from tcopilot.training.callbacks import Agreement, CleanStop, FlopCount, RoundCheckpoint
 from tcopilot.training.checkpoints import CheckpointError, checkpoints, newest_good, round_of
 from tcopilot.training.module import TCopilotModule, TrainingDivergedError
+from tcopilot.version import __version__
 
 log = logging.getLogger(__name__)
 USER_ERRORS = (
@@ -268,6 +269,7 @@ def _shared_run_dir(cfg: DictConfig) -> Path:
 
 
 def _save_config(cfg: DictConfig, run_dir: Path) -> None:
+    OmegaConf.update(cfg, "version", __version__, force_add=True)
     if not is_first():
         return
     try:

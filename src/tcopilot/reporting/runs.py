@@ -13,11 +13,12 @@ from omegaconf import OmegaConf
 
 from tcopilot.evaluation.results import Results
 from tcopilot.reporting import published
+from tcopilot.version import version_problem
 
 INSIDE_RUNS = {"checkpoints", "control", "export", "predictions"}  # folders of a run that hold no runs
 ASIDE = (  # these, and what lies under them, change no figure
     *("callbacks", "compile", "control", "evaluation.batch_size", "evaluation.compile", "evaluation.decoding"),
-    *("hydra", "logger", "name", "paths", "resume", "run", "seed", "traceback"),
+    *("hydra", "logger", "name", "paths", "resume", "run", "seed", "traceback", "version"),
 )
 NOT_ASIDE = "callbacks.copilot_stop"
 SHORT = {"mistake_log.log.policy": "mistake_log", "mistake_log.log.storage": "log_storage"}  # as one types them
@@ -114,6 +115,8 @@ def _read_run(folder: Path) -> Run:
     config = OmegaConf.to_container(OmegaConf.load(path))
     if not config or not isinstance(config, dict):
         raise ValueError("config.yaml: holds no keys; copy it anew from where the run was made")
+    if problem := version_problem(config):
+        raise ValueError(problem)
     return Run(folder, results, dict(_flat(config)))
 
 

@@ -235,6 +235,12 @@ def test_results_alone_are_reported(tmp_path, unplotted):
     assert lines_of(folder / "report" / "figures" / "gain.csv")[0]["fixed"] == "9"
 
 
+def test_a_run_of_another_version_is_not_reported_on(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", {("gsm8k", "accuracy"): (0.4, 0.5)}, version="0.1.0")
+    assert main([str(folder)]) == 1
+    assert "made by version 0.1.0" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_reported_on_is_answered_with_the_mend(run, tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
     assert "no results.json there; give the directory of a finished" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from tcopilot.evaluation import trace as traces
 from tcopilot.evaluation.results import Results
+from tcopilot.version import version_problem
 
 Row = dict[str, Any]
 
@@ -85,6 +86,8 @@ def read_run(folder: str | Path) -> RunFiles:
     if not results.gain:
         raise ReportError(f"{folder}: results.json holds no gain; evaluate the run again with eval.py")
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    if problem := version_problem(config):
+        raise ReportError(f"{folder}: {problem}")
     run = RunFiles(folder, results, config, [], trace)
     if (path := run.find("metrics.csv")) is not None:
         run.metrics = _read_metrics(path)

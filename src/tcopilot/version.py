@@ -1,0 +1,28 @@
+"""The version of this package. Every run directory carries it in its `config.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__version__ = "0.2.0"
+
+
+def version_problem(config: Mapping[str, Any]) -> str | None:
+    """Say why the config of a run cannot be used here, or return None if it can.
+
+    Class paths in configs, and files of a run directory, may change between minor versions. A run is therefore read
+    by the major.minor version that made it, and there is no layer that translates older configs.
+    """
+    made_by = config.get("version")
+    if made_by is not None and _minor(str(made_by)) == _minor(__version__):
+        return None
+    maker = "a version before 0.2.0 (its config.yaml names none)" if made_by is None else f"version {made_by}"
+    use = "the version that made it" if made_by is None else f"tcopilot {made_by}"
+    return (
+        f"this run was made by {maker} and this is tcopilot {__version__}; evaluate it with {use}, or train it again"
+    )
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
