@@ -244,7 +244,7 @@ def results_of(*benchmarks: str, weight: float = 1.0) -> Results:
     gain = [Gain(b, "accuracy", 0.5, 0.5, 0.0, (0, 0), 1, 1, 1.0) for b in benchmarks]
     return Results(
         seed=0, git="", config="", params={}, rounds=1, train_seconds=0.0, selected_weight=weight,
-        selected_on="validation", rows=rows, gain=gain,
+        selected_on="validation", reported_on="test", rows=rows, gain=gain,
     )  # fmt: skip
 
 

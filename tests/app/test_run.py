@@ -129,6 +129,7 @@ def test_results_keep_to_their_contract(finished):
         "train_seconds": float,
         "selected_weight": float,
         "selected_on": str,
+        "reported_on": str,
         "rows": list,
         "gain": list,
     }

@@ -278,7 +278,7 @@ def test_the_gain_that_sweepers_see_is_of_the_rows_that_the_weight_was_chosen_on
 
     shared = {"seed": 0, "git": "", "config": "", "params": {}, "rounds": 1, "train_seconds": 1.0, "rows": rows}
     for metric in ("accuracy", "perplexity"):
-        found = Results(selected_weight=1.0, selected_on="validation", gain=gain(metric), **shared)
+        found = Results(selected_weight=1.0, selected_on="validation", reported_on="test", gain=gain(metric), **shared)
         assert sweep.validation_gain(found) == 0.5
 
 

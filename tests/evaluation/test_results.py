@@ -28,6 +28,7 @@ def results() -> Results:
         train_seconds=61.7,
         selected_weight=0.5,
         selected_on="validation",
+        reported_on="test",
         rows=[
             row("accuracy", "validation", 0.0, 0.4012),
             row("accuracy", "validation", 0.5, 0.4534),
@@ -78,7 +79,7 @@ def test_weights_per_benchmark_survive_the_file(results, tmp_path):
 def test_file_has_the_keys_of_the_contract(results, tmp_path):
     results.save(tmp_path / "results.json")
     data = json.loads((tmp_path / "results.json").read_text())
-    contract = "version seed git config params rounds train_seconds selected_weight selected_on rows gain"
+    contract = "version seed git config params rounds train_seconds selected_weight selected_on reported_on rows gain"
     assert set(contract.split()) <= set(data)
     assert data["version"] == 1
     assert set(data["rows"][0]) == {"benchmark", "split", "metric", "weight", "value", "n", "ci95"}
@@ -165,6 +166,13 @@ def test_gain_table_shows_percent_points_and_verdict(results):
     assert "500 rounds, 62 s; λ chosen on validation" in text(gain_table(results))
 
 
+def test_the_number_of_rows_is_that_of_the_reported_split_also_where_the_weight_was_chosen(results):
+    results.rows = [replace(row, n=77) if row.split == "validation" else row for row in results.rows]
+    assert " 1319 " in line(gain_table(results), "accuracy")
+    results.reported_on = "validation"
+    assert " 77 " in line(gain_table(results), "accuracy")
+
+
 def test_nats_are_plain_numbers_and_lower_is_better(results):
     shown = line(gain_table(results), "nll")
     for cell in ("1.2346", "1.1111", "-0.1235 [-0.2000, -0.0500]", " better"):
@@ -249,7 +257,7 @@ def test_the_predictions_of_a_run_are_those_of_the_mode_that_decided(tmp_path):
     rows = [Row("choice", split, "accuracy_sum", 0.5, 1.0, 1, (1.0, 1.0)) for split in ("validation", "test")]
     results = Results(
         seed=0, git="abc", config="config.yaml", params={}, rounds=1, train_seconds=1.0,
-        selected_weight=0.5, selected_on="validation", rows=rows, gain=[gain],
+        selected_weight=0.5, selected_on="validation", reported_on="test", rows=rows, gain=[gain],
     )  # fmt: skip
     for suffix, metric in (("", "accuracy"), ("-likelihood", "accuracy_sum")):
         line = json.dumps({"id": 3, "scores": {metric: 1.0}})

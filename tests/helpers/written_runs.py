@@ -47,12 +47,14 @@ def write_run(folder: Path, figures: dict, seed: int = 0, p: float = 0.001, n: i
                 rows.append(Row(benchmark, split, metric, weight, value + shift, n, (0.0, 1.0)))
         step = fused - pilot
         gain.append(Gain(benchmark, metric, pilot, fused, step, (step - 0.01, step + 0.01), 9, 1, p))
+    config = config_of(seed, folder, **changes)
     results = Results(
         seed=seed, git="abc", config="config.yaml", params={}, rounds=500, train_seconds=60.0,
-        selected_weight=0.5, selected_on="validation", rows=rows, gain=gain,
+        selected_weight=0.5, selected_on="validation", reported_on=config["evaluation"]["report_on"],
+        rows=rows, gain=gain,
     )  # fmt: skip
     results.save(folder / "results.json")
-    OmegaConf.save(config_of(seed, folder, **changes), folder / "config.yaml")
+    OmegaConf.save(config, folder / "config.yaml")
     return folder
 
 

@@ -33,6 +33,7 @@ from tcopilot.models.modeling import TCopilotModel
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.models.transfer import put_on, transfer_problems
 from tcopilot.processes import DisagreementError, LostProcessError, agree_on, is_first, is_lost_process, rank
+from tcopilot.run_directory import flatten
 from tcopilot.training.callbacks import Agreement, CleanStop, FlopCount, RoundCheckpoint
 from tcopilot.training.checkpoints import CheckpointError, checkpoints, newest_good, round_of
 from tcopilot.training.module import TCopilotModule, TrainingDivergedError
@@ -213,7 +214,8 @@ def _evaluated(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_di
     ]
     results = Results(
         seed=cfg.seed, git=git_revision(), config="config.yaml", params={}, rounds=0, train_seconds=0.0,
-        selected_weight=found.selected_weight, selected_on=splits[0], rows=found.rows, gain=found.gain, notes=notes,
+        selected_weight=found.selected_weight, selected_on=splits[0], reported_on=splits[1],
+        rows=found.rows, gain=found.gain, notes=notes,
         best_weight=found.best_weight if cfg.fusion.space == "probability" else None,
     )  # fmt: skip
     return results
@@ -288,17 +290,7 @@ def _save_results(results: Results, run_dir: Path) -> None:
 
 def _settings(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
     """What all processes of a job must have in common: each key of the config, and the rows."""
-    flat: dict[str, Any] = {"data": prepared.data.fingerprint()}
-
-    def add(node: Any, place: str) -> None:
-        if isinstance(node, dict):
-            for key, value in node.items():
-                add(value, f"{place}.{key}" if place else str(key))
-        else:
-            flat[place] = node
-
-    add(OmegaConf.to_container(cfg, resolve=True), "")
-    return flat
+    return {"data": prepared.data.fingerprint()} | flatten(OmegaConf.to_container(cfg, resolve=True))
 
 
 def _resumed(cfg: DictConfig) -> DictConfig:

@@ -32,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from tcopilot.app.checks.config import ConfigError, process_count, refuse_missing
 from tcopilot.evaluation.results import LOSSES, Results
 from tcopilot.processes import is_first
+from tcopilot.run_directory import flatten, write_whole
 from tcopilot.training.callbacks.checkpoint import checkpoints
 
 DONE, FAILED, JOB = "done.json", "failed.json", "job.yaml"
@@ -234,7 +235,7 @@ def _job_settings(folder: Path) -> dict[str, Any]:
 
 
 def _other_config(folder: Path, before: str, settings: dict[str, Any]) -> str:
-    old, new = (dict(_leaves(tree)) for tree in (_job_settings(folder), settings))
+    old, new = (flatten(tree) for tree in (_job_settings(folder), settings))
     different = [
         f"{key}={old.get(key)} there, {new.get(key)} now" for key in {**old, **new} if old.get(key) != new.get(key)
     ]
@@ -243,14 +244,6 @@ def _other_config(folder: Path, before: str, settings: dict[str, Any]) -> str:
         f"{folder} holds a job of another config: {before} there, {fingerprint(settings)} now ({shown}). Give another "
         f"hydra.sweep.dir, or remove that folder"
     )
-
-
-def _leaves(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict):
-        for name, part in tree.items():
-            yield from _leaves(part, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, tree
 
 
 @contextmanager
@@ -307,14 +300,7 @@ def _failures(config: DictConfig) -> dict[Path, int]:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    """Write a file that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def _now() -> str:

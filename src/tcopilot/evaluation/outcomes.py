@@ -18,18 +18,12 @@ def read_predictions(results: Results, folder: Path, benchmark: str, weight: flo
     """Row id to prediction on the reported split at one λ, of the mode that decided; empty if there is no file."""
     metric = next((gain.metric for gain in results.gain if gain.benchmark == benchmark), None)
     for suffix in (Generation.suffix, Likelihood.suffix):
-        file = folder / f"{reported_split(results)}-{benchmark}{suffix}-weight={weight:g}.jsonl"
+        file = folder / f"{results.reported_on}-{benchmark}{suffix}-weight={weight:g}.jsonl"
         if file.exists():
             found = {line["id"]: line for line in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
             if metric is None or all(metric in prediction["scores"] for prediction in found.values()):
                 return found
     return {}
-
-
-def reported_split(results: Results) -> str:
-    """The split whose figures count: the one λ was not chosen on, if there is one."""
-    splits = dict.fromkeys(row.split for row in results.rows)
-    return next((split for split in splits if split != results.selected_on), results.selected_on)
 
 
 def answer_text(prediction: Prediction) -> str:

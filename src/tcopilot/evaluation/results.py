@@ -5,7 +5,6 @@ Only the tables speak of percent and points.
 """
 
 import json
-import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -15,6 +14,7 @@ from typing import Any, Self, TypeVar
 from rich.table import Table
 
 from tcopilot.evaluation.significance import Comparison, Interval, direction, p_text
+from tcopilot.run_directory import write_whole
 
 VERSION = 1
 LOSSES = frozenset({"nll", "perplexity", "rmse"})  # not fractions: printed as plain numbers, and lower is better
@@ -37,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Gain:
-    """Pilot against Pilot + Copilot at the selected λ, paired over the rows of the test split."""
+    """Pilot against Pilot + Copilot at the selected λ, paired over the rows of the reported split."""
 
     benchmark: str
     metric: str
@@ -91,6 +91,7 @@ class Results:
         train_flops: Operations of those steps; None if they were not counted.
         selected_weight: λ of `gain`; if it was chosen for each benchmark a mapping, with the best one for `all`.
         selected_on: Split on which λ was chosen, never the test split.
+        reported_on: Split of `gain` and `controls`, and of every table.
         best_weight: λ* in closed form on that split; None for fusion of logits, which has none.
         rows: Every metric at every λ evaluated.
         gain: The comparison with the Pilot, one per benchmark and metric.
@@ -108,6 +109,7 @@ class Results:
     train_flops: float | None = None
     selected_weight: float | dict[str, float]
     selected_on: str
+    reported_on: str
     rows: list[Row]
     gain: list[Gain]
     controls: list[Control] = field(default_factory=list)
@@ -131,18 +133,8 @@ class Results:
             TypeError: If a figure is not a plain Python value (a tensor, a numpy integer).
             ValueError: If a figure is nan or infinite, which JSON cannot hold.
         """
-        path = Path(path)
         text = json.dumps(asdict(self), indent=2, allow_nan=False, ensure_ascii=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")  # same folder: a rename is atomic on one disk only
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(Path(path), text + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -170,7 +162,7 @@ class Results:
 
 
 def gain_table(results: Results) -> Table:
-    """Lay out what the Copilot gained on the test rows, and beneath it what each control reached.
+    """Lay out what the Copilot gained on the reported rows, and beneath it what each control reached.
 
     Differences are in percentage points, or in the metric's own unit where it is not a fraction. A control's
     difference to the Pilot comes without an interval, as its rows are not paired here.
@@ -184,14 +176,15 @@ def gain_table(results: Results) -> Table:
     for column in table.columns[2:9]:
         column.justify = "right"
     for gain in results.gain:
-        metric, weight, test = gain.metric, results.weight_of(gain.benchmark), _test_row(results, gain)
+        metric, weight = gain.metric, results.weight_of(gain.benchmark)
+        row = results.find(gain.benchmark, metric, results.reported_on, weight)
         low, high = (_step(metric, bound) for bound in gain.ci95)
         table.add_row(
             *(gain.benchmark, metric, _value(metric, gain.pilot), _value(metric, gain.fused)),
             f"{_step(metric, gain.difference)} [{low}, {high}]",
             f"{gain.fixed} / {gain.broken}",
             p_text(gain.p_value),
-            str(test.n) if test else "",
+            str(row.n) if row else "",
             "" if weight is None else f"{weight:g}",
             direction(gain.difference, gain.ci95, gain.p_value, lower_is_better=metric in LOSSES),
         )
@@ -257,14 +250,6 @@ def _build(kind: type[T], data: Mapping[str, Any], where: str) -> T:
     if "ci95" in known:
         known["ci95"] = tuple(known["ci95"])
     return kind(**known)
-
-
-def _test_row(results: Results, gain: Gain) -> Row | None:
-    """Return the fused row that a gain was computed from: the selected λ, on the split λ was not chosen on."""
-    weight = results.weight_of(gain.benchmark)
-    splits = dict.fromkeys(row.split for row in results.rows if row.split != results.selected_on)
-    found = (results.find(gain.benchmark, gain.metric, split, weight) for split in splits)
-    return next(filter(None, found), None)
 
 
 def _mark(selected: float | Mapping[str, float], weight: float) -> str:

@@ -200,7 +200,7 @@ def _arm_line(arm: str, runs: Sequence[Run], benchmark: str, metric: str) -> Lin
         weight = run.results.weight_of(benchmark)
         at_zero |= _scores(run, run.folder, benchmark, metric, 0.0)
         fused |= _scores(run, run.folder, benchmark, metric, weight)
-        likelihoods.append([run.results.find("all", "nll", run.split, w).value for w in (0.0, weight)])
+        likelihoods.append([run.results.find("all", "nll", run.results.reported_on, w).value for w in (0.0, weight)])
         weights.append(weight)
     flops = [run.results.train_flops for run in runs]
     last = [_last_validation(run.folder) for run in runs]
@@ -226,7 +226,7 @@ def _control_line(folder: str, title: str, runs: Sequence[Run], benchmark: str, 
         at_zero |= _scores(run, run.folder, benchmark, metric, 0.0)
         scores |= _scores(run, run.folder / "control" / folder, benchmark, metric, 0.0)
         own = next(c for c in run.results.controls if (c.name, c.metric) == (title, "nll"))
-        likelihoods.append([run.results.find("all", "nll", run.split, 0.0).value, own.value])
+        likelihoods.append([run.results.find("all", "nll", run.results.reported_on, 0.0).value, own.value])
     return Line(
         name=title,
         seeds=[run.results.seed for run in runs],

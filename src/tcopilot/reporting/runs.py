@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 
 from tcopilot.evaluation.results import Results
 from tcopilot.reporting import published
+from tcopilot.run_directory import RUNLESS, flatten
 from tcopilot.version import version_problem
 
-INSIDE_RUNS = {"checkpoints", "control", "export", "predictions"}  # folders of a run that hold no runs
 ASIDE = (  # these, and what lies under them, change no figure
     *("callbacks", "compile", "control", "evaluation.batch_size", "evaluation.compile", "evaluation.decoding"),
     *("hydra", "logger", "name", "paths", "resume", "run", "seed", "traceback", "version"),
@@ -32,13 +32,6 @@ class Run:
     folder: Path
     results: Results
     config: dict[str, Any]
-
-    @property
-    def split(self) -> str:
-        """The split whose figures count: the one the config reports on, else the one λ was not chosen on."""
-        splits = dict.fromkeys(row.split for row in self.results.rows)
-        asked = self.config.get("evaluation.report_on")
-        return asked if asked in splits else next((s for s in splits if s != self.results.selected_on), min(splits))
 
 
 @dataclass
@@ -81,7 +74,7 @@ def find_runs(folders: Iterable[str | Path]) -> Found:
         for name, below, names in os.walk(top):
             folder = Path(name)
             is_run = not {"results.json", "config.yaml"}.isdisjoint(names)
-            below[:] = sorted(b for b in below if b[0] != "." and not (is_run and b in INSIDE_RUNS))
+            below[:] = sorted(b for b in below if b[0] != "." and not (is_run and b in RUNLESS))
             if not is_run or folder.resolve() in seen:
                 continue
             seen.add(folder.resolve())
@@ -117,17 +110,7 @@ def _read_run(folder: Path) -> Run:
         raise ValueError("config.yaml: holds no keys; copy it anew from where the run was made")
     if problem := version_problem(config):
         raise ValueError(problem)
-    return Run(folder, results, dict(_flat(config)))
-
-
-def _flat(config: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys. The class of a node stands under the node's own key, as `null` does where there is none."""
-    for key, value in config.items():
-        name = above[:-1] if key == "_target_" and above else f"{above}{key}"
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{name}.")
-        else:
-            yield name, value
+    return Run(folder, results, flatten(config))
 
 
 def _alike(runs: Sequence[Run]) -> list[list[Run]]:
@@ -184,7 +167,7 @@ def _group(runs: list[Run]) -> Group:
             notes.append(f"seed {run.results.seed} is there twice: {first.folder} counts, {run.folder} does not")
     members = [kept[seed] for seed in sorted(kept)]
     config, chosen_on = members[0].config, members[0].results.selected_on
-    if members[0].split == chosen_on:
+    if members[0].results.reported_on == chosen_on:
         notes.append(f"λ was chosen on the very rows reported ({chosen_on}): the gain is optimistic")
     if config.get("pilot.frozen"):
         notes.append("pilot.frozen=true: this Pilot was finished before; the published Pilots were fine-tuned jointly")

@@ -128,7 +128,11 @@ def _records(summary: Summary) -> list[dict[str, Any]]:
     """Return the lines as flat records; figures are not rounded."""
     records = []
     for line in summary.lines:
-        record = {"benchmark": line.benchmark, "metric": line.metric, "split": summary.group.runs[0].split}
+        record = {
+            "benchmark": line.benchmark,
+            "metric": line.metric,
+            "split": summary.group.runs[0].results.reported_on,
+        }
         record |= {name: getattr(line, name) for name in ("unit", "n", "seeds", "weights")}
         for name in ("pilot", "fused", "gain"):
             record[f"{name}_mean"], record[f"{name}_sd"] = getattr(line, name) or (None, None)
@@ -155,7 +159,7 @@ def _gain_sheet(summary: Summary) -> Sheet:
         rows.append([*cells, figure(line.gain, line.unit, "+"), relative, p_value, line.verdict])
     several = len(summary.group.runs) > 1
     basis = "p of a paired t test over seeds" if several else "p paired over the test rows; 1 seed: no spread"
-    what = f"{summary.group.runs[0].split} rows; %, gains in points, losses in their own unit; {basis}"
+    what = f"{summary.group.runs[0].results.reported_on} rows; %, gains in points, losses in their own unit; {basis}"
     if any(line.published_pilot is not None for line in summary.lines):
         lenient = summary.published_metric == "accuracy_lenient"
         which = " accuracy stands beside our accuracy_lenient" if lenient else ""

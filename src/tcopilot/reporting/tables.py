@@ -206,7 +206,10 @@ def _usable(found: Found, asked: argparse.Namespace) -> list[Run]:
     if not found.runs:
         reasons = "".join(f"\n  {problem}" for problem in found.problems())
         raise ValueError(f"no finished run at or below {where}; a run has results.json and config.yaml{reasons}")
-    kinds = {run.folder: {row.metric for row in run.results.rows if row.split == run.split} for run in found.runs}
+    kinds = {
+        run.folder: {row.metric for row in run.results.rows if row.split == run.results.reported_on}
+        for run in found.runs
+    }
     every = sorted(set().union(*kinds.values()))
     if metric and metric not in every:
         raise ValueError(f"--metric {metric}: no run at or below {where} has it; there are {', '.join(every)}")
@@ -219,7 +222,7 @@ def _observations(group: Group) -> dict[tuple[str, str], dict[int, Seen]]:
     """Collect every benchmark's metrics on the reported split by seed."""
     seen: dict[tuple[str, str], dict[int, Seen]] = {}
     for run in group.runs:
-        results, split = run.results, run.split
+        results, split = run.results, run.results.reported_on
         tests = {(gain.benchmark, gain.metric): gain for gain in results.gain}
         for row in results.rows:
             if (row.split, row.weight) != (split, 0):
@@ -261,7 +264,7 @@ def _controls(summary: Summary) -> list[str]:
     for run in summary.group.runs:
         for control in run.results.controls:
             weight = run.results.weight_of(control.benchmark)
-            fused = run.results.find(control.benchmark, control.metric, run.split, weight)
+            fused = run.results.find(control.benchmark, control.metric, run.results.reported_on, weight)
             if fused is not None and summary.line(control.benchmark, control.metric):
                 pair = (control.value, fused.value - control.value)
                 found.setdefault((control.name, control.benchmark, control.metric), []).append(pair)

@@ -21,7 +21,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tcopilot.evaluation.outcomes import reported_split
 from tcopilot.evaluation.results import LOSSES, Gain
 from tcopilot.evaluation.significance import direction, p_text
 from tcopilot.reporting.report import corrections, explorer, figures
@@ -93,7 +92,7 @@ def gain_lines(run: RunFiles) -> list[dict[str, Any]]:
     lines = []
     for gain in run.results.gain:
         weight = run.results.weight_of(gain.benchmark)
-        row = run.results.find(gain.benchmark, gain.metric, reported_split(run.results), weight)
+        row = run.results.find(gain.benchmark, gain.metric, run.results.reported_on, weight)
         low, high = gain.ci95
         lines.append(
             {
@@ -153,8 +152,8 @@ def _page(
     run: RunFiles, plots: dict[str, list[dict[str, Any]]], tables: dict[str, Any], evidence: Markup | None
 ) -> str:
     environment = Environment(
-        loader=PackageLoader("tcopilot.analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        loader=PackageLoader("tcopilot.reporting.report"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": _number, "value": _value, "step": _step, "p": p_text}
     templates = files("tcopilot.reporting.report") / "templates"
@@ -162,7 +161,7 @@ def _page(
     return environment.get_template("report.html.j2").render(
         run=run,
         results=run.results,
-        split=reported_split(run.results),
+        split=run.results.reported_on,
         meta=run.trace.meta if run.trace else None,
         plots=plots,
         evidence=evidence,

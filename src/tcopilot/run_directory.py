@@ -1,0 +1,95 @@
+"""A run directory: the name of every file in it, the one way to write a file whole, and a config by dotted keys.
+
+It stands at the root of the package because every layer below the programs writes to a run directory: training its
+checkpoints, evaluation its predictions, reporting its tables. `tcopilot.reporting.finished_runs` reads one back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class _Entry:
+    """Descriptor of a file or folder: its path in a run directory, and its bare `name` on the class."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunDirectory | None, owner: type) -> Any:
+        return self if run is None else run.folder / self.name
+
+
+class RunDirectory:
+    """Names everything that programs leave in a run directory.
+
+    `RunDirectory(folder).results` is a path, `RunDirectory.results.name` the name alone.
+    """
+
+    config = _Entry("config.yaml")  # resolved, as the run used it
+    results = _Entry("results.json")  # see `tcopilot.evaluation.results`
+    metrics = _Entry("metrics.csv")  # the name that Lightning's CSVLogger gives it
+    weights = _Entry("weights.csv")  # every metric over λ
+    generations = _Entry("generations.csv")  # answers of Pilot and fused model side by side
+    predictions = _Entry("predictions")  # every answer, see `tcopilot.evaluation.predictions`
+    checkpoints = _Entry("checkpoints")
+    export = _Entry("export")  # the fused model as transformers saves it
+    controls = _Entry("control")  # a run directory for each control, with predictions only
+    trace = _Entry("trace")  # target positions of both models, see `tcopilot.evaluation.trace`
+    theorem = _Entry("theorem.json")  # what tcopilot-theorem has measured
+    report = _Entry("report")  # the page of tcopilot-report
+    wandb = _Entry("wandb.json")  # id and group of wandb's run, which a resumed run goes on with
+    job = _Entry("job.yaml")  # what a job of a sweep was asked to do
+    done = _Entry("done.json")  # that it has done it
+    failed = _Entry("failed.json")  # or why it could not
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def control(self, name: str) -> RunDirectory:
+        """The directory of a control, such as `equal_time`."""
+        return RunDirectory(self.controls / name)
+
+
+RUNLESS = {entry.name for entry in (RunDirectory.checkpoints, RunDirectory.controls, RunDirectory.export)}
+RUNLESS |= {entry.name for entry in (RunDirectory.predictions, RunDirectory.trace, RunDirectory.report)}
+"""Folders of a run directory in which no further run is to be looked for."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, and its folder, so that a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # same folder: a rename is atomic on one disk only
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config, as plain values, by dotted keys.
+
+    The class of a node stands under the node's own key, where other configs have `null` or a plain value.
+
+    >>> flatten({"seed": 0, "log": {"policy": {"_target_": "tcopilot.mistake_log.policies.Fifo", "power": 2}}})
+    {'seed': 0, 'log.policy': 'tcopilot.mistake_log.policies.Fifo', 'log.policy.power': 2}
+    """
+    return dict(_leaves(config, ""))
+
+
+def _leaves(node: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        name = above[:-1] if key == "_target_" and above else f"{above}{key}"
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name, value
