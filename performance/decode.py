@@ -27,7 +27,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tcopilot.models.modeling import TCopilotModel, fused_class
+from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.models.modeling import fused_class
 
 SHORT = [((128, 16), 8, 1), ((128, 16), 8, 4), ((8, 64), 1, 1), ((256, 8), 8, 1)]
 FULL = list(itertools.product([(8, 512), (512, 8), (8, 8), (128, 16)], [1, 8, 32], [1, 4]))

@@ -39,8 +39,9 @@ from transformers import get_constant_schedule_with_warmup
 
 from tcopilot.data.batch import Batch
 from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.copilot import Copilot
-from tcopilot.models.modeling import TCopilotConfig, fused_class
+from tcopilot.models.modeling import fused_class
 from tcopilot.models.states import position_ids
 from tcopilot.training.callbacks import MistakeLogCallback
 from tcopilot.training.module import Learner, TCopilotModule

@@ -10,7 +10,7 @@ from tcopilot.functional import (
     shift_right,
     token_errors,
 )
-from tcopilot.models.fusion import FUSIONS, build_fusion
+from tcopilot.models.fusion import LogitFusion, ProbabilityFusion
 from tcopilot.models.heads import SoftHead
 
 PROBS = torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]]])
@@ -102,10 +102,10 @@ def test_logit_fusion_adds_the_weighted_correction_to_the_logits():
     torch.testing.assert_close(fuse_logits(logits.log_softmax(-1), correction, 4.0).exp(), expected)
 
 
-@pytest.mark.parametrize("space", FUSIONS)
+@pytest.mark.parametrize("rule", [ProbabilityFusion(), LogitFusion()])
 @pytest.mark.parametrize("weight", [0.0, 1.0, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_fused_distribution_is_finite_and_sums_to_one_for_extreme_logits(space, weight, dtype):
+def test_the_fused_distribution_is_finite_and_sums_to_one_for_extreme_logits(rule, weight, dtype):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 6, 50, generator=generator)
     logits[0] *= 1e4
@@ -116,23 +116,17 @@ def test_the_fused_distribution_is_finite_and_sums_to_one_for_extreme_logits(spa
     corrections[:, 1] = 1.0
     corrections[:, 2] = 0.0
     log_probs = torch.log_softmax(logits.to(dtype).float(), -1)
-    fused = build_fusion(space)(log_probs, corrections.to(dtype), weight)
+    fused = rule(log_probs, corrections.to(dtype), weight)
     assert fused.dtype == torch.float32
     assert fused.isfinite().all()
     torch.testing.assert_close(fused.exp().sum(-1), torch.ones(4, 6), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("space", FUSIONS)
-def test_weight_zero_and_a_zero_correction_leave_the_distribution_as_it_is(space):
+@pytest.mark.parametrize("rule", [ProbabilityFusion(), LogitFusion()])
+def test_weight_zero_and_a_zero_correction_leave_the_distribution_as_it_is(rule):
     log_probs = PROBS.log()
-    fuse = build_fusion(space)
-    torch.testing.assert_close(fuse(log_probs, torch.rand(1, 2, 3), 0.0), log_probs)
-    torch.testing.assert_close(fuse(log_probs, torch.zeros(1, 2, 3), 1.0), log_probs)
-
-
-def test_an_unknown_fusion_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"fusion\.space='product' is not one of probability, logits"):
-        build_fusion("product")
+    torch.testing.assert_close(rule(log_probs, torch.rand(1, 2, 3), 0.0), log_probs)
+    torch.testing.assert_close(rule(log_probs, torch.zeros(1, 2, 3), 1.0), log_probs)
 
 
 def test_the_best_weight_is_the_minimum_of_the_squared_error():

@@ -132,7 +132,7 @@ def test_every_row_is_the_papers_method(name):
     cfg = composed.compose_config(f"experiment={name}")
     assert cfg.mistake_log.log.capacity_rounds == 128
     assert cfg.mistake_log.log.policy._target_ == "tcopilot.mistake_log.policies.Fifo"
-    assert (cfg.fusion.space, cfg.fusion.feedback) == ("probability", "own")
+    assert (cfg.fusion.rule["_target_"].rpartition(".")[2], cfg.fusion.feedback) == ("ProbabilityFusion", "own")
     assert {0, 0.3, 0.5, 0.8, 1.0} <= set(cfg.fusion.weight)
     copilot = cfg.copilot
     assert (copilot.context, copilot.positions, copilot.pattern, copilot.pooling) == ("strict", "none", 1, "mean")

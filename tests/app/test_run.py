@@ -322,11 +322,13 @@ def test_the_closed_form_weight_needs_no_sweep(finished, tmp_path, no_training):
 
 def test_fusion_space_and_feedback_can_be_changed_at_evaluation(finished, tmp_path, no_training):
     nll = {}
-    for change in ("fusion.space=probability", "fusion.space=logits", "fusion.feedback=own"):
+    for change in ("fusion=probability", "fusion=logits", "fusion.feedback=own"):
         folder = composed.evaluate(finished.folder, tmp_path / change.split("=")[1], "fusion.weight=1", change)
         nll[change] = composed.value(composed.results(folder), "test", "nll", 1.0, "all")
         key, wanted = change.split("=")
-        assert OmegaConf.select(OmegaConf.load(folder / "config.yaml"), key) == wanted
+        written = OmegaConf.load(folder / "config.yaml").fusion
+        rule = OmegaConf.load(composed.CONFIGS / "fusion" / f"{wanted}.yaml").rule if key == "fusion" else None
+        assert written.rule == rule if rule else written.feedback == wanted
     assert len({round(value, 4) for value in nll.values()}) == 3
 
 
@@ -366,7 +368,7 @@ def test_a_run_from_the_hub_is_evaluated_without_the_hub(finished, tmp_path):
     [
         (["run=/no/such/run"], "run=/no/such/run: no export/config.json there"),
         (["fusion.weight=-1"], "fusion.weight=-1: λ must be 0"),
-        (["fusion.space=log"], "fusion.space=log: use one of probability, logits"),
+        (["fusion.space=log"], "fusion.space=log: was replaced"),
         (["evaluation=beam4", "evaluation.num_beams=0"], "evaluation.num_beams=0: must be a whole number"),
         (["data=jsonl", "data.path=/no/such/rows"], "/no/such/rows"),
     ],

@@ -46,7 +46,7 @@ def estimates(batch, log_probs, corrections, benchmarks=("all",)):
     """The figures of one batch, complete enough for the verdict."""
     sums = DistanceSums(log_probs.shape[-1])
     sums.update(batch, log_probs, corrections)
-    found = sums.estimates(benchmarks) | {"pilots": None, "fusion": "probability"}
+    found = sums.estimates(benchmarks) | {"pilots": None, "is_eq_8": True}
     found["entries"]["worst"] = [{"token": str(v)} for v, _ in sums.worst_entries(found["lambda_star"])]
     return found
 

@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 
 from tcopilot.data.tokenizers import byte_tokenizer
 from tcopilot.evaluation.item_trie import ItemTrie, Ranking, rank_by_beams, rank_exhaustively
+from tcopilot.models.fusion import LogitFusion
 from tcopilot.models.modeling import fused_class
 
 END = 1
@@ -205,7 +206,7 @@ def test_users_together_are_ranked_as_one_by_one(family, trie):
             assert_same(searched[weight], Ranking(*(part[user : user + 1] for part in beams[weight])))
 
 
-@pytest.mark.parametrize("options", [{"fusion": "logits"}, {"context": "inclusive"}, {"layers": 2, "pattern": 2}])
+@pytest.mark.parametrize("options", [{"fusion": LogitFusion()}, {"context": "inclusive"}, {"layers": 2, "pattern": 2}])
 def test_other_copilots_rank_alike(options, trie):
     model, batch = fused("llama", **options), random_batch("llama")
     exact = rank_exhaustively(model, batch, trie, SEEN, 7, [1.0])[1.0]

@@ -18,7 +18,8 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 from tcopilot.data.tokenizers import byte_tokenizer
 from tcopilot.evaluation.lm_eval import TCopilotLM
-from tcopilot.models.modeling import TCopilotForSeq2SeqLM, TCopilotModel
+from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.models.modeling import TCopilotForSeq2SeqLM
 
 FAMILIES = ("llama", "t5")
 TEXTS = [

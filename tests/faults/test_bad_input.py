@@ -152,7 +152,7 @@ CONFIGS = {
     "λ in two lists": given("fusion.weight=[[0,1]]", says=("fusion.weight=[[0, 1]]", "a number, a list")),
     "λ in quotes": given("fusion.weight='0,1'", says=("fusion.weight=0,1", "a number, a list")),
     "λ* of logits": given("fusion=logits", "fusion.weight=auto", says=("fusion.weight=auto", "probability")),
-    "no fusion space": given("fusion.space=null", says=("fusion.space=None", "probability, logits")),
+    "no fusion space": given("fusion.rule=null", says=("fusion.rule=None", "fusion=<name>")),
     "no feedback": given("fusion.feedback=null", says=("fusion.feedback=None", "observed, own")),
     "modes are text": given("evaluation.modes=generation", says=("evaluation.modes=generation", "a list of")),
     "unknown mode": given("evaluation.modes=[guess]", says=("evaluation.modes=['guess']", "generation, likelihood")),
@@ -643,7 +643,7 @@ EVALUATIONS = {  # options of eval.py; <run> is a finished run
 EXPORTS = {  # a change to a finished run
     "config is no JSON": (write("export/config.json", "{"), ("not a valid JSON file",)),
     "config of another model": (edit_json("export/config.json", model_type="t5"), ("'t5'", "no export of ours")),
-    "unknown fusion": (edit_json("export/config.json", fusion="nope"), ("nope",)),
+    "unknown fusion": (edit_json("export/config.json", fusion={"_target_": "no.such.Rule"}), ("no.such.Rule",)),
     "negative λ": (edit_json("export/config.json", weight=-1), ("weight=-1",)),
     "unknown feedback": (edit_json("export/config.json", feedback="x"), ("'x'",)),
     "unknown Pilot": (edit_json("export/config.json", pilot__model_type="evil"), ("evil",)),

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from tcopilot.data import Batch, GeneratedTask, PromptTargetCollator, TCopilotDataModule, word_tokenizer
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.policies import Fifo
-from tcopilot.models.modeling import TCopilotForCausalLM, TCopilotForSeq2SeqLM, TCopilotModel
+from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.models.modeling import TCopilotForCausalLM, TCopilotForSeq2SeqLM
 from tcopilot.training.callbacks import MistakeLogCallback
 from tcopilot.training.module import Learner, TCopilotModule
 

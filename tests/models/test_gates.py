@@ -158,7 +158,7 @@ def test_a_gate_of_another_kind_is_refused():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["fusion.per=token", "fusion=logits"], ["fusion.per=token", "fusion.space=probability"]),
+        (["fusion.per=token", "fusion=logits"], ["fusion.per=token", "fusion=probability"]),
         (["fusion.per=layer"], ["fusion.per=layer", ", ".join(PER)]),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tcopilot.models.families import SUPPORTED
+from tcopilot.models.fusion import LogitFusion, ProbabilityFusion
 from tcopilot.models.modeling import fused_class
 
 WEIGHTS = [0.0, 0.4, 1.0, 3.0]
@@ -114,7 +115,7 @@ def test_rows_are_not_shared_without_a_cache(fuse, prompts):
     )
 
 
-@pytest.mark.parametrize("fusion", ["probability", "logits"])
+@pytest.mark.parametrize("fusion", [ProbabilityFusion(), LogitFusion()])
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_corrections_are_returned_on_demand_and_fuse_to_the_logits(fuse, prompts, family, fusion):
     model = fuse(family, fusion=fusion, weight=0.8)

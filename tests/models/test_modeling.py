@@ -14,6 +14,7 @@ from tcopilot.functional import fuse_logits, fuse_probabilities, token_errors
 from tcopilot.models.copilot import PATTERNS
 from tcopilot.models.decoding import Beside
 from tcopilot.models.families import SUPPORTED
+from tcopilot.models.fusion import LogitFusion, ProbabilityFusion
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.states import StatePooler, trace_pilot
 
@@ -25,7 +26,7 @@ DECODING = {
 FACTORS = {
     "context": ("strict", "inclusive"),
     "feedback": ("observed", "own"),
-    "fusion": ("probability", "logits"),
+    "fusion": (ProbabilityFusion(), LogitFusion()),
     "positions": ("pilot", "none"),
     "head": ("linear", "soft"),
     "pattern": tuple(PATTERNS),
@@ -51,7 +52,7 @@ def fuse(tiny_pilot, randomise):
 
     def build(family="llama", *, fresh=False, pilot=None, layers=3, **options):
         pilot = tiny_pilot(family) if pilot is None else pilot
-        options.setdefault("weight", 8.0 if options.get("fusion") == "logits" else 1.0)
+        options.setdefault("weight", 8.0 if isinstance(options.get("fusion"), LogitFusion) else 1.0)
         model = fused_class(pilot.config.is_encoder_decoder).from_pilot(pilot, layers=layers, **options).eval()
         if not fresh:
             randomise(model.copilot)
@@ -119,7 +120,7 @@ def test_weight_zero_gives_the_pilots_logits_and_loss_bit_for_bit(fuse, prompts,
     assert torch.equal(fused.loss, expected.loss)
 
 
-@pytest.mark.parametrize(("head", "fusion"), [("linear", "probability"), ("soft", "logits")])
+@pytest.mark.parametrize(("head", "fusion"), [("linear", ProbabilityFusion()), ("soft", LogitFusion())])
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_a_new_copilot_changes_nothing(fuse, prompts, family, head, fusion):
     model = fuse(family, fresh=True, head=head, fusion=fusion)
@@ -382,7 +383,7 @@ def corrections_by_hand(model, states):
     return log_probs, model.copilot.correct(hidden, log_probs)
 
 
-@pytest.mark.parametrize("fusion", ["probability", "logits"])
+@pytest.mark.parametrize("fusion", [ProbabilityFusion(), LogitFusion()])
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_fused_logits_are_the_pilots_corrected_by_what_training_sees(fuse, make_batch, family, fusion):
     model = fuse(family, fusion=fusion, pattern=4, pooling="sum", weight=0.7)
@@ -414,7 +415,7 @@ def test_positions_before_the_target_keep_the_pilots_logits(fuse, prompts, famil
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
-@pytest.mark.parametrize("fusion", ["probability", "logits"])
+@pytest.mark.parametrize("fusion", [ProbabilityFusion(), LogitFusion()])
 @pytest.mark.parametrize("weight", [1.0, 5.0])
 def test_fused_distributions_are_proper_in_bfloat16(fuse, prompts, family, fusion, weight):
     model = fuse(family, fusion=fusion, weight=weight).bfloat16()
@@ -548,7 +549,7 @@ def as_json(config):
 @pytest.mark.parametrize("head", ["linear", "soft"])
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_a_saved_model_loads_bit_for_bit_and_decodes_the_same(fuse, prompts, tmp_path, family, head):
-    options = {"context": "inclusive", "positions": "none", "pattern": 4, "feedback": "own", "fusion": "logits"}
+    options = {"context": "inclusive", "positions": "none", "pattern": 4, "feedback": "own", "fusion": LogitFusion()}
     model = fuse(family, head=head, train_error_input=False, weight=3.0, **options)
     tokens = prompts(model.pilot, padded=True)
     expected = decode(model, tokens)
@@ -556,7 +557,9 @@ def test_a_saved_model_loads_bit_for_bit_and_decodes_the_same(fuse, prompts, tmp
     for loader in (auto_class(model), type(model)):
         loaded = loader.from_pretrained(tmp_path)
         assert type(loaded) is type(model)
-        assert (loaded.weight, loaded.config.fusion, loaded.config.feedback) == (3.0, "logits", "own")
+        assert (loaded.weight, loaded.config.feedback) == (3.0, "own")
+        assert loaded.config.fusion == {"_target_": "tcopilot.models.fusion.LogitFusion"}
+        assert type(loaded.fusion) is LogitFusion
         assert as_json(loaded.copilot.config) == as_json(model.copilot.config)
         own, given = loaded.state_dict(), model.state_dict()
         assert own.keys() == given.keys()
@@ -648,15 +651,15 @@ def test_unknown_feedback_and_fusion_are_refused(fuse):
     config = fuse("llama", fresh=True).pilot.config
     with pytest.raises(ValueError, match=r"fusion\.feedback='teacher' is not one of observed, own"):
         TCopilotConfig(config, feedback="teacher")
-    with pytest.raises(ValueError, match=r"fusion\.space='product' is not one of"):
+    with pytest.raises(ValueError, match=r"fusion\.rule=product: names no class"):
         TCopilotConfig(config, fusion="product")
 
 
 def test_the_fusion_space_can_be_changed(fuse, prompts):
-    model, other = fuse("llama", weight=4.0), fuse("llama", weight=4.0, fusion="logits")
+    model, other = fuse("llama", weight=4.0), fuse("llama", weight=4.0, fusion=LogitFusion())
     tokens = prompts(model.pilot)
-    model.set_fusion("logits")
-    assert model.config.fusion == "logits"
+    model.set_fusion(LogitFusion())
+    assert model.config.fusion == {"_target_": "tcopilot.models.fusion.LogitFusion"}
     assert torch.equal(model(**tokens).logits, other(**tokens).logits)
 
 
@@ -721,7 +724,7 @@ def test_a_body_that_runs_ahead_gives_what_one_that_waits_gives(fuse, prompts, m
         def __init__(self, device, work):
             self.result = work
 
-    monkeypatch.setattr("tcopilot.models.modeling.Beside", Waiting)
+    monkeypatch.setattr("tcopilot.models.fused_model.Beside", Waiting)
     waited = decode(model, tokens, output_scores=True, return_dict_in_generate=True)
     assert torch.equal(ahead.sequences, waited.sequences)
     assert all(torch.equal(*pair) for pair in zip(ahead.scores, waited.scores, strict=True))
@@ -735,5 +738,5 @@ def test_a_second_stream_gives_the_same_tokens(fuse, prompts, monkeypatch, famil
     model = fuse(family).double().cuda()
     tokens = {name: tensor.cuda() for name, tensor in prompts(model.pilot, padded=True).items()}
     beside = decode(model, tokens, tokens=40, **DECODING[decoding])
-    monkeypatch.setattr("tcopilot.models.modeling.Beside", lambda device, work: Beside(torch.device("cpu"), work))
+    monkeypatch.setattr("tcopilot.models.fused_model.Beside", lambda device, work: Beside(torch.device("cpu"), work))
     assert torch.equal(beside, decode(model, tokens, tokens=40, **DECODING[decoding]))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tcopilot.functional import token_errors
+from tcopilot.models.fusion import LogitFusion
 from tcopilot.training.error_statistics import ErrorStatistics
 
 LOG_PROBS = torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.3, 0.3, 0.4]]]).log()
@@ -13,7 +14,7 @@ ERRORS = token_errors(LOG_PROBS.exp(), TARGETS)
 ENERGY = (0.49 + 0.64 + 0.01 + 0.01 + 0.01 + 0.04) / 2
 
 
-def statistics(corrections, weights=(0.0, 1.0), fusion="probability"):
+def statistics(corrections, weights=(0.0, 1.0), fusion=None):
     result = ErrorStatistics(weights, fusion)
     result.update(LOG_PROBS, corrections, TARGETS, MASK)
     return result
@@ -65,7 +66,7 @@ def test_the_likelihood_is_reported_for_every_weight():
 
 def test_the_fusion_space_decides_the_fused_likelihood():
     corrections = torch.tensor([[[0.0, 1.0, 0.0]] * 3])
-    fused = statistics(corrections, (2.0,), "logits").nll()[2.0]
+    fused = statistics(corrections, (2.0,), LogitFusion()).nll()[2.0]
     rows = [(0.7, 0.2, 0.1), (0.1, 0.1, 0.8)]
     by_hand = [[p * math.exp(2 * (k == 1)) for k, p in enumerate(row)] for row in rows]
     expected = -(math.log(by_hand[0][1] / sum(by_hand[0])) + math.log(by_hand[1][2] / sum(by_hand[1]))) / 2

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from yaml import YAMLError
 
-from tcopilot.app.checks.config import ConfigError, config_problems, refuse_misshapen, refuse_missing
+from tcopilot.app.checks.config import ConfigError, config_problems, fusion_rule, refuse_misshapen, refuse_missing
 from tcopilot.app.checks.models_and_data import (
     copilot_layers,
     data_problems,
@@ -34,7 +34,8 @@ from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.copilot import Copilot
 from tcopilot.models.families import decoder_depth
-from tcopilot.models.modeling import TCopilotModel, fused_class
+from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.models.modeling import fused_class
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.processes import is_first
 from tcopilot.training.callbacks import MistakeLogCallback
@@ -144,6 +145,8 @@ def read_config(file: Path, key: str) -> DictConfig:
         raise ConfigError([f"{key}: {file} is not the config of a run; give the folder of another run"])
     if problem := version_problem(config):
         raise ConfigError([f"{key}: {problem}"])
+    if OmegaConf.select(config, "fusion.rule") is not None:
+        fusion_rule(config.fusion)  # imports the user's own class, which the export names but may not import
     return config
 
 
@@ -177,7 +180,7 @@ def fused_model(cfg: DictConfig, prepared: Prepared) -> TCopilotModel:
     _adapt(cfg.pilot, pilot)
     if copilot is not None:
         _adapt(cfg.copilot, copilot.body)
-    fusion = {"fusion": cfg.fusion.space, "feedback": cfg.fusion.feedback, "weight": training_weight(cfg)}
+    fusion = {"fusion": fusion_rule(cfg.fusion), "feedback": cfg.fusion.feedback, "weight": training_weight(cfg)}
     config = TCopilotConfig(pilot.config, None if copilot is None else copilot.config, **fusion)
     return fused_class(prepared.pilot.is_encoder_decoder)(config, pilot, copilot)
 

@@ -17,7 +17,7 @@ from tcopilot.app.checks.config import ConfigError
 from tcopilot.app.checks.models_and_data import log_bytes
 from tcopilot.app.memory.estimate import Budget, bytes_text
 from tcopilot.evaluation.results import Results, gain_table, weight_table
-from tcopilot.models.modeling import TCopilotModel
+from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.processes import is_first
 
 

@@ -29,7 +29,7 @@ from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.results import Control, Results, git_revision
 from tcopilot.evaluation.trace import trace_problems, write_trace
 from tcopilot.models.adapters import merge_adapters
-from tcopilot.models.modeling import TCopilotModel
+from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.models.transfer import put_on, transfer_problems
 from tcopilot.processes import DisagreementError, LostProcessError, agree_on, is_first, is_lost_process, rank
@@ -149,7 +149,7 @@ def _evaluate(cfg: DictConfig) -> float:
         model.pilot.to(getattr(torch, trained.pilot.dtype))  # as it answered when it was trained; the export has these
     else:
         model = put_on(other, model, tokenizer)
-    model.set_fusion(trained.fusion.space)
+    model.set_fusion(build.fusion_rule(trained.fusion))
     model.config.feedback = trained.fusion.feedback
     _save_config(trained, run_dir)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -203,7 +203,7 @@ def _evaluated(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_di
     splits = (cfg.evaluation.select_on, cfg.evaluation.report_on)
     found = evaluator.run(build.evaluation_weights(cfg.fusion.weight), splits)
     notes = list(found.verdicts)
-    if cfg.fusion.space == "probability":
+    if model.fusion.has_closed_form:
         notes.insert(0, f"λ* in closed form on {splits[0]}: {found.best_weight:.3f}")
     if splits[0] == splits[1]:
         notes.append(f"λ was chosen on the very rows reported ({splits[0]}): the gain is optimistic")
@@ -216,7 +216,7 @@ def _evaluated(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_di
         seed=cfg.seed, git=git_revision(), config="config.yaml", params={}, rounds=0, train_seconds=0.0,
         selected_weight=found.selected_weight, selected_on=splits[0], reported_on=splits[1],
         rows=found.rows, gain=found.gain, notes=notes,
-        best_weight=found.best_weight if cfg.fusion.space == "probability" else None,
+        best_weight=found.best_weight if model.fusion.has_closed_form else None,
     )  # fmt: skip
     return results
 

@@ -26,8 +26,8 @@ from tcopilot.evaluation.predictions import Prediction, PredictionFiles, claim, 
 from tcopilot.evaluation.ranking import ItemRanking
 from tcopilot.evaluation.results import Gain, Row
 from tcopilot.evaluation.significance import compare, mean_interval
+from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.gates import GATES, Observations, build_gate
-from tcopilot.models.modeling import TCopilotModel
 from tcopilot.processes import agree_on, gather, is_first, rank, sum_over_processes, world_size
 from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 
@@ -244,7 +244,7 @@ class Evaluator:
         """Teacher-forced pass over a split: each benchmark's fused likelihood at every λ at once, and λ*."""
         found = {}
         for name in self.data.benchmark_names:
-            found[name] = ErrorStatistics(weights, self.model.config.fusion)
+            found[name] = ErrorStatistics(weights, self.model.fusion)
             for batch in self._batches(split, name):
                 found[name].observe(self.model, batch)
             found[name].reduce(sum_over_processes)

@@ -12,7 +12,7 @@ from tcopilot.data.answers import until_end
 from tcopilot.data.benchmarks import Benchmark
 from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.evaluation.predictions import Prediction
-from tcopilot.models.modeling import TCopilotModel
+from tcopilot.models.fused_model import TCopilotModel
 
 
 class Generation:

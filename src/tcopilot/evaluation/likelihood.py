@@ -15,7 +15,7 @@ from torch import Tensor
 from tcopilot.data.batch import Batch
 from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.evaluation.predictions import Prediction
-from tcopilot.models.modeling import TCopilotModel
+from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.training.error_statistics import correct_targets
 
 

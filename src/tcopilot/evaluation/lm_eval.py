@@ -38,8 +38,9 @@ except ModuleNotFoundError as error:
     ) from error
 
 from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.decoding import FEEDBACKS
-from tcopilot.models.modeling import TCopilotConfig, TCopilotModel
+from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.states import position_ids
 
 _GIVE = "Give the export folder of a run, or a folder that save_pretrained of a fused model and its tokenizer wrote"

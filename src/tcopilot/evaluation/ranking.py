@@ -11,7 +11,7 @@ from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.next_item import NextItem
 from tcopilot.evaluation.item_trie import ItemTrie, Ranking, rank_by_beams, rank_exhaustively
 from tcopilot.evaluation.predictions import Prediction
-from tcopilot.models.modeling import TCopilotModel
+from tcopilot.models.fused_model import TCopilotModel
 
 RANKINGS = ("beam", "exhaustive")
 SHOWN = 10  # best items that a prediction lists

@@ -92,7 +92,7 @@ class Results:
         selected_weight: λ of `gain`; if it was chosen for each benchmark a mapping, with the best one for `all`.
         selected_on: Split on which λ was chosen, never the test split.
         reported_on: Split of `gain` and `controls`, and of every table.
-        best_weight: λ* in closed form on that split; None for fusion of logits, which has none.
+        best_weight: λ* in closed form on that split; None for a fusion rule that has none.
         rows: Every metric at every λ evaluated.
         gain: The comparison with the Pilot, one per benchmark and metric.
         controls: Other models on the same rows.

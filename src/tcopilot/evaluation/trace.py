@@ -23,10 +23,10 @@ from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.trace_views import Position, positions, trace_targets
 from tcopilot.models.decoding import FEEDBACKS
-from tcopilot.models.modeling import TCopilotModel
+from tcopilot.models.fused_model import TCopilotModel
 
 log = logging.getLogger(__name__)
-VERSION = 1
+VERSION = 2
 ROWS_AT_ONCE = 16  # several [B, N, V] are held at once
 VISIBLE = str.maketrans({"▁": "␣", "Ġ": "␣", "Ċ": "↵", "ĉ": "⇥"})  # white space in SentencePiece and byte-level BPE
 
@@ -56,7 +56,7 @@ def write_trace(
     for old in folder.glob("*.jsonl.gz"):
         old.unlink()
     meta: dict[str, Any] = {
-        "version": VERSION, "fusion": model.config.fusion, "feedback": model.config.feedback,
+        "version": VERSION, "correction_unit": model.fusion.correction_unit, "feedback": model.config.feedback,
         "split": split, "limit": limit, "vocabulary": model.pilot.get_input_embeddings().num_embeddings,
         "device": model.device.type, "trained": str(Path(trained).resolve()),
         "parameters": step_parameters(model), "benchmarks": {},

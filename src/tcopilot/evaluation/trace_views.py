@@ -16,7 +16,7 @@ from tcopilot.data.batch import Batch
 from tcopilot.functional import token_errors
 from tcopilot.models import families
 from tcopilot.models.decoding import correct_text
-from tcopilot.models.modeling import TCopilotModel
+from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.states import trace_pilot
 
 CANDIDATES = 5

@@ -1,11 +1,217 @@
-"""What a fused model carries from one decoding step to the next: the caches of both models as one."""
+"""What decoding carries from step to step: keys and values, the Copilot's state, and both models' caches as one.
 
-from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+Shapes: B or R rows of the batch, H heads, K past targets, S cached columns or rows of the log, D head width, P Pilot
+width, V vocabulary.
+"""
 
-from tcopilot.models.copilot import CopilotState
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticLayer
+
+LEAST_ROOM = 64  # columns
 CANNOT_UNDO = "a fused model cannot undo decoding steps; use greedy, sampling or beam search"
+
+
+class RoomyLayer(DynamicLayer):
+    """A dynamic layer with room for columns to come.
+
+    The stock layer copies all keys and values at each step to append one column, and all of them again when beams are
+    reordered. This one keeps free columns behind them, at least a quarter of what it holds, so that a step writes its
+    own column only. `keys` and `values` are views of what is filled.
+
+    What `batch_repeat_interleave` repeats is equal in all copies of a row. From then on `reorder_cache` moves the
+    columns that came later, and expects rows to stay among the copies of their row, as beams do.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stores: tuple[Tensor, Tensor] | None = None
+        self._equal = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append columns [R, H, N, D]; returns all of them, [R, H, S + N, D]."""
+        if torch.is_grad_enabled():
+            self._stores = None
+            return super().update(key_states, value_states)  # what a backward pass reads must stay as it is
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        seen, new = self.get_seq_length(), key_states.shape[-2]
+        if seen == 0:
+            self.keys, self.values = key_states, value_states
+            return self.keys, self.values
+        if self._stores is None or self._stores[0].shape[-2] < seen + new:
+            self._stores = _with_room(self.keys, seen + new), _with_room(self.values, seen + new)
+        keys, values = self._stores
+        keys.narrow(2, seen, new).copy_(key_states)
+        values.narrow(2, seen, new).copy_(value_states)
+        self.keys, self.values = keys.narrow(2, 0, seen + new), values.narrow(2, 0, seen + new)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the surviving beams."""
+        seen = self.get_seq_length()
+        if seen and (len(beam_idx) != len(self.keys) or (self._stores is None and self._equal == 0)):
+            self._stores, self._equal = None, 0
+            super().reorder_cache(beam_idx)
+        elif seen > self._equal:
+            for held in (self.keys, self.values):
+                moving = held[:, :, self._equal :]
+                moving.copy_(moving.index_select(0, beam_idx.to(moving.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row; what is held now is never reordered again."""
+        super().batch_repeat_interleave(repeats)
+        self._stores, self._equal = None, self.get_seq_length()
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        self._stores, self._equal = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns; their room is free again."""
+        super().crop(tokens_to_remove)
+        self._equal = min(self._equal, self.get_seq_length())
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._stores, self._equal = None, 0
+
+
+def _with_room(held_RHSD: Tensor, columns: int) -> Tensor:
+    rows, heads, seen, width = held_RHSD.shape
+    store = held_RHSD.new_empty(rows, heads, columns + max(LEAST_ROOM, columns // 4), width)
+    store[:, :, :seen] = held_RHSD
+    let_go(held_RHSD)
+    return store
+
+
+def let_go(tensor: Tensor) -> None:
+    """Keep a tensor's memory until the present stream is done with it, whichever stream it was made on."""
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
+def with_room(cache: Cache) -> Cache:
+    """Put `RoomyLayer` in place of the stock layers of an empty dynamic cache; sliding windows stay as they are."""
+    if isinstance(cache, EncoderDecoderCache):
+        with_room(cache.self_attention_cache)
+        with_room(cache.cross_attention_cache)
+    elif isinstance(cache, DynamicCache):
+        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        if cache.layer_class_to_replicate is DynamicLayer:
+            cache.layer_class_to_replicate = RoomyLayer
+    return cache
+
+
+def static_cache(cache: Cache, room: int, memory_room: int, block: int) -> Cache:
+    """An empty cache of fixed size and place for what a filled one holds and for what is to come.
+
+    Args:
+        cache: the filled one; sliding windows must not have dropped anything.
+        room: columns to come in the self-attention; in a decoder-only Copilot also rows of the log.
+        memory_room: columns to come in the cross-attention: rows of the log in a Copilot, none in a Pilot.
+        block: sizes are rounded up to a multiple of it.
+    """
+    if isinstance(cache, EncoderDecoderCache):
+        parts = (cache.self_attention_cache, room), (cache.cross_attention_cache, memory_room)
+        return EncoderDecoderCache(*(static_cache(part, columns, 0, block) for part, columns in parts))
+    layers = []
+    for layer in cache.layers:
+        layers.append(StaticLayer(max_cache_len=rounded(layer.get_seq_length() + room, block)))
+        layers[-1].lazy_initialization(layer.keys, layer.values)
+    return Cache(layers=layers)
+
+
+def static_sizes(cache: Cache, room: int, memory_room: int, block: int) -> list[tuple]:
+    """Sizes and types of what `static_cache` makes."""
+    if isinstance(cache, EncoderDecoderCache):
+        sizes = static_sizes(cache.self_attention_cache, room, 0, block)
+        return sizes + static_sizes(cache.cross_attention_cache, memory_room, 0, block)
+    held = [(rounded(layer.get_seq_length() + room, block), layer.keys) for layer in cache.layers]
+    return [(size, keys.shape[:2], keys.shape[-1], keys.dtype, keys.device) for size, keys in held]
+
+
+def fill_cache(static: Cache, cache: Cache) -> None:
+    """Move keys and values into a cache of `static_cache`."""
+    if isinstance(cache, EncoderDecoderCache):
+        fill_cache(static.self_attention_cache, cache.self_attention_cache)
+        fill_cache(static.cross_attention_cache, cache.cross_attention_cache)
+        static.is_updated = dict.fromkeys(range(len(cache.cross_attention_cache.layers)), True)
+        return
+    for place, layer in zip(static.layers, cache.layers, strict=True):
+        seen = layer.get_seq_length()
+        for held, given in ((place.keys, layer.keys), (place.values, layer.values)):
+            held[:, :, :seen] = given
+            held[:, :, seen:] = 0  # hidden by masks, but a NaN that a call before has left would show
+        place.cumulative_length.fill_(seen)
+
+
+def rounded(size: int, block: int) -> int:
+    """The smallest multiple of a block that holds a size.
+
+    >>> rounded(65, 64), rounded(64, 64), rounded(5, 1)
+    (128, 64, 5)
+    """
+    return -(-size // block) * block
+
+
+def in_place(tensor: Tensor) -> Tensor:
+    """Tell compiled code that a tensor stays where it is, so that a CUDA graph may read and write it there."""
+    torch._dynamo.mark_static_address(tensor)
+    return tensor
+
+
+@dataclass
+class CopilotState:
+    """What the Copilot carries from one decoding step to the next; the batch dimension comes first everywhere.
+
+    Attributes:
+        cache: keys and values of errors and log.
+        log_mask_B11S: additive mask over the rows of the log, with room for rows to come.
+        rows: how many rows the log has.
+        next_mask: what that mask says of rows to come: 0, or closed for a Copilot that is not shown them.
+        position_B1: position of the next target.
+        target_B1: how many targets come before the next one.
+        pending_B1P: the newest h̄, not yet in the log (strict context).
+        feedback_BV: the last p̂ (observed feedback) or the last f^C (own feedback).
+    """
+
+    cache: Cache
+    log_mask_B11S: Tensor
+    rows: int
+    next_mask: float
+    position_B1: Tensor
+    target_B1: Tensor
+    pending_B1P: Tensor
+    feedback_BV: Tensor | None = None
+
+    def apply(self, rearrange: Callable[[Tensor], Tensor]) -> None:
+        """Apply a function to every batch-first tensor outside the cache."""
+        for name in ("log_mask_B11S", "position_B1", "target_B1", "pending_B1P", "feedback_BV"):
+            if getattr(self, name) is not None:
+                setattr(self, name, rearrange(getattr(self, name)))
+
+    def grow(self) -> tuple[Tensor, Tensor]:
+        """Make place for a row of the log.
+
+        Returns:
+            The additive masks of the next target, over the errors [1, 1, 1, K] and over the log [B, 1, 1, S].
+        """
+        self.rows += 1
+        if self.rows > self.log_mask_B11S.shape[-1]:
+            let_go(self.log_mask_B11S)
+            self.log_mask_B11S = nn.functional.pad(self.log_mask_B11S, (0, LEAST_ROOM), value=self.next_mask)
+        errors = self.cache.get_seq_length() + 1
+        return self.log_mask_B11S.new_zeros(1, 1, 1, errors), self.log_mask_B11S[..., : self.rows]
+
+    def keep(self, states_B1P: Tensor, feedback_BV: Tensor) -> None:
+        """Keep what the next step needs of this one."""
+        self.pending_B1P, self.feedback_BV = states_B1P, feedback_BV
 
 
 class TCopilotCache(Cache):

@@ -7,7 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from tcopilot.models.copilot import CopilotConfig
 from tcopilot.models.decoding import FEEDBACKS
-from tcopilot.models.fusion import build_fusion
+from tcopilot.models.fusion import FusionRule, ProbabilityFusion, build_fusion
 
 _SHARED_SETTINGS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "is_encoder_decoder")
 
@@ -18,19 +18,19 @@ class TCopilotConfig(PreTrainedConfig):
     Args:
         pilot: the Pilot's config, or its dictionary.
         copilot: a `CopilotConfig`, its dictionary, or None for a bare Pilot.
-        fusion: `probability` (Eq. 8) or `logits`.
+        fusion: a `FusionRule` or its settings, the dotted path of its class among them; None is Eq. 8.
         weight: λ ≥ 0; 0 is the Pilot, exactly.
         feedback: `observed` or `own` (Algorithm 2 as written).
 
     Raises:
-        ValueError: if λ is negative or fusion or feedback are unknown.
+        ValueError: if λ is negative, the feedback is unknown, or the fusion rule is none or is not imported.
     """
 
     model_type = "t_copilot"
     sub_configs = {"pilot": AutoConfig}
     has_no_defaults_at_init = True
 
-    def __init__(self, pilot=None, copilot=None, fusion="probability", weight=1.0, feedback="observed", **kwargs):
+    def __init__(self, pilot=None, copilot=None, fusion=None, weight=1.0, feedback="observed", **kwargs):
         if isinstance(pilot, dict):
             pilot = AutoConfig.for_model(**pilot)
         # A copy: transformers resets the attention implementation of the configs inside a composite one, and a live
@@ -38,7 +38,9 @@ class TCopilotConfig(PreTrainedConfig):
         pilot = copy.deepcopy(pilot)
         if isinstance(copilot, CopilotConfig):
             copilot = copilot.to_dict()
-        build_fusion(fusion)
+        fusion = ProbabilityFusion() if fusion is None else fusion
+        self.fusion = fusion.settings() if isinstance(fusion, FusionRule) else fusion
+        build_fusion(self.fusion)
         if feedback not in FEEDBACKS:
             raise ValueError(f"fusion.feedback={feedback!r} is not one of {', '.join(FEEDBACKS)}")
         if not 0 <= weight < math.inf:
@@ -49,7 +51,6 @@ class TCopilotConfig(PreTrainedConfig):
             kwargs.setdefault("tie_word_embeddings", False)
         self.pilot = pilot
         self.copilot = copilot
-        self.fusion = fusion
         self.weight = float(weight)
         self.feedback = feedback
         super().__init__(**kwargs)

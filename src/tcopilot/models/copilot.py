@@ -4,18 +4,16 @@ Shapes: B batch, M source length, N target length, K past targets, P Pilot width
 S rows of the log (null row, X̃, h̄).
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from tcopilot.functional import shift_right
 from tcopilot.models import families
-from tcopilot.models.cache_layers import LEAST_ROOM, let_go
+from tcopilot.models.caches import CopilotState
 from tcopilot.models.chunked import project_errors
 from tcopilot.models.gates import Gate, build_gate
 from tcopilot.models.heads import HEADS
@@ -78,54 +76,6 @@ class CopilotConfig:
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary for `config.json`."""
         return asdict(self)
-
-
-@dataclass
-class CopilotState:
-    """What the Copilot carries from one decoding step to the next; the batch dimension comes first everywhere.
-
-    Attributes:
-        cache: keys and values of errors and log.
-        log_mask_B11S: additive mask over the rows of the log, with room for rows to come.
-        rows: how many rows the log has.
-        next_mask: what that mask says of rows to come: 0, or closed for a Copilot that is not shown them.
-        position_B1: position of the next target.
-        target_B1: how many targets come before the next one.
-        pending_B1P: the newest h̄, not yet in the log (strict context).
-        feedback_BV: the last p̂ (observed feedback) or the last f^C (own feedback).
-    """
-
-    cache: Cache
-    log_mask_B11S: Tensor
-    rows: int
-    next_mask: float
-    position_B1: Tensor
-    target_B1: Tensor
-    pending_B1P: Tensor
-    feedback_BV: Tensor | None = None
-
-    def apply(self, rearrange: Callable[[Tensor], Tensor]) -> None:
-        """Apply a function to every batch-first tensor outside the cache."""
-        for name in ("log_mask_B11S", "position_B1", "target_B1", "pending_B1P", "feedback_BV"):
-            if getattr(self, name) is not None:
-                setattr(self, name, rearrange(getattr(self, name)))
-
-    def grow(self) -> tuple[Tensor, Tensor]:
-        """Make place for a row of the log.
-
-        Returns:
-            The additive masks of the next target, over the errors [1, 1, 1, K] and over the log [B, 1, 1, S].
-        """
-        self.rows += 1
-        if self.rows > self.log_mask_B11S.shape[-1]:
-            let_go(self.log_mask_B11S)
-            self.log_mask_B11S = nn.functional.pad(self.log_mask_B11S, (0, LEAST_ROOM), value=self.next_mask)
-        errors = self.cache.get_seq_length() + 1
-        return self.log_mask_B11S.new_zeros(1, 1, 1, errors), self.log_mask_B11S[..., : self.rows]
-
-    def keep(self, states_B1P: Tensor, feedback_BV: Tensor) -> None:
-        """Keep what the next step needs of this one."""
-        self.pending_B1P, self.feedback_BV = states_B1P, feedback_BV
 
 
 class Copilot(nn.Module):

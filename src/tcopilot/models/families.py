@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from tcopilot.models.cache_layers import with_room
+from tcopilot.models.caches import with_room
 from tcopilot.models.log_attention import LogAttention, is_wrappable
 
 SUPPORTED = ("t5", "bart", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")

@@ -1,38 +1,104 @@
 """Fusion rules: how a correction changes the Pilot's distribution before decoding (Eq. 8).
 
-Adding a rule is one class here, an entry in `FUSIONS` and one YAML in `configs/fusion`.
+A rule of your own is one class derived from `FusionRule`, in a file that Python can import, and one YAML in
+`configs/fusion` that names it (docs/extending.md).
+
+Shapes: B batch, N target length, V vocabulary.
 """
+
+import importlib
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from tcopilot.functional import fuse_logits, fuse_probabilities
 
 
-class ProbabilityFusion:
+class FusionRule(ABC):
+    """How a correction changes the Pilot's distribution. λ = 0 is the Pilot under every rule, which is then not asked.
+
+    A rule with settings takes them as keyword arguments and keeps them as attributes of the same names.
+
+    Attributes:
+        has_closed_form: λ* of Theorem 4.1 minimises the squared error of this rule, so `fusion.weight=auto` works.
+        takes_gates: a gate that is fitted to the squared error (`fusion.per=position` or `token`) suits this rule.
+        correction_unit: what f^C is measured in, for the labels of figures: `probability` or `logits`.
+    """
+
+    has_closed_form: ClassVar[bool] = False
+    takes_gates: ClassVar[bool] = False
+    correction_unit: ClassVar[str] = "probability"
+
+    @abstractmethod
+    def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, weight: float | Tensor) -> Tensor:
+        """Return log p̃ [B, N, V], float32, from log p̂, f^C and λ, which is a number or [B, 1, 1]."""
+
+    def settings(self) -> dict[str, Any]:
+        """The class and its settings as plain values, from which `build_fusion` makes the rule again."""
+        return {"_target_": f"{type(self).__module__}.{type(self).__qualname__}", **vars(self)}
+
+
+class ProbabilityFusion(FusionRule):
     """p̃ = p̂ + λ f^C, the paper's Eq. 8. λ of about 1 is the natural scale."""
 
-    def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, weight: float) -> Tensor:
+    has_closed_form = True
+    takes_gates = True
+
+    def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, weight: float | Tensor) -> Tensor:
         """Return log p̃ [B, N, V], float32."""
         return fuse_probabilities(log_probs_BNV, corrections_BNV, weight)
 
 
-class LogitFusion:
+class LogitFusion(FusionRule):
     """p̃ = softmax(f^P + λ f^C). λ lives on another scale: 4 to 16 for small models."""
 
-    def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, weight: float) -> Tensor:
+    correction_unit = "logits"
+
+    def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, weight: float | Tensor) -> Tensor:
         """Return log p̃ [B, N, V], float32."""
         return fuse_logits(log_probs_BNV, corrections_BNV, weight)
 
 
-FUSIONS = {"probability": ProbabilityFusion, "logits": LogitFusion}
+def build_fusion(settings: Mapping[str, Any] | None, may_import: bool = False) -> FusionRule:
+    """Make a rule from `_target_`, the dotted path of its class, and its settings.
 
+    The path may come from the `config.json` of a model that somebody else made. Such a file must not choose which code
+    runs, so by default a class is only looked up in modules that are imported already, and only a class derived from
+    `FusionRule` is called. To load a model with a rule of your own, import the rule's module first. Configs that the
+    user composed (`train.py`, `eval.py`) may import it.
 
-def build_fusion(name: str) -> ProbabilityFusion | LogitFusion:
-    """Return the rule of that name.
+    Args:
+        settings: of a config or of `FusionRule.settings`.
+        may_import: whether the class's module may be imported.
 
     Raises:
-        ValueError: naming the rules that exist.
+        ValueError: if there is no such class, it is no fusion rule or it does not take the settings.
     """
-    if name not in FUSIONS:
-        raise ValueError(f"fusion.space={name!r} is not one of {', '.join(FUSIONS)}")
-    return FUSIONS[name]()
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("_target_"), str):
+        raise ValueError(
+            f"fusion.rule={settings}: names no class; choose fusion=probability, fusion=logits or another file of "
+            f"configs/fusion, where rule._target_ is the dotted path of a fusion rule"
+        )
+    path = settings["_target_"]
+    module_name, _, name = path.rpartition(".")
+    if may_import:
+        try:
+            importlib.import_module(module_name)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"fusion.rule._target_={path}: cannot be imported ({error})") from error
+    module = sys.modules.get(module_name)
+    if module is None:
+        raise ValueError(
+            f"fusion.rule._target_={path}: a model's files do not choose which code is imported; "
+            f"if you trust that module, import {module_name or path} before the model is loaded"
+        )
+    rule = vars(module).get(name)
+    if not (isinstance(rule, type) and issubclass(rule, FusionRule)):
+        raise ValueError(f"fusion.rule._target_={path}: is no class derived from {__name__}.FusionRule")
+    try:
+        return rule(**{key: value for key, value in settings.items() if key != "_target_"})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"fusion.rule={dict(settings)}: {error}") from error

@@ -8,9 +8,7 @@ Shapes: B batch, T tokens of prompt and answer, M source length, N steps, K erro
 V vocabulary.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +18,18 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerateEnc
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutput
 
-from tcopilot.models.cache_layers import fill_cache, in_place, rounded, static_cache, static_sizes
-from tcopilot.models.caches import TCopilotCache, of_pilot
-from tcopilot.models.copilot import CopilotState
+from tcopilot.models.caches import (
+    CopilotState,
+    TCopilotCache,
+    fill_cache,
+    in_place,
+    of_pilot,
+    rounded,
+    static_cache,
+    static_sizes,
+)
+from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.log_attention import additive
-
-if TYPE_CHECKING:
-    from tcopilot.models.modeling import TCopilotModel
 
 BLOCK = 64
 """Compiled shapes are multiples of this, so that prompts of similar length share one compilation."""

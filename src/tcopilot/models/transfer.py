@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from tcopilot.models.configuration import TCopilotConfig
-from tcopilot.models.modeling import TCopilotModel, fused_class
+from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.models.modeling import fused_class
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 
 

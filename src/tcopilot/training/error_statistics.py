@@ -15,12 +15,12 @@ from torch import Tensor
 
 from tcopilot.functional import best_weight, token_errors
 from tcopilot.models.decoding import correct_text
-from tcopilot.models.fusion import build_fusion
+from tcopilot.models.fusion import FusionRule, ProbabilityFusion
 from tcopilot.models.states import StatePooler, trace_pilot
 
 if TYPE_CHECKING:
     from tcopilot.data.batch import Batch
-    from tcopilot.models.modeling import TCopilotModel
+    from tcopilot.models.fused_model import TCopilotModel
 
 PERCENTILES = (10, 50, 90)
 
@@ -53,12 +53,12 @@ class ErrorStatistics:
 
     Args:
         weights: the λ at which the fused likelihood is wanted.
-        fusion: `probability` or `logits`.
+        fusion: the model's fusion rule; None is `ProbabilityFusion`.
     """
 
-    def __init__(self, weights: Sequence[float], fusion: str = "probability") -> None:
+    def __init__(self, weights: Sequence[float], fusion: FusionRule | None = None) -> None:
         self.weights = list(weights)
-        self._fuse = build_fusion(fusion)
+        self._fusion = fusion or ProbabilityFusion()
         self._sums = torch.zeros(5 + 2 * len(self.weights), dtype=torch.float64)
         self._norms: list[tuple[Tensor, Tensor]] = []  # of each batch: ‖ℓ‖ and ‖f^C‖ [2, B, N], mask [B, N]
 
@@ -85,7 +85,7 @@ class ErrorStatistics:
         ]
         self._norms.append((torch.stack([v.float() for v in per_token[1:3]]).sqrt(), mask_BN))  # no sync now
         for weight in self.weights:
-            fused_BNV = log_probs_BNV if weight == 0 else self._fuse(log_probs_BNV, no_correction, weight)
+            fused_BNV = log_probs_BNV if weight == 0 else self._fusion(log_probs_BNV, no_correction, weight)
             nll_BN = -fused_BNV.gather(-1, index).squeeze(-1)
             per_token += [nll_BN, nll_BN.double().square()]
         sums = torch.stack([(value.double() * mask_BN).sum() for value in per_token])
@@ -99,7 +99,7 @@ class ErrorStatistics:
     def joined(cls, parts: Iterable[ErrorStatistics]) -> ErrorStatistics:
         """The statistics of several benchmarks together."""
         parts = list(parts)
-        total = cls(parts[0].weights)
+        total = cls(parts[0].weights, parts[0]._fusion)
         total._sums = sum(part._sums.cpu() for part in parts)
         total._norms = [norms for part in parts for norms in part._norms]
         return total

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tcopilot.data.batch import Batch
 from tcopilot.mistake_log.log import MistakeLog, MistakeRecord
-from tcopilot.models.modeling import TCopilotModel
+from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
 from tcopilot.processes import sum_over_processes
 from tcopilot.training.error_statistics import ErrorStatistics
@@ -168,7 +168,7 @@ class TCopilotModule(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the validation's sums."""
-        self._statistics = ErrorStatistics([self.model.weight], self.model.config.fusion)
+        self._statistics = ErrorStatistics([self.model.weight], self.model.fusion)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Teacher-forced pass over held-out rows, to see whether f^C estimates ℓ where it counts."""

@@ -22,7 +22,7 @@ from tcopilot.functional import POOLINGS
 from tcopilot.mistake_log.log import ROWS
 from tcopilot.models.copilot import PATTERNS, POSITIONS, READS
 from tcopilot.models.decoding import FEEDBACKS
-from tcopilot.models.fusion import FUSIONS
+from tcopilot.models.fusion import FusionRule, build_fusion
 from tcopilot.models.gates import GATES
 from tcopilot.models.heads import HEADS
 from tcopilot.models.log_attention import CONTEXTS
@@ -46,6 +46,7 @@ PARTS = {  # what is built from a config of its own, and the group that it is ch
     "mistake_log.log.policy": "mistake_log",
     "mistake_log.log.storage": "log_storage@mistake_log.log.storage",
     "objective": "objective",
+    "fusion.rule": "fusion",
     "trainer": "trainer",
     "data": "data",
 }
@@ -120,6 +121,24 @@ class ConfigError(ValueError):
         self.problems = problems
         heading = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__("\n".join([f"{heading} in the config or data:", *(f"  - {p}" for p in problems)]))
+
+
+def fusion_rule(node: DictConfig) -> FusionRule:
+    """The fusion rule that the config's `fusion` group names; its class may be the user's own.
+
+    Raises:
+        ConfigError: if it names none.
+    """
+    if (space := node.get("space")) is not None:
+        raise ConfigError([
+            f"fusion.space={space}: was replaced by the group fusion, whose files name a class in rule._target_; use "
+            f"fusion=<name>, one of probability, logits or a file of your own in configs/fusion"
+        ])  # fmt: skip
+    rule = node.get("rule")
+    try:
+        return build_fusion(OmegaConf.to_container(rule, resolve=True) if rule else rule, may_import=True)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
 
 
 def refuse_missing(cfg: DictConfig) -> None:
@@ -327,14 +346,22 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
         yield f"fusion.weight={weight}: give a number, a list of numbers or auto"
     elif weight != "auto" and min(values) < 0:
         yield f"fusion.weight={weight}: λ must be 0 (the Pilot) or positive"
-    if weight == "auto" and cfg.fusion.space == "logits":
-        yield "fusion.weight=auto: λ* in closed form belongs to fusion.space=probability; give numbers for logits"
-    yield from _one_of("fusion.space", cfg.fusion.space, FUSIONS)
     yield from _one_of("fusion.feedback", cfg.fusion.feedback, FEEDBACKS)
     per = cfg.fusion.get("per", "all")  # runs of before do not have it
     yield from _one_of("fusion.per", per, PER)
-    if per in GATES and cfg.fusion.space == "logits":
-        yield f"fusion.per={per} is fitted to squared error in fusion.space=probability; use fusion.per=all"
+    try:
+        rule = fusion_rule(cfg.fusion)
+    except ConfigError as error:
+        yield from error.problems
+    else:
+        name = type(rule).__name__
+        if weight == "auto" and not rule.has_closed_form:
+            yield f"fusion.weight=auto: {name} has no λ* in closed form; give numbers, or use fusion=probability"
+        if per in GATES and not rule.takes_gates:
+            yield (
+                f"fusion.per={per}: a gate is fitted to squared error, which does not suit {name}; use fusion.per=all "
+                f"or fusion=probability"
+            )
     modes = cfg.evaluation.modes
     if not isinstance(modes, ListConfig) or not modes or not set(modes) <= set(MODES) or len(set(modes)) < len(modes):
         yield f"evaluation.modes={modes}: give a list of {', '.join(MODES)}"

@@ -25,7 +25,7 @@ from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.results import Control, Results
 from tcopilot.evaluation.significance import compare
 from tcopilot.models.configuration import TCopilotConfig
-from tcopilot.models.modeling import TCopilotModel
+from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.processes import agree_on, rank
 from tcopilot.training.callbacks import FlopCount
 

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 from tcopilot.app.memory.live_tensors import LiveMemory
 from tcopilot.data.batch import Batch
 from tcopilot.mistake_log.log import MistakeLog
-from tcopilot.models.cache_layers import LEAST_ROOM
-from tcopilot.models.modeling import TCopilotModel
+from tcopilot.models.caches import LEAST_ROOM
+from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.training.callbacks.mistake_log import MistakeLogCallback
 from tcopilot.training.module import TCopilotModule
 

@@ -22,7 +22,7 @@ from tcopilot.data.batch import Batch
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.functional import token_errors
 from tcopilot.models.configuration import TCopilotConfig
-from tcopilot.models.modeling import TCopilotModel
+from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.training.error_statistics import correct_targets
 
 Scored = tuple[Tensor, Tensor]  # log p̂ [B, N, V] and f^C [B, N, V]

@@ -45,6 +45,7 @@ from tcopilot.data.benchmarks import DataError
 from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.functional import fuse_probabilities, token_errors
 from tcopilot.models.chunked import CHUNK_ELEMENTS
+from tcopilot.models.fusion import ProbabilityFusion
 from tcopilot.models.pilot import ModelSourceError
 from tcopilot.training.error_statistics import correct_targets
 
@@ -191,7 +192,8 @@ def measure(
 def estimate(runs: Sequence[TrainedRun], split: str, passes: int = 0) -> dict[str, Any]:
     """Return what `theorem.json` holds; arguments and errors as those of `measure`."""
     first, (distances, spread) = runs[0], measure(runs, split, passes)
-    found = {"version": 1, "run": str(first.folder), "split": split, "fusion": first.model.config.fusion}
+    found = {"version": 1, "run": str(first.folder), "split": split, "fusion": first.model.config.fusion["_target_"]}
+    found["is_eq_8"] = isinstance(first.model.fusion, ProbabilityFusion)
     found |= distances.estimates(first.data.benchmark_names)
     pilots = spread.summary() if spread else None
     found |= {f"{name}_pilot_sq": pilots[f"{name}_sq"] if pilots else None for name in ("epsilon", "sigma")}

@@ -39,8 +39,8 @@ def verdict(found: dict[str, Any]) -> list[str]:
     said.append(
         "p is the one-hot target: S², ε_P² and ε_C² hold its noise too; σ_P², λ* and the zero crossing do not."
     )
-    if found["fusion"] != "probability":
-        said.append(f"This run decodes with fusion.space={found['fusion']}; all of this is about p̂ + λ f^C (Eq. 8).")
+    if not found["is_eq_8"]:
+        said.append(f"This run decodes with the rule {found['fusion']}; all of this is about p̂ + λ f^C (Eq. 8).")
     return said
 
 

@@ -173,9 +173,7 @@ def drift_panels(trace: Trace) -> Iterator[Panel]:
         found = corrections.drift(rows)
         if len({point.position for point in found}) < 2:
             continue
-        for what, label in (("norm", "‖f^C‖ (probability)"), ("cosine", "cosine of f^C with ℓ")):
-            if what == "norm" and trace.meta["fusion"] == "logits":
-                label = "‖f^C‖ (logits)"
+        for what, label in (("norm", f"‖f^C‖ ({trace.meta['correction_unit']})"), ("cosine", "cosine of f^C with ℓ")):
             series = [
                 Series(
                     f"{feedback} feedback",

@@ -100,7 +100,7 @@ def _ratio(trainer: Trainer, pl_module: LightningModule) -> float:
     """The error ratio on the validation batches that training looks at."""
     model = pl_module.model
     batches = islice(trainer.datamodule.val_dataloader(), trainer.num_val_batches[0])
-    statistics, training = ErrorStatistics([model.weight], model.config.fusion), model.training
+    statistics, training = ErrorStatistics([model.weight], model.fusion), model.training
     model.eval()
     for batch in batches:
         with trainer.precision_plugin.val_step_context():

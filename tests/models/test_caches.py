@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer, EncoderDecoderCache
 
-from tcopilot.models.cache_layers import RoomyLayer, fill_cache, static_cache, with_room
+from tcopilot.models.caches import RoomyLayer, fill_cache, static_cache, with_room
 
 
 def states(rows=2, columns=1, seed=0):

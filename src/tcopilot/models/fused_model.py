@@ -1,0 +1,241 @@
+"""Pilot and Copilot as one model: λ, the fusion rule, and the parts of a forward pass that all architectures share.
+
+Shapes: B batch, M source length, N targets, V vocabulary.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import ModelOutput
+
+from tcopilot.models.caches import TCopilotCache, is_repeatable, of_pilot, with_room
+from tcopilot.models.configuration import TCopilotConfig
+from tcopilot.models.copilot import Copilot, CopilotConfig
+from tcopilot.models.decoding import Beside, advance, conclude, correct_text
+from tcopilot.models.fusion import FusionRule, build_fusion
+from tcopilot.models.gates import Gate
+
+IGNORED_LABEL = -100
+
+
+class TCopilotModel(PreTrainedModel):
+    """What causal and sequence-to-sequence fused models share. λ = 0 or no Copilot runs the Pilot alone."""
+
+    config_class = TCopilotConfig
+    base_model_prefix = "pilot"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _no_split_modules = []
+    auto_class: Any
+
+    def __init__(self, config: TCopilotConfig, pilot: PreTrainedModel | None = None, copilot: Copilot | None = None):
+        super().__init__(config)
+        self.pilot = self.auto_class.from_config(copy.deepcopy(config.pilot)) if pilot is None else pilot
+        if copilot is None and config.copilot is not None:
+            copilot = Copilot(CopilotConfig(**config.copilot))
+        self.copilot = copilot
+        self.fusion = build_fusion(config.fusion)
+        self.static_decoder = None  # kept by `static_decoding.sample` from one call to the next
+        if getattr(self.pilot, "generation_config", None) is not None:
+            self.generation_config = copy.deepcopy(self.pilot.generation_config)
+        self.post_init()
+
+    @classmethod
+    def from_pilot(
+        cls,
+        pilot: PreTrainedModel,
+        copilot: Copilot | None = None,
+        *,
+        fusion: FusionRule | None = None,
+        weight: float = 1.0,
+        feedback: str = "observed",
+        **copilot_options: Any,
+    ) -> "TCopilotModel":
+        """Fuse a loaded Pilot with a Copilot, or with a new one built from its decoder (a no-op until trained).
+
+        Args:
+            pilot: the Pilot; it is used as it is, not copied.
+            copilot: a Copilot for it; None builds one by `Copilot.from_pilot(pilot, **copilot_options)`.
+            fusion: the fusion rule; None is `ProbabilityFusion` (Eq. 8).
+            weight: λ.
+            feedback: `observed` or `own`.
+            **copilot_options: `layers`, `head`, `context`, … of `Copilot.from_pilot`.
+        """
+        if copilot is None:
+            copilot = Copilot.from_pilot(pilot, **copilot_options)
+        config = TCopilotConfig(pilot.config, copilot.config, fusion=fusion, weight=weight, feedback=feedback)
+        return cls(config, pilot, copilot)
+
+    def attach(self, copilot: Copilot) -> None:
+        """Put a Copilot on the Pilot at hand, in place of one that may be there.
+
+        Raises:
+            ValueError: if it was built for another vocabulary or another Pilot width.
+        """
+        vocab, width = self.pilot.get_input_embeddings().num_embeddings, self.pilot.config.hidden_size
+        if (copilot.config.vocab_size, copilot.config.pilot_width) != (vocab, width):
+            raise ValueError(
+                f"this Copilot reads a Pilot of width {copilot.config.pilot_width} with {copilot.config.vocab_size} "
+                f"tokens; the Pilot at hand has width {width} and {vocab} tokens"
+            )
+        self.copilot = copilot
+        self.config.copilot = copilot.config.to_dict()
+
+    def detach_copilot(self) -> Copilot | None:
+        """Take the Copilot off and return it; what remains is the Pilot."""
+        copilot, self.copilot, self.config.copilot = self.copilot, None, None
+        return copilot
+
+    @property
+    def weight(self) -> float:
+        """λ of Eq. 8. Setting it changes the next forward pass; 0 is the Pilot, exactly."""
+        return self.config.weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        if not 0 <= value < math.inf:
+            raise ValueError(f"weight={value}: λ must be 0 (the Pilot) or positive")
+        self.config.weight = float(value)
+
+    def set_gate(self, gate: Gate | None) -> None:
+        """Scale corrections by a gate from now on (`tcopilot.models.gates`); None takes the gate away."""
+        self.copilot.set_gate(gate)
+        self.config.copilot = self.copilot.config.to_dict()
+        self.static_decoder = None  # its step was compiled with the gate of before
+
+    def set_fusion(self, rule: FusionRule) -> None:
+        """Change the fusion rule."""
+        self.fusion, self.config.fusion = rule, rule.settings()
+        self.static_decoder = None  # its step was compiled with the rule of before
+
+    def get_input_embeddings(self):
+        """The Pilot's input embeddings."""
+        return self.pilot.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        """The Pilot's output embeddings."""
+        return self.pilot.get_output_embeddings()
+
+    def _init_weights(self, module) -> None:
+        """Leave weights as Pilot and Copilot initialise themselves."""
+
+    def fuse(self, log_probs_BNV: Tensor, corrections_BNV: Tensor | None, weight: float | Tensor) -> Tensor:
+        """Return log p̃ by the fusion rule at one λ, or at one λ per row.
+
+        Args:
+            log_probs_BNV: log p̂, float32.
+            corrections_BNV: f^C; None where there is no Copilot.
+            weight: λ, or λ [B].
+
+        Returns:
+            log p̃ [B, N, V]; where λ is 0, log p̂ itself.
+        """
+        if corrections_BNV is None or (not isinstance(weight, Tensor) and weight == 0):
+            return log_probs_BNV
+        if isinstance(weight, Tensor):
+            weight = weight.to(log_probs_BNV.device).view(-1, 1, 1)
+            return torch.where(weight == 0, log_probs_BNV, self.fusion(log_probs_BNV, corrections_BNV, weight))
+        return self.fusion(log_probs_BNV, corrections_BNV, weight)
+
+    def next_logits(self, given: dict[str, Any], token_B1: Tensor, cache: Cache, weights_B: Tensor) -> Tensor:
+        """Logits [B, 1, V] of the next target, as `forward` returns them after a filled cache.
+
+        Args:
+            given: arguments of the Pilot but for its cache.
+            token_B1: the newest token.
+            cache: of both models, or of the Pilot where it is alone.
+            weights_B: λ of each row.
+        """
+        fused = isinstance(cache, TCopilotCache)
+
+        def run_pilot():
+            options = {"past_key_values": of_pilot(cache), "use_cache": True, "output_hidden_states": fused}
+            return self.pilot(**given, **options)
+
+        if not fused:
+            return run_pilot().logits.float()
+        out, *parts = self._next(run_pilot, token_B1, cache)
+        return self._fused_logits(out.logits, *parts, weights_B)
+
+    def _is_pilot_only(self, weights_B: Tensor | None = None) -> bool:
+        return self.copilot is None or (weights_B is None and self.weight == 0)
+
+    def _new_pilot_cache(self, keep_all: bool = True) -> Cache:
+        """An empty cache that grows; a sliding window drops what it has passed, unless all is to be kept."""
+        if self.config.is_encoder_decoder:
+            # Sized by use: for T5, transformers would count the encoder's layers, too few for a deeper decoder.
+            return with_room(EncoderDecoderCache(DynamicCache(), DynamicCache()))
+        return with_room(DynamicCache() if keep_all else DynamicCache(config=self.config))
+
+    def _open_cache(
+        self, cache: Cache | None, use_cache: bool | None, weights_B: Tensor | None, copies: int
+    ) -> tuple[Cache | None, int, int]:
+        """Make a cache if one is asked for.
+
+        Returns:
+            The cache, how many tokens it holds, and how many equal rows in a row need computing only once.
+        """
+        if cache is None and use_cache and not self._is_pilot_only(weights_B):
+            cache = TCopilotCache(self._new_pilot_cache())
+        past = 0 if cache is None else cache.get_seq_length()
+        return cache, past, 1 if past or not is_repeatable(cache) else copies
+
+    def _pooled(self, out: ModelOutput, positions: slice = slice(None)) -> Tensor | None:
+        """h̄ of the targets; None without a Copilot to read it."""
+        hidden_states = out.decoder_hidden_states if self.config.is_encoder_decoder else out.hidden_states
+        return None if self.copilot is None else self.copilot.pooler(hidden_states, positions)
+
+    def _correct_text(self, logits_BNV, tokens_BK, source_BMP, source_mask_BM, states_BNP, cache: Cache | None):
+        """Return log p̂ and f^C of a text, and leave the Copilot's state in the cache."""
+        log_probs_BNV = torch.log_softmax(logits_BNV.float(), dim=-1)
+        if self.copilot is None:
+            return log_probs_BNV, None
+        read = (tokens_BK, source_BMP, source_mask_BM, states_BNP)
+        corrections_BNV, state = correct_text(
+            self.copilot, self.config.feedback, log_probs_BNV, *read, keep=cache is not None
+        )
+        if cache is not None:
+            cache.copilot = state
+        return log_probs_BNV, corrections_BNV
+
+    def _next(self, run_pilot: Callable[[], ModelOutput], token_B1: Tensor, cache: TCopilotCache):
+        """Run both models for the next target.
+
+        In strict context the Copilot's body needs nothing of the Pilot's present step, so it runs beside it: on a
+        stream of its own on a GPU, before it elsewhere. In inclusive context it reads h̄ of this step and comes after.
+
+        Returns:
+            The Pilot's output, log p̂ and f^C.
+        """
+        if token_B1.shape[1] != 1:
+            raise ValueError(
+                f"{token_B1.shape[1]} tokens after a filled cache: a fused model takes them one at a time; "
+                f"pass the whole text without a cache, or use generate"
+            )
+        if self.copilot is None:
+            out = run_pilot()
+            return out, torch.log_softmax(out.logits.float(), dim=-1), None
+        copilot, feedback, state = self.copilot, self.config.feedback, cache.copilot
+        if copilot.is_strict:
+            body = Beside(token_B1.device, lambda: advance(copilot, feedback, token_B1, state.pending_B1P, state))
+            out = run_pilot()
+            hidden_B1C, states_B1P = body.result(), self._pooled(out)
+        else:
+            out = run_pilot()
+            states_B1P = self._pooled(out)
+            hidden_B1C = advance(copilot, feedback, token_B1, states_B1P, state)
+        log_probs_B1V = torch.log_softmax(out.logits.float(), dim=-1)
+        return out, log_probs_B1V, conclude(copilot, feedback, hidden_B1C, log_probs_B1V, states_B1P, state)
+
+    def _fused_logits(self, pilot_BNV, log_probs_BNV, corrections_BNV, weights_B: Tensor | None) -> Tensor:
+        """What generation reads: log p̃; the Pilot's own logits where λ is 0, since log p̂ may round two into a tie."""
+        if weights_B is None:
+            return pilot_BNV.float() if self.weight == 0 else self.fuse(log_probs_BNV, corrections_BNV, self.weight)
+        fused_BNV = self.fuse(log_probs_BNV, corrections_BNV, weights_B)
+        return torch.where(weights_B.to(fused_BNV.device).view(-1, 1, 1) == 0, pilot_BNV.float(), fused_BNV)

@@ -1,0 +1,101 @@
+"""`generate` of a fused model: transformers' decoding with the caches of both models, at one λ or at several at once.
+
+Shapes: B batch, M source length.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput
+
+from tcopilot.models.caches import CANNOT_UNDO, TCopilotCache
+from tcopilot.models.static_decoding import sample
+
+
+class FusedGenerationMixin(GenerationMixin):
+    """Decoding for a `TCopilotModel`: greedy, sampling and beams, with dynamic or static caches."""
+
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """Decode from the fused distribution; arguments as in transformers. Prompts must be left-padded."""
+        config = kwargs.get("generation_config") or self.generation_config
+        repeats = max(  # how often transformers is about to repeat each row, for beams or samples
+            kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")
+        )
+        kwargs["copies"] = kwargs.get("copies", 1) * repeats
+        return super().generate(inputs, **kwargs)
+
+    def generate_at_weights(
+        self, weights: Sequence[float], input_ids: Tensor, attention_mask: Tensor, **kwargs: Any
+    ) -> list[Any]:
+        """Decode every prompt at several λ at once; Pilot and Copilot read each prompt once, not once for each λ.
+
+        Args:
+            weights: the λ; 0 gives the Pilot's own tokens.
+            input_ids: prompts [B, M].
+            attention_mask: [B, M].
+            **kwargs: arguments of `generate`; those with tensors are for one λ and serve all.
+
+        Returns:
+            For each λ what `generate` returns at it, of one length for all; of an output class only sequences and
+            scores.
+        """
+        count = len(weights)
+        if self.copilot is None or len(set(weights)) == 1:
+            before, self.weight = self.weight, weights[0]
+            try:
+                return [self.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)] * count
+            finally:
+                self.weight = before
+        if self.config.is_encoder_decoder:
+            encoded_BMP = self.get_encoder()(input_ids, attention_mask=attention_mask).last_hidden_state
+            kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded_BMP.repeat_interleave(count, dim=0))
+        found = self.generate(
+            input_ids=input_ids.repeat_interleave(count, dim=0),
+            attention_mask=attention_mask.repeat_interleave(count, dim=0),
+            weights_B=torch.tensor(weights, device=input_ids.device).repeat(len(input_ids)),
+            copies=count,
+            **kwargs,
+        )
+
+        def by_weight(rows: Tensor | None) -> list[Tensor | None]:
+            if rows is None:
+                return [None] * count
+            return [part.flatten(0, 1) for part in rows.unflatten(0, (len(input_ids), count, -1)).unbind(1)]
+
+        if isinstance(found, Tensor):
+            return by_weight(found)
+        pairs = zip(by_weight(found.sequences), by_weight(getattr(found, "sequences_scores", None)), strict=True)
+        return [ModelOutput(sequences=tokens, sequences_scores=scores) for tokens, scores in pairs]
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        implementation = generation_config.cache_implementation
+        if implementation == "static" and generation_config.num_beams > 1:
+            raise ValueError(
+                f"cache_implementation='static' decodes greedily or by sampling, not with num_beams="
+                f"{generation_config.num_beams}; leave it out, or use num_beams=1"
+            )
+        if model_kwargs.get("past_key_values") is None and implementation in (None, "dynamic", "static"):
+            if generation_config.use_cache is not False:
+                model_kwargs["past_key_values"] = self._new_pilot_cache(keep_all=implementation == "static")
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        alone = self._is_pilot_only(model_kwargs.get("weights_B"))
+        if cache is not None and not alone and not isinstance(cache, TCopilotCache):
+            model_kwargs["past_key_values"] = TCopilotCache(cache)
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        given = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if generation_config.cache_implementation != "static" or not generation_config.use_cache:
+            return super()._sample(*given, **kwargs)
+        if any(kwargs.pop(name, None) for name in ("synced_gpus", "streamer")):
+            raise ValueError("cache_implementation='static' takes no streamer and no synced_gpus; leave it out")
+        return sample(self, *given, **kwargs)
+
+    def _assisted_decoding(self, *args, **kwargs):
+        if not self._is_pilot_only(kwargs.get("weights_B")):
+            raise ValueError(CANNOT_UNDO)
+        return super()._assisted_decoding(*args, **kwargs)
