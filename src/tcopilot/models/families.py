@@ -15,28 +15,82 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from tcopilot.models.caches import with_room
-from tcopilot.models.log_attention import LogAttention, is_wrappable
+from tcopilot.models.log_attention import LogAttention, additive, causal_mask, is_wrappable
 
-SUPPORTED = ("t5", "bart", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
-"""Families that the tests run through training, cached decoding, saving and loading."""
+ENCODER_DECODERS = ("t5", "bart")
+SUPPORTED = (*ENCODER_DECODERS, "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
+"""Families that the tests run through training, cached decoding, saving and loading. Any other decoder-only family is
+tried on a small model before it is used."""
 
 
 class UnsupportedFamilyError(ValueError):
-    """The family's decoder cannot be reached through its stock arguments."""
+    """The family's decoder cannot carry log attention."""
 
 
 def check_family(config: PreTrainedConfig) -> None:
     """Refuse a family whose decoder cannot carry log attention, from its config alone, before any weights load.
 
+    A family outside `SUPPORTED` passes if log attention fits a small random model of it, see `_try_log_attention`.
+
     Raises:
-        UnsupportedFamilyError: naming the model type and what is supported.
+        UnsupportedFamilyError: naming the model type, the reason and what is supported.
     """
-    if config.model_type not in SUPPORTED:
+    if config.model_type in SUPPORTED:
+        return
+    try:
+        if config.is_encoder_decoder:
+            raise UnsupportedFamilyError("log attention fits the encoder-decoders " + " and ".join(ENCODER_DECODERS))
+        _try_log_attention(config)
+    except Exception as error:  # the family's own code, run in a way that it was not written for
         raise UnsupportedFamilyError(
-            f"pilot model type {config.model_type!r} is not supported: a Copilot needs a decoder with "
-            f"cross-attention, or separate q, k, v projections and one rotary embedding. "
-            f"Supported: {', '.join(SUPPORTED)}"
-        )
+            f"pilot model type {config.model_type!r} is not supported: a Copilot needs a decoder with separate q, k "
+            f"and v projections and one rotary embedding, which hands unknown arguments on to its attention layers. "
+            f"Tried on a small model of it: {' '.join(str(error).split())}. Supported: {', '.join(SUPPORTED)}, and "
+            f"families built like them"
+        ) from error
+
+
+def _try_log_attention(config: PreTrainedConfig) -> None:
+    """Compare log attention with the layers of a small random model of a decoder-only family.
+
+    Where the log is a layer's own input, at the same positions and under the same mask, log attention is the stock
+    self-attention. So both must agree to the bit; a norm, a gate or a rotation that only the stock layer has shows up.
+
+    Raises:
+        Exception: of any kind, where the small model cannot be built or a layer cannot take the log.
+    """
+    small, heads, tokens, depth = copy.deepcopy(config), 4, 6, min(decoder_depth(config), 8)
+    grouped = getattr(config, "num_key_value_heads", None) != getattr(config, "num_attention_heads", None)
+    sizes = {
+        "hidden_size": 8 * heads, "intermediate_size": 32, "num_hidden_layers": depth, "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2 if grouped else heads, "head_dim": 8, "vocab_size": 16, "pad_token_id": 0,
+    }  # fmt: skip
+    for name in sizes.keys() & vars(small).keys():
+        setattr(small, name, sizes[name])
+    if getattr(small, "layer_types", None):
+        small.layer_types = list(small.layer_types[:depth])
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        body = AutoModelForCausalLM.from_config(small, dtype=torch.float32).get_decoder().eval()
+        inputs_BNC, positions_BN = torch.randn(1, tokens, 8 * heads), torch.arange(tokens)[None]
+        mask_B1NK = additive(causal_mask(tokens, inputs_BNC.device), inputs_BNC.dtype)
+        options = {"attention_mask": mask_B1NK, "position_ids": positions_BN, "use_cache": False}
+        for std in (0.3, 3.0):  # large values show what a family clips
+            for parameter in body.parameters():
+                parameter.normal_(std=std)
+            for index, layer in enumerate(body.layers):
+                stock, read = layer.self_attn, []
+                hook = stock.register_forward_pre_hook(
+                    lambda _, given, named, read=read: read.extend((*given, *named.values())), with_kwargs=True
+                )
+                expected_BNC = body(inputs_embeds=inputs_BNC, **options).last_hidden_state
+                hook.remove()
+                install_log_attention(body, [index])
+                found_BNC = run_body(
+                    body, inputs_BNC, mask_B1NK, positions_BN, read[0], mask_B1NK, positions_BN, cache=None
+                )
+                layer.self_attn = stock
+                if not torch.equal(found_BNC, expected_BNC):
+                    raise UnsupportedFamilyError(f"log attention computes something else than {type(stock).__name__}")
 
 
 def decoder_config(config: PreTrainedConfig, layers: int | None = None) -> PreTrainedConfig:
@@ -256,7 +310,7 @@ def layer_outputs(decoder: nn.Module) -> Iterator[list[list[Tensor]]]:
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The full model of a config on the meta device: classes and shapes, no memory."""
     config = copy.deepcopy(config)
-    encoder_decoder = config.model_type in ("t5", "bart")
+    encoder_decoder = config.model_type in ENCODER_DECODERS
     if encoder_decoder:
         config.is_encoder_decoder, config.is_decoder, config.use_cache = True, False, False
     auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
