@@ -16,12 +16,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tcopilot import TCopilotForCausalLM
 from tcopilot.app.checks.config import config_problems
-from tcopilot.models import families, fusion
-from tcopilot.models.log_attention import LogAttention
+from tcopilot.models import families
 
 DOCS = composed.ROOT / "docs"
 DOCUMENTS = {
@@ -93,30 +92,33 @@ def resolve(name: str) -> object:
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
-    """A copy of the configs and a working folder with everything that docs/extending.md adds, package included."""
+    """A copy of the configs and of the programs, and beside them everything that docs/extending.md adds."""
     root = tmp_path_factory.mktemp("extended")
     shutil.copytree(composed.CONFIGS, root / "configs")
-    rules, listed_before, written = dict(fusion.FUSIONS), families.SUPPORTED, files(EXTENDING)
-    package = {name: written.pop(name) for name in list(written) if name.startswith("src/")}
-    for name, body in written.items():
+    for script in ("train.py", "eval.py"):
+        shutil.copy(composed.ROOT / script, root)
+    for name, body in files(EXTENDING).items():
+        assert not name.startswith("src/"), name
         assert not (composed.ROOT / name).exists(), name
         (root / name).write_text(body)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.syspath_prepend(str(root))
         patch.setattr(composed, "CONFIGS", root / "configs")
-        exec(package.pop("src/tcopilot/models/fusion.py"), added := dict(vars(fusion)))  # FUSIONS itself, not a copy
-        exec(package.pop("src/tcopilot/models/families.py"), listed := {})
-        patch.setattr(families, "SUPPORTED", listed["SUPPORTED"])
-        assert not package
-        yield SimpleNamespace(root=root, rule=added["UnsureFusion"], listed_before=listed_before)
-    fusion.FUSIONS.clear()
-    fusion.FUSIONS.update(rules)
+        yield SimpleNamespace(root=root)
+
+
+def documented(program: str, group: str) -> list[str]:
+    """The overrides of the one command of docs/extending.md that runs a program and sets a group."""
+    (overrides,) = [
+        rest for name, *rest in commands(EXTENDING) if name == program and any(p.startswith(f"{group}=") for p in rest)
+    ]
+    return overrides
 
 
 def trained(group: str, folder: Path) -> SimpleNamespace:
-    """The run of the one documented command that sets a group, on generated rows that are quick to draw."""
-    (overrides,) = [rest for program, *rest in commands(EXTENDING) if any(p.startswith(f"{group}=") for p in rest)]
+    """The run of the documented command that sets a group, on generated rows that are quick to draw."""
+    overrides = documented("train", group)
     small = composed.SMALL[1:] if not any(part.startswith("data=") for part in overrides) else []
     composed.train(folder, *overrides, *small)
     export = AutoConfig.from_pretrained(folder / "export")
@@ -219,7 +221,7 @@ def test_every_addition_is_short():
     assert {
         name: len(body.splitlines()) for name, body in files(EXTENDING).items() if body.count("\n") >= MOST_LINES
     } == {}
-    assert len(files(EXTENDING)) == len(blocks(EXTENDING, "python", "yaml")) == 9
+    assert len(files(EXTENDING)) == len(blocks(EXTENDING, "python", "yaml")) == 10
 
 
 def test_a_benchmark_is_added_by_a_yaml_and_rows(extended, tmp_path):
@@ -249,33 +251,71 @@ def test_a_log_policy_is_added_by_a_class_and_a_yaml(extended, tmp_path, monkeyp
     assert all(records == 16 and first >= size // 2 for size, records, first in drawn)
 
 
-def test_a_fusion_rule_is_added_by_a_class_with_its_entry_and_a_yaml(extended, tmp_path, monkeypatch):
-    asked, rule = [], extended.rule.__call__
+def test_an_objective_is_added_by_a_class_and_a_yaml(extended, tmp_path, monkeypatch):
+    objective, asked = importlib.import_module("huber").Huber, []
+    losses = objective.row_losses
+
+    def watched(self, corrections_RV, probs_RV, targets_R):
+        found = losses(self, corrections_RV, probs_RV, targets_R)
+        asked.append((self.delta, found.shape == targets_R.shape, bool((found >= 0).all())))
+        return found
+
+    monkeypatch.setattr(objective, "row_losses", watched)
+    trained("objective", tmp_path)
+    assert len(asked) >= 8  # two rounds of four updates
+    assert set(asked) == {(0.1, True, True)}
+
+
+def test_a_fusion_rule_is_added_by_a_class_and_a_yaml(extended, tmp_path, monkeypatch):
+    added, asked = importlib.import_module("unsure").UnsureFusion, []
+    rule = added.__call__
 
     def watched(self, log_probs_BNV, corrections_BNV, weight):
         asked.append(weight)
         return rule(self, log_probs_BNV, corrections_BNV, weight)
 
-    monkeypatch.setattr(extended.rule, "__call__", watched)
+    monkeypatch.setattr(added, "__call__", watched)
     run = trained("fusion", tmp_path)
-    assert run.export.fusion == "unsure"
+    assert run.export.fusion == {"_target_": "unsure.UnsureFusion"}
+    assert type(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "export").fusion) is added
+    assert run.results["best_weight"] is None
     assert {row["weight"] for row in run.results["rows"]} == {0, 1, 2, 4}
     assert any(isinstance(weight, torch.Tensor) and weight.max() == 4 for weight in asked)
 
 
-def test_the_program_finds_a_class_beside_it(extended, tmp_path):
-    shutil.copy(composed.ROOT / "train.py", extended.root)
-    (command,) = [rest for _, *rest in commands(EXTENDING) if "mistake_log=newer_half" in rest]
-    given = [*command, *composed.SMALL[1:], f"paths.run_dir={tmp_path}"]
+def test_the_programs_find_classes_beside_them(extended, tmp_path):
+    """A new process knows of the rule from the config of the run alone."""
+    command = [*documented("train", "mistake_log"), "fusion=unsure"]
+    given = [*command, *composed.SMALL[1:], f"paths.run_dir={tmp_path / 'run'}"]
     done = composed.program(str(extended.root / "train.py"), *given)
     assert done.returncode == 0, done.stderr
-    assert "newer_half.NewerHalf" in (tmp_path / "config.yaml").read_text()
+    assert "newer_half.NewerHalf" in (tmp_path / "run" / "config.yaml").read_text()
+    given = [f"run={tmp_path / 'run'}", f"paths.run_dir={tmp_path / 'eval'}"]
+    done = composed.program(str(extended.root / "eval.py"), *given)
+    assert done.returncode == 0, done.stderr
+    assert composed.results(tmp_path / "eval")["rows"] == composed.results(tmp_path / "run")["rows"]
+
+
+def test_a_finished_run_takes_the_new_fusion_rule(extended, tmp_path):
+    run = composed.train(tmp_path / "run", "debug=fdr", "fusion=logits", *composed.SMALL[1:])
+    placeholder, *overrides = documented("eval", "fusion")
+    assert placeholder == "run=x"
+    composed.evaluate(run, tmp_path / "eval", *overrides)
+    assert {row["weight"] for row in composed.results(tmp_path / "eval")["rows"]} == {0, 1, 2, 4}
+
+
+@pytest.mark.parametrize("option", ["fusion.weight=auto", "fusion.per=token"])
+def test_the_new_fusion_rule_is_asked_what_it_can(extended, option):
+    given = ["fusion=unsure", "paths.run_dir=runs/x", option]
+    (problem,) = config_problems(composed.compose_config(*given))
+    assert option in problem
+    assert "UnsureFusion" in problem
 
 
 def test_the_new_fusion_rule_keeps_to_what_the_page_asks_of_rules(extended):
     log_probs = torch.log_softmax(torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0)) * 4, dim=-1)
     errors = torch.nn.functional.one_hot(torch.arange(6).view(2, 3), 7) - log_probs.exp()
-    rule = extended.rule()
+    rule = importlib.import_module("unsure").UnsureFusion()
     for weight in (2.0, torch.tensor([1.0, 4.0]).view(2, 1, 1)):
         fused = rule(log_probs, errors, weight)
         assert fused.isfinite().all()
@@ -285,8 +325,8 @@ def test_the_new_fusion_rule_keeps_to_what_the_page_asks_of_rules(extended):
     torch.testing.assert_close(rule(sure, torch.tensor([[[-1.0, 1.0, 0.0]]]), 4.0).exp(), sure.exp())
 
 
-def test_a_family_is_added_by_its_name_and_a_yaml(extended, tmp_path):
-    assert (*extended.listed_before, "arcee") == families.SUPPORTED  # the page's list is the package's, and one more
+def test_a_family_is_added_by_a_yaml(extended, tmp_path):
+    assert "arcee" not in families.SUPPORTED
     run = trained("pilot", tmp_path)
     assert run.export.pilot.model_type == "arcee"
     model = AutoModelForCausalLM.from_pretrained(run.folder / "export")
@@ -305,14 +345,11 @@ def test_the_check_of_a_new_family_passes(extended, capsys):
 @pytest.mark.parametrize(
     ("family", "why"), [("stablelm", "missing 3 required keyword-only arguments"), ("olmo2", "size of tensor")]
 )
-def test_families_that_are_said_not_to_fit_do_not(monkeypatch, family, why):
-    monkeypatch.setattr(families, "SUPPORTED", (*families.SUPPORTED, family))
+def test_families_that_are_said_not_to_fit_are_refused_with_the_reason(family, why):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 56, "pad_token_id": 0}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     pilot = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **heads))
     prompt = torch.arange(3, 10)[None]
     pilot(input_ids=prompt)  # nothing is wrong with the model itself
-    fused = TCopilotForCausalLM.from_pilot(pilot)
-    assert isinstance(fused.copilot.body.layers[1].self_attn, LogAttention)
-    with pytest.raises((TypeError, RuntimeError), match=why):
-        fused(input_ids=prompt)
+    with pytest.raises(families.UnsupportedFamilyError, match=f"{family!r} is not supported.*{why}"):
+        TCopilotForCausalLM.from_pilot(pilot)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedConfig
 
 from tcopilot import Copilot
 from tcopilot.models import families
@@ -24,6 +24,47 @@ def test_a_copilot_of_an_unsupported_pilot_is_refused():
     pilot = GPT2LMHeadModel(GPT2Config(vocab_size=56, n_embd=32, n_layer=2, n_head=4))
     with pytest.raises(UnsupportedFamilyError, match="'gpt2' is not supported"):
         Copilot.from_pilot(pilot)
+
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("family", [name for name in SUPPORTED if name not in families.ENCODER_DECODERS])
+def test_the_families_that_are_tested_would_pass_the_trial(tiny_pilot, family):
+    families._try_log_attention(tiny_pilot(family).config)
+
+
+@pytest.mark.parametrize("family", ["arcee", "starcoder2", "granite", "mixtral"])
+def test_a_family_built_like_llama_passes_without_being_listed(family):
+    config = AutoConfig.for_model(family, **SIZES)
+    before, state = config.to_dict(), torch.get_rng_state()
+    families.check_family(config)
+    assert config.to_dict() == before
+    assert torch.equal(torch.get_rng_state(), state)  # a trial draws no number of a run's
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("smollm3", "something else than SmolLM3Attention"),  # every fourth layer does without positions
+        ("cohere", "something else than CohereAttention"),  # turns neighbouring dimensions
+        ("olmo2", "size of tensor"),  # norms over all heads at once
+        ("phi3", "no separate q_proj"),
+        ("mt5", "encoder-decoders t5 and bart"),
+    ],
+)
+def test_a_family_whose_layers_differ_is_refused_with_the_reason(family, why):
+    sizes = SIZES | ({"pad_token_id": 0} if family == "phi3" else {}) if family != "mt5" else {}
+    with pytest.raises(UnsupportedFamilyError, match=f"{family!r} is not supported.*{why}.*Supported: t5, bart"):
+        families.check_family(AutoConfig.for_model(family, **sizes))
+
+
+def test_a_clipped_projection_is_noticed():
+    config = AutoConfig.for_model("olmo", **SIZES)
+    families.check_family(config)
+    config.clip_qkv = 8.0
+    with pytest.raises(UnsupportedFamilyError, match="something else than OlmoAttention"):
+        families.check_family(config)
 
 
 @pytest.mark.parametrize("family", SUPPORTED)

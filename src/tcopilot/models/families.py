@@ -70,7 +70,8 @@ def _try_log_attention(config: PreTrainedConfig) -> None:
     if getattr(small, "layer_types", None):
         small.layer_types = list(small.layer_types[:depth])
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        body = AutoModelForCausalLM.from_config(small, dtype=torch.float32).get_decoder().eval()
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+        body = model.get_decoder()
         inputs_BNC, positions_BN = torch.randn(1, tokens, 8 * heads), torch.arange(tokens)[None]
         mask_B1NK = additive(causal_mask(tokens, inputs_BNC.device), inputs_BNC.dtype)
         options = {"attention_mask": mask_B1NK, "position_ids": positions_BN, "use_cache": False}
@@ -91,6 +92,9 @@ def _try_log_attention(config: PreTrainedConfig) -> None:
                 layer.self_attn = stock
                 if not torch.equal(found_BNC, expected_BNC):
                     raise UnsupportedFamilyError(f"log attention computes something else than {type(stock).__name__}")
+        logits_BNV = model(inputs_embeds=inputs_BNC, **options).logits
+        if not torch.allclose(logits_from_head_input(model, expected_BNC), logits_BNV, rtol=1e-4):
+            raise UnsupportedFamilyError("its logits are not what its head makes of the decoder's last hidden state")
 
 
 def decoder_config(config: PreTrainedConfig, layers: int | None = None) -> PreTrainedConfig:
@@ -246,7 +250,7 @@ def input_embeddings(model: PreTrainedModel) -> Tensor:
 def logits_from_head_input(model: PreTrainedModel, head_input_BNP: Tensor) -> Tensor:
     """The model's logits from what its language-model head reads: the decoder's output after the final norm.
 
-    A tied T5 scales that output down, BART adds a bias to the logits, Gemma2 caps them.
+    A tied T5 scales that output down, BART adds a bias to the logits, Granite scales them, Gemma2 caps them.
 
     Args:
         model: of a supported family, adapters or not.
@@ -261,6 +265,8 @@ def logits_from_head_input(model: PreTrainedModel, head_input_BNP: Tensor) -> Te
     logits_BNV = model.get_output_embeddings()(head_input_BNP)
     if (bias_1V := getattr(model, "final_logits_bias", None)) is not None:
         logits_BNV = logits_BNV + bias_1V.to(logits_BNV.device)
+    if (scale := getattr(config, "logits_scaling", None)) is not None:
+        logits_BNV = logits_BNV / scale
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
         logits_BNV = torch.tanh(logits_BNV / cap) * cap
     return logits_BNV
