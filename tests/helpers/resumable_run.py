@@ -19,7 +19,7 @@ from small_training import (
 from transformers import get_scheduler
 
 from tcopilot.mistake_log.log import MistakeLog
-from tcopilot.training.callbacks import CleanStop, RandomState, RoundCheckpoint
+from tcopilot.training.callbacks import GracefulStop, RngState, RoundCheckpoint
 from tcopilot.training.checkpoints import SafeCheckpointIO
 
 ROUNDS = 10
@@ -53,7 +53,7 @@ class Run:
         self.losses = Losses()
         saver = RoundCheckpoint(str(folder), every, keep)
         self.trainer = trainer_for(
-            [self.losses, saver, RandomState(), CleanStop(), *callbacks],
+            [self.losses, saver, RngState(), GracefulStop(), *callbacks],
             self.log,
             **{"plugins": [SafeCheckpointIO()], **(trainer or {})},
         )

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from tcopilot.data import Batch, GeneratedTask, PromptTargetCollator, TCopilotDataModule, word_tokenizer
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.policies import Fifo
+from tcopilot.mistake_log.rounds import LoggedRecords
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.modeling import TCopilotForCausalLM, TCopilotForSeq2SeqLM
 from tcopilot.training.callbacks import MistakeLogCallback
@@ -110,7 +111,7 @@ def small_module(model: TCopilotModel, rounds: int, **options: Any) -> TCopilotM
 class InOrder(Fifo):
     """Draws all records in the order in which they were logged, so that a test knows which is which."""
 
-    def draw(self, log: MistakeLog, records: int, generator: torch.Generator) -> Tensor:
+    def draw(self, log: LoggedRecords, records: int, generator: torch.Generator) -> Tensor:
         """The oldest first."""
         return torch.arange(min(records, len(log)))
 

@@ -21,7 +21,7 @@ from small_training import (
 from tcopilot.app.checks.config import config_problems
 from tcopilot.data import DataError, GeneratedTask, TCopilotDataModule
 from tcopilot.mistake_log.log import MistakeLog
-from tcopilot.mistake_log.visits import Visits
+from tcopilot.mistake_log.seen_rows import SeenRows
 from tcopilot.models.states import StatePooler, trace_pilot
 from tcopilot.processes import rank
 
@@ -80,11 +80,11 @@ def test_visits_go_on_after_a_restart():
 
 def visits_job(folder):
     """Two processes that swap their rows in the second round."""
-    visits = Visits()
+    rows = SeenRows(of_all_processes=True)
     parts = [[0, 1], [2, 3]]
-    assert visits.first(parts[rank()], extend=False) == [True, True]
-    assert visits.first([*parts[1 - rank()], 4 + rank()], extend=False) == [False, False, True]
-    assert visits.ids == [0, 1, 2, 3, 4, 5]
+    assert rows.new(parts[rank()], round=0) == [True, True]
+    assert rows.new([*parts[1 - rank()], 4 + rank()], round=1) == [False, False, True]
+    assert rows.ids == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_row_that_another_process_trained_on_is_no_first_visit(tmp_path):

@@ -31,7 +31,7 @@ def filled(policy, rows=(3, 4, 2), benchmarks=None, seed=0, **options):
 def counts(log, records=1, draws=DRAWS):
     """How often each record of the log is drawn."""
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.cat([log.policy.draw(log, records, generator) for _ in range(draws)])
+    drawn = torch.cat([log.policy.draw(log.held, records, generator) for _ in range(draws)])
     return torch.bincount(drawn, minlength=len(log)).tolist()
 
 
@@ -53,9 +53,9 @@ def test_fifo_draws_a_record_at_most_once_in_a_draw_and_all_of_a_small_log():
     generator = torch.Generator().manual_seed(0)
     orders = set()
     for _ in range(50):
-        drawn = log.policy.draw(log, 6, generator).tolist()
+        drawn = log.policy.draw(log.held, 6, generator).tolist()
         assert len(set(drawn)) == 6
-        everything = log.policy.draw(log, 64, generator).tolist()
+        everything = log.policy.draw(log.held, 64, generator).tolist()
         assert sorted(everything) == list(range(9))
         orders.add(tuple(everything))
     assert len(orders) > 40
@@ -93,7 +93,7 @@ def test_prioritised_draws_in_proportion_to_the_length_of_the_error():
 def test_prioritised_next_to_never_draws_a_record_without_error():
     log = filled(Prioritised(), rows=(3,))
     state = log.state_dict()
-    state["rounds"][0]["energy_B"] = torch.tensor([0.0, 0.25, 1.0])
+    state["rounds"][0]["tensors"]["energy"] = torch.tensor([0.0, 0.25, 1.0])
     log.load_state_dict(state)
     observed = counts(log)
     assert observed[0] == 0
@@ -164,7 +164,7 @@ def test_a_draw_from_very_many_records_costs_what_it_draws():
 @pytest.mark.parametrize("policy", [Prioritised, Balanced])
 def test_weighted_draws_stay_right_after_rounds_have_left_the_middle(policy):
     log = filled(policy(), rows=(3, 2, 4, 1), benchmarks=[[0, 0, 1], [2, 2], [0, 1, 1, 3], [1]])
-    log.rounds.pop(1)
+    log.held.pop(1)
     if policy is Balanced:  # benchmark 2 is gone
         kinds = log.concatenated("benchmark").tolist()
         expected = [1 / kinds.count(kind) for kind in kinds]
@@ -176,7 +176,7 @@ def test_weighted_draws_stay_right_after_rounds_have_left_the_middle(policy):
 def test_an_error_that_is_not_a_number_counts_as_one_in_a_prioritised_draw():
     log = filled(Prioritised(), rows=(2,))
     state = log.state_dict()
-    state["rounds"][0]["energy_B"] = torch.tensor([float("nan"), 0.25])
+    state["rounds"][0]["tensors"]["energy"] = torch.tensor([float("nan"), 0.25])
     log.load_state_dict(state)
     assert follows(counts(log), [2, 1])
     assert math.isnan(log.statistics()["error_energy"])

@@ -33,7 +33,7 @@ from tcopilot.mistake_log.policies import Prioritised, Reservoir
 from tcopilot.mistake_log.storage import TopKStorage
 from tcopilot.models.adapters import Lora
 from tcopilot.training import checkpoints as checkpoints_module
-from tcopilot.training.callbacks import CopilotHealth, RandomState, clean_stop
+from tcopilot.training.callbacks import CopilotAlarms, RngState, graceful_stop
 from tcopilot.training.callbacks import alarms as alarms_module
 from tcopilot.training.checkpoints import SafeCheckpointIO, checkpoints, newest_good
 from tcopilot.training.module import TrainingDivergedError
@@ -99,7 +99,7 @@ def test_a_run_can_be_resumed_more_than_once(tmp_path):
 def test_without_the_random_state_a_resumed_run_with_dropout_would_differ(tmp_path):
     whole = Run("t5", tmp_path / "whole", every=5).fit()
     resumed = Run("t5", tmp_path / "more", seed=99)
-    resumed.trainer.callbacks[:] = [c for c in resumed.trainer.callbacks if not isinstance(c, RandomState)]
+    resumed.trainer.callbacks[:] = [c for c in resumed.trainer.callbacks if not isinstance(c, RngState)]
     resumed.fit(tmp_path / "whole" / "round=5")
     assert resumed.losses.pilot != whole.losses.pilot[5:]
 
@@ -172,7 +172,7 @@ def test_a_checkpoint_loads_as_tensors_and_plain_values_only(tmp_path):
     run = Run("t5", tmp_path, own_feedback=0.5, log=MistakeLog(storage=TopKStorage(3))).fit()
     state = SafeCheckpointIO().load_checkpoint(tmp_path / "round=10")
     assert state["state_dict"].keys() == run.module.state_dict().keys()
-    assert {name.split("{")[0] for name in state["callbacks"]} == {"MistakeLogCallback", "RandomState"}
+    assert {name.split("{")[0] for name in state["callbacks"]} == {"MistakeLogCallback", "RngState"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -228,14 +228,14 @@ class Signal(Callback):
 @pytest.fixture
 def handlers():
     """The signal handlers before the test; put back after it, whatever the test does."""
-    before = {number: signal.getsignal(number) for number in clean_stop.SIGNALS}
+    before = {number: signal.getsignal(number) for number in graceful_stop.SIGNALS}
     yield before
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("number", clean_stop.SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", graceful_stop.SIGNALS, ids=lambda number: number.name)
 def test_a_stopped_run_finishes_its_round_saves_and_resumes_as_if_never_stopped(family, number, tmp_path, handlers):
     stopped = Run(family, tmp_path / "cut", callbacks=[Signal(3, number)]).fit()
     assert stopped.module.round == len(stopped.losses.pilot) == 4
@@ -351,7 +351,7 @@ def alarms(rounds=24, rows=400, capacity=16, head_std=0.0, **options):
     model = tiny_model("llama", vocab=vocabulary_size(data), width=32, head_std=head_std)
     module = small_module(model, rounds, **{"copilot_batch_size": 64, "steps_per_round": 2, **options})
     trainer = trainer_for(
-        [CopilotHealth()], MistakeLog(capacity_rounds=capacity), limit_val_batches=2, val_check_interval=rounds // 8
+        [CopilotAlarms()], MistakeLog(capacity_rounds=capacity), limit_val_batches=2, val_check_interval=rounds // 8
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -389,7 +389,7 @@ def test_a_log_of_old_rounds_rings_once(monkeypatch):
 def test_nothing_rings_in_the_first_half_of_a_run():
     data = task_data("llama", 16)
     module = small_module(tiny_model("llama", vocab=vocabulary_size(data)), 16, copilot=learner(lr=0.0))
-    alarm, when = CopilotHealth(), []
+    alarm, when = CopilotAlarms(), []
     watch = EachRound(lambda trainer, module: when.append(set(alarm.raised)))
     options = {"limit_val_batches": 1, "val_check_interval": 2}
     with pytest.warns(UserWarning, match="outputs about 0"):
@@ -401,6 +401,6 @@ def test_nothing_rings_in_the_first_half_of_a_run():
 def test_a_bare_pilot_rings_no_alarm():
     data = task_data("llama", 4)
     module = small_module(tiny_model("llama", copilot=False, vocab=vocabulary_size(data)), 4, copilot=None)
-    alarm = CopilotHealth()
+    alarm = CopilotAlarms()
     trainer_for([alarm], limit_val_batches=1, val_check_interval=1).fit(module, datamodule=data)
     assert alarm.raised == set()

@@ -23,9 +23,9 @@ from torch import distributed
 import tcopilot
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.policies import Fifo, Reservoir
-from tcopilot.training import checkpoint_codec as codec
 from tcopilot.training import checkpoints
-from tcopilot.training.callbacks import MistakeLogCallback, RandomState, RoundCheckpoint
+from tcopilot.training import serialization as codec
+from tcopilot.training.callbacks import MistakeLogCallback, RngState, RoundCheckpoint
 from tcopilot.training.checkpoints import (
     MANIFEST,
     PER_RANK,
@@ -637,9 +637,9 @@ def test_a_user_who_resumes_past_damage_is_told_and_ends_where_an_unbroken_run_d
 
 
 def test_alarms_that_were_raised_are_not_raised_again():
-    from tcopilot.training.callbacks import CopilotHealth
+    from tcopilot.training.callbacks import CopilotAlarms
 
-    before, after = CopilotHealth(), CopilotHealth()
+    before, after = CopilotAlarms(), CopilotAlarms()
     before.raised = {"stale", "collapsed"}
     structure, tensors = pack(before.state_dict())
     after.load_state_dict(unpack(structure, tensors))
@@ -691,8 +691,8 @@ def _train(folder):
     """Train, stop by a signal that only the second process gets, resume, and compare with a run in one go."""
     import signal
 
-    from tcopilot.training.callbacks import CleanStop
-    from tcopilot.training.callbacks.clean_stop import SIGNALS
+    from tcopilot.training.callbacks import GracefulStop
+    from tcopilot.training.callbacks.graceful_stop import SIGNALS
 
     rank = distributed.get_rank()
     strategy = {"strategy": "ddp", "devices": 2, "num_nodes": 1}
@@ -708,7 +708,7 @@ def _train(folder):
     whole = Run("t5", folder / "whole", every=4, trainer=strategy).fit()
     cut = Run("t5", folder / "cut", every=2, trainer=strategy, callbacks=[EachRound(press)]).fit()
     assert signal.SIGUSR1 in SIGNALS
-    assert all(c.requested for c in cut.trainer.callbacks if isinstance(c, CleanStop))
+    assert all(c.requested for c in cut.trainer.callbacks if isinstance(c, GracefulStop))
     assert cut.module.round < ROUNDS
     distributed.barrier()
     found = newest_good(folder / "cut", 2)
@@ -753,4 +753,4 @@ def without_seed(state):
 
 def test_callbacks_with_a_state_of_their_own_per_process_say_so():
     assert MistakeLogCallback.per_rank
-    assert RandomState.per_rank
+    assert RngState.per_rank

@@ -27,8 +27,8 @@ from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models import chunked
 from tcopilot.models.states import StatePooler, trace_pilot
 from tcopilot.training.callbacks import FlopCount
-from tcopilot.training.checkpoint_codec import pack, unpack
 from tcopilot.training.objectives import RootMeanSquaredError, objective_sum
+from tcopilot.training.serialization import pack, unpack
 
 
 def trained(family, callbacks=(), **options):

@@ -23,7 +23,6 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from tcopilot.evaluation.outcomes import OUTCOMES, answer_text, outcome, read_predictions
 from tcopilot.evaluation.results import Results
@@ -118,27 +117,6 @@ def closing_wandb() -> Iterator[None]:
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:
             wandb.finish(exit_code=int(failed))
-
-
-@rank_zero_only
-def log_histograms(loggers: Sequence[Logger], values: Mapping[str, Tensor], round: int) -> None:
-    """Log distributions on the loggers that have them.
-
-    Args:
-        loggers: of the Trainer.
-        values: name to a vector.
-        round: rounds done.
-    """
-    values = {name: vector for name, vector in values.items() if len(vector)}
-    for logger in loggers if values else ():
-        if isinstance(logger, WandbLogger):
-            import wandb
-
-            lines = {name: wandb.Histogram(vector.numpy()) for name, vector in values.items()}
-            logger.log_metrics({"round": round, **lines})
-        elif isinstance(logger, TensorBoardLogger):
-            for name, vector in values.items():
-                logger.experiment.add_histogram(name, vector, round - 1)  # where Lightning puts this round's scalars
 
 
 @rank_zero_only

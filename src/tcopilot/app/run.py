@@ -34,7 +34,7 @@ from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.models.transfer import put_on, transfer_problems
 from tcopilot.processes import DisagreementError, LostProcessError, agree_on, is_first, is_lost_process, rank
 from tcopilot.run_directory import flatten
-from tcopilot.training.callbacks import Agreement, CleanStop, FlopCount, RoundCheckpoint
+from tcopilot.training.callbacks import FlopCount, GracefulStop, RoundCheckpoint, SameSettings
 from tcopilot.training.checkpoints import CheckpointError, checkpoints, newest_good, round_of
 from tcopilot.training.module import TCopilotModule, TrainingDivergedError
 from tcopilot.version import __version__
@@ -170,9 +170,9 @@ def _evaluate(cfg: DictConfig) -> float:
 
 
 def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
-    callbacks = [Agreement(_settings(cfg, prepared)), *parts.callbacks(cfg)]
+    callbacks = [SameSettings(_settings(cfg, prepared)), *parts.callbacks(cfg)]
     trainer = build.trainer(cfg, callbacks, prepared.log, module.rounds)
-    stop = next((c for c in callbacks if isinstance(c, CleanStop)), None)
+    stop = next((c for c in callbacks if isinstance(c, GracefulStop)), None)
     saver = next((c for c in callbacks if isinstance(c, RoundCheckpoint)), None)
     start = _newest_checkpoint(cfg, trainer.world_size)
     if start is not None:

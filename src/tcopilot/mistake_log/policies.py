@@ -1,18 +1,15 @@
 """Policies of the Mistake Log: which round leaves a full log, and how records are drawn from it.
 
-Adding a policy is one class here and one YAML in `configs/mistake_log`. What a policy does in a round must not grow
-with the log: weighted draws go through the log's running sums of `weights`.
+Adding a policy is one class, here or in a file of your own, and one YAML in `configs/mistake_log`. A policy should not
+walk over the log in a draw: weighted draws go through the log's running sums of `weights`.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
 
-if TYPE_CHECKING:
-    from tcopilot.mistake_log.log import LoggedRound, MistakeLog
+from tcopilot.mistake_log.rounds import LoggedRecords, LoggedRound
 
 WEIGHT_UNIT = 2**32  # a weight of 1.0 as a whole number
 
@@ -26,7 +23,7 @@ class SamplingPolicy(Protocol):
     def weights(self, logged: LoggedRound) -> dict[Any, Tensor]:
         """Whole-number weights [B] of a round's records by group, summed up by the log; {} if draws need none."""
 
-    def draw(self, log: MistakeLog, records: int, generator: Generator) -> Tensor:
+    def draw(self, log: LoggedRecords, records: int, generator: Generator) -> Tensor:
         """Indices of the records drawn, counted over the log oldest first."""
 
 
@@ -41,7 +38,7 @@ class Fifo:
         """None: all records are alike."""
         return {}
 
-    def draw(self, log: MistakeLog, records: int, generator: Generator) -> Tensor:
+    def draw(self, log: LoggedRecords, records: int, generator: Generator) -> Tensor:
         """Uniform over all records; each at most once in a draw."""
         return _without_replacement(len(log), records, generator)
 
@@ -49,7 +46,7 @@ class Fifo:
 class Latest(Fifo):
     """Only the newest round: the batch at hand, as Algorithm 1 reads literally."""
 
-    def draw(self, log: MistakeLog, records: int, generator: Generator) -> Tensor:
+    def draw(self, log: LoggedRecords, records: int, generator: Generator) -> Tensor:
         """Uniform over the newest round; each record at most once in a draw."""
         newest = len(log.rounds[-1])
         return len(log) - newest + _without_replacement(newest, records, generator)
@@ -69,13 +66,13 @@ class Prioritised(Fifo):
 
     def weights(self, logged: LoggedRound) -> dict[Any, Tensor]:
         """√energy, a NaN counting as 1 (the loss reports it); ‖ℓ‖² is at most 2."""
-        energy_B = logged.energy_B.double().nan_to_num(nan=1.0).clamp(1e-12, 2.0)
+        energy_B = logged.tensors["energy"].double().nan_to_num(nan=1.0).clamp(1e-12, 2.0)
         return {"error": (energy_B.sqrt() * WEIGHT_UNIT).long()}
 
-    def draw(self, log: MistakeLog, records: int, generator: Generator) -> Tensor:
+    def draw(self, log: LoggedRecords, records: int, generator: Generator) -> Tensor:
         """Independent draws; a record without any error is next to never drawn."""
         places = _random_integers(records, generator)
-        return torch.tensor([log.rounds.pick("error", place) for place in places])
+        return torch.tensor([log.pick("error", place) for place in places])
 
 
 class Balanced(Fifo):
@@ -86,12 +83,12 @@ class Balanced(Fifo):
         benchmark_B = logged.tensors["benchmark"]
         return {kind: (benchmark_B == kind).long() for kind in benchmark_B.unique().tolist()}
 
-    def draw(self, log: MistakeLog, records: int, generator: Generator) -> Tensor:
+    def draw(self, log: LoggedRecords, records: int, generator: Generator) -> Tensor:
         """Independent draws: first a benchmark among those held, then one of its records."""
-        held = sorted(log.rounds.groups)
+        held = sorted(log.groups)
         kinds, places = _random_integers(records, generator), _random_integers(records, generator)
         return torch.tensor(
-            [log.rounds.pick(held[kind % len(held)], place) for kind, place in zip(kinds, places, strict=True)]
+            [log.pick(held[kind % len(held)], place) for kind, place in zip(kinds, places, strict=True)]
         )
 
 

@@ -3,7 +3,8 @@
 Shapes: B records, N target length, P Pilot width, V vocabulary, k kept entries.
 """
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,34 +15,44 @@ from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.states import PilotStates
 
 
-class Storage(Protocol):
-    """What the log asks of a storage."""
+class Storage(ABC):
+    """What the log asks of a storage.
+
+    Attributes:
+        names: of the tensors that `pack` returns.
+    """
 
     names: tuple[str, ...]
 
+    @abstractmethod
     def describe(self, pilot: PreTrainedModel) -> str:
         """Say in a few words what is kept of p̂; raise ValueError if this Pilot's p̂ cannot be kept so."""
 
+    @abstractmethod
     def pack(self, states: PilotStates, probs_BNV: Tensor) -> dict[str, Tensor]:
         """Turn p̂ (float32) or what it came from into the tensors to keep, each with leading dimensions [B, N]."""
 
-    def unpack(self, packed: dict[str, Tensor], targets_BN: Tensor, pilot: PreTrainedModel | None) -> Tensor:
+    @abstractmethod
+    def unpack(self, packed: dict[str, Tensor], targets_BN: Tensor, pilot: PreTrainedModel | None = None) -> Tensor:
         """Rebuild p̂ [B, N, V] in float32, where needed with the Pilot's frozen parts."""
 
+    @abstractmethod
     def bytes_per_token(self, vocab_size: int, width: int, dtype: torch.dtype) -> int:
         """Bytes of one target token, for the estimate before training; `dtype` is what the Pilot computes in."""
 
     def statistics(self) -> dict[str, float]:
-        """Figures for the log's dashboard."""
+        """Figures for the log's dashboard; none if nothing is lost."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What `unpack` and `statistics` depend on besides what was packed: plain values."""
+        """What `unpack` and `statistics` depend on besides what was packed, as plain values."""
+        return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Restore it."""
 
 
-class DenseStorage:
+class DenseStorage(Storage):
     """All of p̂: exact in float32, for small vocabularies.
 
     Args:
@@ -55,7 +66,7 @@ class DenseStorage:
 
     def describe(self, pilot: PreTrainedModel) -> str:
         """All of p̂."""
-        return f"p̂ ({_name(self.dtype)})"
+        return f"p̂ ({dtype_name(self.dtype)})"
 
     def pack(self, states: PilotStates, probs_BNV: Tensor) -> dict[str, Tensor]:
         """Keep p̂ as it is."""
@@ -69,19 +80,8 @@ class DenseStorage:
         """V entries."""
         return vocab_size * self.dtype.itemsize
 
-    def statistics(self) -> dict[str, float]:
-        """Nothing is lost."""
-        return {}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: a packed token says all."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
-
-
-class TopKStorage:
+class TopKStorage(Storage):
     """The k largest entries of p̂ and p̂ of the target, exactly; the remaining mass is spread over the rest.
 
     With r the mass outside the k largest and p_k the smallest kept entry, a row's squared error is at most r · p_k.
@@ -105,7 +105,7 @@ class TopKStorage:
 
     def describe(self, pilot: PreTrainedModel) -> str:
         """The largest entries of p̂."""
-        return f"the {self.k} largest entries of p̂ ({_name(self.dtype)})"
+        return f"the {self.k} largest entries of p̂ ({dtype_name(self.dtype)})"
 
     def pack(self, states: PilotStates, probs_BNV: Tensor) -> dict[str, Tensor]:
         """Keep k values, their indices and p̂ of the target; measure what is lost."""
@@ -153,7 +153,7 @@ class TopKStorage:
         self._vocab_size, self._lost, self._total = state["vocab_size"], state["lost"], state["total"]
 
 
-class FrozenHeadStorage:
+class FrozenHeadStorage(Storage):
     """What the Pilot's head reads, from which the frozen head rebuilds p̂ when a record is drawn: P numbers, not V.
 
     Exact up to the rounding of one matrix product, for as long as the head does not change: with LoRA elsewhere or a
@@ -188,8 +188,8 @@ class FrozenHeadStorage:
         self.describe(states.pilot)
         return {"head_input": states.head_input_BNP.to(_read_type(states.pilot.get_output_embeddings()))}
 
-    def unpack(self, packed: dict[str, Tensor], targets_BN: Tensor, pilot: PreTrainedModel | None) -> Tensor:
-        """Run the head, a few rows at a time: logits and p̂ of all rows never stand side by side."""
+    def unpack(self, packed: dict[str, Tensor], targets_BN: Tensor, pilot: PreTrainedModel | None = None) -> Tensor:
+        """Run the head a few rows at a time, so that logits and p̂ of all rows are never in memory together."""
         if pilot is None:
             raise ValueError(
                 "a log with log_storage=frozen_head needs the Pilot to draw: append a round, or set `pilot`"
@@ -208,17 +208,6 @@ class FrozenHeadStorage:
         """P numbers."""
         return width * dtype.itemsize
 
-    def statistics(self) -> dict[str, float]:
-        """Nothing is lost."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the Pilot has the head."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
-
 
 def is_frozen(module: nn.Module) -> bool:
     """Whether training leaves all of a module as it is, adapters in it included."""
@@ -232,5 +221,6 @@ def _read_type(head: nn.Module) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype as configs give it."""
     return str(dtype).removeprefix("torch.")

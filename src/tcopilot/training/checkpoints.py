@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tcopilot import processes
-from tcopilot.training.checkpoint_codec import CheckpointError, pack, unpack
+from tcopilot.training.serialization import CheckpointError, pack, unpack
 
 log = logging.getLogger(__name__)
 FORMAT, VERSION = "tcopilot checkpoint", 1

@@ -129,55 +129,65 @@ class TCopilotModule(LightningModule):
             del part.forward
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """One round of Algorithm 1: trace, log, then update the Pilot and the Copilot."""
-        alone = self.trainer.world_size == 1
-        *earlier, last = batch.split(self.micro_batch_size or len(batch))
-        is_logged = self.copilot_learns and batch.held_out is None
-        if self.copilot_learns and batch.held_out is not None:
-            with self._timed("copilot"):
-                self._log_held_out(batch.held_out)
-        with self._timed("pilot"):
-            tokens = self._sum_over_ranks(batch.tokens.float())
-            pilot_loss = torch.zeros((), device=self.device)
-            with self._without_reduction(True):
-                for i, micro_batch in enumerate(earlier):
-                    pilot_loss += self._backward(self._traced_loss(micro_batch, tokens, is_logged, extend=i > 0))
-            loss = self._traced_loss(last, tokens, is_logged, extend=bool(earlier))
-            pilot_loss += loss.detach()
-            if alone:
-                loss = self._backward(loss)  # it runs while the log's copies arrive
-        copilot_loss = None
+        """One round of Algorithm 1; comments number its steps as `docs/algorithm.md` does. Step 1 drew the batch."""
         with self._timed("copilot"):
+            self._log_held_out(batch.held_out)
+        with self._timed("pilot"):  # 2 to 6: run the Pilot and add (X̃, h, ℓ) to the Mistake Log
+            pilot_loss, loss, tokens = self._run_pilot(batch)
+        copilot_loss = None
+        with self._timed("copilot"):  # 8 and 9: draw from the log and run the Copilot on what was drawn
             if self.copilot_learns:
                 copilot_loss = self._copilot_loss(self._draw())
                 loss = loss + copilot_loss * self.trainer.world_size
-            elif self.copilot_stopped and not alone:
+            elif self.copilot_stopped and self.trainer.world_size > 1:
                 loss = loss + self._no_copilot_loss()
-        with self._timed("copilot" if alone else "pilot"):
+        with self._timed("copilot" if self.trainer.world_size == 1 else "pilot"):
             self._backward(loss)
         with self._timed("pilot"):
             pilot_loss = self._sum_over_ranks(pilot_loss / self.trainer.world_size)
             self._check(pilot_loss, copilot_loss)  # waits for a GPU, so it comes when all its work is launched
-            self._update()
+            self._update_both()  # 7 and 10: update the Pilot and the Copilot, each on its own loss
         with self._timed("copilot"):
             for _ in range(self.steps_per_round - 1 if self.copilot_learns else 0):
-                self._extra_copilot_step(pilot_loss)
+                self._update_copilot_again(pilot_loss)  # 8 to 10 again, on fresh draws
         for scheduler in self._as_list(self.lr_schedulers()):
             scheduler.step()
         self._log_round(pilot_loss, copilot_loss, tokens)
 
+    def _run_pilot(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Steps 2 to 6, in micro-batches: run the Pilot and add (X̃, h, ℓ) to the log, before any update.
+
+        Gradients of the cross-entropy (step 7) are added up on the way. The last micro-batch's stay to be computed
+        where several processes reduce them, together with the Copilot's.
+
+        Returns:
+            This rank's share of the Pilot's loss, times the number of ranks, over which DDP averages; the loss whose
+            backward pass is still to come; the round's target tokens.
+        """
+        alone = self.trainer.world_size == 1
+        is_logged = self.copilot_learns and batch.held_out is None
+        tokens = self._sum_over_ranks(batch.tokens.float())
+        *earlier, last = batch.split(self.micro_batch_size or len(batch))
+        pilot_loss = torch.zeros((), device=self.device)
+        with self._without_reduction(True):
+            for i, micro_batch in enumerate(earlier):
+                pilot_loss += self._backward(self._logged_loss(micro_batch, tokens, is_logged, extend=i > 0))
+        loss = self._logged_loss(last, tokens, is_logged, extend=bool(earlier))
+        pilot_loss += loss.detach()
+        return pilot_loss, self._backward(loss) if alone else loss, tokens
+
     def on_validation_epoch_start(self) -> None:
         """Start the validation's sums."""
-        self._statistics = ErrorStatistics([self.model.weight], self.model.fusion)
+        self.validation_statistics = ErrorStatistics([self.model.weight], self.model.fusion)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Teacher-forced pass over held-out rows, to see whether f^C estimates ℓ where it counts."""
-        self._statistics.observe(self.model, batch)
+        self.validation_statistics.observe(self.model, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Report the Pilot's error, the Copilot's share of it and λ*, over all ranks."""
-        self._statistics.reduce(self._sum_over_ranks)
-        summary = self._statistics.summary()
+        self.validation_statistics.reduce(self._sum_over_ranks)
+        summary = self.validation_statistics.summary()
         self.log_dict({f"val/{name}": value for name, value in summary.items()}, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -213,11 +223,11 @@ class TCopilotModule(LightningModule):
         with nullcontext() if self.learners["pilot"] is not None else torch.no_grad():
             return trace_pilot(self.model.pilot, batch, pooler)
 
-    def _traced_loss(self, batch: Batch, tokens: Tensor, is_logged: bool, extend: bool) -> Tensor:
-        """Trace a micro-batch and log it; its share of the Pilot's loss, times the ranks, over which DDP averages."""
-        states = self._trace(batch)
+    def _logged_loss(self, batch: Batch, tokens: Tensor, is_logged: bool, extend: bool) -> Tensor:
+        """Trace a micro-batch and log it; returns its share of the Pilot's loss, times the number of ranks."""
+        states = self._trace(batch)  # steps 2 to 4: p̂, X̃ and h
         if is_logged:
-            self.mistake_log.append(states, extend=extend)
+            self.mistake_log.append(states, extend=extend)  # steps 5 and 6: ℓ follows from p̂ and the targets
         return self._pilot_loss(states) * self.trainer.world_size / tokens
 
     def _backward(self, loss: Tensor) -> Tensor:
@@ -227,8 +237,10 @@ class TCopilotModule(LightningModule):
         return loss.detach()
 
     @torch.no_grad()
-    def _log_held_out(self, batch: Batch) -> None:
+    def _log_held_out(self, batch: Batch | None) -> None:
         """Log errors on rows that the Pilot never trains on, as it would answer them: without dropout."""
+        if batch is None or not self.copilot_learns:
+            return
         training = self.model.pilot.training
         self.model.pilot.eval()
         for i, part in enumerate(batch.split(self.micro_batch_size or len(batch))):
@@ -268,23 +280,22 @@ class TCopilotModule(LightningModule):
         """0, through every weight of a Copilot that has stopped: DDP waits for a gradient of each."""
         return sum(0 * parameter.sum() for parameter in self.model.copilot.parameters() if parameter.requires_grad)
 
-    def _update(self) -> None:
+    def _update_both(self) -> None:
         for (name, learner), optimizer in zip(self._active(), self._as_list(self.optimizers()), strict=True):
             if name == "copilot" and self.copilot_stopped:
                 optimizer.zero_grad()
             else:
-                self._step(learner, optimizer)
+                self._step(name, learner, optimizer)
 
-    def _extra_copilot_step(self, pilot_loss: Tensor) -> None:
+    def _update_copilot_again(self, pilot_loss: Tensor) -> None:
         with self._without_reduction(True):  # the reducer is armed once a round, for the joint backward
             loss = self._copilot_loss(self._draw())
             self.manual_backward(loss)
             self._check(pilot_loss, loss)
         self._add_gradients_over_ranks(self.model.copilot)
-        self._step(self.learners["copilot"], self._as_list(self.optimizers())[-1])
+        self._step("copilot", self.learners["copilot"], self._as_list(self.optimizers())[-1])
 
-    def _step(self, learner: Learner, optimizer: Any) -> None:
-        name = next(name for name, one in self._active() if one is learner)
+    def _step(self, name: str, learner: Learner, optimizer: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if learner.clip is None:
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -10,7 +10,7 @@ IN_SAMPLE_SHARE = 0.5  # the log's ‖ℓ‖² below this share of validation's
 STALE_ROUNDS = 1000  # mean age of a record
 
 
-class CopilotHealth(Callback):
+class CopilotAlarms(Callback):
     """Warns, once per cause, when validation says that the Copilot will not help.
 
     Causes: f^C stays at 0; its error ratio is above 1 (worse than no correction); the log's errors are far below

@@ -1,22 +1,31 @@
-"""Distributions of ‖ℓ‖ and ‖f^C‖ on validation."""
+"""Distributions of ‖ℓ‖ and ‖f^C‖ on validation rows."""
 
 from lightning import Callback, LightningModule, Trainer
-
-from tcopilot.app.dashboards import log_histograms
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 
 class ErrorHistograms(Callback):
-    """Shows how large errors and corrections are, token by token: a mean hides a Copilot that speaks up rarely.
+    """Shows how large errors and corrections are, token by token: a mean hides a Copilot that corrects rarely.
 
-    Of the first process's rows.
+    They are of the first process's rows, and go to the loggers that have histograms.
     """
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the round into validation's line, as dashboards draw everything over it."""
         pl_module.log("round", float(pl_module.round), rank_zero_only=True)
 
+    @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the histograms."""
-        if not trainer.sanity_checking:
-            norms = {f"val/{name}": values for name, values in pl_module._statistics.norms().items()}
-            log_histograms(trainer.loggers, norms, pl_module.round)
+        norms = {} if trainer.sanity_checking else pl_module.validation_statistics.norms()
+        norms = {f"val/{name}": values for name, values in norms.items() if len(values)}
+        for logger in trainer.loggers if norms else ():
+            if isinstance(logger, WandbLogger):
+                import wandb
+
+                histograms = {name: wandb.Histogram(values.numpy()) for name, values in norms.items()}
+                logger.log_metrics({"round": pl_module.round, **histograms})
+            elif isinstance(logger, TensorBoardLogger):
+                for name, values in norms.items():  # at the step where Lightning puts this round's scalars
+                    logger.experiment.add_histogram(name, values, pl_module.round - 1)

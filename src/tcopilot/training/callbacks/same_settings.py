@@ -7,7 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from tcopilot.processes import refuse_differences
 
 
-class Agreement(Callback):
+class SameSettings(Callback):
     """Compares what the processes were given, as soon as they have joined.
 
     Gradients of different jobs would average without complaint, and every figure would be wrong.

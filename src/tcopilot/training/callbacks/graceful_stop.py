@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what SLURM sends ahead of its time limit
 
 
-class CleanStop(Callback):
+class GracefulStop(Callback):
     """Turns the first SIGINT, SIGTERM or SIGUSR1 into a stop after the current round; a second SIGINT stops at once.
 
     Of several processes, one that is told to stop stops all of them, after the same round.

@@ -2,7 +2,7 @@ import pytest
 import torch
 from small_training import random_batch, tiny_pilot
 
-from tcopilot.mistake_log.host_copy import HostCopies, owned_copy, to_device
+from tcopilot.mistake_log.async_copy import AsyncHostCopies, owned_copy, to_device
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.states import StatePooler, trace_pilot
 
@@ -11,7 +11,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 def test_a_copy_shares_nothing_with_its_source_and_has_no_graph():
     source = torch.ones(3, requires_grad=True)
-    copies = HostCopies()
+    copies = AsyncHostCopies()
     made = copies.copy(2 * source, torch.bfloat16)
     copies.wait()
     with torch.no_grad():
@@ -22,29 +22,29 @@ def test_a_copy_shares_nothing_with_its_source_and_has_no_graph():
 
 
 def test_on_the_cpu_nothing_is_on_the_way():
-    copies = HostCopies()
+    copies = AsyncHostCopies()
     copies.copy(torch.ones(3))
-    assert not copies.on_the_way
+    assert not copies.pending
 
 
-class Late(HostCopies):
+class Late(AsyncHostCopies):
     """Copies that arrive when somebody waits, as those from a GPU may."""
 
     def __init__(self):
         super().__init__()
-        self.pending = []
+        self.started = []
 
     def copy(self, tensor, dtype=None):
         made = torch.full(tensor.shape, 0, dtype=dtype or tensor.dtype)
-        self.pending.append((made, owned_copy(tensor)))
-        self.on_the_way = True
+        self.started.append((made, owned_copy(tensor)))
+        self.pending = True
         return made
 
     def wait(self):
-        for made, source in self.pending:
+        for made, source in self.started:
             made.copy_(source)
-        self.pending.clear()
-        self.on_the_way = False
+        self.started.clear()
+        self.pending = False
 
 
 def filled(copies, read):
@@ -64,7 +64,7 @@ def filled(copies, read):
 
 @pytest.mark.parametrize("read", [True, False])
 def test_a_log_whose_copies_arrive_late_is_the_same_log(read):
-    late, plain = filled(Late(), read), filled(HostCopies(), read)
+    late, plain = filled(Late(), read), filled(AsyncHostCopies(), read)
     assert late.seen_rounds == plain.seen_rounds == 5
     assert [len(logged) for logged in late.rounds] == [len(logged) for logged in plain.rounds]
     assert late.statistics() == plain.statistics()
@@ -75,14 +75,14 @@ def test_a_log_whose_copies_arrive_late_is_the_same_log(read):
 @pytest.mark.gpu
 @needs_gpu
 def test_a_gpu_goes_on_while_a_copy_is_made_and_the_copy_is_right():
-    copies = HostCopies()
+    copies = AsyncHostCopies()
     source = torch.arange(2**24, device="cuda", dtype=torch.float32)
     expected = source.cpu()
     torch.cuda._sleep(10**9)  # the copy must not overtake the work that makes its source
     source.add_(1)
     made = copies.copy(source)
     assert made.is_pinned()
-    assert copies.on_the_way
+    assert copies.pending
     del source
     torch.zeros(2**24, device="cuda")  # would be given the source's memory if it were free
     copies.wait()

@@ -8,7 +8,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 
-class RandomState(Callback):
+class RngState(Callback):
     """Carries the global random states of Python, NumPy and torch from round to round and into checkpoints.
 
     Every round starts where the last one ended, whatever validation or a new loader drew in between, since a resumed

@@ -1,22 +1,20 @@
 """Copies between a GPU and page-locked memory of the host that training does not wait for."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 
-class HostCopies:
+class AsyncHostCopies:
     """Copies to the host; those from a GPU run on a stream of their own, beside the kernels that are launched next.
 
-    Read a copy after `wait` only. From the CPU a copy is made at once and there is nothing to wait for.
+    Read a copy only after `wait`. From the CPU a copy is made at once and there is nothing to wait for.
 
     Attributes:
-        on_the_way: whether copies were started that nothing has waited for yet.
+        pending: whether copies were started that nothing has waited for yet.
     """
 
     def __init__(self) -> None:
-        self.on_the_way = False
+        self.pending = False
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def copy(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -29,16 +27,16 @@ class HostCopies:
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(stream):
             copied.copy_(tensor.to(copied.dtype), non_blocking=True)
-        tensor.record_stream(stream)  # its memory is given to nobody before the copy is made
-        self.on_the_way = True
+        tensor.record_stream(stream)  # keeps the allocator from reusing its memory before the copy is made
+        self.pending = True
         return copied
 
     def wait(self) -> None:
-        """Wait until all copies are made; no other work of the GPU is waited for."""
-        if self.on_the_way:
+        """Wait until all copies are made, but for no other work of the GPU."""
+        if self.pending:
             for stream in self._streams.values():
                 stream.synchronize()
-        self.on_the_way = False
+        self.pending = False
 
 
 def owned_copy(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -47,7 +45,7 @@ def owned_copy(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Bring a tensor of the host to a device; a GPU gets it from page-locked memory, so that the host goes on."""
+    """Bring a tensor to a device; a GPU copies it from page-locked memory, so that the host need not wait."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -1,0 +1,146 @@
+"""The rounds that a Mistake Log holds, and how a single record is found among them.
+
+Shapes: B records.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+ABOUT_RECORD = ("benchmark", "energy", "repeated")  # one value per record, read by policies and statistics
+ABOUT_SOURCE = ("source", "source_ids", "source_mask")
+RECORDS = "records"  # every record of this group has weight 1
+
+
+@dataclass
+class LoggedRound:
+    """The records of one round.
+
+    Attributes:
+        tensors: by name, each with the record as first dimension. `energy` is a record's mean ‖ℓ‖² over its target
+            tokens, `repeated` whether its row had been logged in an earlier round.
+        round: its number, from 0.
+        spilled: whether the tensors lie in a file.
+    """
+
+    tensors: dict[str, Tensor]
+    round: int
+    spilled: bool = False
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @cached_property
+    def energy(self) -> float:
+        """Sum of `energy` over its records."""
+        return self.tensors["energy"].double().sum().item()
+
+    @cached_property
+    def repeated(self) -> int:
+        """Number of records whose row had been logged in an earlier round."""
+        return int(self.tensors["repeated"].sum())
+
+    def record(self, row: int) -> dict[str, Tensor]:
+        """Return what was logged of one row, without padding."""
+        source_mask, target_mask = self.tensors["source_mask"][row], self.tensors["target_mask"][row]
+        first = int(source_mask.int().argmax())  # the prompt is one run of real tokens, padded on either side
+        prompt, target = slice(first, first + int(source_mask.sum())), slice(0, int(target_mask.sum()))
+        return {
+            name: tensor[row, prompt if name in ABOUT_SOURCE else target]
+            for name, tensor in self.tensors.items()
+            if name not in ABOUT_RECORD
+        }
+
+    def __len__(self) -> int:
+        return len(self.tensors["energy"])
+
+
+class LoggedRecords:
+    """The records of the rounds held, oldest first; any round may leave.
+
+    For each group of weights an array holds the running sum before every round and after the last. Weights are whole
+    numbers, so that a sum does not depend on which rounds came and went.
+
+    Args:
+        weigh: a round's weights by group, see `SamplingPolicy.weights`.
+
+    Attributes:
+        rounds: to be read only.
+        nbytes: bytes of all tensors, in memory or in files.
+    """
+
+    def __init__(self, weigh: Callable[[LoggedRound], dict[Any, Tensor]]) -> None:
+        self.rounds: list[LoggedRound] = []
+        self.nbytes = 0
+        self._weigh = weigh
+        self._sums: dict[Any, np.ndarray] = {RECORDS: np.zeros(1, dtype=np.int64)}
+
+    def append(self, logged: LoggedRound) -> None:
+        """Add the newest round."""
+        weights = {group: int(weights_B.sum()) for group, weights_B in self._weigh(logged).items()}
+        weights[RECORDS] = len(logged)
+        for group in weights.keys() - self._sums.keys():
+            self._sums[group] = np.zeros(len(self.rounds) + 1, dtype=np.int64)
+        for group, sums in self._sums.items():
+            self._sums[group] = np.append(sums, sums[-1] + weights.get(group, 0))
+        self.rounds.append(logged)
+        self.nbytes += logged.nbytes
+
+    def pop(self, index: int) -> LoggedRound:
+        """Take a round out."""
+        index %= len(self.rounds)
+        for group, sums in self._sums.items():
+            weight = sums[index + 1] - sums[index]
+            self._sums[group] = np.append(sums[: index + 1], sums[index + 2 :] - weight)
+        logged = self.rounds.pop(index)
+        self.nbytes -= logged.nbytes
+        return logged
+
+    @property
+    def groups(self) -> list[Any]:
+        """Groups of weights of which some record held has one above 0."""
+        return [group for group, sums in self._sums.items() if sums[-1] and group is not RECORDS]
+
+    def find(self, index: int) -> tuple[LoggedRound, int]:
+        """Return the round of a record, counted over all rounds oldest first, and its row there."""
+        place, row = self._place(RECORDS, index)
+        return self.rounds[place], row
+
+    def pick(self, group: Any, number: int) -> int:
+        """Return the index of the record that a number points to: uniform numbers find records by their weight.
+
+        Args:
+            group: of weights.
+            number: taken modulo the group's total weight.
+        """
+        place, rest = self._place(group, number % int(self._sums[group][-1]))
+        ends_B = self._weigh(self.rounds[place])[group].cumsum(0)
+        return int(self._sums[RECORDS][place]) + int(torch.searchsorted(ends_B, rest, right=True))
+
+    def _place(self, group: Any, number: int) -> tuple[int, int]:
+        """Return in which round the running sum passes a number, and how far into the round that is."""
+        sums = self._sums[group]
+        place = int(sums.searchsorted(number, side="right")) - 1
+        return place, number - int(sums[place])
+
+    def __len__(self) -> int:
+        return int(self._sums[RECORDS][-1])
+
+
+def join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Put the records of several parts of a round together, padded to one width."""
+    return parts[0] if len(parts) == 1 else {name: _cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _cat(tensors: list[Tensor]) -> Tensor:
+    if tensors[0].dim() > 1:
+        width = max(tensor.shape[1] for tensor in tensors)
+        tensors = [nn.functional.pad(t, (*(0, 0) * (t.dim() - 2), 0, width - t.shape[1])) for t in tensors]
+    return torch.cat(tensors)
