@@ -11,8 +11,8 @@ from transformers import GPT2Config, LlamaConfig
 
 from tcopilot.app import console, run
 from tcopilot.app.checks import config as checks
-from tcopilot.app.checks import models_and_data as preflight
-from tcopilot.app.checks.config import ConfigError
+from tcopilot.app.checks import data as checks_of_data
+from tcopilot.app.checks.problems import ConfigError
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.pilot import ModelSource
 
@@ -74,7 +74,7 @@ BAD = {  # overrides, and what the message must say: key, value and the way out
     "compiled or not": (["evaluation.compile=maybe"], ["evaluation.compile=maybe", "true or false"]),
     "frozen control": (["control=equal_time", "pilot.frozen=true"], ["pilot.frozen=true", "control=null"]),
     "beams": (["evaluation.num_beams=0"], ["evaluation.num_beams=0", "at least 1"]),
-    "λ from test": (["evaluation.select_on=test"], ["evaluation.select_on=test", "never", "use validation"]),
+    "λ from test": (["+evaluation.select_on=test"], ["evaluation.select_on=test", "never", "use validation"]),
     "reported split": (["evaluation.report_on=train"], ["evaluation.report_on=train", "test, validation"]),
     "overflow": (["data.overflow=cut"], ["data.overflow", "'cut'", "error, drop or truncate"]),
     "long prompts": (["data.max_source_length=5"], ["data.max_source_length is 5", "data.overflow=drop|truncate"]),
@@ -223,17 +223,17 @@ def test_data_without_test_rows_asks_for_another_split_to_report(tmp_path, no_we
 
 
 def test_a_log_larger_than_memory_is_refused(tmp_path, no_weights, monkeypatch):
-    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(checks_of_data.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     message = complaint(tmp_path / "run", *composed.SMALL)
     for part in ("0.0 GB are free", "mistake_log.log.capacity_rounds=128", "max_bytes", "storage=topk"):
         assert part in message
 
 
 def test_a_spilled_log_is_measured_against_its_disk(tmp_path, no_weights, monkeypatch):
-    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    monkeypatch.setattr(checks_of_data.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
     asked = []
     monkeypatch.setattr(
-        preflight.psutil, "disk_usage", lambda place: asked.append(place) or SimpleNamespace(free=1000)
+        checks_of_data.psutil, "disk_usage", lambda place: asked.append(place) or SimpleNamespace(free=1000)
     )
     message = complaint(tmp_path / "run", *composed.SMALL, f"mistake_log.log.spill={tmp_path}/not/there")
     assert f"0.0 GB are free on the disk of mistake_log.log.spill={tmp_path}/not/there" in message
@@ -241,7 +241,7 @@ def test_a_spilled_log_is_measured_against_its_disk(tmp_path, no_weights, monkey
 
 
 def test_a_log_bounded_in_bytes_may_be_as_large_as_it_likes_in_rounds(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
+    monkeypatch.setattr(checks_of_data.psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
     monkeypatch.setattr(run.build, "fused_model", lambda *_: (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError):  # checks are passed
         composed.train(tmp_path / "run", *composed.SMALL, "mistake_log.log.max_bytes=9000")

@@ -14,8 +14,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from tcopilot.app import build
-from tcopilot.app.checks import parts
 from tcopilot.app.checks.config import config_problems
+from tcopilot.app.trainer import make_callbacks
 from tcopilot.models.adapters import Lora
 
 EXPERIMENTS = composed.CONFIGS / "experiment"
@@ -76,7 +76,7 @@ def test_every_experiment_gives_parts_that_can_be_built(name, tmp_path):
     instantiate(cfg.mistake_log.log, _convert_="all")
     instantiate(cfg.objective)
     assert instantiate(cfg.data).benchmark_names
-    parts.callbacks(cfg)
+    make_callbacks(cfg)
 
 
 @pytest.mark.parametrize("name", files("experiment"))

@@ -22,7 +22,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from tcopilot.app.checks.config import ConfigError
+from tcopilot.app.checks.problems import ConfigError
 from tcopilot.data.generated_tasks import GeneratedTask
 from tcopilot.data.tokenizers import word_tokenizer
 from tcopilot.evaluation.evaluate import Evaluator

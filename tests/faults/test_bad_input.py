@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tcopilot.app import build, run
-from tcopilot.app.checks import parts
-from tcopilot.app.checks.config import ConfigError
+from tcopilot.app.checks.problems import ConfigError
+from tcopilot.app.trainer import make_callbacks, make_trainer
 from tcopilot.data import byte_tokenizer
 from tcopilot.models.pilot import ModelSourceError
 from tcopilot.training.module import TCopilotModule
@@ -163,7 +163,7 @@ CONFIGS = {
     "no answer tokens": given("evaluation.max_new_tokens=0", says=("evaluation.max_new_tokens=0", "at least 1")),
     "negative evaluation batch": given("evaluation.batch_size=-4", says=("evaluation.batch_size=-4", "at least 1")),
     "unknown ranking": given("evaluation.ranking=best", says=("evaluation.ranking=best", "beam, exhaustive")),
-    "λ chosen nowhere": given("evaluation.select_on=null", says=("evaluation.select_on=None", "use validation")),
+    "λ chosen nowhere": given("+evaluation.select_on=null", says=("evaluation.select_on=None", "use validation")),
     "reported path": given("evaluation.report_on=../../x", says=("report_on=../../x", "test, validation")),
     # the trainer
     "accelerator": given("trainer.accelerator=quantum", says=("trainer.accelerator=quantum", "cpu")),
@@ -181,12 +181,12 @@ CONFIGS = {
     "validation is text": given("trainer.limit_val_batches=all", says=("limit_val_batches=all", "[0.0, 1.0]")),
     "sanity steps": given("trainer.num_sanity_val_steps=-2", says=("num_sanity_val_steps=-2", "at least -1")),
     "negative logging": given("trainer.log_every_n_steps=-1", says=("log_every_n_steps=-1", "at least 0")),
-    "no epoch": given("trainer.max_epochs=0", says=("trainer.max_epochs=0", "set rounds")),
-    "two epochs": given("trainer.max_epochs=2", says=("trainer.max_epochs=2", "set rounds")),
-    "endless epochs": given("trainer.max_epochs=null", says=("trainer.max_epochs=None", "set rounds")),
-    "many epochs at least": given("trainer.min_epochs=5", says=("trainer.min_epochs=5", "must be 0")),
-    "checkpoints of Lightning": given("trainer.enable_checkpointing=true", says=("callbacks.checkpoint writes",)),
-    "sampler of Lightning": given("trainer.use_distributed_sampler=true", says=("use_distributed_sampler=True",)),
+    "no epoch": given("+trainer.max_epochs=0", says=("trainer.max_epochs=0", "set rounds")),
+    "two epochs": given("+trainer.max_epochs=2", says=("trainer.max_epochs=2", "set rounds")),
+    "endless epochs": given("+trainer.max_epochs=null", says=("trainer.max_epochs=None", "set rounds")),
+    "many epochs at least": given("+trainer.min_epochs=5", says=("trainer.min_epochs=5", "leave it out")),
+    "checkpoints of Lightning": given("+trainer.enable_checkpointing=true", says=("callbacks.checkpoint writes",)),
+    "sampler of Lightning": given("+trainer.use_distributed_sampler=true", says=("use_distributed_sampler=True",)),
     "steps of Lightning": given("+trainer.max_steps=2", says=("trainer.max_steps=2", "set rounds")),
     "time of Lightning": given("+trainer.max_time=soon", says=("trainer", "max_time=soon", "DD:HH:MM:SS")),
     "accumulation of Lightning": given("+trainer.accumulate_grad_batches=4", says=("set pilot.micro_batch_size",)),
@@ -934,7 +934,7 @@ def test_files_of_other_systems_are_read(content, tmp_path, monkeypatch):
 
 def test_without_a_progress_bar_its_callback_stays_away():
     cfg = composed.compose_config(*composed.SMALL, "trainer.enable_progress_bar=false", "paths.run_dir=x")
-    trainer = build.trainer(cfg, parts.callbacks(cfg), None, 4)
+    trainer = make_trainer(cfg, make_callbacks(cfg), None, 4)
     assert trainer.progress_bar_callback is None
 
 
@@ -956,7 +956,7 @@ def test_a_traceback_is_there_for_whoever_asks(capsys, tmp_path):
     [
         ("train.py", ["epochs=3"], "Key 'epochs' is not in struct"),
         ("train.py", ["pilot=tiny_t6"], "Could not find 'pilot/tiny_t6'"),
-        ("train.py", ["seed=-1", "trainer.max_epochs=0"], "error: 2 problems in the config or data:"),
+        ("train.py", ["seed=-1", "+trainer.max_epochs=0"], "error: 2 problems in the config or data:"),
         ("train.py", ["rounds=${nope}"], "error: 1 problem in the config or data:"),
         ("train.py", ["data=jsonl", "data.path=/no/such"], "/no/such/train.jsonl does not exist"),
         ("eval.py", ["run=/no/such"], "give the folder of a finished training run"),

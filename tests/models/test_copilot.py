@@ -153,12 +153,12 @@ def test_one_layer_is_enough_where_it_reads_the_log(tiny_pilot, randomise, teach
     ],
 )
 def test_an_unknown_option_is_refused_with_the_known_ones(tiny_pilot, option, value, known):
-    with pytest.raises(ValueError, match=f"{option}={value!r} is not one of {known}"):
+    with pytest.raises(ValueError, match=f"copilot.{option}={value}: use one of {known}"):
         Copilot.from_pilot(tiny_pilot("llama"), **{option: value})
 
 
 def test_an_unknown_start_of_the_error_input_is_refused(tiny_pilot):
-    with pytest.raises(ValueError, match=r"copilot\.error_input='zeros' is neither 'embedding' nor 'normal'"):
+    with pytest.raises(ValueError, match=r"copilot\.error_input=zeros: use one of embedding, normal"):
         Copilot.from_pilot(tiny_pilot("llama"), error_input="zeros")
 
 

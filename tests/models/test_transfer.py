@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tcopilot.app.checks.config import ConfigError
+from tcopilot.app.checks.problems import ConfigError
 
 SMALL = [*composed.SMALL, "pilot=tiny_llama", "fusion.weight=[0,1]", "copilot.scheduler.num_warmup_steps=0"]
 

@@ -7,27 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from yaml import YAMLError
 
-from tcopilot.app.checks.config import ConfigError, config_problems, fusion_rule, refuse_misshapen, refuse_missing
-from tcopilot.app.checks.models_and_data import (
+from tcopilot.app.checks.config import config_problems, fusion_rule, refuse_missing, refuse_values_for_groups
+from tcopilot.app.checks.data import data_problems, memory_problems
+from tcopilot.app.checks.models import (
     copilot_layers,
-    data_problems,
     donor_problems,
-    memory_problems,
     model_problems,
     source_problems,
     tokenizer_problems,
 )
-from tcopilot.app.checks.parts import part_problems, refusal
-from tcopilot.data.benchmarks import DataError
+from tcopilot.app.checks.problems import ConfigError, attempt
+from tcopilot.app.checks.trial_build import trial_problems
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.evaluate import Decoding
 from tcopilot.mistake_log.log import MistakeLog
@@ -38,8 +35,6 @@ from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.processes import is_first
-from tcopilot.training.callbacks import MistakeLogCallback
-from tcopilot.training.checkpoints import SafeCheckpointIO
 from tcopilot.training.module import Learner, TCopilotModule
 from tcopilot.version import version_problem
 
@@ -62,24 +57,24 @@ def prepare(cfg: DictConfig) -> Prepared:
         ConfigError: with every problem found in config and data.
     """
     refuse_missing(cfg)
-    refuse_misshapen(cfg)
+    refuse_values_for_groups(cfg)
     pilot = model_source(cfg.pilot, "pilot")
     donor = model_source(cfg.copilot, "copilot") if cfg.copilot.enabled and cfg.copilot.path else None
     problems, log, tokenizer = config_problems(cfg), None, None
-    problems += [] if problems else part_problems(cfg)
+    problems += [] if problems else trial_problems(cfg)
     if cfg.copilot.enabled and not any(problem.startswith(("mistake_log.log", "seed")) for problem in problems):
-        log = _attempt(problems, lambda: instantiate(cfg.mistake_log.log, _convert_="all"))
-    data = _attempt(problems, lambda: instantiate(cfg.data))
+        log = attempt(problems, lambda: instantiate(cfg.mistake_log.log, _convert_="all"))
+    data = attempt(problems, lambda: instantiate(cfg.data))
     unreadable = source_problems(pilot, donor)
     problems += unreadable
     if not unreadable:
         problems += model_problems(cfg, pilot, donor)
     if data is not None and not unreadable:
-        tokenizer = _attempt(problems, lambda: pilot.tokenizer(data.vocabulary))
+        tokenizer = attempt(problems, lambda: pilot.tokenizer(data.vocabulary))
     if tokenizer is not None:
         problems += tokenizer_problems(pilot, tokenizer)
         problems += [] if donor is None else donor_problems(pilot, donor, tokenizer)
-        _attempt(problems, lambda: data.prepare(tokenizer, pilot.source_side))
+        attempt(problems, lambda: data.prepare(tokenizer, pilot.source_side))
     if not problems:
         problems += data_problems(cfg, pilot.model_config, data)
         problems += [] if log is None else memory_problems(cfg, pilot, data, log)
@@ -95,9 +90,9 @@ def prepare_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, pilot: Pre
         ConfigError: with every problem found in the data.
     """
     problems: list[str] = []
-    data = _attempt(problems, lambda: instantiate(cfg.data))
+    data = attempt(problems, lambda: instantiate(cfg.data))
     if data is not None:
-        _attempt(problems, lambda: data.prepare(tokenizer, "right" if pilot.is_encoder_decoder else "left"))
+        attempt(problems, lambda: data.prepare(tokenizer, "right" if pilot.is_encoder_decoder else "left"))
     if not problems:
         problems += data_problems(cfg, pilot, data)
     if problems:
@@ -238,28 +233,6 @@ def learner(node: DictConfig, rounds: int) -> Learner:
     return Learner(instantiate(node.optimizer, _convert_="all"), instantiate(schedule, _convert_="all"), node.clip)
 
 
-def trainer(cfg: DictConfig, callbacks: list[Callback], log: MistakeLog | None, rounds: int) -> Trainer:
-    """The Lightning Trainer, with the log's owner among its callbacks."""
-    if log is not None:
-        callbacks = [MistakeLogCallback(log, cfg.mistake_log.every_n_rounds), *callbacks]
-    cfg = cfg.copy()
-    cfg.trainer.val_check_interval = min(cfg.trainer.val_check_interval, rounds)  # Lightning refuses a longer one
-    try:
-        loggers = [instantiate(node) for node in cfg.logger.values() if node is not None]
-        plugins = [*instantiate(cfg.trainer.get("plugins") or []), SafeCheckpointIO()]
-        return instantiate(
-            cfg.trainer,
-            callbacks=callbacks,
-            plugins=plugins,
-            logger=loggers or False,
-            default_root_dir=cfg.paths.run_dir,
-        )
-    except InstantiationException as error:
-        if (reason := refusal(error)) is None:
-            raise
-        raise ConfigError([f"{str(error).rpartition('full_key: ')[2] or 'trainer.plugins'}: {reason}"]) from error
-
-
 def parameter_counts(model: TCopilotModel) -> dict[str, int]:
     """Parameters of both models, all and trainable."""
     counts = {}
@@ -282,23 +255,3 @@ def export(model: TCopilotModel, tokenizer: PreTrainedTokenizerBase, folder: str
 def _adapt(node: DictConfig, module: PreTrainedModel | nn.Module) -> None:
     if node.adapter is not None and "_target_" in node.adapter:
         instantiate(node.adapter, _convert_="all")(module)
-
-
-def _attempt(problems: list[str], make: Any) -> Any:
-    """Run a step of the preparation and collect what the user can mend: refusals of ours, and values that a
-    constructor does not take, where Hydra knows the config key. Whatever else is raised is a bug and stays one.
-    """
-    try:
-        return make()
-    except (DataError, ModelSourceError) as error:
-        problems += str(error).splitlines()
-    except Exception as error:
-        cause, key = error.__cause__, str(error).rpartition("full_key: ")[2]
-        message = refusal(error) if isinstance(error, InstantiationException) else None
-        if message is None:
-            if problems:
-                return None  # a consequence of what was found already
-            raise
-        named = isinstance(cause, DataError) or message.startswith(key.split(".")[0])
-        problems.append(message if named else f"{key}: {message}")
-    return None

@@ -13,8 +13,8 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from tcopilot.app.build import Prepared
-from tcopilot.app.checks.config import ConfigError
-from tcopilot.app.checks.models_and_data import log_bytes
+from tcopilot.app.checks.data import log_bytes
+from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.memory.estimate import Budget, bytes_text
 from tcopilot.evaluation.results import Results, gain_table, weight_table
 from tcopilot.models.fused_model import TCopilotModel

@@ -18,12 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from tcopilot import processes
 from tcopilot.app import build, sweep
 from tcopilot.app.build import Prepared
-from tcopilot.app.checks import parts
-from tcopilot.app.checks.config import ConfigError, evaluation_problems, refuse_missing
+from tcopilot.app.checks.config import evaluation_problems, refuse_missing
+from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.console import quiet_libraries, show_results, show_summary
 from tcopilot.app.controls import JointRun, against_controls, controls
 from tcopilot.app.dashboards import closing_wandb, log_evaluation
 from tcopilot.app.memory.estimate import budget
+from tcopilot.app.trainer import make_callbacks, make_trainer
 from tcopilot.data.benchmarks import DataError
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.results import Control, Results, git_revision
@@ -170,8 +171,8 @@ def _evaluate(cfg: DictConfig) -> float:
 
 
 def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
-    callbacks = [SameSettings(_settings(cfg, prepared)), *parts.callbacks(cfg)]
-    trainer = build.trainer(cfg, callbacks, prepared.log, module.rounds)
+    callbacks = [SameSettings(_settings(cfg, prepared)), *make_callbacks(cfg)]
+    trainer = make_trainer(cfg, callbacks, prepared.log, module.rounds)
     stop = next((c for c in callbacks if isinstance(c, GracefulStop)), None)
     saver = next((c for c in callbacks if isinstance(c, RoundCheckpoint)), None)
     start = _newest_checkpoint(cfg, trainer.world_size)
@@ -200,7 +201,7 @@ def _evaluated(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_di
     evaluator = Evaluator(
         model, prepared.tokenizer, prepared.data, run_dir / "predictions", decoding, cfg.fusion.get("per", "all")
     )
-    splits = (cfg.evaluation.select_on, cfg.evaluation.report_on)
+    splits = ("validation", cfg.evaluation.report_on)
     found = evaluator.run(build.evaluation_weights(cfg.fusion.weight), splits)
     notes = list(found.verdicts)
     if model.fusion.has_closed_form:

@@ -29,7 +29,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from tcopilot.app.checks.config import ConfigError, process_count, refuse_missing
+from tcopilot.app.checks.config import refuse_missing
+from tcopilot.app.checks.problems import ConfigError
+from tcopilot.app.trainer import process_count
 from tcopilot.evaluation.results import LOSSES, Results
 from tcopilot.processes import is_first
 from tcopilot.run_directory import flatten, write_whole

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 import numpy as np
@@ -24,6 +24,7 @@ from tcopilot.data.prepare import Overflow, RowPreparer
 from tcopilot.data.samplers import HeldOutSampler, RoundSampler, StreamRounds
 from tcopilot.data.sources import as_stream, mixture
 from tcopilot.data.splits import SplitReader
+from tcopilot.settings import FLAG, POSITIVE, SEED, is_number, whole
 
 log = logging.getLogger(__name__)
 SHOWN = 3  # complaints about one split that are printed in full
@@ -69,6 +70,17 @@ class TCopilotDataModule(LightningDataModule):
     Raises:
         DataError: If the settings contradict each other.
     """
+
+    SETTINGS: ClassVar = {
+        "streaming": FLAG,
+        "group_by_length": FLAG,
+        **dict.fromkeys(("batch_size", "eval_batch_size", "shuffle_buffer"), whole()),
+        **dict.fromkeys(("rounds", "max_train_rows", "max_eval_rows"), whole().or_null()),
+        **dict.fromkeys(("max_source_length", "max_target_length"), whole().or_null()),
+        "epochs": POSITIVE.or_null(),
+        "num_workers": whole(0),
+        "seed": SEED,
+    }
 
     def __init__(
         self,
@@ -305,11 +317,11 @@ class TCopilotDataModule(LightningDataModule):
         if self.weights is not None and set(self.weights) != set(self.benchmarks):
             raise DataError(f"data.weights names {sorted(self.weights)}, the benchmarks are {sorted(self.benchmarks)}")
         for name, weight in (self.weights or {}).items():
-            if not _is_number(weight) or weight <= 0:
+            if not is_number(weight) or weight <= 0:
                 raise DataError(
                     f"data.weights.{name}={weight}: must be a number above 0; leave out a benchmark to drop it"
                 )
-        if not _is_number(self._reader.validation_size):
+        if not is_number(self._reader.validation_size):
             raise DataError(
                 f"data.validation_size={self._reader.validation_size}: give a share of the train rows, such as 0.1, "
                 f"or a number of them"
@@ -319,7 +331,7 @@ class TCopilotDataModule(LightningDataModule):
         self._check_held_out()
 
     def _check_held_out(self) -> None:
-        if not _is_number(self.held_out) or not 0 <= self.held_out < 1:
+        if not is_number(self.held_out) or not 0 <= self.held_out < 1:
             raise DataError(f"data.held_out={self.held_out}: give a share of the train rows in [0, 1), such as 0.1")
         if self.held_out and self.streaming:
             raise DataError("data.held_out needs all rows at hand; use data.streaming=false, or data.held_out=0")
@@ -364,10 +376,6 @@ def _shortened(complaints: list[str], skipped: list[str], rows: list[PreparedRow
     if skipped:
         return [f"no row is left: {len(skipped)} were skipped, the first since {skipped[0]}"]
     return ["no row is left: all were dropped as too long"]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _complain(where: str, text: str) -> None:

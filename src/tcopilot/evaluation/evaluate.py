@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from rich.console import Console
@@ -23,12 +23,13 @@ from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.likelihood import Likelihood
 from tcopilot.evaluation.predictions import Prediction, PredictionFiles, claim, fingerprint
-from tcopilot.evaluation.ranking import ItemRanking
+from tcopilot.evaluation.ranking import RANKINGS, ItemRanking
 from tcopilot.evaluation.results import Gain, Row
 from tcopilot.evaluation.significance import compare, mean_interval
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.gates import GATES, Observations, build_gate
 from tcopilot.processes import agree_on, gather, is_first, rank, sum_over_processes, world_size
+from tcopilot.settings import FLAG, Rule, is_number, list_of, one_of, whole
 from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,17 @@ class Decoding:
         decoding: `dynamic`, or `static` for caches of fixed size (greedy only).
         compile: whether a static step is compiled, on a GPU into CUDA graphs.
     """
+
+    SETTINGS: ClassVar = {
+        "num_beams": whole(),
+        "max_new_tokens": whole().or_null(),
+        "batch_size": whole(),
+        "modes": list_of(MODES),
+        "ranking": one_of(RANKINGS),
+        "ranking_beams": whole(),
+        "decoding": one_of(DECODINGS),
+        "compile": FLAG,
+    }
 
     num_beams: int = 1
     max_new_tokens: int | None = None
@@ -102,6 +114,11 @@ class Mode(Protocol):
         """Return one prediction per λ and row."""
 
 
+def _is_weight(given: Any) -> bool:
+    weights = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    return given == "auto" or (len(weights) > 0 and all(is_number(weight) and weight >= 0 for weight in weights))
+
+
 class Evaluator:
     """Runs a fused model over the rows of a data module.
 
@@ -117,6 +134,13 @@ class Evaluator:
         per: what has a λ of its own, fitted on the split that λ is chosen on: `all` for one λ; `benchmark`; or
             a gate of `tcopilot.models.gates`, which λ then scales.
     """
+
+    SETTINGS: ClassVar = {
+        "per": one_of(PER),
+        "weight": Rule(
+            _is_weight, "λ must be 0 (the Pilot) or positive: give a number, a list of numbers or auto (closed form)"
+        ),
+    }
 
     def __init__(
         self,

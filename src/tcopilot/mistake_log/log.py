@@ -14,7 +14,7 @@ up to the storage, see `storage.py`.
 Shapes: B records, M source length, N target length, P Pilot width, V vocabulary.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from tcopilot.mistake_log.seen_rows import SeenRows
 from tcopilot.mistake_log.spill import Spill
 from tcopilot.mistake_log.storage import DenseStorage, Storage, dtype_name, is_frozen
 from tcopilot.models.states import PilotStates
+from tcopilot.settings import DTYPE, SEED, one_of, require, whole
 
 ROWS = ("all", "first_visit")
 
@@ -77,6 +78,14 @@ class MistakeLog:
         ValueError: if the capacity is below one round, the byte limit is not positive or `rows` is unknown.
     """
 
+    SETTINGS: ClassVar = {
+        "capacity_rounds": whole(mend="the log must hold at least one round; give a whole number"),
+        "max_bytes": whole(mend="give a positive number of bytes, or null for no limit").or_null(),
+        "dtype": DTYPE,
+        "seed": SEED,
+        "rows": one_of(ROWS),
+    }
+
     def __init__(
         self,
         capacity_rounds: int = 128,
@@ -88,16 +97,8 @@ class MistakeLog:
         spill: str | None = None,
         rows: str = "all",
     ) -> None:
-        if rows not in ROWS:
-            raise ValueError(f"mistake_log.log.rows={rows!r} is not one of {', '.join(ROWS)}")
-        if capacity_rounds < 1:
-            raise ValueError(
-                f"mistake_log.log.capacity_rounds={capacity_rounds}: the log must hold at least one round"
-            )
-        if max_bytes is not None and max_bytes <= 0:
-            raise ValueError(
-                f"mistake_log.log.max_bytes={max_bytes}: give a positive number of bytes, or null for no limit"
-            )
+        given = {"capacity_rounds": capacity_rounds, "max_bytes": max_bytes, "rows": rows}
+        require(self.SETTINGS, given, "mistake_log.log")
         self.capacity_rounds = capacity_rounds
         self.max_bytes = max_bytes
         self.policy = Fifo() if policy is None else policy

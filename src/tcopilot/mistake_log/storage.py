@@ -4,7 +4,7 @@ Shapes: B records, N target length, P Pilot width, V vocabulary, k kept entries.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from tcopilot.models.chunked import CHUNK_ELEMENTS
 from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.states import PilotStates
+from tcopilot.settings import DTYPE, require, whole
 
 
 class Storage(ABC):
@@ -59,6 +60,7 @@ class DenseStorage(Storage):
         dtype: `float32` (exact), `float16` or `bfloat16`.
     """
 
+    SETTINGS: ClassVar = {"dtype": DTYPE}
     names = ("probs",)
 
     def __init__(self, dtype: str = "float32") -> None:
@@ -93,11 +95,11 @@ class TopKStorage(Storage):
         dtype: of the kept entries.
     """
 
+    SETTINGS: ClassVar = {"k": whole(mend="keep at least one entry of p̂; give a whole number"), "dtype": DTYPE}
     names = ("values", "indices", "target_prob")
 
     def __init__(self, k: int = 256, dtype: str = "float32") -> None:
-        if k < 1:
-            raise ValueError(f"mistake_log.log.storage.k={k}: keep at least one entry of p̂")
+        require(self.SETTINGS, {"k": k}, "mistake_log.log.storage")
         self.k = k
         self.dtype = getattr(torch, dtype)
         self._vocab_size = 0

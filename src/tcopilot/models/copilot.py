@@ -5,13 +5,13 @@ S rows of the log (null row, X̃, h̄).
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tcopilot.functional import shift_right
+from tcopilot.functional import POOLINGS, shift_right
 from tcopilot.models import families
 from tcopilot.models.caches import CopilotState
 from tcopilot.models.chunked import project_errors
@@ -19,6 +19,7 @@ from tcopilot.models.gates import Gate, build_gate
 from tcopilot.models.heads import HEADS
 from tcopilot.models.log_attention import CONTEXTS, additive, causal_mask, log_mask, log_positions
 from tcopilot.models.states import StatePooler
+from tcopilot.settings import FLAG, Rule, is_number, list_of, one_of, require
 
 PATTERNS = {1: ("even", "all"), 2: ("every", "all"), 3: ("even", "first_half"), 4: ("even", "second_half")}
 """The paper's insertion patterns (Section F.4): which decoder-only layers, counted from 1, become log attention, and
@@ -46,6 +47,15 @@ class CopilotConfig:
         gate: settings of the gate that scales its corrections in decoding and scoring; None for none.
     """
 
+    SETTINGS: ClassVar = {
+        "head": one_of(HEADS),
+        "pattern": one_of(PATTERNS),
+        "pooling": one_of(POOLINGS),
+        "context": one_of(CONTEXTS),
+        "positions": one_of(POSITIONS),
+        "reads": list_of(READS),
+    }
+
     body: dict[str, Any]
     pilot_width: int
     vocab_size: int
@@ -59,13 +69,7 @@ class CopilotConfig:
     gate: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        allowed = {"head": HEADS, "pattern": PATTERNS, "context": CONTEXTS, "positions": POSITIONS}
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"copilot.{name}={getattr(self, name)!r} is not one of {', '.join(map(str, values))}")
-        if not self.reads or not set(self.reads) <= set(READS):
-            raise ValueError(f"copilot.reads={self.reads!r}: give one or more of {', '.join(READS)}")
-        StatePooler(self.pooling)  # refuses an unknown pooling
+        require(self.SETTINGS, vars(self), "copilot")
         build_gate(self.gate)
 
     @property
@@ -80,6 +84,15 @@ class CopilotConfig:
 
 class Copilot(nn.Module):
     """Reads (ℓ_{<i}, X̃, h) and estimates ℓ_i (Section 3.1). A new Copilot outputs 0: the fused model is the Pilot."""
+
+    SETTINGS: ClassVar = {
+        "error_input": one_of(("embedding", "normal")),
+        "train_error_input": FLAG,
+        "dropout": Rule(
+            lambda value: value is None or (is_number(value) and 0 <= value < 1),
+            "give a number in [0, 1), or null for the checkpoint's own",
+        ),
+    }
 
     def __init__(self, config: CopilotConfig) -> None:
         super().__init__()
@@ -138,8 +151,8 @@ class Copilot(nn.Module):
                 f"Pilot ({pilot.config.model_type}, {vocab} tokens) and Copilot ({donor.config.model_type}, "
                 f"{donor_vocab} tokens) must be of one family and share the vocabulary; choose another copilot.path"
             )
-        if error_input not in ("embedding", "normal"):
-            raise ValueError(f"copilot.error_input={error_input!r} is neither 'embedding' nor 'normal'")
+        given = {"error_input": error_input, "train_error_input": train_error_input, "dropout": dropout}
+        require(cls.SETTINGS, given, "copilot")
         body_config = families.decoder_config(donor.config, layers)
         if dropout is not None:
             families.set_dropout(body_config, dropout)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tcopilot.data.tokenizers import byte_tokenizer, word_tokenizer
+from tcopilot.settings import DTYPE
 
 
 class ModelSourceError(ValueError):
@@ -44,6 +45,8 @@ class ModelSource:
         revision: commit or tag on the Hub.
         key: the config node, for messages.
     """
+
+    SETTINGS: ClassVar = {"dtype": DTYPE}
 
     path: str | None = None
     config: dict[str, Any] | None = None

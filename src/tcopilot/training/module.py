@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
@@ -18,6 +18,7 @@ from tcopilot.mistake_log.log import MistakeLog, MistakeRecord
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
 from tcopilot.processes import sum_over_processes
+from tcopilot.settings import POSITIVE, Rule, is_number, whole
 from tcopilot.training.error_statistics import ErrorStatistics
 from tcopilot.training.objectives import Objective, RootMeanSquaredError, objective_sum
 
@@ -36,9 +37,16 @@ class Learner:
         clip: largest gradient norm; None for no clipping.
     """
 
+    SETTINGS: ClassVar = {"clip": POSITIVE.or_null()}
+
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler]
     clip: float | None = 1.0
+
+
+def _are_probabilities(given: Any) -> bool:
+    shares = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    return 1 <= len(shares) <= 2 and all(is_number(share) and 0 <= share <= 1 for share in shares)
 
 
 class TCopilotModule(LightningModule):
@@ -63,6 +71,13 @@ class TCopilotModule(LightningModule):
         compile: backend of `torch.compile` for the forward passes of both models while training runs; None: no
             compilation. Names of weights stay as they are.
     """
+
+    SETTINGS: ClassVar = {
+        "micro_batch_size": whole().or_null(),
+        "copilot_batch_size": whole(),
+        "steps_per_round": whole(),
+        "own_feedback": Rule(_are_probabilities, "give a probability in [0, 1], or two to move between over the run"),
+    }
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from small_training import FAMILIES, random_batch, small_module, tiny_model, tin
 from torch.utils.data import DataLoader
 
 from tcopilot.app import build
-from tcopilot.app.checks.config import ConfigError
+from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.memory import estimate as memory_check
 from tcopilot.app.memory.estimate import Budget, budget
 from tcopilot.app.memory.footprint import Footprint, Load, measure

@@ -12,7 +12,7 @@ import pytest
 from reports import BROKEN, FIXED, TRACED, traced_run, with_outcomes
 from written_runs import write_run
 
-from tcopilot.app.checks.config import ConfigError
+from tcopilot.app.checks.problems import ConfigError
 from tcopilot.reporting.report import figures
 from tcopilot.reporting.report.explorer import examples
 from tcopilot.reporting.report.files import read_run

@@ -20,6 +20,7 @@ from tcopilot.app.build import Prepared
 from tcopilot.app.checks.config import control_names
 from tcopilot.app.controls.averaged import AveragedPilots
 from tcopilot.app.controls.widths import widened
+from tcopilot.app.trainer import make_trainer
 from tcopilot.evaluation.evaluate import UNCOMPARED, Evaluator
 from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.results import Control, Results
@@ -133,7 +134,7 @@ def _alone(joint: JointRun, rounds: int, seed: int | None = None, count_every: i
     cfg.logger = {}
     count = FlopCount(count_every)
     with _changed(data, rounds=rounds, seed=data.seed + cfg.seed - joint.cfg.seed, held_out=0.0):
-        build.trainer(cfg, [count], None, rounds).fit(module, datamodule=data)
+        make_trainer(cfg, [count], None, rounds).fit(module, datamodule=data)
     model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
     return Alternative(model, rounds, round(agree_on(module.seconds["pilot"]), 2), count.total())
 

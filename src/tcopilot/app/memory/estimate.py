@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 from tcopilot.app import build
 from tcopilot.app.build import Prepared
-from tcopilot.app.checks.config import ConfigError, process_count
-from tcopilot.app.checks.models_and_data import log_bytes
+from tcopilot.app.checks.data import log_bytes
+from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.memory.footprint import Footprint, Load, measure
+from tcopilot.app.trainer import process_count
 from tcopilot.models.pilot import ModelSource
 from tcopilot.processes import gather
 from tcopilot.training.module import TCopilotModule

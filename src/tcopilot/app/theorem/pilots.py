@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tcopilot.app import build
-from tcopilot.app.checks.config import ConfigError
+from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.theorem.parabola import Parabola
 from tcopilot.data.batch import Batch
 from tcopilot.data.module import TCopilotDataModule

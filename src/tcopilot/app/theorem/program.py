@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from tcopilot.app import build
-from tcopilot.app.checks.config import ConfigError
+from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.console import quiet_libraries
 from tcopilot.app.theorem.parabola import EntrySums, Floats, removed_on_other_half, row_intervals, served_entries
 from tcopilot.app.theorem.pilots import PilotSpread, TrainedRun, dropout_draws, refuse_other_kinds

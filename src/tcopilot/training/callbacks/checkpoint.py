@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning import Callback, LightningModule, Trainer
 
 from tcopilot import processes
+from tcopilot.settings import whole
 from tcopilot.training.checkpoints import (
     PER_RANK,
     CheckpointError,
@@ -35,6 +36,8 @@ class RoundCheckpoint(Callback):
         every_n_rounds: how often; None saves only when training ends or is stopped.
         keep: how many stay.
     """
+
+    SETTINGS: ClassVar = {"every_n_rounds": whole().or_null(), "keep": whole()}
 
     def __init__(self, folder: str, every_n_rounds: int | None = None, keep: int = 2) -> None:
         self.folder = Path(folder)

@@ -1,10 +1,11 @@
 """The callback that owns the evolving Mistake Log: creates it, reports it, checkpoints it."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning import Callback, LightningModule, Trainer
 
 from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.settings import whole
 
 
 class MistakeLogCallback(Callback):
@@ -15,6 +16,7 @@ class MistakeLogCallback(Callback):
         every_n_rounds: how often its statistics are logged, under `log/`.
     """
 
+    SETTINGS: ClassVar = {"every_n_rounds": whole()}
     per_rank = True
 
     def __init__(self, log: MistakeLog, every_n_rounds: int = 50) -> None:

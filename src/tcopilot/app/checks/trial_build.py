@@ -1,0 +1,75 @@
+"""Build optimisers, schedules, callbacks and the trainer once before weights load, to hear what they refuse.
+
+They belong to other libraries or to users, so their constructors alone know which values they take.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning import Callback
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from tcopilot.app.checks.problems import refusal
+from tcopilot.app.trainer import FIXED, make_callbacks
+
+
+def trial_problems(cfg: DictConfig) -> list[str]:
+    """Parts that cannot be built, or that do not take the values given."""
+    problems = [problem for key in ("pilot", "copilot") for problem in _learner_problems(cfg, key)]
+    if cfg.copilot.enabled:
+        problems += _refused("objective", cfg.objective)
+    callbacks = [
+        problem for key, node in cfg.callbacks.items() for problem in _refused(f"callbacks.{key}", node, _use_callback)
+    ]
+    if callbacks:
+        return problems + callbacks
+    return problems + _refused("trainer", cfg.trainer, logger=False, callbacks=make_callbacks(cfg), **FIXED)
+
+
+def _learner_problems(cfg: DictConfig, key: str) -> list[str]:
+    if (key == "pilot" and cfg.pilot.frozen) or (key == "copilot" and not cfg.copilot.enabled):
+        return []
+    made: list[torch.optim.Optimizer] = []
+    problems = _refused(
+        f"{key}.optimizer", cfg[key].optimizer, lambda make: made.append(make([nn.Parameter(torch.zeros(1))]))
+    )
+    return problems or _refused(
+        f"{key}.scheduler", cfg[key].scheduler, lambda make: make(optimizer=made[0], num_training_steps=100)
+    )
+
+
+def _use_callback(made: Any) -> None:
+    if not isinstance(made, Callback):
+        raise TypeError(f"{type(made).__name__} is no Lightning callback")
+
+
+def _refused(key: str, node: DictConfig | None, use: Callable[[Any], Any] | None = None, **more: Any) -> list[str]:
+    """Build a part and use it; a refusal is reported with the values given."""
+    if node is None:
+        return []
+    hints = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = hints.level
+    hints.setLevel(logging.ERROR)  # Lightning gives its hints again when the real trainer is built
+    try:
+        made = instantiate(node, _convert_="all", **more)
+        if use is not None:
+            use(made)
+    except Exception as error:
+        reason = refusal(error)
+        values = OmegaConf.to_container(node, resolve=True)
+        if reason is None and str(values["_target_"]).startswith("tcopilot."):
+            raise  # a bug of ours
+        reason = reason or f"{type(error).__name__}: {error}"
+        given = ", ".join(
+            f"{name}={value}" for name, value in values.items() if name not in ("_partial_", "_convert_")
+        )
+        return [f"{key} does not take {given}: {reason}"]
+    finally:
+        hints.setLevel(level)
+    return []

@@ -1,0 +1,94 @@
+"""Rules for the values of settings, declared beside the component that owns them.
+
+A component lists its rules in `SETTINGS`, a mapping from names to rules. Before anything is built, the checks of a
+config apply the rules of all components, so that every problem is reported at once. Constructors call `require` with
+the same rules, for callers who build a component in Python.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number; `true` is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; `true` is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _range(least: float, most: float) -> str:
+    return f"from {least} to {most}" if most < math.inf else f"at least {least}"
+
+
+class Rule(NamedTuple):
+    """Which values a setting takes, and what a message tells the user to give instead of another value."""
+
+    allows: Callable[[Any], bool]
+    mend: str
+
+    def or_null(self) -> Rule:
+        """The same rule, with null allowed."""
+        return Rule(lambda value: value is None or self.allows(value), self.mend)
+
+
+def whole(least: int = 1, most: float = math.inf, mend: str | None = None) -> Rule:
+    """Allow whole numbers in a range."""
+    mend = mend or f"must be a whole number, {_range(least, most)}"
+    return Rule(lambda value: is_whole(value) and least <= value <= most, mend)
+
+
+def number(least: float = 0, most: float = math.inf) -> Rule:
+    """Allow finite numbers in a range."""
+    return Rule(lambda value: is_number(value) and least <= value <= most, f"must be a number, {_range(least, most)}")
+
+
+def one_of(allowed: Collection[Any]) -> Rule:
+    """Allow the values listed; a flag never stands for a number."""
+    mend = f"use one of {', '.join(map(str, allowed))}"
+    return Rule(lambda value: not isinstance(value, bool) and value in list(allowed), mend)
+
+
+def list_of(allowed: Collection[Any]) -> Rule:
+    """Allow a list of one or more of the values, each once."""
+
+    def allows(value: Any) -> bool:
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        return is_list and 0 < len(value) == len(set(map(str, value))) and all(one in allowed for one in value)
+
+    return Rule(allows, f"give a list of {', '.join(map(str, allowed))}")
+
+
+FLAG = Rule(lambda value: isinstance(value, bool), "give true or false")
+POSITIVE = Rule(lambda value: is_number(value) and value > 0, "must be a number above 0")
+SEED = whole(0, 2**32 - 1)
+DTYPE = one_of(("float32", "bfloat16", "float16"))
+
+
+def problems(settings: Mapping[str, Rule], values: Mapping[str, Any], key: str = "") -> list[str]:
+    """List the values that their rules do not allow; settings that `values` lacks are not judged.
+
+    >>> problems({"k": whole(), "seed": SEED}, {"k": 0, "seed": 3}, "storage")
+    ['storage.k=0: must be a whole number, at least 1']
+    """
+    prefix = f"{key}." if key else ""
+    return [
+        f"{prefix}{name}={values[name]}: {rule.mend}"
+        for name, rule in settings.items()
+        if name in values and not rule.allows(values[name])
+    ]
+
+
+def require(settings: Mapping[str, Rule], values: Mapping[str, Any], key: str = "") -> None:
+    """Hold the arguments of a constructor against its rules.
+
+    Raises:
+        ValueError: with every problem found.
+    """
+    if found := problems(settings, values, key):
+        raise ValueError("; ".join(found))
