@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,26 +182,24 @@ def _values_for_groups(cfg: DictConfig) -> Iterator[str]:
                 yield f"{key}.{name}={node}: expected a group of keys with _target_, the class to build, or null"
 
 
-def _settings(cfg: DictConfig, sections: tuple[str, ...] | None = None) -> Iterator[str]:
-    """Apply the rules of every group, or of some; a wrong value that others refer to is reported where it stands."""
-    wrong: set[str] = set()
-    for key, rules in RULES.items() if sections is None else ((key, RULES[key]) for key in sections):
-        node = OmegaConf.select(cfg, key) if key else cfg
+def _settings(cfg: DictConfig, sections: Sequence[str] = ()) -> Iterator[str]:
+    """Apply the rules of every group, or of some. A wrong value that others refer to is reported where it stands."""
+    groups = [(key, OmegaConf.select(cfg, key) if key else cfg, RULES[key]) for key in sections or RULES]
+    if not sections:
+        groups += [(key, node, _rules_of_class(node["_target_"])) for key, node in _groups(cfg) if "_target_" in node]
+    for key, node, rules in groups:
         if key in COMPLETE and (key != "copilot" or node.get("enabled")):
             yield from (_deleted(f"{key}.{name}") for name in rules if name not in node)
-        yield from _broken_rules(node, key, rules, wrong)
-    for key, node in _groups(cfg) if sections is None else ():
-        if "_target_" in node:
-            yield from _broken_rules(node, key, _rules_of_class(node["_target_"]), wrong)
-
-
-def _broken_rules(node: Any, key: str, rules: Mapping[str, Rule], wrong: set[str]) -> Iterator[str]:
-    for name, rule in rules.items() if isinstance(node, DictConfig) else ():
-        if name in node and not rule.allows(node[name]):
-            message = f"{node[name]}: {rule.mend}"
-            if not (OmegaConf.is_interpolation(node, name) and message in wrong):
-                yield f"{key}.{name}={message}" if key else f"{name}={message}"
-            wrong.add(message)
+    wrong: set[str] = set()
+    for refers in (False, True):
+        for key, node, rules in groups:
+            for name, rule in rules.items() if isinstance(node, DictConfig) else ():
+                if name not in node or OmegaConf.is_interpolation(node, name) != refers or rule.allows(node[name]):
+                    continue
+                message = f"{node[name]}: {rule.mend}"
+                if not (refers and message in wrong):
+                    yield f"{key}.{name}={message}" if key else f"{name}={message}"
+                wrong.add(message)
 
 
 def _rules_of_class(target: str) -> Mapping[str, Rule]:
