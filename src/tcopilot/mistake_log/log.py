@@ -243,8 +243,7 @@ class MistakeLog:
         held = self.held
         if not len(held):
             raise ValueError("the Mistake Log is empty: append a round before drawing from it")
-        found = (held.find(index) for index in self.policy.draw(held, records, self._generator).tolist())
-        drawn = [logged.record(row) for logged, row in found]
+        drawn = [self._record(index) for index in self.policy.draw(held, records, self._generator).tolist()]
         on_host = {name: pad_sequence([one[name] for one in drawn], batch_first=True) for name in drawn[0]}
         tokens_R = on_host["target_mask"].flatten().nonzero().squeeze(-1)
         padded = {name: to_device(tensor, device) for name, tensor in on_host.items()}
@@ -257,6 +256,10 @@ class MistakeLog:
             padded["target_mask"],
             to_device(tokens_R, device),
         )
+
+    def _record(self, index: int) -> dict[str, Tensor]:
+        logged, row = self._held.find(index)
+        return logged.record(row)
 
     def _embedded(self, source_ids_BM: Tensor, source_mask_BM: Tensor) -> Tensor:
         """X̃ from the prompt's ids, through the Pilot's frozen embedding."""

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from tcopilot.app.memory.live_tensors import LiveMemory
 from tcopilot.data.batch import Batch
 from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.mistake_log.rounds import ABOUT_RECORD
 from tcopilot.models.caches import LEAST_ROOM
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.training.callbacks.mistake_log import MistakeLogCallback
@@ -223,8 +224,8 @@ class _LongestRows(Batch):
 class _FullLog(MistakeLog):
     """A log whose records are all as long as the longest."""
 
-    def _row(self, index: int) -> dict[str, Tensor]:
-        return {name: rows[0] for name, rows in self.rounds[-1].tensors.items() if name != "benchmark"}
+    def _record(self, index: int) -> dict[str, Tensor]:
+        return {name: rows[0] for name, rows in self.rounds[-1].tensors.items() if name not in ABOUT_RECORD}
 
 
 def _fit(module: TCopilotModule, load: Load, log: MistakeLog | None, precision: str, meter: _Meter) -> None:
