@@ -265,7 +265,7 @@ def test_outside_a_sweep_errors_end_the_program_and_nothing_is_noted(tmp_path):
 
 def test_the_gain_that_sweepers_see_is_of_the_rows_that_the_weight_was_chosen_on():
     rows = [
-        Row("a", split, metric, weight, value, 10, (0.0, 1.0))
+        Row("a", split, metric, weight, value, 10, (0.0, 1.0), metric == "accuracy")
         for split, metric, weight, value in (
             ("validation", "accuracy", 0.0, 0.25), ("validation", "accuracy", 1.0, 0.75),
             ("test", "accuracy", 0.0, 0.1), ("test", "accuracy", 1.0, 1.0),
@@ -274,7 +274,7 @@ def test_the_gain_that_sweepers_see_is_of_the_rows_that_the_weight_was_chosen_on
     ]  # fmt: skip
 
     def gain(metric):
-        return [Gain("a", metric, 0.1, 1.0, 0.9, (0.0, 1.0), 9, 0, 0.01)]
+        return [Gain("a", metric, 0.1, 1.0, 0.9, (0.0, 1.0), 9, 0, 0.01, metric == "accuracy")]
 
     shared = {"seed": 0, "git": "", "config": "", "params": {}, "rounds": 1, "train_seconds": 1.0, "rows": rows}
     for metric in ("accuracy", "perplexity"):

@@ -6,6 +6,7 @@ import yaml
 from hydra.utils import instantiate
 
 from tcopilot.data import DataError, ExactMatch, LetteredOptions, MultipleChoice, NumberAnswer, YesNo
+from tcopilot.data.metrics import Metric
 from tcopilot.data.sources import open_split
 
 ROOT = Path(__file__).parents[2]
@@ -144,7 +145,8 @@ def test_a_heading_is_left_out_where_it_is_empty():
 
 def test_scores_name_both_readings_and_whether_there_was_an_answer():
     benchmark = choice(option_count=2)
-    assert benchmark.metrics == ("accuracy", "accuracy_lenient", "no_answer")
+    names = [metric.name for metric in benchmark.metrics]
+    assert names == ["accuracy", "accuracy_lenient", "no_answer"]
     texts = {
         " the correct answer is answer2": (1, 1, 0),
         " the correct answer is answer1": (0, 0, 0),
@@ -154,9 +156,9 @@ def test_scores_name_both_readings_and_whether_there_was_an_answer():
         "": (0, 0, 1),
     }
     for text, values in texts.items():
-        assert benchmark.score(text, "answer2") == dict(zip(benchmark.metrics, values, strict=True))
-        assert list(benchmark.score(text, "answer2")) == list(benchmark.metrics)
-    assert ExactMatch(name="e").metrics == ("accuracy",)
+        assert benchmark.score(text, "answer2") == dict(zip(names, values, strict=True))
+        assert list(benchmark.score(text, "answer2")) == names
+    assert ExactMatch(name="e").metrics == (Metric("accuracy"),)
     assert ExactMatch(name="e").score("a", "a") == {"accuracy": 1}
 
 

@@ -159,13 +159,14 @@ def test_names_follow_other_interactions():
 def test_the_figure_that_chooses_comes_first():
     benchmark = NextItem(name="shop", title="Shop")
     hits, gains = ([f"{kind}@{k}" for k in (5, 10, 20, 100)] for kind in ("hit", "ndcg"))
-    assert benchmark.metrics[0] == "ndcg@10"
-    assert sorted(benchmark.metrics) == sorted(hits + gains)
+    names = [metric.name for metric in benchmark.metrics]
+    assert names[0] == "ndcg@10"
+    assert sorted(names) == sorted(hits + gains)
 
 
 def test_a_rank_is_scored_at_every_cutoff():
     benchmark = made()
-    assert benchmark.score_rank(1) == dict.fromkeys(benchmark.metrics, 1.0)
+    assert benchmark.score_rank(1) == dict.fromkeys(names, 1.0)
     assert benchmark.score_rank(2) == {
         "ndcg@2": pytest.approx(0.63093, abs=1e-5), "hit@1": 0.0, "hit@2": 1.0, "ndcg@1": 0.0,
     }  # fmt: skip
@@ -244,7 +245,7 @@ def from_config(name: str, **options) -> NextItem:
 def test_the_configs_make_benchmarks(name):
     benchmark = from_config(name)
     assert benchmark.items == SIZES[name][1]
-    assert benchmark.metrics[0] == "ndcg@10"
+    assert benchmark.metrics[0].name == "ndcg@10"
     assert set(benchmark.splits) == {"train", "validation", "test"}
 
 

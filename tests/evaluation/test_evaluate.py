@@ -8,11 +8,13 @@ import torch
 from small_training import source_side, tiny_model
 
 from tcopilot.data import GeneratedTask, TCopilotDataModule, word_tokenizer
+from tcopilot.data.metrics import Metric
 from tcopilot.evaluation.evaluate import Decoding, Evaluator, _select
 from tcopilot.evaluation.generation import Generation
 
 FAMILIES = ("t5", "llama")
 WEIGHTS = [0.5, 1.0]
+ACCURACY = Metric("accuracy")
 
 
 def rows_of(family: str, *kinds: str) -> TCopilotDataModule:
@@ -42,7 +44,7 @@ def outcomes(monkeypatch, right) -> None:
 
     def scores(self, split, benchmark, weights):
         places = range(len(self.data.evaluation_rows(split, benchmark)))
-        return {weight: {"accuracy": [float(right(split, weight, i)) for i in places]} for weight in weights}
+        return {weight: {ACCURACY: [float(right(split, weight, i)) for i in places]} for weight in weights}
 
     monkeypatch.setattr(Evaluator, "scores", scores)
 
@@ -76,7 +78,7 @@ def test_scores_come_in_the_order_of_the_rows(family, tmp_path, monkeypatch):
     rows = judge.data.evaluation_rows("test", "word_problems")
     right = {row["id"]: i % 3 == 0 for i, row in enumerate(rows)}
     answered_by(monkeypatch, lambda row, weight: right[row["id"]])
-    assert judge.scores("test", "word_problems", [0.0]) == {0.0: {"accuracy": [float(i % 3 == 0) for i in range(10)]}}
+    assert judge.scores("test", "word_problems", [0.0]) == {0.0: {ACCURACY: [float(i % 3 == 0) for i in range(10)]}}
 
 
 def answered_by(monkeypatch, right, before=lambda rows: None) -> None:
@@ -85,7 +87,7 @@ def answered_by(monkeypatch, right, before=lambda rows: None) -> None:
     def answer(self, rows, weights):
         before(rows)
         return {
-            weight: [{"id": row["id"], "scores": {"accuracy": float(right(row, weight))}} for row in rows]
+            weight: [self.judged(row | {"prediction": row["target"] if right(row, weight) else ""}) for row in rows]
             for weight in weights
         }
 
@@ -243,17 +245,17 @@ def test_the_choice_is_the_same_whatever_the_test_rows_say(favoured, tmp_path, m
 
 
 def test_ties_go_to_the_likelier_and_then_to_the_smaller_weight():
-    even = {"a": {w: {"accuracy": [1.0, 0.0]} for w in (0.0, 0.5, 1.0)}}
+    even = {"a": {w: {ACCURACY: [1.0, 0.0]} for w in (0.0, 0.5, 1.0)}}
     assert _select(even, {0.0: 2.0, 0.5: 1.0, 1.0: 1.5}) == 0.5
     assert _select(even, {0.0: 2.0, 0.5: 1.0, 1.0: 1.0}) == 0.5
     assert _select(even, dict.fromkeys(even["a"], 1.0)) == 0.0
-    better = {"a": even["a"] | {1.0: {"accuracy": [1.0, 1.0], "another": [0.0, 0.0]}}}
+    better = {"a": even["a"] | {1.0: {ACCURACY: [1.0, 1.0], Metric("another"): [0.0, 0.0]}}}
     assert _select(better, {0.0: 1.0, 0.5: 1.0, 1.0: 9.0}) == 1.0
 
 
 def test_benchmarks_count_alike_in_the_choice_however_many_rows_they_have():
     shares = {"big": {0.0: [1.0] * 90 + [0.0] * 10, 1.0: [1.0] * 80 + [0.0] * 20}, "small": {0.0: [0.0], 1.0: [0.5]}}
-    outcomes = {name: {w: {"accuracy": v} for w, v in by_weight.items()} for name, by_weight in shares.items()}
+    outcomes = {name: {w: {ACCURACY: v} for w, v in by_weight.items()} for name, by_weight in shares.items()}
     assert _select(outcomes, {0.0: 1.0, 1.0: 1.0}) == 1.0
 
 

@@ -9,15 +9,26 @@ from dataclasses import fields, replace
 import pytest
 from rich.console import Console
 
+from tcopilot.data.metrics import NLL, Metric
 from tcopilot.evaluation.outcomes import read_predictions
-from tcopilot.evaluation.results import Control, Gain, Results, Row, gain_table, git_revision, weight_table
+from tcopilot.evaluation.results import (
+    Control,
+    Gain,
+    Results,
+    Row,
+    direction_and_unit,
+    gain_table,
+    git_revision,
+    weight_table,
+)
 from tcopilot.evaluation.significance import compare
 
 
 @pytest.fixture
 def results() -> Results:
     def row(metric: str, split: str, weight: float, value: float) -> Row:
-        return Row("gsm8k", split, metric, weight, value, 1319, (value - 0.02, value + 0.02))
+        described = direction_and_unit(NLL) if metric == "nll" else {}
+        return Row("gsm8k", split, metric, weight, value, 1319, (value - 0.02, value + 0.02), **described)
 
     return Results(
         seed=3,
@@ -39,7 +50,7 @@ def results() -> Results:
         ],
         gain=[
             Gain("gsm8k", "accuracy", 0.4125, 0.4375, 0.025, (0.0101, 0.0399), 60, 27, 0.00052),
-            Gain("gsm8k", "nll", 1.23456, 1.11111, -0.12345, (-0.2, -0.05), 900, 419, 0.0002),
+            Gain("gsm8k", "nll", 1.23456, 1.11111, -0.12345, (-0.2, -0.05), 900, 419, 0.0002, False, "nats"),
         ],
         notes=["λ was swept on 500 rows."],
     )
@@ -81,9 +92,10 @@ def test_file_has_the_keys_of_the_contract(results, tmp_path):
     data = json.loads((tmp_path / "results.json").read_text())
     contract = "version seed git config params rounds train_seconds selected_weight selected_on reported_on rows gain"
     assert set(contract.split()) <= set(data)
-    assert data["version"] == 1
-    assert set(data["rows"][0]) == {"benchmark", "split", "metric", "weight", "value", "n", "ci95"}
-    gain = "benchmark metric pilot fused difference ci95 fixed broken p_value"
+    assert data["version"] == 2
+    described = {"higher_is_better", "unit"}
+    assert set(data["rows"][0]) == {"benchmark", "split", "metric", "weight", "value", "n", "ci95"} | described
+    gain = "benchmark metric pilot fused difference ci95 fixed broken p_value higher_is_better unit"
     assert set(data["gain"][0]) == set(gain.split())
 
 
@@ -129,7 +141,7 @@ def test_load_names_file_and_key(results, tmp_path):
     assert edited(results, path, lambda data: data.pop("rounds")) == f"{path}: missing 'rounds'"
     assert edited(results, path, lambda data: data.pop("rows")) == f"{path}: missing 'rows'"
     assert edited(results, path, lambda data: data["rows"][2].pop("ci95")) == f"{path}: rows[2]: missing 'ci95'"
-    assert edited(results, path, lambda data: data.update(version=2)).startswith(f"{path}: 'version' is 2")
+    assert edited(results, path, lambda data: data.update(version=1)).startswith(f"{path}: 'version' is 1")
     assert edited(results, path, lambda data: data.pop("version")).startswith(f"{path}: 'version' is None")
     assert edited(results, path, lambda data: data.update(gain=[7])) == f"{path}: gain[0]: expected an object, found 7"
 
@@ -153,10 +165,11 @@ def test_load_reads_the_contract_without_our_extensions_and_ignores_foreign_keys
 
 def test_gain_is_the_comparison_by_name():
     comparison = compare([0, 0, 1, 0], [1, 1, 0, 0])
-    gain = Gain.of("gsm8k", "accuracy", comparison)
+    gain = Gain.of("gsm8k", Metric("accuracy"), comparison)
     assert (gain.benchmark, gain.metric) == ("gsm8k", "accuracy")
-    for name in [f.name for f in fields(Gain)][2:]:
+    for name in [f.name for f in fields(Gain)][2:-2]:
         assert getattr(gain, name) == getattr(comparison, name)
+    assert (gain.higher_is_better, gain.unit) == (True, "share")
 
 
 def test_gain_table_shows_percent_points_and_verdict(results):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import composed
 
+from tcopilot.data.metrics import Metric
 from tcopilot.evaluation.results import Gain, Results
 from tcopilot.evaluation.significance import compare
 
@@ -45,7 +46,7 @@ def with_outcomes(run: Path, folder: Path, benchmark: str = "word_problems") -> 
             row["scores"]["accuracy"] = float(place in right)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         scores[weight] = [row["scores"]["accuracy"] for row in rows]
-    gain = Gain.of(benchmark, "accuracy", compare(*scores.values()))
+    gain = Gain.of(benchmark, Metric("accuracy"), compare(*scores.values()))
     results.gain = [gain if one.benchmark == benchmark and one.metric == "accuracy" else one for one in results.gain]
     values = {weight: sum(some) / len(some) for weight, some in scores.items()}
     results.rows = [

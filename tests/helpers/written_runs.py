@@ -4,7 +4,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from tcopilot.evaluation.results import Gain, Results, Row
+from tcopilot.data.metrics import NLL
+from tcopilot.evaluation.results import Gain, Results, Row, direction_and_unit
 from tcopilot.reporting import published
 from tcopilot.version import __version__
 
@@ -42,11 +43,12 @@ def write_run(folder: Path, figures: dict, seed: int = 0, p: float = 0.001, n: i
     """Write a run whose test rows have these (Pilot, fused) fractions by (benchmark, metric); λ is 0.5."""
     rows, gain = [], []
     for (benchmark, metric), (pilot, fused) in figures.items():
+        described = direction_and_unit(NLL) if metric == NLL.name else {}
         for split, shift in (("validation", 0.25), ("test", 0.0)):  # a table that reads the wrong split is far off
             for weight, value in ((0.0, pilot), (0.3, 0.99), (0.5, fused)):
-                rows.append(Row(benchmark, split, metric, weight, value + shift, n, (0.0, 1.0)))
+                rows.append(Row(benchmark, split, metric, weight, value + shift, n, (0.0, 1.0), **described))
         step = fused - pilot
-        gain.append(Gain(benchmark, metric, pilot, fused, step, (step - 0.01, step + 0.01), 9, 1, p))
+        gain.append(Gain(benchmark, metric, pilot, fused, step, (step - 0.01, step + 0.01), 9, 1, p, **described))
     config = config_of(seed, folder, **changes)
     results = Results(
         seed=seed, git="abc", config="config.yaml", params={}, rounds=500, train_seconds=60.0,

@@ -68,9 +68,10 @@ def test_opposite_gains_are_not_distinguishable():
 
 def test_a_falling_loss_is_better():
     seen = [Seen(seed, 50, 2.0 + seed, 1.8 + seed + 0.001 * seed, 0.5) for seed in range(3)]
-    assert line_over_seeds("all", "nll", seen).verdict == "better over 3 seeds"
+    falling = [one._replace(higher_is_better=False) for one in seen]
+    assert line_over_seeds("all", "nll", falling).verdict == "better over 3 seeds"
     assert line_over_seeds("gsm8k", "accuracy", seen).verdict == "worse over 3 seeds"
-    assert line_over_seeds("gsm8k", "no_answer", seen).verdict == "better over 3 seeds"
+    assert line_over_seeds("gsm8k", "no_answer", falling).verdict == "better over 3 seeds"
 
 
 def test_equal_gains_leave_nothing_to_test():
@@ -194,7 +195,7 @@ def test_nats_are_shown_on_demand_in_their_own_unit(tmp_path):
     assert [line.benchmark for line in summaries_of(tmp_path)[0].lines] == ["gsm8k"]
     (summary,) = summaries_of(tmp_path, metric="nll")
     (line,) = summary.lines
-    assert (line.benchmark, line.unit, line.pilot.mean, line.gain.mean) == ("all", "", 1.25, -0.125)
+    assert (line.benchmark, line.unit, line.pilot.mean, line.gain.mean) == ("all", "nats", 1.25, -0.125)
     assert "1.2500" in lay_out([summary])[0].rows[0]
 
 

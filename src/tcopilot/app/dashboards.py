@@ -136,9 +136,10 @@ def log_evaluation(loggers: Sequence[Logger], results: Results, run_dir: str | P
         low, high = gain.ci95
         columns = {
             "pilot": gain.pilot, "fused": gain.fused, "gain": gain.difference, "gain_low": low, "gain_high": high,
-            "fixed": float(gain.fixed), "broken": float(gain.broken), "p_value": gain.p_value,
-            "selected_weight": results.weight_of(gain.benchmark),
+            "p_value": gain.p_value, "selected_weight": results.weight_of(gain.benchmark),
         }  # fmt: skip
+        if gain.fixed is not None:
+            columns |= {"fixed": float(gain.fixed), "broken": float(gain.broken)}
         figures |= {f"eval/{gain.benchmark}/{gain.metric}/{name}": value for name, value in columns.items()}
     weights = [
         (*(row.benchmark, row.split, row.metric, row.weight, row.value, *row.ci95, row.n),
@@ -170,7 +171,7 @@ def side_by_side(results: Results, folder: Path) -> list[tuple[Any, ...]]:
         pilot, fused = (read_predictions(results, folder, name, w) for w in (0.0, results.weight_of(name) or 0.0))
         rows = [
             (name, number, said["prompt"], said["target"], answer_text(said), answer_text(fused[number]),
-             outcome(said["scores"], fused[number]["scores"]))
+             outcome(said, fused[number], results.row_wise().get(name)))
             for number, said in pilot.items()
             if number in fused
         ]  # fmt: skip

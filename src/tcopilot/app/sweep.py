@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from tcopilot.app.checks.config import refuse_missing
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.trainer import process_count
-from tcopilot.evaluation.results import LOSSES, Results
+from tcopilot.evaluation.results import Results
 from tcopilot.processes import is_first
 from tcopilot.run_directory import flatten, write_whole
 from tcopilot.training.callbacks.checkpoint import checkpoints
@@ -121,7 +121,7 @@ def validation_gain(results: Results) -> float:
     of = results.gain[0]
     weights = (0.0, results.weight_of(of.benchmark))
     pilot, fused = (results.find(of.benchmark, of.metric, results.selected_on, weight) for weight in weights)
-    return pilot.value - fused.value if of.metric in LOSSES else fused.value - pilot.value
+    return fused.value - pilot.value if of.higher_is_better else pilot.value - fused.value
 
 
 def note_failure(error: Exception, explained: bool) -> None:

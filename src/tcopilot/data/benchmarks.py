@@ -16,6 +16,7 @@ from string import Formatter
 from typing import Any, ClassVar, NamedTuple
 
 from tcopilot.data.answers import tidy
+from tcopilot.data.metrics import Answer, CorpusMetric, Metric
 
 Row = Mapping[str, Any]
 SPLITS = ("train", "validation", "test")
@@ -25,6 +26,8 @@ TYPES = {  # what an attribute's annotation stands for in a config
     "list[str]": "a list of texts",
     "list[int]": "a list of whole numbers",
     "dict[str, str]": "a mapping of texts",
+    "Metric": "a metric with its _target_",
+    "list[Metric]": "a list of metrics with their _target_",
     "None": "null",
 }
 LONGEST_NAME = 100  # characters; names become parts of file names
@@ -64,7 +67,9 @@ class Benchmark(ABC):
         revision: The Hub's revision (commit, tag); None is the newest.
         splits: Our split names to the Hub's. Without ``validation`` the data module carves one from train.
         folder: Folder of the local copy under a common root; ``name`` unless given.
-        metric: Name of the metric in the results.
+        metric: What λ is chosen by: a name for the share of right answers, or a metric of your own, which the
+            benchmark's usual metrics then follow.
+        more_metrics: Further metrics to report.
         version: Raised whenever prompt, target or extraction change, since scores are then no longer comparable.
         max_new_tokens: Longest answer that decoding waits for, in tokens; None is what the longest training target
             needs with the Pilot's tokenizer.
@@ -81,7 +86,8 @@ class Benchmark(ABC):
     revision: str | None = None
     splits: dict[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
     folder: str | None = None
-    metric: str = "accuracy"
+    metric: str | Metric = "accuracy"
+    more_metrics: list[Metric] = field(default_factory=list)
     version: int = 1
     max_new_tokens: int | None = None
     source: str = ""
@@ -128,13 +134,31 @@ class Benchmark(ABC):
         return None
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        """Name the figures of ``score``; λ is chosen by the first."""
-        return (self.metric,)
+    def metrics(self) -> tuple[Metric, ...]:
+        """List what is measured; λ is chosen by the first."""
+        if isinstance(self.metric, Metric):
+            return (self.metric, *self._usual_metrics("accuracy"), *self.more_metrics)
+        return (*self._usual_metrics(self.metric), *self.more_metrics)
+
+    def _usual_metrics(self, name: str) -> Sequence[Metric]:
+        """List the metrics of every benchmark of this class, of which ``name`` is the first one's."""
+        return (Metric(name),)
+
+    def read(self, prediction: str, answer: str) -> Answer:
+        """Read the answer in a generated text and hold it against the gold one."""
+        return Answer(prediction, self.extract(prediction), answer, self.correct(prediction, answer))
 
     def score(self, prediction: str, answer: str) -> dict[str, float]:
-        """Judge a generated text: one value for each of ``metrics``, higher is better unless its name says not."""
-        return {self.metric: float(self.correct(prediction, answer))}
+        """Judge a generated text: one value for each metric that is a mean over rows."""
+        return self.judge(self.read(prediction, answer))
+
+    def judge(self, answer: Answer) -> dict[str, float]:
+        """Score an answer by each metric that is a mean over rows."""
+        return {metric.name: metric.score(answer) for metric in self.metrics if not isinstance(metric, CorpusMetric)}
+
+    def impossible(self, figures: Mapping[str, float]) -> list[str]:
+        """Say which figures of the benchmark's metrics contradict each other; most metrics never do."""
+        return []
 
     @abstractmethod
     def render(self, row: Row) -> Example:
@@ -170,6 +194,10 @@ class Benchmark(ABC):
                 f"data.benchmarks: {self.name!r} becomes part of file names; give a name of letters, digits and "
                 f"_ . + -, at most {LONGEST_NAME}"
             )
+        own = [*([self.metric] if isinstance(self.metric, Metric) else []), *self.more_metrics]
+        names = [metric.name for metric in self.metrics] if own else []
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            yield f"data.benchmarks.{self.name}: two metrics are called {twice!r}; give one of them another name"
         if isinstance(self.folder, str) and (
             PurePath(self.folder).is_absolute() or ".." in PurePath(self.folder).parts
         ):
@@ -237,7 +265,7 @@ def is_finite(value: Any) -> bool:
 
 
 def _is_of(value: Any, kind: str) -> bool:
-    plain = {"str": str, "int": int, "None": type(None)}
+    plain = {"str": str, "int": int, "Metric": Metric, "None": type(None)}
     if kind in plain:
         return isinstance(value, plain[kind]) and not isinstance(value, bool)
     if kind == "dict[str, str]":

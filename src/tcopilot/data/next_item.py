@@ -5,7 +5,7 @@ Shape letters: ``U`` users, ``I`` items, ``F`` features.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from string import Formatter
@@ -16,7 +16,7 @@ from scipy.sparse import csr_array, diags_array
 
 from tcopilot.data.answers import tidy
 from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError, Example, Row
-from tcopilot.data.metrics import hit_at_k, ndcg_at_k
+from tcopilot.data.metrics import NDCG, Answer, Hit, Metric, consistency_problems
 
 SHOWN = 3  # problems of a file that are printed in full
 HELD_OUT = {"test": 1, "validation": 2}  # how far from the end of a history a split's item stands
@@ -47,7 +47,7 @@ class NextItem(Benchmark):
         seed: Seed of ``index=random``.
         history: Items in the prompt, the last ones; the items to leave out of a ranking are always all of them.
         cutoffs: K of hit@K and ndcg@K.
-        metric: The figure by which λ is chosen; the first of ``metrics``.
+        metric: What λ is chosen by: the name of one of these figures, or a metric of your own.
     """
 
     words: ClassVar[frozenset[str]] = frozenset({"title", "user", "history", "item"})
@@ -57,7 +57,7 @@ class NextItem(Benchmark):
     )
     target: str = " {title} {item}"
     splits: dict[str, str] = field(default_factory=lambda: {split: split for split in SPLITS})
-    metric: str = "ndcg@10"
+    metric: str | Metric = "ndcg@10"
     title: str
     items: int | None = None
     index: Literal["random", "sequential", "collaborative"] = "random"
@@ -77,10 +77,9 @@ class NextItem(Benchmark):
             raise DataError(f"{key}.history is {self.history}; a prompt needs at least 1 item")
         if not self.cutoffs or min(self.cutoffs) < 1 or list(self.cutoffs) != sorted(set(self.cutoffs)):
             raise DataError(f"{key}.cutoffs is {list(self.cutoffs)}; give positive numbers that rise, such as [5, 10]")
-        if self.metric not in self._figures:
-            raise DataError(
-                f"{key}.metric is {self.metric!r}; with these cutoffs choose of {', '.join(self._figures)}"
-            )
+        figures = [metric.name for metric in self._figures]
+        if isinstance(self.metric, str) and self.metric not in figures:
+            raise DataError(f"{key}.metric is {self.metric!r}; with these cutoffs choose of {', '.join(figures)}")
         used = {name for _, name, _, _ in Formatter().parse(self.target) if name}
         if "item" not in used or not used <= {"title", "item"}:
             raise DataError(
@@ -110,21 +109,25 @@ class NextItem(Benchmark):
         """List the target of every item in the order of their numbers; empty until rows were derived."""
         return self._catalogue
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Name hit@K and ndcg@K of all cutoffs, the one that chooses λ first."""
-        return (self.metric, *(name for name in self._figures if name != self.metric))
+    def _usual_metrics(self, name: str) -> Sequence[Metric]:
+        return sorted(self._figures, key=lambda metric: metric.name != name)  # that one first, the others as they are
+
+    def impossible(self, figures: Mapping[str, float]) -> list[str]:
+        """Say which of hit@K and ndcg@K cannot come from one ranking."""
+        return consistency_problems(figures)
 
     def score_rank(self, rank: int | None) -> dict[str, float]:
         """Judge a ranking by the place of the gold item in it, from 1; 0 or None if it is not there."""
-        figures = {"hit": hit_at_k, "ndcg": ndcg_at_k}
-        return {
-            name: figures[kind]([rank], int(cutoff))[0] for name in self.metrics for kind, cutoff in [name.split("@")]
-        }
+        return self.judge(self.read_ranking(rank))
 
-    def score(self, prediction: str, answer: str) -> dict[str, float]:
-        """Judge a generated text as a ranking that holds one item."""
-        return self.score_rank(int(self.correct(prediction, answer)))
+    def read_ranking(self, rank: int | None, first: str = "", answer: str = "") -> Answer:
+        """Hold a ranking, given by its first item and the place of the gold one, against the gold answer."""
+        return Answer(first, tidy(first), answer, rank == 1, rank=rank)
+
+    def read(self, prediction: str, answer: str) -> Answer:
+        """Read a generated text as a ranking that holds one item."""
+        found = super().read(prediction, answer)
+        return found._replace(rank=int(found.correct))
 
     def render(self, row: Row) -> Example:
         """Write history and item as text; what the user has is ``seen``, the prompt shows its last items."""
@@ -149,8 +152,9 @@ class NextItem(Benchmark):
         return "user", "history", "item"
 
     @property
-    def _figures(self) -> tuple[str, ...]:
-        return tuple(f"{kind}@{cutoff}" for kind in ("hit", "ndcg") for cutoff in self.cutoffs)
+    def _figures(self) -> list[Metric]:
+        kinds = {"hit": Hit, "ndcg": NDCG}
+        return [kind(f"{name}@{k}", k=k) for name, kind in kinds.items() for k in self.cutoffs]
 
     def _checked(self, rows: Iterable[Row]) -> tuple[list[Any], list[list[int]]]:
         """Return users and their items."""

@@ -24,6 +24,7 @@ from tcopilot.data.answers import (
     read_number,
 )
 from tcopilot.data.benchmarks import Benchmark, DataError, Example, Row, is_finite, lookup, text_at
+from tcopilot.data.metrics import Answer, LenientAccuracy, Metric, NoAnswer
 
 
 @dataclass(kw_only=True)
@@ -34,16 +35,13 @@ class TwoReadings(Benchmark):
     so does the share of texts without any strict answer: a model that never learned the form is not one that errs.
     """
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Name strict and lenient accuracy and the share of texts without a strict answer (lower is better)."""
-        return self.metric, f"{self.metric}_lenient", "no_answer"
+    def _usual_metrics(self, name: str) -> Sequence[Metric]:
+        return Metric(name), LenientAccuracy(f"{name}_lenient"), NoAnswer()
 
-    def score(self, prediction: str, answer: str) -> dict[str, float]:
-        """Judge a generated text under both readings."""
-        found = self.extract(prediction)
-        values = self.same(found, answer), self.same(self.extract_lenient(prediction), answer), found is None
-        return dict(zip(self.metrics, map(float, values), strict=True))
+    def read(self, prediction: str, answer: str) -> Answer:
+        """Read a generated text in both ways."""
+        lenient = self.same(self.extract_lenient(prediction), answer)
+        return super().read(prediction, answer)._replace(correct_leniently=lenient)
 
     @abstractmethod
     def extract_lenient(self, text: str) -> str | None:

@@ -14,18 +14,19 @@ from typing import Any, ClassVar, Protocol
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from scipy.stats import rankdata
 from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.batch import Batch
 from tcopilot.data.collate import PromptTargetCollator
-from tcopilot.data.metrics import consistency_problems
+from tcopilot.data.metrics import NLL, Answer, CorpusMetric, Metric, show
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.likelihood import Likelihood
 from tcopilot.evaluation.predictions import Prediction, PredictionFiles, claim, fingerprint
 from tcopilot.evaluation.ranking import RANKINGS, ItemRanking
-from tcopilot.evaluation.results import Gain, Row
-from tcopilot.evaluation.significance import compare, mean_interval
+from tcopilot.evaluation.results import Gain, Row, direction_and_unit
+from tcopilot.evaluation.significance import compare_by, interval_of
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.gates import GATES, Observations, build_gate
 from tcopilot.processes import agree_on, gather, is_first, rank, sum_over_processes, world_size
@@ -37,10 +38,9 @@ MODES = ("generation", "likelihood")
 PER = ("all", "benchmark", *GATES)
 """What has a λ of its own."""
 DECODINGS = ("dynamic", "static")
-UNCOMPARED = frozenset({"no_answer"})  # reported, but neither better nor worse
 
-Scores = dict[str, list[float]]
-"""Metric to one value per row."""
+Scores = dict[Metric, list[Any]]
+"""Metric to what each row gave: its score, or the answer itself for a metric of all rows together."""
 
 
 @dataclass
@@ -101,17 +101,23 @@ class Mode(Protocol):
 
     Attributes:
         suffix: what its prediction files are told apart by.
-        metrics: names of the scores, the deciding one first.
+        metrics: what is measured, the deciding one first.
     """
 
     suffix: str
-    metrics: tuple[str, ...]
+    metrics: tuple[Metric, ...]
 
     def rows_at_once(self, weights: int) -> int:
         """Rows of a batch at that many λ."""
 
     def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
         """Return one prediction per λ and row."""
+
+    def judged(self, prediction: Prediction) -> Prediction:
+        """Return a stored prediction with its scores, one for each metric that is a mean over rows."""
+
+    def read(self, prediction: Prediction) -> Answer:
+        """Return the answer in a stored prediction; only where a metric is of all rows together."""
 
 
 def _is_weight(given: Any) -> bool:
@@ -222,9 +228,14 @@ class Evaluator:
         for mode in self.modes(benchmark):
             files = PredictionFiles(self.folder, f"{split}-{benchmark}{mode.suffix}", weights)
             self._answer(mode, files, rows, weights, f"{split} {benchmark}{mode.suffix}")
-            for weight, predictions in files.finish([row["id"] for row in rows]).items():
+            for weight, predictions in files.finish([row["id"] for row in rows], mode.judged).items():
                 for metric in mode.metrics:
-                    found[weight][metric] = [prediction["scores"][metric] for prediction in predictions]
+                    found[weight][metric] = [
+                        mode.read(prediction)
+                        if isinstance(metric, CorpusMetric)
+                        else prediction["scores"][metric.name]
+                        for prediction in predictions
+                    ]
         return found
 
     def _answer(self, mode: Mode, files: PredictionFiles, rows, weights: Sequence[float], title: str) -> None:
@@ -234,7 +245,8 @@ class Evaluator:
         unanswered = set(agree_on(unanswered))  # no process may see what a faster one has answered meanwhile
         open_rows = [row for row in rows if row["id"] in unanswered]
         ordered = sorted(open_rows, key=lambda row: len(row["source_ids"]))[rank() :: world_size()]
-        size, metric = mode.rows_at_once(len(weights)), mode.metrics[0]
+        size = mode.rows_at_once(len(weights))
+        metric = next(metric for metric in mode.metrics if not isinstance(metric, CorpusMetric))
         if len(open_rows) < len(rows):
             log.info("%s: %d of %d rows are answered already", title, len(rows) - len(open_rows), len(rows))
         sums, asked = dict.fromkeys(weights, 0.0), 0
@@ -245,7 +257,7 @@ class Evaluator:
                 files.append(answers)
                 asked += len(members)
                 for weight in weights:
-                    sums[weight] += sum(prediction["scores"][metric] for prediction in answers[weight])
+                    sums[weight] += sum(prediction["scores"][metric.name] for prediction in answers[weight])
                 bar(len(members), metric, {weight: total / asked for weight, total in sums.items()})
 
     def modes(self, benchmark: str) -> list[Mode]:
@@ -301,27 +313,31 @@ class Evaluator:
         """Add a split's figures at every λ."""
         for name, by_weight in outcomes.items():
             for weight, scores in by_weight.items():
-                figures = {metric: sum(values) / len(values) for metric, values in scores.items()}
+                figures = {metric.name: metric.value(values) for metric, values in scores.items()}
                 for metric, values in scores.items():
-                    row = (figures[metric], len(values), mean_interval(values))
-                    found.rows.append(Row(name, split, metric, weight, *row))
-                problems = consistency_problems(figures)
+                    row = (figures[metric.name], len(values), interval_of(metric, values))
+                    found.rows.append(Row(name, split, metric.name, weight, *row, **direction_and_unit(metric)))
+                problems = self.data.benchmarks[name].impossible(figures)
                 found.verdicts += [f"{name}, {split}, λ = {weight:g}: {text}" for text in problems]
         observed = ErrorStatistics.joined(statistics.values())
         intervals = observed.nll_intervals()
         rows = [row for name in outcomes for row in self.data.evaluation_rows(split, name)]
         tokens = sum(len(row["target_ids"]) for row in rows)
-        found.rows += [Row("all", split, "nll", w, nll, tokens, intervals[w]) for w, nll in observed.nll().items()]
+        described = direction_and_unit(NLL)
+        found.rows += [
+            Row("all", split, NLL.name, weight, nll, tokens, intervals[weight], **described)
+            for weight, nll in observed.nll().items()
+        ]
 
     @staticmethod
     def _compare(found: Evaluation, outcomes: dict[str, dict[float, Scores]]) -> None:
         """Hold each benchmark's answers at its λ against the Pilot's."""
         for name, by_weight in outcomes.items():
-            for place, metric in enumerate(metric for metric in by_weight[0.0] if metric not in UNCOMPARED):
-                comparison = compare(by_weight[0.0][metric], by_weight[found.weight_of(name)][metric])
+            for place, metric in enumerate(metric for metric in by_weight[0.0] if metric.compared):
+                comparison = compare_by(metric, by_weight[0.0][metric], by_weight[found.weight_of(name)][metric])
                 found.gain.append(Gain.of(name, metric, comparison))
                 if not place:  # the table has the others'
-                    found.verdicts.append(f"{name}, {metric}: {comparison.verdict}")
+                    found.verdicts.append(f"{name}, {metric.name}: {comparison.verdict}")
 
     def _longest_answer(self, benchmark: str) -> int:
         """Tokens to wait for: as configured, else the longest training target with a little room."""
@@ -353,14 +369,20 @@ class Evaluator:
 def _select(outcomes: dict[str, dict[float, Scores]], likelihood: dict[float, float]) -> float:
     """The λ with the best mean over benchmarks of each one's first metric; ties go to the better likelihood, then to
     the smaller λ.
+
+    Metrics of different units have no mean: then each λ's place among all of them counts.
     """
-
-    def merit(weight: float) -> tuple[float, float, float]:
-        first = [next(iter(by_weight[weight].values())) for by_weight in outcomes.values()]
-        shares = [sum(values) / len(values) for values in first]
-        return sum(shares) / len(shares), -likelihood[weight], -weight
-
-    return max(likelihood, key=merit)
+    merits, units = [], set()
+    for by_weight in outcomes.values():
+        metric = next(iter(by_weight[0.0]))
+        sign = 1 if metric.higher_is_better else -1
+        merits.append([sign * metric.value(by_weight[weight][metric]) for weight in likelihood])
+        units.add(metric.unit)
+    if len(units) > 1:
+        merits = [rankdata(values) for values in merits]
+    means = (sum(of_weight) / len(merits) for of_weight in zip(*merits, strict=True))
+    mean = dict(zip(likelihood, means, strict=True))
+    return max(likelihood, key=lambda weight: (mean[weight], -likelihood[weight], -weight))
 
 
 def _select_each(
@@ -394,9 +416,10 @@ class _progress:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def _advance(self, rows: int, metric: str, means: dict[float, float]) -> None:
+    def _advance(self, rows: int, metric: Metric, means: dict[float, float]) -> None:
         speed = self._bar.tasks[0].speed or 0.0
         shown = ", ".join(
-            f"{100 * mean:.1f} % at λ={weight:g}" for weight, mean in list(means.items())[:: len(means) - 1 or 1]
+            f"{show(mean, metric.unit, 1)} at λ={weight:g}"
+            for weight, mean in list(means.items())[:: len(means) - 1 or 1]
         )
-        self._bar.update(self._task, advance=rows, state=f"{speed:.1f}/s, {metric} {shown}")
+        self._bar.update(self._task, advance=rows, state=f"{speed:.1f}/s, {metric.name} {shown}")

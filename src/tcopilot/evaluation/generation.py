@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from tcopilot.data.answers import until_end
 from tcopilot.data.benchmarks import Benchmark
 from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.data.metrics import Answer
 from tcopilot.evaluation.predictions import Prediction
 from tcopilot.models.fused_model import TCopilotModel
 
@@ -64,7 +65,7 @@ class Generation:
     def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
         """Return one prediction per λ and row, with the text, what was read out of it, and its scores."""
         return {
-            weight: [self._judged(row, tokens) for row, tokens in zip(rows, answers, strict=True)]
+            weight: [self._prediction(row, tokens) for row, tokens in zip(rows, answers, strict=True)]
             for weight, answers in self.emit(rows, weights).items()
         }
 
@@ -78,11 +79,15 @@ class Generation:
         )
         return {weight: tokens[:, start:].tolist() for weight, tokens in zip(weights, found, strict=True)}
 
-    def _judged(self, row: dict[str, Any], tokens: list[int]) -> Prediction:
+    def read(self, prediction: Prediction) -> Answer:
+        """Read the answer in a predicted text."""
+        return self._benchmark.read(prediction["prediction"], prediction["answer"])
+
+    def judged(self, prediction: Prediction) -> Prediction:
+        """Return a prediction with what is read in its text, and its scores."""
+        answer = self.read(prediction)
+        return prediction | {"extracted": answer.extracted, "scores": self._benchmark.judge(answer)}
+
+    def _prediction(self, row: dict[str, Any], tokens: list[int]) -> Prediction:
         text = self._tokenizer.decode(until_end(tokens, self._tokenizer.eos_token_id), skip_special_tokens=True)
-        return {
-            **{key: row[key] for key in ("id", "prompt", "target", "answer")},
-            "prediction": text,
-            "extracted": self._benchmark.extract(text),
-            "scores": self._benchmark.score(text, row["answer"]),
-        }
+        return self.judged({**{key: row[key] for key in ("id", "prompt", "target", "answer")}, "prediction": text})

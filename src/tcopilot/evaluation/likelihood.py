@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tcopilot.data.batch import Batch
 from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.data.metrics import Metric
 from tcopilot.evaluation.predictions import Prediction
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.training.error_statistics import correct_targets
@@ -55,7 +56,7 @@ class Likelihood:
     """
 
     suffix = "-likelihood"
-    metrics = ("accuracy_sum", "accuracy_mean")
+    metrics = (Metric("accuracy_sum"), Metric("accuracy_mean"))
 
     def __init__(self, model: TCopilotModel, collate: PromptTargetCollator, sequences: int) -> None:
         self._model, self._collate, self._sequences = model, collate, sequences
@@ -75,6 +76,10 @@ class Likelihood:
             weight: self._chosen(rows, sums)
             for weight, sums in zip(weights, torch.cat(found, 1).tolist(), strict=True)
         }
+
+    def judged(self, prediction: Prediction) -> Prediction:
+        """Return the prediction: its scores depend on no setting."""
+        return prediction
 
     @staticmethod
     def _chosen(rows: Sequence[dict[str, Any]], sums: list[float]) -> list[Prediction]:

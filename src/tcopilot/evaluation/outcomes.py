@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.likelihood import Likelihood
 from tcopilot.evaluation.predictions import Prediction
-from tcopilot.evaluation.results import Results
+from tcopilot.evaluation.results import Gain, Results
 
 OUTCOMES = ("fixed", "broken", "both right", "both wrong")
 
 
 def read_predictions(results: Results, folder: Path, benchmark: str, weight: float) -> dict[int, Prediction]:
     """Row id to prediction on the reported split at one λ, of the mode that decided; empty if there is no file."""
-    metric = next((gain.metric for gain in results.gain if gain.benchmark == benchmark), None)
+    gain = results.row_wise().get(benchmark)
     for suffix in (Generation.suffix, Likelihood.suffix):
         file = folder / f"{results.reported_on}-{benchmark}{suffix}-weight={weight:g}.jsonl"
         if file.exists():
             found = {line["id"]: line for line in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
-            if metric is None or all(metric in prediction["scores"] for prediction in found.values()):
+            if gain is None or all(gain.metric in prediction["scores"] for prediction in found.values()):
                 return found
     return {}
 
@@ -32,9 +31,18 @@ def answer_text(prediction: Prediction) -> str:
     return said if isinstance(said, str) else ", ".join(map(str, said))
 
 
-def outcome(pilot: Mapping[str, float], fused: Mapping[str, float]) -> str:
-    """One of `OUTCOMES`, from the first score of each, which is the one that decides on λ."""
-    before, after = next(iter(pilot.values())), next(iter(fused.values()))
+def outcome(pilot: Prediction, fused: Prediction, gain: Gain | None = None) -> str:
+    """One of `OUTCOMES`, from the scores of two predictions of a row.
+
+    Args:
+        pilot: the Pilot's prediction.
+        fused: the fused model's.
+        gain: of the metric that counts, see `Results.row_wise`; without it the first score counts, and higher is
+            better.
+    """
+    metric = gain.metric if gain else next(iter(pilot["scores"]))
+    higher_is_better = gain is None or gain.higher_is_better
+    before, after = pilot["scores"][metric], fused["scores"][metric]
     if before == after:
-        return "both right" if before > 0 else "both wrong"
-    return "fixed" if after > before else "broken"
+        return "both right" if (before > 0) == higher_is_better else "both wrong"
+    return "fixed" if (after > before) == higher_is_better else "broken"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,21 @@ class PredictionFiles:
                 file.write("\n" if _is_cut_short(path) else "")
                 file.writelines(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in some)
 
-    def finish(self, ids: Sequence[int]) -> dict[float, list[Prediction]]:
+    def finish(
+        self, ids: Sequence[int], judged: Callable[[Prediction], Prediction] = lambda prediction: prediction
+    ) -> dict[float, list[Prediction]]:
         """Join the files of all processes, each row once and in the order of `ids`; every process calls this.
+
+        Args:
+            ids: the rows.
+            judged: scores a prediction, in case it was stored before its metrics were changed.
 
         Returns:
             λ to the predictions in that order.
         """
         barrier()
         found = self.done()
-        ordered = {weight: [by_id[number] for number in ids] for weight, by_id in found.items()}
+        ordered = {weight: [judged(by_id[number]) for number in ids] for weight, by_id in found.items()}
         barrier()
         if is_first():
             for weight, file in self._files.items():

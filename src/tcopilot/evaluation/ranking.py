@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.data.metrics import Answer
 from tcopilot.data.next_item import NextItem
 from tcopilot.evaluation.item_trie import ItemTrie, Ranking, rank_by_beams, rank_exhaustively
 from tcopilot.evaluation.predictions import Prediction
@@ -64,17 +65,27 @@ class ItemRanking:
         else:
             found = rank_exhaustively(self._model, batch, self._trie, seen, keep, weights, self._sequences)
         gold = [self._places[row["target"]] for row in rows]
-        return {weight: self._judged(rows, gold, ranking) for weight, ranking in found.items()}
+        return {weight: self._predictions(rows, gold, ranking) for weight, ranking in found.items()}
 
-    def _judged(self, rows: Sequence[dict[str, Any]], gold: list[int], ranking: Ranking) -> list[Prediction]:
+    def read(self, prediction: Prediction) -> Answer:
+        """Hold the best item and the place of the gold one against the gold answer."""
+        first = next(iter(prediction["prediction"]), "")
+        return self._benchmark.read_ranking(prediction["rank"], first, prediction["answer"])
+
+    def judged(self, prediction: Prediction) -> Prediction:
+        """Return a prediction with its scores."""
+        return prediction | {"scores": self._benchmark.judge(self.read(prediction))}
+
+    def _predictions(self, rows: Sequence[dict[str, Any]], gold: list[int], ranking: Ranking) -> list[Prediction]:
         catalogue = self._benchmark.catalogue
         return [
-            {
-                **{key: row[key] for key in ("id", "prompt", "target", "answer")},
-                "prediction": [catalogue[item].strip() for item in items[:SHOWN] if item >= 0],
-                "rank": place,
-                "scores": self._benchmark.score_rank(place),
-            }
+            self.judged(
+                {
+                    **{key: row[key] for key in ("id", "prompt", "target", "answer")},
+                    "prediction": [catalogue[item].strip() for item in items[:SHOWN] if item >= 0],
+                    "rank": place,
+                }
+            )
             for row, items, place in zip(rows, ranking.items_BK, ranking.ranks(gold), strict=True)
         ]
 

@@ -1,7 +1,8 @@
 """`results.json`: what a run found, in the one form that tables, tests and dashboards read.
 
 Values are stored in the unit of their metric: fractions for accuracy and its like, nats per target token for `nll`.
-Only the tables speak of percent and points.
+Only the tables speak of percent and points. Every figure carries the unit and the direction of its metric, so that no
+reader has to know metrics by name.
 """
 
 import json
@@ -13,11 +14,11 @@ from typing import Any, Self, TypeVar
 
 from rich.table import Table
 
-from tcopilot.evaluation.significance import Comparison, Interval, direction, p_text
+from tcopilot.data.metrics import SHARE, Metric, show, show_difference
+from tcopilot.evaluation.significance import Comparison, Direction, Interval, direction, p_text
 from tcopilot.run_directory import write_whole
 
-VERSION = 1
-LOSSES = frozenset({"nll", "perplexity", "rmse"})  # not fractions: printed as plain numbers, and lower is better
+VERSION = 2
 
 T = TypeVar("T")
 
@@ -33,11 +34,16 @@ class Row:
     value: float
     n: int
     ci95: Interval
+    higher_is_better: bool = True
+    unit: str = SHARE
 
 
 @dataclass(frozen=True)
 class Gain:
-    """Pilot against Pilot + Copilot at the selected λ, paired over the rows of the reported split."""
+    """Pilot against Pilot + Copilot at the selected λ, paired over the rows of the reported split.
+
+    `fixed` and `broken` count the rows that improved and worsened; None for a metric of all rows together.
+    """
 
     benchmark: str
     metric: str
@@ -45,15 +51,22 @@ class Gain:
     fused: float
     difference: float
     ci95: Interval
-    fixed: int
-    broken: int
+    fixed: int | None
+    broken: int | None
     p_value: float
+    higher_is_better: bool = True
+    unit: str = SHARE
 
     @classmethod
-    def of(cls, benchmark: str, metric: str, comparison: Comparison) -> Self:
+    def of(cls, benchmark: str, metric: Metric, comparison: Comparison) -> Self:
         """Name a comparison by what was compared."""
-        found = comparison._asdict()
-        return cls(benchmark, metric, **{name: found[name] for name in cls.__dataclass_fields__ if name in found})
+        found = {k: v for k, v in comparison._asdict().items() if k in cls.__dataclass_fields__}
+        return cls(benchmark, metric.name, **found, **direction_and_unit(metric))
+
+    @property
+    def verdict(self) -> Direction:
+        """Whether the fused model is better, worse, or not distinguishable from the Pilot."""
+        return direction(self.difference, self.ci95, self.p_value, lower_is_better=not self.higher_is_better)
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,13 @@ class Control:
     train_seconds: float
     train_flops: float | None = None
     parameters: int | None = None
+    higher_is_better: bool = True
+    unit: str = SHARE
+
+
+def direction_and_unit(metric: Metric) -> dict[str, Any]:
+    """Return what a row, a gain and a control keep of a metric beside its name."""
+    return {"higher_is_better": metric.higher_is_better, "unit": metric.unit}
 
 
 @dataclass(kw_only=True)
@@ -126,6 +146,10 @@ class Results:
         key = (benchmark, metric, split, weight)
         return next((row for row in self.rows if (row.benchmark, row.metric, row.split, row.weight) == key), None)
 
+    def row_wise(self) -> dict[str, Gain]:
+        """Return for each benchmark the first gain whose metric scores every row by itself."""
+        return {gain.benchmark: gain for gain in reversed(self.gain) if gain.fixed is not None}
+
     def save(self, path: str | Path) -> None:
         """Write the file so that a reader sees the old one or the new one, never half of it.
 
@@ -151,7 +175,7 @@ class Results:
             raise ValueError(f"{path}: not JSON ({error})") from error
         version = data.get("version") if isinstance(data, dict) else None
         if version != VERSION:
-            raise ValueError(f"{path}: 'version' is {version!r}, this code reads {VERSION}")
+            raise ValueError(f"{path}: 'version' is {version!r}, this code reads {VERSION}; evaluate the run anew")
         parts = {"rows": Row, "gain": Gain, "controls": Control}
         lists = {
             name: [_build(kind, item, f"{path}: {name}[{i}]") for i, item in enumerate(data[name])]
@@ -176,17 +200,16 @@ def gain_table(results: Results) -> Table:
     for column in table.columns[2:9]:
         column.justify = "right"
     for gain in results.gain:
-        metric, weight = gain.metric, results.weight_of(gain.benchmark)
-        row = results.find(gain.benchmark, metric, results.reported_on, weight)
-        low, high = (_step(metric, bound) for bound in gain.ci95)
+        weight = results.weight_of(gain.benchmark)
+        row = results.find(gain.benchmark, gain.metric, results.reported_on, weight)
         table.add_row(
-            *(gain.benchmark, metric, _value(metric, gain.pilot), _value(metric, gain.fused)),
-            f"{_step(metric, gain.difference)} [{low}, {high}]",
-            f"{gain.fixed} / {gain.broken}",
+            *(gain.benchmark, gain.metric, show(gain.pilot, gain.unit), show(gain.fused, gain.unit)),
+            show_difference(gain.difference, gain.unit, gain.ci95),
+            "" if gain.fixed is None else f"{gain.fixed} / {gain.broken}",
             p_text(gain.p_value),
             str(row.n) if row else "",
             "" if weight is None else f"{weight:g}",
-            direction(gain.difference, gain.ci95, gain.p_value, lower_is_better=metric in LOSSES),
+            gain.verdict,
         )
     if results.controls:
         table.add_section()
@@ -195,10 +218,11 @@ def gain_table(results: Results) -> Table:
             style="bold",
         )
     for control in results.controls:
-        metric, pilot = control.metric, results.find(control.benchmark, control.metric, control.split, 0.0)
+        pilot = results.find(control.benchmark, control.metric, control.split, 0.0)
         table.add_row(
-            *(control.benchmark, metric, _value(metric, pilot.value) if pilot else "", _value(metric, control.value)),
-            _step(metric, control.value - pilot.value) if pilot else "",
+            *(control.benchmark, control.metric, show(pilot.value, pilot.unit) if pilot else ""),
+            show(control.value, control.unit),
+            show_difference(control.value - pilot.value, control.unit) if pilot else "",
             *(str(control.rounds), f"{control.train_seconds:.0f}", str(control.n), "", control.name),
         )
     return table
@@ -216,7 +240,7 @@ def weight_table(results: Results) -> Table:
     for weight in weights:
         table.add_column(f"λ = {weight:g}{_mark(results.selected_weight, weight)}", justify="right")
     for (benchmark, split, metric), curve in curves.items():
-        cells = [_value(metric, curve[weight].value) if weight in curve else "" for weight in weights]
+        cells = [show(curve[weight].value, curve[weight].unit) if weight in curve else "" for weight in weights]
         table.add_row(benchmark, split, metric, *cells)
     return table
 
@@ -258,11 +282,3 @@ def _mark(selected: float | Mapping[str, float], weight: float) -> str:
         return "\n(selected)" if weight == selected else ""
     names = [name for name, chosen in selected.items() if chosen == weight]
     return f"\n({', '.join(names)})" if names else ""
-
-
-def _value(metric: str, value: float) -> str:
-    return f"{value:.4f}" if metric in LOSSES else f"{100 * value:.2f} %"
-
-
-def _step(metric: str, value: float) -> str:
-    return f"{value:+.4f}" if metric in LOSSES else f"{100 * value:+.2f}"

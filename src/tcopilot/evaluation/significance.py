@@ -5,16 +5,19 @@ information about the difference, and dropping their variance is what makes a ga
 Everything is in the unit of the metric (a fraction for accuracy), never in percent.
 """
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy import stats
+
+from tcopilot.data.metrics import CorpusMetric, Metric
 
 Interval = tuple[float, float]
 Direction = Literal["better", "worse", "not distinguishable"]
 
 ALPHA = 0.05  # two-sided, the level that belongs to the 95 % intervals
+CORPUS_RESAMPLES = 1000  # of figures that are computed anew from all rows each time
 BATCH_VALUES = 10_000_000  # float64 values drawn at once when resampling: 80 MB, whatever the number of rows
 
 
@@ -164,14 +167,17 @@ def direction(difference: float, ci95: Interval, p_value: float, *, lower_is_bet
 
 
 class Comparison(NamedTuple):
-    """Two models on the same rows: `pilot`, `fused` and `difference` are means in the unit of the metric."""
+    """Two models on the same rows: `pilot`, `fused` and `difference` are in the unit of the metric.
+
+    `fixed` and `broken` count improved and worsened rows; None for a metric of all rows together.
+    """
 
     pilot: float
     fused: float
     difference: float
     ci95: Interval
-    fixed: int
-    broken: int
+    fixed: int | None
+    broken: int | None
     p_value: float
     n: int
     lower_is_better: bool = False
@@ -239,6 +245,102 @@ def compare(
         n=len(difference),
         lower_is_better=lower_is_better,
     )
+
+
+def compare_corpus(
+    value: Callable[[Sequence[Any]], float],
+    before: Sequence[Any],
+    after: Sequence[Any],
+    *,
+    lower_is_better: bool = False,
+    seed: int = 0,
+) -> Comparison:
+    """Compare two models in a figure of all rows together, such as macro-F1.
+
+    The interval comes from resampling rows, the p-value from exchanging the two models' answers on random rows. With
+    1,000 samples each, the p-value is never below 0.001.
+
+    Args:
+        value: The figure of some rows' answers.
+        before: An answer per row from the Pilot alone.
+        after: The same rows in the same order from the fused model.
+        lower_is_better: Whether a falling value is the improvement.
+        seed: Seed of the resampling.
+
+    Returns:
+        The comparison, without counts of rows.
+
+    Raises:
+        ValueError: If the sequences are empty or differ in length, or a figure is not finite.
+
+    Example:
+        >>> share = lambda answers: sum(answers) / len(answers)
+        >>> result = compare_corpus(share, [0] * 20, [1] * 20)
+        >>> result.difference, result.ci95, result.p_value < 0.01, result.fixed
+        (1.0, (1.0, 1.0), True, None)
+    """
+    if len(before) != len(after) or not before:
+        raise ValueError(f"paired rows need two sequences of one length, got {len(before)} and {len(after)} rows")
+    n, rng = len(before), np.random.default_rng(seed)
+    pilot, fused = value(before), value(after)
+    pairs = list(zip(before, after, strict=True))
+
+    def step(some: Sequence[tuple[Any, Any]]) -> float:
+        first, second = zip(*some, strict=True)
+        return value(second) - value(first)
+
+    exchanged = [
+        step([pair[::-1] if swap else pair for pair, swap in zip(pairs, rng.random(n) < 0.5, strict=True)])
+        for _ in range(CORPUS_RESAMPLES)
+    ]
+    extreme = np.abs(exchanged) >= abs(fused - pilot) * (1 - 1e-9)  # rounding must not hide a tie
+    return Comparison(
+        pilot=pilot,
+        fused=fused,
+        difference=fused - pilot,
+        ci95=corpus_bootstrap(step, pairs, seed=seed),
+        fixed=None,
+        broken=None,
+        p_value=(1 + int(extreme.sum())) / (1 + CORPUS_RESAMPLES),
+        n=n,
+        lower_is_better=lower_is_better,
+    )
+
+
+def corpus_bootstrap(
+    value: Callable[[Sequence[Any]], float], rows: Sequence[Any], level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Bound a figure of all rows together by resampling rows.
+
+    Args:
+        value: The figure of some rows.
+        rows: What the figure is computed from, one element per row.
+        level: Coverage of the interval.
+        seed: Seed of the resampling.
+
+    Raises:
+        ValueError: If a figure is not finite.
+    """
+    rng = np.random.default_rng(seed)
+    samples = rng.integers(len(rows), size=(CORPUS_RESAMPLES, len(rows)))
+    figures = np.array([value([rows[place] for place in places]) for places in samples])
+    if not np.isfinite(figures).all():
+        raise ValueError("a metric of all rows together must be finite for every sample of the rows, and one was not")
+    low, high = np.quantile(figures, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def compare_by(metric: Metric, before: Sequence[Any], after: Sequence[Any]) -> Comparison:
+    """Compare Pilot (`before`) and fused model (`after`) by what the metric's `score` gave for each row."""
+    lower_is_better = not metric.higher_is_better
+    if isinstance(metric, CorpusMetric):
+        return compare_corpus(metric.value, before, after, lower_is_better=lower_is_better)
+    return compare(before, after, lower_is_better=lower_is_better)
+
+
+def interval_of(metric: Metric, scores: Sequence[Any]) -> Interval:
+    """Bound a metric's value by what its `score` gave for each row."""
+    return corpus_bootstrap(metric.value, scores) if isinstance(metric, CorpusMetric) else mean_interval(scores)
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:

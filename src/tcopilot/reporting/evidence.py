@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tcopilot.data.metrics import NLL, SHARE, scale, show_difference
 from tcopilot.evaluation.outcomes import read_predictions
-from tcopilot.evaluation.results import LOSSES
+from tcopilot.evaluation.results import Gain
 from tcopilot.evaluation.significance import Comparison, compare, direction, over_seeds, p_text
 from tcopilot.reporting.runs import Run
 
@@ -54,6 +55,7 @@ class TaskEvidence:
     name: str
     metric: str
     lines: list[Line]
+    unit: str = SHARE
 
     def line(self, name: str) -> Line | None:
         """The line of an arm or control, or None."""
@@ -74,16 +76,15 @@ def gather(name: str, arms: Mapping[str, Sequence[Run]], controls: Mapping[str, 
     first = arms[DEFAULT][0].results
     if not first.gain:
         raise ValueError(f"{arms[DEFAULT][0].folder}: no benchmark was compared")
-    deciding = {gain.benchmark: gain.metric for gain in reversed(first.gain)}
+    deciding = first.row_wise()
     return [
-        _task(f"{name}/{benchmark}" if len(deciding) > 1 else name, arms, controls, benchmark, metric)
-        for benchmark, metric in reversed(deciding.items())
+        _task(f"{name}/{benchmark}" if len(deciding) > 1 else name, arms, controls, gain)
+        for benchmark, gain in reversed(deciding.items())
     ]
 
 
-def _task(
-    name: str, arms: Mapping[str, Sequence[Run]], controls: Mapping[str, str], benchmark: str, metric: str
-) -> TaskEvidence:
+def _task(name: str, arms: Mapping[str, Sequence[Run]], controls: Mapping[str, str], gain: Gain) -> TaskEvidence:
+    benchmark, metric, lower = gain.benchmark, gain.metric, not gain.higher_is_better
     lines = [_arm_line(arm, runs, benchmark, metric) for arm, runs in arms.items() if runs]
     lines.sort(key=lambda line: line.name != DEFAULT)
     for folder, title in controls.items():
@@ -91,11 +92,11 @@ def _task(
         if runs:
             lines.append(_control_line(folder, title, runs, benchmark, metric))
     for line in lines:
-        line.gain = _compared(line.pilot, line.scores)
+        line.gain = _compared(line.pilot, line.scores, lower)
         if line is not lines[0]:
-            line.against = _compared(lines[0].scores, line.scores)
-            line.ahead = _seeds_ahead(lines[0].scores, line.scores, metric)
-    return TaskEvidence(name, metric, lines)
+            line.against = _compared(lines[0].scores, line.scores, lower)
+            line.ahead = _seeds_ahead(lines[0].scores, line.scores, lower)
+    return TaskEvidence(name, metric, lines, gain.unit)
 
 
 def as_markdown(tasks: Sequence[TaskEvidence], missing: Sequence[str] = ()) -> str:
@@ -114,7 +115,7 @@ def conclusions(tasks: Sequence[TaskEvidence]) -> str:
     short = _short_names(tasks)
     gains = {"better": [], "worse": [], "not distinguishable": []}
     for task in tasks:
-        gains[_verdict(task.lines[0].gain, task.metric)].append(short[task.name])
+        gains[_verdict(task.lines[0].gain)].append(short[task.name])
     sentences = [f"Over its own Pilot, `{DEFAULT}` is {_counted(gains)} of {len(tasks)} tables."]
     ahead = []
     for name in _others(tasks):
@@ -122,7 +123,7 @@ def conclusions(tasks: Sequence[TaskEvidence]) -> str:
         seeds = 0
         for task in tasks:
             if line := task.line(name):
-                found[_verdict(line.against, task.metric)].append(short[task.name])
+                found[_verdict(line.against)].append(short[task.name])
                 seeds += len(line.ahead) == len(line.seeds)
         tables = sum(map(len, found.values()))
         if _is_control(name):
@@ -140,19 +141,19 @@ def _overview(tasks: Sequence[TaskEvidence]) -> str:
     """What each arm and control adds to the default arm in points, by task; bold where it is beyond chance."""
     short = _short_names(tasks)
     rows = [("", *(short[task.name] for task in tasks)), ("---",) * (len(tasks) + 1)]
-    gains = [_glance(task.lines[0].gain, task.metric) for task in tasks]
+    gains = [_glance(task.lines[0].gain, task.unit) for task in tasks]
     rows.append((f"gain of `{DEFAULT}` over its Pilot", *gains))
     for name in _others(tasks):
         lines = [task.line(name) for task in tasks]
         title = name if _is_control(name) else f"`{name}`"
-        cells = [_glance(line.against, task.metric) if line else "" for line, task in zip(lines, tasks, strict=True)]
+        cells = [_glance(line.against, task.unit) if line else "" for line, task in zip(lines, tasks, strict=True)]
         rows.append((f"{title} − `{DEFAULT}`", *cells))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _glance(found: Comparison, metric: str) -> str:
-    shown = f"{100 * found.difference:+.1f}"
-    return shown if _verdict(found, metric) == "not distinguishable" else f"**{shown}**"
+def _glance(found: Comparison, unit: str) -> str:
+    shown = show_difference(found.difference, unit, digits=_digits(unit))
+    return shown if _verdict(found) == "not distinguishable" else f"**{shown}**"
 
 
 def _others(tasks: Sequence[TaskEvidence]) -> list[str]:
@@ -200,7 +201,9 @@ def _arm_line(arm: str, runs: Sequence[Run], benchmark: str, metric: str) -> Lin
         weight = run.results.weight_of(benchmark)
         at_zero |= _scores(run, run.folder, benchmark, metric, 0.0)
         fused |= _scores(run, run.folder, benchmark, metric, weight)
-        likelihoods.append([run.results.find("all", "nll", run.results.reported_on, w).value for w in (0.0, weight)])
+        likelihoods.append(
+            [run.results.find("all", NLL.name, run.results.reported_on, w).value for w in (0.0, weight)]
+        )
         weights.append(weight)
     flops = [run.results.train_flops for run in runs]
     last = [_last_validation(run.folder) for run in runs]
@@ -225,8 +228,8 @@ def _control_line(folder: str, title: str, runs: Sequence[Run], benchmark: str, 
     for run in runs:
         at_zero |= _scores(run, run.folder, benchmark, metric, 0.0)
         scores |= _scores(run, run.folder / "control" / folder, benchmark, metric, 0.0)
-        own = next(c for c in run.results.controls if (c.name, c.metric) == (title, "nll"))
-        likelihoods.append([run.results.find("all", "nll", run.results.reported_on, 0.0).value, own.value])
+        own = next(c for c in run.results.controls if (c.name, c.metric) == (title, NLL.name))
+        likelihoods.append([run.results.find("all", NLL.name, run.results.reported_on, 0.0).value, own.value])
     return Line(
         name=title,
         seeds=[run.results.seed for run in runs],
@@ -261,20 +264,21 @@ def _last_validation(folder: Path) -> dict[str, float]:
     return found
 
 
-def _compared(before: Scores, after: Scores) -> Comparison:
+def _compared(before: Scores, after: Scores, lower_is_better: bool) -> Comparison:
     common = sorted(before.keys() & after.keys())
     if not common:
         raise ValueError("two arms have no row in common: they were run on other data or other seeds")
-    return compare([before[key] for key in common], [after[key] for key in common])
+    pairs = ([scores[key] for key in common] for scores in (before, after))
+    return compare(*pairs, lower_is_better=lower_is_better)
 
 
-def _seeds_ahead(default: Scores, other: Scores, metric: str) -> list[int]:
+def _seeds_ahead(default: Scores, other: Scores, lower_is_better: bool) -> list[int]:
     """The seeds whose own rows speak for the other."""
     found = []
     common = default.keys() & other.keys()
     for seed in sorted({seed for seed, _ in common}):
         difference = sum(other[key] - default[key] for key in common if key[0] == seed)
-        if (difference < 0) if metric in LOSSES else (difference > 0):
+        if (difference < 0) if lower_is_better else (difference > 0):
             found.append(seed)
     return found
 
@@ -284,23 +288,23 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return None if not values or None in values else over_seeds(values)[0]
 
 
-def _verdict(found: Comparison, metric: str) -> str:
-    return direction(found.difference, found.ci95, found.p_value, lower_is_better=metric in LOSSES)
+def _verdict(found: Comparison) -> str:
+    return direction(found.difference, found.ci95, found.p_value, lower_is_better=found.lower_is_better)
 
 
 def _table(task: TaskEvidence) -> str:
-    rows = [HEAD, ("---",) * len(HEAD), *(_cells(line) for line in task.lines)]
+    rows = [HEAD, ("---",) * len(HEAD), *(_cells(line, task.unit) for line in task.lines)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _cells(line: Line) -> tuple[str, ...]:
+def _cells(line: Line, unit: str) -> tuple[str, ...]:
     weights = sorted(set(line.weights))
     return (
         line.name,
-        _percent(line.gain.pilot),
-        _percent(line.gain.fused),
-        _step(line.gain),
-        _step(line.against),
+        f"{scale(unit) * line.gain.pilot:.{_digits(unit)}f}",
+        f"{scale(unit) * line.gain.fused:.{_digits(unit)}f}",
+        _step(line.gain, unit),
+        _step(line.against, unit),
         f"{line.nll[0]:.3f} → {line.nll[1]:.3f}",
         _plain(line.error_ratio, 2),
         _plain(line.best_weight, 2),
@@ -312,15 +316,14 @@ def _cells(line: Line) -> tuple[str, ...]:
     )
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+def _digits(unit: str) -> int:
+    return 1 if unit == SHARE else 3
 
 
-def _step(found: Comparison | None) -> str:
+def _step(found: Comparison | None, unit: str) -> str:
     if found is None:
         return ""
-    low, high = (100 * bound for bound in found.ci95)
-    return f"{100 * found.difference:+.1f} [{low:+.1f}, {high:+.1f}], {p_text(found.p_value)}"
+    return f"{show_difference(found.difference, unit, found.ci95, _digits(unit))}, {p_text(found.p_value)}"
 
 
 def _plain(value: float | None, digits: int) -> str:

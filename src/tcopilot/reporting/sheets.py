@@ -209,8 +209,8 @@ def _theirs(line: Line, side: str) -> str:
 
 
 def figure(spread: Spread | None, unit: str, sign: str = "") -> str:
-    """Write a mean with its deviation: one digit of a percentage, four of a loss; `sign` is `+` for differences."""
+    """Write a mean with its deviation: one decimal if in per cent, else four; `sign` is `+` for differences."""
     if spread is None:
         return NONE
-    digits = 1 if unit else 4
+    digits = 1 if unit == "%" else 4
     return f"{spread.mean:{sign}.{digits}f}" + ("" if spread.sd is None else f" ± {spread.sd:.{digits}f}")

@@ -15,12 +15,11 @@ from typing import NamedTuple
 
 from scipy import stats
 
-from tcopilot.evaluation.results import LOSSES
-from tcopilot.evaluation.significance import ALPHA, direction, over_seeds
+from tcopilot.data.metrics import printed_unit, scale
+from tcopilot.evaluation.significance import ALPHA, over_seeds
 from tcopilot.reporting import published, sheets
 from tcopilot.reporting.runs import Found, Group, Run, find_runs, group_runs
 
-LOWER_IS_BETTER = LOSSES | {"no_answer"}
 ACCURACIES = ("accuracy", "accuracy_lenient")  # the paper's accuracy is either
 
 
@@ -32,7 +31,7 @@ class Spread(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """One metric in one run, in the unit of the table; `fused` and what belongs to it is None without a Copilot."""
+    """One metric in one run, in the printed unit; `fused` and what belongs to it is None without a Copilot."""
 
     seed: int
     n: int | None
@@ -41,6 +40,8 @@ class Seen(NamedTuple):
     weight: float | None = None
     p_value: float | None = None
     verdict: str | None = None
+    unit: str = "%"
+    higher_is_better: bool = True
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Line:
 
     benchmark: str  # or `commonsense_avg` and `arithmetic_avg`
     metric: str
-    unit: str  # of every figure here: `%`, or empty for a loss
+    unit: str  # of every figure here, as printed: `%` for shares, `nats`, …
     n: str  # rows; text since they may differ between seeds, empty for an average
     seeds: list[int]
     weights: list[float]  # the λ selected, one for each seed
@@ -150,9 +151,9 @@ def line_over_seeds(benchmark: str, metric: str, seen: Sequence[Seen]) -> Line:
     gains = [one.fused - one.pilot for one in both]
     gain, base = _spread(gains), _spread([one.pilot for one in both])
     sizes = {one.n for one in seen if one.n is not None}
-    p_value, verdict = _judge(metric, both, gains)
+    p_value, verdict = _judge(both, gains)
     return Line(
-        benchmark, metric, unit="" if metric in LOSSES else "%",
+        benchmark, metric, unit=seen[0].unit,
         n="–".join(str(size) for size in sorted({min(sizes), max(sizes)})) if sizes else "",
         seeds=[one.seed for one in seen], weights=[one.weight for one in both if one.weight is not None],
         pilot=_spread([one.pilot for one in seen]), fused=_spread([one.fused for one in both]), gain=gain,
@@ -227,14 +228,13 @@ def _observations(group: Group) -> dict[tuple[str, str], dict[int, Seen]]:
         for row in results.rows:
             if (row.split, row.weight) != (split, 0):
                 continue
-            scale, weight = 1 if row.metric in LOSSES else 100, results.weight_of(row.benchmark)
-            one = Seen(results.seed, row.n, scale * row.value)
+            factor, weight = scale(row.unit), results.weight_of(row.benchmark)
+            shown = {"unit": printed_unit(row.unit), "higher_is_better": row.higher_is_better}
+            one = Seen(results.seed, row.n, factor * row.value, **shown)
             if group.copilot and (fused := results.find(row.benchmark, row.metric, split, weight)):
-                one = one._replace(fused=scale * fused.value, weight=weight)
+                one = one._replace(fused=factor * fused.value, weight=weight)
                 if test := tests.get((row.benchmark, row.metric)):
-                    lower = row.metric in LOWER_IS_BETTER
-                    verdict = direction(test.difference, test.ci95, test.p_value, lower_is_better=lower)
-                    one = one._replace(p_value=test.p_value, verdict=verdict)
+                    one = one._replace(p_value=test.p_value, verdict=test.verdict)
             seen.setdefault((row.benchmark, row.metric), {})[results.seed] = one
     return seen
 
@@ -250,7 +250,8 @@ def _average(summary: Summary, suite: str, metric: str, seen: dict[tuple[str, st
             pilot, fused, weights = ([getattr(one, name) for one in row] for name in ("pilot", "fused", "weight"))
             mean = None if None in fused else sum(fused) / len(row)
             weight = weights[0] if len(set(weights)) == 1 else None
-            averages.append(Seen(seed, None, sum(pilot) / len(row), mean, weight))
+            shown = {"unit": row[0].unit, "higher_is_better": row[0].higher_is_better}
+            averages.append(Seen(seed, None, sum(pilot) / len(row), mean, weight, **shown))
     if averages:
         summary.lines.append(line_over_seeds(f"{suite}_avg", metric, averages))
     else:
@@ -260,19 +261,19 @@ def _average(summary: Summary, suite: str, metric: str, seen: dict[tuple[str, st
 
 def _controls(summary: Summary) -> list[str]:
     """Say what each control gave on the metrics shown, and by how much the fused model differs from it."""
-    found: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    found: dict[tuple[str, str, str, str], list[tuple[float, float]]] = {}
     for run in summary.group.runs:
         for control in run.results.controls:
             weight = run.results.weight_of(control.benchmark)
             fused = run.results.find(control.benchmark, control.metric, run.results.reported_on, weight)
             if fused is not None and summary.line(control.benchmark, control.metric):
                 pair = (control.value, fused.value - control.value)
-                found.setdefault((control.name, control.benchmark, control.metric), []).append(pair)
+                found.setdefault((control.name, control.benchmark, control.metric, control.unit), []).append(pair)
     notes = []
-    for (name, benchmark, metric), pairs in found.items():
-        scale, unit = (1, "") if metric in LOSSES else (100, "%")
-        value, step = (_spread([scale * one for one in column]) for column in zip(*pairs, strict=True))
-        shown = f"{sheets.figure(value, unit)}{unit and ' %'}, fused − control {sheets.figure(step, unit, '+')}"
+    for (name, benchmark, metric, of_values), pairs in found.items():
+        unit = printed_unit(of_values)
+        value, step = (_spread([scale(of_values) * one for one in column]) for column in zip(*pairs, strict=True))
+        shown = f"{sheets.figure(value, unit)} {unit}".rstrip() + f", fused − control {sheets.figure(step, unit, '+')}"
         notes.append(f"{name}: {benchmark} {metric} {shown}, {len(pairs)} seed{'s' if len(pairs) > 1 else ''}")
     return notes
 
@@ -317,7 +318,7 @@ def _spread(values: Sequence[float]) -> Spread | None:
     return Spread(mean, sd if len(values) > 1 else None)
 
 
-def _judge(metric: str, both: Sequence[Seen], gains: Sequence[float]) -> tuple[float | None, str]:
+def _judge(both: Sequence[Seen], gains: Sequence[float]) -> tuple[float | None, str]:
     """Return p and the verdict on a gain; see `line_over_seeds`."""
     if not both:
         return None, "no figure with a Copilot"
@@ -332,6 +333,6 @@ def _judge(metric: str, both: Sequence[Seen], gains: Sequence[float]) -> tuple[f
     if max(gains) - min(gains) < 1e-9:
         return None, f"the same gain in all {len(both)} seeds, nothing to test{each}"
     p_value = float(stats.ttest_1samp(gains, 0.0).pvalue)
-    better = (over_seeds(gains)[0] > 0) != (metric in LOWER_IS_BETTER)
+    better = (over_seeds(gains)[0] > 0) == both[0].higher_is_better
     verdict = "not distinguishable" if p_value >= ALPHA else "better" if better else "worse"
     return p_value, f"{verdict} over {len(both)} seeds{each}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from tcopilot.app.checks.config import control_names
 from tcopilot.app.controls.averaged import AveragedPilots
 from tcopilot.app.controls.widths import widened
 from tcopilot.app.trainer import make_trainer
-from tcopilot.evaluation.evaluate import UNCOMPARED, Evaluator
+from tcopilot.data.metrics import NLL, show_difference
+from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.results import Control, Results
 from tcopilot.evaluation.significance import compare
@@ -150,20 +151,18 @@ def against_controls(results: Results, run_dir: Path) -> list[str]:
         A sentence for each control and benchmark: the difference with its 95 % interval, and a verdict.
     """
     sentences = []
-    deciding = {gain.benchmark: gain.metric for gain in reversed(results.gain)}
     titles = {control.name for control in results.controls}
     for name, (title, _) in CONTROLS.items():
-        for benchmark, metric in deciding.items() if title in titles else ():
+        for benchmark, gain in results.row_wise().items() if title in titles else ():
             weight = results.weight_of(benchmark)
             ours = read_predictions(results, run_dir / "predictions", benchmark, weight)
             theirs = read_predictions(results, run_dir / "control" / name / "predictions", benchmark, 0.0)
-            pairs = [(theirs[row]["scores"][metric], ours[row]["scores"][metric]) for row in ours if row in theirs]
+            pairs = [[found[row]["scores"][gain.metric] for found in (theirs, ours)] for row in ours if row in theirs]
             if not pairs:  # somebody removed the predictions
                 continue
-            found = compare(*zip(*pairs, strict=True))
-            low, high = (100 * bound for bound in found.ci95)
-            shown = f"{100 * found.difference:+.2f} points [{low:+.2f}, {high:+.2f}]"
-            sentences.append(f"{benchmark}, {metric}, against {title}: {shown}, {found.verdict}")
+            found = compare(*zip(*pairs, strict=True), lower_is_better=not gain.higher_is_better)
+            shown = show_difference(found.difference, gain.unit, found.ci95, named=True)
+            sentences.append(f"{benchmark}, {gain.metric}, against {title}: {shown}, {found.verdict}")
     return sentences
 
 
@@ -190,8 +189,10 @@ def _scored(title: str, alternative: Alternative, joint: JointRun, folder: Path)
         "train_flops": alternative.flops,
         "parameters": sum(parameter.numel() for parameter in alternative.model.parameters()),
     }
+    found = evaluator.run([0.0], (split, split))
+    compared = {(gain.benchmark, gain.metric) for gain in found.gain} | {("all", NLL.name)}
     return [
-        Control(title, row.benchmark, row.split, row.metric, row.value, row.n, row.ci95, **cost)
-        for row in evaluator.run([0.0], (split, split)).rows
-        if row.metric not in UNCOMPARED
+        Control(title, **{key: value for key, value in asdict(row).items() if key != "weight"}, **cost)
+        for row in found.rows
+        if (row.benchmark, row.metric) in compared
     ]

@@ -61,11 +61,11 @@ def examples(run: RunFiles) -> dict[str, Any]:
 
 def _answers(run: RunFiles, benchmark: str) -> list[list[Any]]:
     weight = run.results.weight_of(benchmark) or 0.0
-    folder = run.folder / "predictions"
+    folder, gain = run.folder / "predictions", run.results.row_wise().get(benchmark)
     pilot, fused = (read_predictions(run.results, folder, benchmark, w) for w in (0.0, weight))
     return [
         [
-            benchmark, number, outcome(said["scores"], fused[number]["scores"]),
+            benchmark, number, outcome(said, fused[number], gain),
             said["prompt"], said["target"].strip(), answer_text(said), answer_text(fused[number]),
         ]
         for number, said in pilot.items()

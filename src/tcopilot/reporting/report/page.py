@@ -21,8 +21,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tcopilot.evaluation.results import LOSSES, Gain
-from tcopilot.evaluation.significance import direction, p_text
+from tcopilot.data.metrics import NLL, SHARE, digits_of, scale, show_difference
+from tcopilot.evaluation.results import Gain
+from tcopilot.evaluation.significance import p_text
 from tcopilot.reporting.report import corrections, explorer, figures
 from tcopilot.reporting.report.evidence import evidence_tables
 from tcopilot.reporting.report.files import ReportError, RunFiles, read_run
@@ -102,29 +103,30 @@ def gain_lines(run: RunFiles) -> list[dict[str, Any]]:
                 "n": row.n if row else None,
                 "weight": weight,
                 "adds_up": adds_up(gain, row.n) if row else None,
-                "verdict": direction(gain.difference, gain.ci95, gain.p_value, lower_is_better=gain.metric in LOSSES),
+                "verdict": gain.verdict,
             }
         )
     return lines
 
 
 def adds_up(gain: Gain, n: int) -> bool | None:
-    """Whether fixed − broken over n equals the difference; None for a graded metric, where it need not.
+    """Whether fixed − broken over n equals the improvement; None where it need not, as for graded metrics.
 
     >>> adds_up(Gain("a", "accuracy", 0.5, 0.75, 0.25, (0, 1), fixed=2, broken=1, p_value=1.0), 4)
     True
     """
     counts = (gain.pilot * n, gain.fused * n)
-    if any(abs(count - round(count)) > 1e-6 for count in counts):
+    if gain.fixed is None or gain.unit != SHARE or any(abs(count - round(count)) > 1e-6 for count in counts):
         return None
-    return abs((gain.fixed - gain.broken) / n - gain.difference) < 1e-9
+    improvement = gain.difference if gain.higher_is_better else -gain.difference
+    return abs((gain.fixed - gain.broken) / n - improvement) < 1e-9
 
 
 def likelihood_lines(run: RunFiles) -> list[dict[str, Any]]:
     """Negative log-likelihood of right answers per target token, of Pilot and fused model, by split."""
     weight, found = run.results.weight_of("all"), []
     for split in dict.fromkeys(row.split for row in run.results.rows):
-        pilot, fused = (run.results.find("all", "nll", split, w) for w in (0.0, weight))
+        pilot, fused = (run.results.find("all", NLL.name, split, w) for w in (0.0, weight))
         if pilot and fused:
             found.append(
                 {"split": split, "tokens": pilot.n, "pilot": pilot.value, "pilot_ci95": pilot.ci95,
@@ -155,7 +157,7 @@ def _page(
         loader=PackageLoader("tcopilot.reporting.report"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"number": _number, "value": _value, "step": _step, "p": p_text}
+    environment.filters |= {"number": _number, "value": _value, "step": show_difference, "p": p_text}
     templates = files("tcopilot.reporting.report") / "templates"
     shown = explorer.examples(run)
     return environment.get_template("report.html.j2").render(
@@ -196,12 +198,8 @@ def _number(value: Any) -> str:
     return f"{int(value):,}" if value == int(value) and abs(value) >= 1 else f"{value:.4g}"
 
 
-def _value(value: float, metric: str) -> str:
-    return f"{value:.4f}" if metric in LOSSES else f"{100 * value:.2f}"
-
-
-def _step(value: float, metric: str) -> str:
-    return f"{value:+.4f}" if metric in LOSSES else f"{100 * value:+.2f}"
+def _value(value: float, unit: str) -> str:
+    return f"{scale(unit) * value:.{digits_of(unit)}f}"
 
 
 if __name__ == "__main__":

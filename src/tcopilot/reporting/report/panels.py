@@ -11,7 +11,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from tcopilot.evaluation.results import LOSSES, Row
+from tcopilot.data.metrics import NLL, printed_unit, scale
+from tcopilot.evaluation.results import Row
 from tcopilot.models.gates import GATES
 from tcopilot.reporting.report import corrections, efficiency, figures
 from tcopilot.reporting.report.calibration import calibration_error, reliability
@@ -63,28 +64,27 @@ def all_panels(run: RunFiles) -> list[Panel]:
 def weight_curves(run: RunFiles) -> Iterator[Panel]:
     """The deciding metric of each benchmark, and the likelihood, over λ."""
     results, first = run.results, {gain.benchmark: gain.metric for gain in reversed(run.results.gain)}
-    for benchmark, metric in [*((name, first[name]) for name in run.benchmarks), ("all", "nll")]:
+    for benchmark, metric in [*((name, first[name]) for name in run.benchmarks), ("all", NLL.name)]:
         rows = [row for row in results.rows if (row.benchmark, row.metric) == (benchmark, metric)]
         if len({row.weight for row in rows}) < 2:
             continue
-        scale = 1 if metric in LOSSES else 100
-        unit = "nats per target token" if metric in LOSSES else "%"
-        series = [_curve(split, [row for row in rows if row.split == split], scale) for split in _splits(rows)]
+        unit = f" ({printed_unit(rows[0].unit)})" if rows[0].unit else ""
+        series = [_curve(split, [row for row in rows if row.split == split]) for split in _splits(rows)]
         where = "all benchmarks" if benchmark == "all" else benchmark
         yield Panel(
-            f"weight_{benchmark}_{metric}", "weights", f"{where}: {metric} over λ ({unit})",
+            f"weight_{benchmark}_{metric}", "weights", f"{where}: {metric} over λ{unit}",
             "λ = 0 is the Pilot. Bars are 95 % intervals. λ* has the least squared error; where the theorem's λ₀ is "
             "known, every λ in the shade is promised a squared error below the Pilot's. That is not this metric.",
             ("split", "weight", "value", "ci95_low", "ci95_high", "n"),
             [(row.split, row.weight, row.value, *row.ci95, row.n) for row in rows],
-            figures.lines(series, "λ", f"{metric} ({unit})", _weight_marks(run, benchmark)),
+            figures.lines(series, "λ", f"{metric}{unit}", _weight_marks(run, benchmark)),
         )  # fmt: skip
 
 
-def _curve(split: str, rows: Sequence[Row], scale: float) -> Series:
+def _curve(split: str, rows: Sequence[Row]) -> Series:
     ordered = sorted(rows, key=lambda row: row.weight)
-    below, above = ([scale * abs(row.value - row.ci95[end]) for row in ordered] for end in (0, 1))
-    values = [scale * row.value for row in ordered]
+    below, above = ([scale(row.unit) * abs(row.value - row.ci95[end]) for row in ordered] for end in (0, 1))
+    values = [scale(row.unit) * row.value for row in ordered]
     return Series(split, [row.weight for row in ordered], values, (below, above))
 
 
