@@ -166,7 +166,7 @@ def test_the_figure_that_chooses_comes_first():
 
 def test_a_rank_is_scored_at_every_cutoff():
     benchmark = made()
-    assert benchmark.score_rank(1) == dict.fromkeys(names, 1.0)
+    assert benchmark.score_rank(1) == {metric.name: 1.0 for metric in benchmark.metrics}
     assert benchmark.score_rank(2) == {
         "ndcg@2": pytest.approx(0.63093, abs=1e-5), "hit@1": 0.0, "hit@2": 1.0, "ndcg@1": 0.0,
     }  # fmt: skip

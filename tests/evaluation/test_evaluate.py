@@ -215,7 +215,7 @@ def test_each_benchmark_may_have_a_weight_of_its_own(tmp_path, monkeypatch):
     def scores(self, split, benchmark, weights):
         favoured = {"word_problems": 1.0, "multiple_choice": 0.5}[benchmark]
         count = len(self.data.evaluation_rows(split, benchmark))
-        return {weight: {"accuracy": [float(weight == favoured)] * count} for weight in weights}
+        return {weight: {ACCURACY: [float(weight == favoured)] * count} for weight in weights}
 
     monkeypatch.setattr(Evaluator, "scores", scores)
     judge = evaluator("t5", tmp_path, "word_problems", "multiple_choice", per="benchmark")
