@@ -8,7 +8,8 @@ from small_training import random_batch, tiny_model
 from transformers import GenerationConfig
 
 from tcopilot.data.tokenizers import byte_tokenizer
-from tcopilot.evaluation.item_trie import ItemTrie, Ranking, rank_by_beams, rank_exhaustively
+from tcopilot.evaluation.item_search import Ranking, rank_by_beams, rank_exhaustively
+from tcopilot.evaluation.item_trie import ItemTrie
 from tcopilot.models.fusion import LogitFusion
 from tcopilot.models.modeling import fused_class
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.metrics import Answer
 from tcopilot.data.next_item import NextItem
-from tcopilot.evaluation.item_trie import ItemTrie, Ranking, rank_by_beams, rank_exhaustively
+from tcopilot.evaluation.item_search import Ranking, rank_by_beams, rank_exhaustively
+from tcopilot.evaluation.item_trie import ItemTrie
 from tcopilot.evaluation.predictions import Prediction
 from tcopilot.models.fused_model import TCopilotModel
 

@@ -1,0 +1,298 @@
+"""Full ranking: every item of a catalogue scored by the probability of its text, for each user, without sampling.
+
+An item's score is Σ log p̃ over its tokens and the end token. It is neither normalised by length nor renormalised over
+what the catalogue allows. Items that a user already has are left out.
+
+Shapes: B users, M prompt length, R rows of a step (a user and a node each), W values of λ, I items, T nodes of the
+trie, V vocabulary, K kept items.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from tcopilot.data.batch import Batch
+from tcopilot.evaluation.item_trie import ItemTrie
+from tcopilot.models.caches import TCopilotCache
+from tcopilot.models.copilot import CopilotState
+from tcopilot.models.fused_model import TCopilotModel
+
+IMPOSSIBLE = -5e8  # beam search of transformers marks empty places by −1e9; sums of log-probabilities stay far above
+
+
+class Ranking(NamedTuple):
+    """The best items of each user, best first.
+
+    Attributes:
+        items_BK: places in the catalogue, int64; −1 where nothing was found.
+        scores_BK: Σ log p̃ in nats, float32; −inf where nothing was found.
+    """
+
+    items_BK: np.ndarray
+    scores_BK: np.ndarray
+
+    def ranks(self, gold: Sequence[int]) -> list[int]:
+        """Return the place of each user's gold item, from 1; 0 where it is not among those kept."""
+        found_BK = self.items_BK == np.asarray(gold)[:, None]
+        return np.where(found_BK.any(axis=1), found_BK.argmax(axis=1) + 1, 0).tolist()
+
+
+@torch.no_grad()
+def rank_exhaustively(
+    model: TCopilotModel,
+    batch: Batch,
+    trie: ItemTrie,
+    seen: Sequence[Sequence[int]],
+    keep: int,
+    weights: Sequence[float],
+    rows_at_once: int = 256,
+) -> dict[float, Ranking]:
+    """Score every item exactly, at several λ in one pass: neither p̂ nor f^C depends on λ once the text is given.
+
+    Each prompt is read once. Then the trie is walked depth first with cached steps of one token, at most
+    `rows_at_once` of them together; an end token costs no step. So caches of that many rows are held for each level,
+    and a pass takes about (inner nodes of the trie × users / rows_at_once) steps.
+
+    Args:
+        model: the fused model; it may lack a Copilot.
+        batch: prompts; targets are not read.
+        trie: the catalogue.
+        seen: places in the catalogue that each user has, left out of the ranking.
+        keep: K, the largest cutoff.
+        weights: the λ.
+        rows_at_once: rows of a step.
+
+    Returns:
+        The ranking at each λ; equal scores are in the catalogue's order.
+
+    Raises:
+        ValueError: if a user has fewer than `keep` unseen items.
+    """
+    unseen_BT = trie.unseen_below(seen)
+    _check_keep(keep, unseen_BT[:, 0])
+    walk = _Walk(model, batch, trie, unseen_BT, list(weights), rows_at_once)
+    with _prepared(model, 0.0):  # the λ of the model would only cost time
+        scores_WBI = walk.run().cpu().numpy()
+    best_WBK = np.argsort(-scores_WBI, axis=-1, kind="stable")[..., :keep]
+    kept_WBK = np.take_along_axis(scores_WBI, best_WBK, axis=-1)
+    return {weight: Ranking(*pair) for weight, *pair in zip(weights, best_WBK, kept_WBK, strict=True)}
+
+
+@torch.no_grad()
+def rank_by_beams(
+    model: TCopilotModel,
+    batch: Batch,
+    trie: ItemTrie,
+    seen: Sequence[Sequence[int]],
+    keep: int,
+    weights: Sequence[float],
+    num_beams: int,
+    end_id: int,
+) -> dict[float, Ranking]:
+    """Search the best items by fused beam search that can leave neither the catalogue nor what is unseen.
+
+    This is `model.generate` with a mask, set up such that its scores are plain sums: no length penalty, and no stop
+    while an open beam is better than the worst finished one. It is exact once `num_beams` reaches the number of unseen
+    items; below that, an item is lost if its beginning falls behind, as in any beam search.
+
+    Args:
+        model: the fused model; it may lack a Copilot.
+        batch: prompts; targets are not read.
+        trie: the catalogue.
+        seen: places in the catalogue that each user has, left out of the ranking.
+        keep: K, the largest cutoff.
+        weights: the λ, searched side by side.
+        num_beams: beams of each user at each λ; memory and time grow with them.
+        end_id: the end token, with which every item ends.
+
+    Returns:
+        The ranking at each λ; equal scores are in the catalogue's order.
+
+    Raises:
+        ValueError: if `keep` exceeds `num_beams` or a user's unseen items.
+    """
+    unseen_BT = trie.unseen_below(seen)
+    if keep > num_beams:
+        raise ValueError(
+            f"cutoffs go up to {keep} with num_beams={num_beams}: that many beams cannot find {keep} items; "
+            f"raise num_beams to {keep} or lower the cutoffs"
+        )
+    _check_keep(keep, unseen_BT[:, 0])
+    start = 1 if model.config.is_encoder_decoder else batch.source_ids_BM.shape[1]
+    with _prepared(model, 0.0):
+        outputs = model.generate_at_weights(
+            weights,
+            batch.source_ids_BM,
+            batch.source_mask_BM.long(),
+            logits_processor=[_OnlyUnseen(trie, unseen_BT, num_beams, start)],
+            num_beams=num_beams,
+            num_return_sequences=num_beams,
+            max_new_tokens=trie.depth,
+            eos_token_id=end_id,
+            pad_token_id=end_id,
+            do_sample=False,
+            length_penalty=0.0,
+            early_stopping="never",
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    return {
+        weight: _found(trie, out.sequences[:, start:], out.sequences_scores, len(batch), keep)
+        for weight, out in zip(weights, outputs, strict=True)
+    }
+
+
+class _Walk:
+    """One exhaustive pass over the trie for a batch of users; see `rank_exhaustively`."""
+
+    def __init__(
+        self,
+        model: TCopilotModel,
+        batch: Batch,
+        trie: ItemTrie,
+        unseen_BT: np.ndarray,
+        weights: list[float],
+        rows_at_once: int,
+    ) -> None:
+        self.model, self.batch, self.trie, self.unseen_BT = model, batch, trie, unseen_BT
+        self.weights, self.rows_at_once = weights, rows_at_once
+        self.device = batch.source_ids_BM.device
+        shape = (len(weights), len(batch), trie.items)
+        self.scores_WBI = torch.full(shape, -torch.inf, device=self.device)
+
+    def run(self) -> Tensor:
+        """Return the scores [W, B, I] of all items; −inf for those that were seen."""
+        users_B = np.arange(len(self.batch))
+        scores_WB = torch.zeros(len(self.weights), len(self.batch), device=self.device)
+        self._visit(users_B, np.zeros_like(users_B), 0, self._new_cache(), scores_WB)
+        return self.scores_WBI
+
+    def _visit(self, users_R, nodes_R, depth: int, cache: TCopilotCache, scores_WR: Tensor) -> None:
+        """Read R nodes, score their children, then visit those that are no leaves."""
+        rows, children = self.trie.open_children(users_R, nodes_R, self.unseen_BT)
+        rows_at, tokens = self._tensor(rows), self._tensor(self.trie.token_T[children])
+        out = self._read(users_R, nodes_R, depth, cache)
+        log_probs_R1V = out.pilot_log_probs[:, -1:]
+        fused = (self.model.fuse(log_probs_R1V, out.corrections, weight) for weight in self.weights)
+        scores = scores_WR[:, rows_at] + torch.stack([log_probs[rows_at, -1, tokens] for log_probs in fused])
+        del out, log_probs_R1V, fused  # [R, V], not needed on the way down
+        users, items = users_R[rows], self.trie.item_T[children]
+        ended = np.flatnonzero(items >= 0)
+        self.scores_WBI[:, self._tensor(users[ended]), self._tensor(items[ended])] = scores[:, self._tensor(ended)]
+        inner = np.flatnonzero(items < 0)
+        for start in range(0, len(inner), self.rows_at_once):
+            part = inner[start : start + self.rows_at_once]
+            at = self._tensor(part)
+            self._visit(users[part], children[part], depth + 1, _select(cache, rows_at[at]), scores[:, at])
+
+    def _read(self, users_R, nodes_R, depth: int, cache: TCopilotCache):
+        """Run the model on the prompts (depth 0), or on the token of one node in every row."""
+        users = self._tensor(users_R)
+        tokens_R1, mask_RM = self._tensor(self.trie.token_T[nodes_R])[:, None], self.batch.source_mask_BM[users].long()
+        shared = {"past_key_values": cache, "use_cache": True, "output_corrections": True}
+        if self.model.config.is_encoder_decoder:
+            if depth == 0:
+                encoder, ids_BM = self.model.get_encoder(), self.batch.source_ids_BM
+                self._encoded_BMP = encoder(ids_BM, attention_mask=mask_RM).last_hidden_state
+                tokens_R1 = torch.full_like(tokens_R1, self.model.config.decoder_start_token_id)
+            encoded = BaseModelOutput(last_hidden_state=self._encoded_BMP[users])
+            return self.model(encoder_outputs=encoded, attention_mask=mask_RM, decoder_input_ids=tokens_R1, **shared)
+        if depth == 0:
+            return self.model(input_ids=self.batch.source_ids_BM, attention_mask=mask_RM, logits_to_keep=1, **shared)
+        mask = torch.cat([mask_RM, mask_RM.new_ones(len(mask_RM), depth)], dim=1)
+        return self.model(input_ids=tokens_R1, attention_mask=mask, **shared)
+
+    def _new_cache(self) -> TCopilotCache:
+        if self.model.config.is_encoder_decoder:
+            return TCopilotCache(EncoderDecoderCache(DynamicCache(), DynamicCache()))
+        return TCopilotCache(DynamicCache())
+
+    def _tensor(self, indices: np.ndarray) -> Tensor:
+        return torch.from_numpy(indices).to(self.device)
+
+
+class _OnlyUnseen(LogitsProcessor):
+    """Allows the tokens that lead to an item that the user has not seen, and nothing after an item's end."""
+
+    def __init__(self, trie: ItemTrie, unseen_BT: np.ndarray, num_beams: int, start: int) -> None:
+        self.trie, self.unseen_BT, self.start, self.num_beams = trie, unseen_BT, start, num_beams
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        nodes_R = np.zeros(len(input_ids), dtype=np.int64)
+        for tokens_R in input_ids[:, self.start :].T.cpu().numpy():
+            nodes_R = self.trie.step(nodes_R, tokens_R)
+        alive = np.flatnonzero(nodes_R >= 0)
+        if input_ids.shape[1] == self.start:  # all beams of a user are equal now: one is enough
+            alive = alive[:: self.num_beams]
+        users_R = np.repeat(np.arange(len(self.unseen_BT)), len(input_ids) // len(self.unseen_BT))  # λ and beams
+        rows, children = self.trie.open_children(users_R[alive], nodes_R[alive], self.unseen_BT)
+        rows = torch.from_numpy(alive[rows]).to(scores.device)
+        tokens = torch.from_numpy(self.trie.token_T[children]).to(scores.device)
+        masked = torch.full_like(scores, -torch.inf)
+        masked[rows, tokens] = scores[rows, tokens]
+        return masked
+
+
+def _found(trie: ItemTrie, sequences_RN: Tensor, scores_R: Tensor, users: int, keep: int) -> Ranking:
+    """Read items out of what beam search returned, best first, and drop its empty places."""
+    nodes = np.zeros(len(sequences_RN), dtype=np.int64)
+    for tokens in sequences_RN.T.cpu().numpy():
+        nodes = np.where(trie.item_T[nodes] >= 0, nodes, trie.step(nodes, tokens))
+    items = np.where(nodes >= 0, trie.item_T[nodes], -1)
+    scores = scores_R.float().cpu().numpy()
+    lost = (items < 0) | (scores < IMPOSSIBLE)
+    items_BK = np.where(lost, -1, items).reshape(users, -1)
+    scores_BK = np.where(lost, -np.inf, scores).astype(np.float32).reshape(users, -1)
+    order_BK = np.lexsort((items_BK, -scores_BK))[:, :keep]
+    return Ranking(np.take_along_axis(items_BK, order_BK, 1), np.take_along_axis(scores_BK, order_BK, 1))
+
+
+@contextmanager
+def _prepared(model: TCopilotModel, weight: float) -> Iterator[None]:
+    """Set λ, and put the checkpoint's own generation settings aside: a forced or forbidden token changes scores."""
+    before = model.weight, model.generation_config
+    model.weight = weight
+    model.generation_config = GenerationConfig(decoder_start_token_id=model.config.decoder_start_token_id)
+    try:
+        yield
+    finally:
+        model.weight, model.generation_config = before
+
+
+def _check_keep(keep: int, unseen_B: np.ndarray) -> None:
+    if keep > unseen_B.min():
+        user = int(unseen_B.argmin())
+        raise ValueError(
+            f"cutoffs go up to {keep}, and the user in row {user} of the batch has {unseen_B[user]} unseen items to "
+            f"rank; lower the cutoffs to at most {unseen_B[user]}"
+        )
+
+
+def _select(cache: TCopilotCache, rows: Tensor) -> TCopilotCache:
+    """Return a cache of some of the rows; the given one stays as it is."""
+    chosen = _share(cache)
+    chosen.batch_select_indices(rows)
+    return chosen
+
+
+def _share(value: Any) -> Any:
+    """Copy a cache but not its tensors; the selection of rows that follows takes tensors of its own."""
+    if isinstance(value, dict):
+        return {key: _share(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_share(item) for item in value]
+    if isinstance(value, Cache | CacheLayerMixin | CopilotState):
+        shared = copy.copy(value)
+        shared.__dict__.update({name: _share(item) for name, item in vars(value).items()})
+        return shared
+    return value
