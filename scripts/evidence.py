@@ -26,7 +26,7 @@ import yaml
 from tcopilot.app.controls import CONTROLS
 from tcopilot.app.run import STOPPED
 from tcopilot.reporting.evidence import DEFAULT, TaskEvidence, as_markdown, gather, put_between_markers
-from tcopilot.reporting.runs import Run, find_runs
+from tcopilot.reporting.finished_runs import FinishedRun, find_runs
 from tcopilot.training.checkpoints import checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -147,7 +147,7 @@ def evidence(settings: dict[str, Any], preset: str, folder: Path) -> tuple[list[
     done = [job for job in jobs if (job.folder / FINISHED).exists()]
     tasks = []
     for part, task in dict.fromkeys((job.part, job.task) for job in done):
-        arms: dict[str, list[Run]] = {}
+        arms: dict[str, list[FinishedRun]] = {}
         for job in done:
             if (job.part, job.task) == (part, task):
                 arms.setdefault(job.arm, []).extend(find_runs([job.folder]).runs)

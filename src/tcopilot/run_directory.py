@@ -38,6 +38,7 @@ class RunDirectory:
     export = _Entry("export")  # the fused model as transformers saves it
     controls = _Entry("control")  # a run directory for each control, with predictions only
     trace = _Entry("trace")  # target positions of both models, see `tcopilot.evaluation.trace`
+    trace_meta = _Entry("trace/meta.json")
     theorem = _Entry("theorem.json")  # what tcopilot-theorem has measured
     report = _Entry("report")  # the page of tcopilot-report
     wandb = _Entry("wandb.json")  # id and group of wandb's run, which a resumed run goes on with
@@ -54,6 +55,10 @@ class RunDirectory:
     def control(self, name: str) -> RunDirectory:
         """The directory of a control, such as `equal_time`."""
         return RunDirectory(self.controls / name)
+
+    def trace_rows(self, benchmark: str) -> Path:
+        """The traced rows of a benchmark."""
+        return self.trace / f"{benchmark}.jsonl.gz"
 
 
 RUNLESS = {entry.name for entry in (RunDirectory.checkpoints, RunDirectory.controls, RunDirectory.export)}

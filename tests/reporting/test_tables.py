@@ -10,9 +10,10 @@ from written_runs import ARITHMETIC, REASONING, published_run, write_run, write_
 
 from tcopilot.evaluation.results import Control, Results
 from tcopilot.reporting import published
-from tcopilot.reporting.runs import find_runs, group_runs
-from tcopilot.reporting.sheets import lay_out
-from tcopilot.reporting.tables import Seen, join_benchmarks, line_over_seeds, main, summarise
+from tcopilot.reporting.finished_runs import find_runs
+from tcopilot.reporting.seed_groups import group_runs
+from tcopilot.reporting.summaries import Seen, join_benchmarks, line_over_seeds, summarise
+from tcopilot.reporting.tables import lay_out, main
 
 CUTS = (5, 10, 20, 100)
 

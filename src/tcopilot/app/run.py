@@ -22,7 +22,6 @@ from tcopilot.app.checks.config import evaluation_problems, refuse_missing
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.console import quiet_libraries, show_results, show_summary
 from tcopilot.app.controls import JointRun, against_controls, controls
-from tcopilot.app.dashboards import closing_wandb, log_evaluation
 from tcopilot.app.memory.estimate import budget
 from tcopilot.app.trainer import make_callbacks, make_trainer
 from tcopilot.data.benchmarks import DataError
@@ -34,9 +33,11 @@ from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.models.transfer import put_on, transfer_problems
 from tcopilot.processes import DisagreementError, LostProcessError, agree_on, is_first, is_lost_process, rank
-from tcopilot.run_directory import flatten
+from tcopilot.reporting.dashboards import log_evaluation
+from tcopilot.run_directory import RunDirectory, flatten
 from tcopilot.training.callbacks import FlopCount, GracefulStop, RoundCheckpoint, SameSettings
 from tcopilot.training.checkpoints import CheckpointError, checkpoints, newest_good, round_of
+from tcopilot.training.loggers import closing_wandb
 from tcopilot.training.module import TCopilotModule, TrainingDivergedError
 from tcopilot.version import __version__
 
@@ -160,7 +161,7 @@ def _evaluate(cfg: DictConfig) -> float:
         decoding = replace(build.decoding(trained.evaluation), decoding="dynamic")  # timed, so nothing may compile
         evaluator = Evaluator(model, tokenizer, data, run_dir / "predictions", decoding)
         weights = {name: results.weight_of(name) for name in data.benchmark_names}
-        write_trace(evaluator, trained.evaluation.report_on, run_dir / "trace", cfg.trace_rows, source, weights)
+        write_trace(evaluator, trained.evaluation.report_on, RunDirectory(run_dir), cfg.trace_rows, source, weights)
     results.params = build.parameter_counts(model)
     _add_training(results, cfg, source)
     if other is not None:

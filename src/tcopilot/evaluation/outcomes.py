@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.likelihood import Likelihood
@@ -23,6 +24,33 @@ def read_predictions(results: Results, folder: Path, benchmark: str, weight: flo
             if gain is None or all(gain.metric in prediction["scores"] for prediction in found.values()):
                 return found
     return {}
+
+
+class Answers(NamedTuple):
+    """The answers of Pilot and fused model to one row, as texts."""
+
+    benchmark: str
+    id: int
+    prompt: str
+    target: str
+    pilot: str
+    fused: str
+    outcome: str
+
+
+def answers_of_both(results: Results, folder: Path, benchmark: str) -> list[Answers]:
+    """Return the rows of the reported split that both models answered, the fused one at its selected λ."""
+    gain = results.row_wise().get(benchmark)
+    weights = (0.0, results.weight_of(benchmark) or 0.0)
+    pilot, fused = (read_predictions(results, folder, benchmark, weight) for weight in weights)
+    return [
+        Answers(
+            benchmark, number, said["prompt"], said["target"], answer_text(said), answer_text(fused[number]),
+            outcome(said, fused[number], gain),
+        )
+        for number, said in pilot.items()
+        if number in fused
+    ]  # fmt: skip
 
 
 def answer_text(prediction: Prediction) -> str:

@@ -24,6 +24,7 @@ from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.trace_views import Position, positions, trace_targets
 from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.run_directory import RunDirectory, write_whole
 
 log = logging.getLogger(__name__)
 VERSION = 2
@@ -36,7 +37,7 @@ Row = dict[str, Any]
 def write_trace(
     evaluator: Evaluator,
     split: str,
-    folder: str | Path,
+    run: RunDirectory,
     limit: int | None,
     trained: str | Path,
     weights: Mapping[str, float],
@@ -46,14 +47,14 @@ def write_trace(
     Args:
         evaluator: of a model that has a Copilot; brings rows and decoding.
         split: whose rows are traced.
-        folder: where the files go; older traces there are replaced.
+        run: where the files go; older traces there are replaced.
         limit: rows of each benchmark, spread evenly over the split; None traces all.
         trained: directory of the training run, where the report finds the curves of training.
         weights: λ of each benchmark.
     """
-    folder, model = Path(folder), evaluator.model
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.jsonl.gz"):
+    model = evaluator.model
+    run.trace.mkdir(parents=True, exist_ok=True)
+    for old in run.trace.glob(run.trace_rows("*").name):
         old.unlink()
     meta: dict[str, Any] = {
         "version": VERSION, "correction_unit": model.fusion.correction_unit, "feedback": model.config.feedback,
@@ -67,7 +68,7 @@ def write_trace(
         log.info("trace of %s: %d of %d rows", name, len(some), len(rows))
         tracer = _Tracer(evaluator, name)
         before, model.weight = model.weight, weights[name]
-        with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as file:
+        with gzip.open(run.trace_rows(name), "wt", encoding="utf-8") as file:
             for line in tracer.lines(some):
                 file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
         model.weight = before
@@ -77,7 +78,7 @@ def write_trace(
             "traced": len(some),
             "decoding": tracer.timings,
         }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(run.trace_meta, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
 
 
 def trace_problems(cfg: DictConfig, trained: DictConfig) -> list[str]:

@@ -6,18 +6,20 @@ comparison is over the rows that both sides answered.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+import pandas as pd
 
 from tcopilot.data.metrics import NLL, SHARE, scale, show_difference
 from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.results import Gain
 from tcopilot.evaluation.significance import Comparison, compare, direction, over_seeds, p_text
-from tcopilot.reporting.runs import Run
+from tcopilot.reporting.finished_runs import FinishedRun
+from tcopilot.run_directory import RunDirectory
 
 DEFAULT = "default"
+VERDICTS = ("better", "worse", "not distinguishable")
 BEGIN, END = "<!-- evidence: tables -->", "<!-- evidence: end of tables -->"
 HEAD = (
     *("arm", "Pilot", "with it", "gain over its Pilot [95 %], p", f"against `{DEFAULT}` [95 %], p"),
@@ -62,7 +64,7 @@ class TaskEvidence:
         return next((line for line in self.lines if line.name == name), None)
 
 
-def gather(name: str, arms: Mapping[str, Sequence[Run]], controls: Mapping[str, str]) -> list[TaskEvidence]:
+def gather(name: str, arms: Mapping[str, Sequence[FinishedRun]], controls: Mapping[str, str]) -> list[TaskEvidence]:
     """Read the runs of a task; each of its benchmarks is a table of its own.
 
     Args:
@@ -83,14 +85,16 @@ def gather(name: str, arms: Mapping[str, Sequence[Run]], controls: Mapping[str, 
     ]
 
 
-def _task(name: str, arms: Mapping[str, Sequence[Run]], controls: Mapping[str, str], gain: Gain) -> TaskEvidence:
+def _task(
+    name: str, arms: Mapping[str, Sequence[FinishedRun]], controls: Mapping[str, str], gain: Gain
+) -> TaskEvidence:
     benchmark, metric, lower = gain.benchmark, gain.metric, not gain.higher_is_better
-    lines = [_arm_line(arm, runs, benchmark, metric) for arm, runs in arms.items() if runs]
+    lines = [_line(arm, runs, benchmark, metric) for arm, runs in arms.items() if runs]
     lines.sort(key=lambda line: line.name != DEFAULT)
     for folder, title in controls.items():
         runs = [run for run in arms[DEFAULT] if any(control.name == title for control in run.results.controls)]
         if runs:
-            lines.append(_control_line(folder, title, runs, benchmark, metric))
+            lines.append(_line(title, runs, benchmark, metric, folder))
     for line in lines:
         line.gain = _compared(line.pilot, line.scores, lower)
         if line is not lines[0]:
@@ -113,23 +117,17 @@ def as_markdown(tasks: Sequence[TaskEvidence], missing: Sequence[str] = ()) -> s
 def conclusions(tasks: Sequence[TaskEvidence]) -> str:
     """One paragraph: where the default arm helps its Pilot, what costs as much and gives more, and what beats it."""
     short = _short_names(tasks)
-    gains = {"better": [], "worse": [], "not distinguishable": []}
-    for task in tasks:
-        gains[_verdict(task.lines[0].gain)].append(short[task.name])
+    gains = [(short[task.name], task.lines[0].gain) for task in tasks]
     sentences = [f"Over its own Pilot, `{DEFAULT}` is {_counted(gains)} of {len(tasks)} tables."]
     ahead = []
     for name in _others(tasks):
-        found = {"better": [], "worse": [], "not distinguishable": []}
-        seeds = 0
-        for task in tasks:
-            if line := task.line(name):
-                found[_verdict(line.against)].append(short[task.name])
-                seeds += len(line.ahead) == len(line.seeds)
-        tables = sum(map(len, found.values()))
+        lines = [(short[task.name], line) for task in tasks if (line := task.line(name))]
+        seeds = sum(len(line.ahead) == len(line.seeds) for _, line in lines)
         if _is_control(name):
-            sentences.append(f"{name[0].upper()}{name[1:]}: {_counted(found)}, of {tables} against `{DEFAULT}`.")
-        elif 2 * seeds > tables:
-            ahead.append(f"`{name}` ({seeds} of {tables} tables)")
+            found = _counted([(task, line.against) for task, line in lines])
+            sentences.append(f"{name[0].upper()}{name[1:]}: {found}, of {len(lines)} against `{DEFAULT}`.")
+        elif 2 * seeds > len(lines):
+            ahead.append(f"`{name}` ({seeds} of {len(lines)} tables)")
     if ahead:
         sentences.append(f"Ahead of `{DEFAULT}` on every seed of most tables: {', '.join(ahead)}.")
     else:
@@ -163,7 +161,7 @@ def _others(tasks: Sequence[TaskEvidence]) -> list[str]:
 
 
 def _is_control(name: str) -> bool:
-    """Controls go by a title, arms by the name of their config."""
+    """Controls go by a title with spaces, arms by the name of their config."""
     return " " in name
 
 
@@ -174,8 +172,9 @@ def _short_names(tasks: Sequence[TaskEvidence]) -> dict[str, str]:
     return {name: one if values.count(one) == 1 else name for name, one in short.items()}
 
 
-def _counted(found: Mapping[str, Sequence[str]]) -> str:
-    """Say on how many tables a comparison came out which way, and name the fewer."""
+def _counted(comparisons: Sequence[tuple[str, Comparison]]) -> str:
+    """Say on how many tasks a comparison came out which way, and name the tasks of all but the most frequent way."""
+    found = {verdict: [name for name, one in comparisons if _verdict(one) == verdict] for verdict in VERDICTS}
     most = max(found, key=lambda verdict: len(found[verdict]))
     return ", ".join(
         f"{verdict} on {len(names)}" + (f" ({', '.join(names)})" if verdict != most else "")
@@ -195,73 +194,50 @@ def put_between_markers(page: str, text: str) -> str:
     return f"{page.partition(BEGIN)[0]}{BEGIN}\n\n{text}\n\n{END}{page.partition(END)[2]}"
 
 
-def _arm_line(arm: str, runs: Sequence[Run], benchmark: str, metric: str) -> Line:
-    at_zero, fused, likelihoods, weights = {}, {}, [], []
+def _line(name: str, runs: Sequence[FinishedRun], benchmark: str, metric: str, control: str | None = None) -> Line:
+    """Read the line of an arm, or that of the control `name`, whose predictions lie in the folder `control`."""
+    pilot, scores, likelihoods, weights, costs = {}, {}, [], [], []
     for run in runs:
-        weight = run.results.weight_of(benchmark)
-        at_zero |= _scores(run, run.folder, benchmark, metric, 0.0)
-        fused |= _scores(run, run.folder, benchmark, metric, weight)
-        likelihoods.append(
-            [run.results.find("all", NLL.name, run.results.reported_on, w).value for w in (0.0, weight)]
-        )
+        results, weight, folder = run.results, run.results.weight_of(benchmark), run.directory
+        likelihood = results.find("all", NLL.name, results.reported_on, weight)
+        costs.append(results)
+        if control is not None:
+            weight, folder = 0.0, folder.control(control)
+            likelihood = next(c for c in results.controls if (c.name, c.metric) == (name, NLL.name))
+            costs[-1] = likelihood
+        pilot |= _scores(run, run.directory, benchmark, metric, 0.0)
+        scores |= _scores(run, folder, benchmark, metric, weight)
+        at_zero = results.find("all", NLL.name, results.reported_on, 0.0)
+        likelihoods.append([at_zero.value, likelihood.value])
         weights.append(weight)
-    flops = [run.results.train_flops for run in runs]
-    last = [_last_validation(run.folder) for run in runs]
+    of_arm = runs if control is None else []
     return Line(
-        name=arm,
-        seeds=[run.results.seed for run in runs],
-        scores=fused,
-        pilot=at_zero,
-        nll=tuple(_mean(column) for column in zip(*likelihoods, strict=True)),
-        error_ratio=_mean([one.get("val/error_ratio") for one in last]),
-        best_weight=_mean([run.results.best_weight for run in runs]),
-        weights=weights,
-        rounds=_mean([run.results.rounds for run in runs]),
-        seconds=_mean([run.results.train_seconds for run in runs]),
-        flops=_mean(flops),
-    )
-
-
-def _control_line(folder: str, title: str, runs: Sequence[Run], benchmark: str, metric: str) -> Line:
-    at_zero, scores, likelihoods = {}, {}, []
-    costs = [next(c for c in run.results.controls if c.name == title) for run in runs]
-    for run in runs:
-        at_zero |= _scores(run, run.folder, benchmark, metric, 0.0)
-        scores |= _scores(run, run.folder / "control" / folder, benchmark, metric, 0.0)
-        own = next(c for c in run.results.controls if (c.name, c.metric) == (title, NLL.name))
-        likelihoods.append([run.results.find("all", NLL.name, run.results.reported_on, 0.0).value, own.value])
-    return Line(
-        name=title,
+        name=name,
         seeds=[run.results.seed for run in runs],
         scores=scores,
-        pilot=at_zero,
+        pilot=pilot,
         nll=tuple(_mean(column) for column in zip(*likelihoods, strict=True)),
-        error_ratio=None,
-        best_weight=None,
-        weights=[],
-        rounds=_mean([cost.rounds for cost in costs]),
-        seconds=_mean([cost.train_seconds for cost in costs]),
-        flops=_mean([cost.train_flops for cost in costs]),
+        error_ratio=_mean(map(_last_error_ratio, of_arm)),
+        best_weight=_mean(run.results.best_weight for run in of_arm),
+        weights=weights if control is None else [],
+        rounds=_mean(cost.rounds for cost in costs),
+        seconds=_mean(cost.train_seconds for cost in costs),
+        flops=_mean(cost.train_flops for cost in costs),
     )
 
 
-def _scores(run: Run, folder: Path, benchmark: str, metric: str, weight: float) -> Scores:
-    """Read a score for each test row out of the predictions, which `results.json` was made from."""
-    found = read_predictions(run.results, folder / "predictions", benchmark, weight)
+def _scores(run: FinishedRun, folder: RunDirectory, benchmark: str, metric: str, weight: float) -> Scores:
+    """Read a score for each reported row out of the predictions, which `results.json` was made from."""
+    found = read_predictions(run.results, folder.predictions, benchmark, weight)
     if not found:
         raise ValueError(f"{folder}: no predictions of {benchmark} at λ = {weight:g}; run it anew")
     return {(run.results.seed, row): prediction["scores"][metric] for row, prediction in found.items()}
 
 
-def _last_validation(folder: Path) -> dict[str, float]:
-    """The last value of each `val/` metric while training."""
-    found: dict[str, float] = {}
-    path = folder / "metrics.csv"
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            for line in csv.DictReader(file):
-                found |= {name: float(value) for name, value in line.items() if name.startswith("val/") and value}
-    return found
+def _last_error_ratio(run: FinishedRun) -> float | None:
+    """`val/error_ratio` of the last validation while training; None where there was none."""
+    measured = run.metrics.get("val/error_ratio", pd.Series(dtype=float)).dropna()
+    return None if measured.empty else float(measured.iloc[-1])
 
 
 def _compared(before: Scores, after: Scores, lower_is_better: bool) -> Comparison:
@@ -273,14 +249,11 @@ def _compared(before: Scores, after: Scores, lower_is_better: bool) -> Compariso
 
 
 def _seeds_ahead(default: Scores, other: Scores, lower_is_better: bool) -> list[int]:
-    """The seeds whose own rows speak for the other."""
-    found = []
-    common = default.keys() & other.keys()
-    for seed in sorted({seed for seed, _ in common}):
-        difference = sum(other[key] - default[key] for key in common if key[0] == seed)
-        if (difference < 0) if lower_is_better else (difference > 0):
-            found.append(seed)
-    return found
+    """The seeds on whose rows the other is better in sum."""
+    sums: dict[int, float] = {}
+    for key in default.keys() & other.keys():
+        sums[key[0]] = sums.get(key[0], 0.0) + other[key] - default[key]
+    return sorted(seed for seed, difference in sums.items() if (-difference if lower_is_better else difference) > 0)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

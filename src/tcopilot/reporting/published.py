@@ -3,13 +3,14 @@
 Figures are in percent, as printed, and rounded to 0.1. The paper gives means of three runs without a spread.
 """
 
-import csv
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from math import log2
 from typing import NamedTuple
+
+import pandas as pd
 
 REASONING = ("commonsense", "arithmetic")  # suites that the paper averages
 ROUNDING = 0.05  # points by which a published figure may be off
@@ -41,8 +42,7 @@ class Impossible(NamedTuple):
 @cache
 def benchmarks() -> dict[str, Benchmark]:
     """Return the paper's benchmarks by our name of them, in the order of its tables."""
-    rows = (Benchmark(row["benchmark"], row["label"], row["suite"], int(row["rows"])) for row in _read("benchmarks"))
-    return {row.name: row for row in rows}
+    return {row[0]: Benchmark(*row) for row in _read("benchmarks").itertuples(index=False, name=None)}
 
 
 def members(suite: str) -> list[str]:
@@ -63,7 +63,7 @@ def pilot_name(path: str | None) -> str | None:
     ('LLaMA-3.2-1B', 'FLAN-T5-small', None)
     """
     row = _model(path)
-    return row["pilot"] if row else None
+    return None if row is None else row.pilot
 
 
 def copilot_name(pilot_path: str | None, copilot_path: str | None, layers: float | None) -> str | None:
@@ -78,8 +78,10 @@ def copilot_name(pilot_path: str | None, copilot_path: str | None, layers: float
     ('T-Copilot-small', None)
     """
     row = _model(copilot_path or pilot_path)
-    full = layers is None or (isinstance(layers, float) and layers == 1) or (row and str(layers) == row["layers"])
-    return (row["copilot"] or None) if row and full else None
+    if row is None:
+        return None
+    full = layers is None or (isinstance(layers, float) and layers == 1) or str(layers) == row.layers
+    return row.copilot or None if full else None
 
 
 def figures(pilot: str | None, copilot: str | None = None) -> dict[tuple[str, str], float]:
@@ -93,16 +95,13 @@ def figures(pilot: str | None, copilot: str | None = None) -> dict[tuple[str, st
         Percent by benchmark and metric. The averages are there as benchmarks `commonsense_avg` and `arithmetic_avg`.
         Empty if nothing was published.
     """
-    if pilot is None:
-        return {}
     found = {}
-    for row in _read("reasoning"):
-        if (row.pop("pilot"), row.pop("copilot")) == (pilot, copilot or ""):
-            found |= {(benchmark, "accuracy"): float(value) for benchmark, value in row.items()}
-    for row in _read("recommendation"):
-        benchmark = row.pop("benchmark")
-        if (row.pop("pilot"), row.pop("copilot")) == (pilot, "T-Copilot" if copilot else ""):
-            found |= {(benchmark, metric): float(value) for metric, value in row.items()}
+    for table, name in (("reasoning", copilot), ("recommendation", copilot and "T-Copilot")):
+        rows = _read(table)
+        for row in rows[(rows.pilot == pilot) & (rows.copilot == (name or ""))].to_dict("records"):
+            benchmark = row.get("benchmark")
+            values = {key: value for key, value in row.items() if key not in ("pilot", "copilot", "benchmark")}
+            found |= {(benchmark or key, key if benchmark else "accuracy"): value for key, value in values.items()}
     return found
 
 
@@ -132,12 +131,16 @@ def impossible_ndcg(found: Mapping[str, float], rounding: float = ROUNDING) -> l
     return steps
 
 
-def _model(path: str | None) -> dict[str, str] | None:
-    last = (path or "").rstrip("/").rpartition("/")[2].casefold()
-    return next((row for row in _read("models") if row["checkpoint"].casefold() == last), None)
+def _model(path: str | None) -> pd.Series | None:
+    models, last = _read("models"), (path or "").rstrip("/").rpartition("/")[2].casefold()
+    found = models[models.checkpoint.str.casefold() == last]
+    return None if found.empty else found.iloc[0]
 
 
-def _read(name: str) -> Iterator[dict[str, str]]:
-    """Rows of a file of the package; lines with # are remarks."""
-    text = (files("tcopilot.reporting") / "paper_tables" / f"{name}.csv").read_text(encoding="utf-8")
-    return csv.DictReader(line for line in text.splitlines() if not line.startswith("#"))
+@cache
+def _read(name: str) -> pd.DataFrame:
+    """A table of the package; lines with # are remarks, and empty cells are empty texts."""
+    with (files("tcopilot.reporting") / "paper_tables" / f"{name}.csv").open(encoding="utf-8") as file:
+        return pd.read_csv(
+            file, comment="#", keep_default_na=False, dtype={"layers": str}, float_precision="round_trip"
+        )

@@ -1,164 +1,123 @@
 """`tcopilot-table`: one table from many run directories, beside the paper's figures.
 
-Runs that differ only in their seed are one experiment and give mean ± sd. Accuracies and their like are in percent,
-differences in points; losses keep their own unit.
+The same tables go to the terminal and to Markdown as text; CSV and JSON hold their figures unrounded.
 """
 
+from __future__ import annotations
+
 import argparse
+import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from itertools import groupby
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from scipy import stats
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from tcopilot.data.metrics import printed_unit, scale
-from tcopilot.evaluation.significance import ALPHA, over_seeds
-from tcopilot.reporting import published, sheets
-from tcopilot.reporting.runs import Found, Group, Run, find_runs, group_runs
+from tcopilot.evaluation.significance import p_text
+from tcopilot.reporting import published
+from tcopilot.reporting.finished_runs import FinishedRun, Found, find_runs
+from tcopilot.reporting.seed_groups import group_runs
+from tcopilot.reporting.summaries import (
+    IMPOSSIBLE,
+    NONE,
+    Line,
+    Summary,
+    figure,
+    join_benchmarks,
+    rank,
+    summarise,
+)  # fmt: skip
 
-ACCURACIES = ("accuracy", "accuracy_lenient")  # the paper's accuracy is either
-
-
-class Spread(NamedTuple):
-    """Mean over seeds, and sample standard deviation where there is more than one seed."""
-
-    mean: float
-    sd: float | None
-
-
-class Seen(NamedTuple):
-    """One metric in one run, in the printed unit; `fused` and what belongs to it is None without a Copilot."""
-
-    seed: int
-    n: int | None
-    pilot: float
-    fused: float | None = None
-    weight: float | None = None
-    p_value: float | None = None
-    verdict: str | None = None
-    unit: str = "%"
-    higher_is_better: bool = True
+WIDTH = 200  # characters, where the output is no terminal
+LEFT = {"", "benchmark", "metric", "verdict"}  # heads of columns of words
 
 
 @dataclass
-class Line:
-    """One metric of one benchmark over the seeds of an experiment."""
+class Sheet:
+    """A table as text, for the terminal and Markdown; `None` among the rows is a horizontal rule."""
 
-    benchmark: str  # or `commonsense_avg` and `arithmetic_avg`
-    metric: str
-    unit: str  # of every figure here, as printed: `%` for shares, `nats`, …
-    n: str  # rows; text since they may differ between seeds, empty for an average
-    seeds: list[int]
-    weights: list[float]  # the λ selected, one for each seed
-    pilot: Spread  # λ = 0
-    fused: Spread | None  # at the selected λ
-    gain: Spread | None
-    relative: float | None  # the gain in percent of the Pilot's mean
-    p_value: float | None  # of the run's own paired test over rows, or of a paired t test over seeds
-    verdict: str  # the same in words
-    published_pilot: float | None = None
-    published_fused: float | None = None
-    impossible: set[str] = field(default_factory=set)  # sides whose published figure contradicts the hits beside it
-
-    def beyond(self, side: str) -> float | None:
-        """Return our mean minus the published figure in points, if there is one that is possible."""
-        ours, theirs = getattr(self, side), getattr(self, f"published_{side}")
-        return None if ours is None or theirs is None or side in self.impossible else ours.mean - theirs
-
-
-@dataclass
-class Summary:
-    """What a group of runs found, and what the paper did."""
-
-    group: Group
-    published_metric: str  # the one of our metrics that stands beside the paper's accuracies
+    title: str
+    head: list[str]
+    rows: list[list[str] | None]
     notes: list[str]
-    lines: list[Line] = field(default_factory=list)  # benchmarks in the paper's order, averages behind their suite
-    missing: dict[str, list[str]] = field(default_factory=dict)  # by average: the members that it lacks
-
-    def line(self, benchmark: str, metric: str) -> Line | None:
-        """Return the line of a metric, or None."""
-        return next((line for line in self.lines if (line.benchmark, line.metric) == (benchmark, metric)), None)
 
 
-def summarise(group: Group, metric: str | None = None) -> Summary:
-    """Summarise a group over its seeds, beside the paper's figures.
-
-    Without a metric, accuracy is shown and the lenient one if it is there, or hits and NDCG.
-    """
-    seen = _observations(group)
-    known = published.benchmarks()
-    order = list(known)
-    names = list(dict.fromkeys(benchmark for benchmark, _ in seen if metric or benchmark != "all"))
-    names.sort(key=lambda name: order.index(name) if name in order else len(order))
-    shown = {name: chosen for name in names if (chosen := _shown([m for b, m in seen if b == name], metric))}
-    strict, lenient = ({name for name, metrics in shown.items() if kind in metrics} for kind in ACCURACIES)
-    compared = "accuracy_lenient" if lenient and strict <= lenient else metric or "accuracy"
-    summary = Summary(group, compared, list(group.notes))
-    for suite, members in groupby(shown, lambda name: known[name].suite if name in known else None):
-        here = [(name, m) for name in members for m in shown[name]]
-        summary.lines += [line_over_seeds(name, m, list(seen[name, m].values())) for name, m in here]
-        for m in dict.fromkeys(m for _, m in here) if suite in published.REASONING else ():
-            _average(summary, suite, m, seen)
-    _publish(summary)
-    summary.notes += _controls(summary)
-    return summary
+def lay_out(summaries: Sequence[Summary]) -> list[Sheet]:
+    """Lay out the gains of each group, and then all groups in the paper's columns."""
+    laid = [_gain_sheet(summary) for summary in summaries if summary.lines]
+    lines = [line for summary in summaries for line in summary.lines]
+    columns = []
+    for suite in published.REASONING:
+        names = published.members(suite)
+        if any(line.benchmark in names for line in lines):
+            columns += [(published.benchmarks()[name].label, name, None) for name in names]
+            columns.append(("avg", f"{suite}_avg", None))
+    if columns:
+        laid.append(_paper_sheet("In the paper's columns", summaries, columns))
+    for name in published.members("recommendation"):
+        if metrics := dict.fromkeys(line.metric for line in lines if line.benchmark == name):
+            columns = [(metric, name, metric) for metric in sorted(metrics, key=rank)]
+            laid.append(_paper_sheet(published.benchmarks()[name].label, summaries, columns))
+    return laid
 
 
-def join_benchmarks(summaries: Sequence[Summary]) -> list[Summary]:
-    """Put groups that differ only in their data, such as one run for each set, into one summary.
-
-    Averages over a suite stay away: its members come from models that were trained apart.
-    """
-    order, joined = list(published.benchmarks()), {}
-    for summary in summaries:
-        config = summary.group.config
-        kept = sorted((k, str(v)) for k, v in config.items() if k.split(".")[0] not in ("data", "evaluation"))
-        names = {line.benchmark for line in summary.lines}
-        parts = joined.setdefault((summary.group.pilot, summary.group.copilot, str(kept)), [])
-        place = next(
-            (part for part in parts if names.isdisjoint(line.benchmark for s in part for line in s.lines)), None
-        )
-        parts.append([summary]) if place is None else place.append(summary)
-    made = []
-    for part in (part for parts in joined.values() for part in parts):
-        if len(part) == 1:
-            made += part
-            continue
-        group = part[0].group
-        models = f"{group.pilot} + {group.copilot}" if group.copilot else f"{group.pilot} alone"
-        whole = Summary(
-            replace(group, keys="", label=f"{models}, one run for each benchmark"), part[0].published_metric, []
-        )
-        whole.lines = [line for s in part for line in s.lines if not line.benchmark.endswith("_avg")]
-        whole.lines.sort(key=lambda line: order.index(line.benchmark) if line.benchmark in order else len(order))
-        whole.notes = list(dict.fromkeys(note for s in part for note in s.notes))
-        made.append(whole)
-    return made
+def show(summaries: Sequence[Summary]) -> None:
+    """Print the sheets, as wide as the terminal is."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    for sheet in lay_out(summaries):
+        table = Table(title=escape(sheet.title), title_justify="left")
+        for head in sheet.head:
+            table.add_column(head, justify="left" if head in LEFT else "right", no_wrap=head not in ("", "verdict"))
+        for row in sheet.rows:
+            table.add_row(*map(escape, row)) if row else table.add_section()
+        console.print(table)
+        for note in (*sheet.notes, ""):
+            console.print(escape(note))
 
 
-def line_over_seeds(benchmark: str, metric: str, seen: Sequence[Seen]) -> Line:
-    """Make one line of one metric's figures, one for each seed.
+def as_markdown(summaries: Sequence[Summary], found: Found) -> str:
+    """Write the sheets as Markdown tables with their notes beneath."""
+    parts = []
+    for sheet in lay_out(summaries):
+        rule = ["---" if head in LEFT else "---:" for head in sheet.head]
+        rows = [sheet.head, rule, *filter(None, sheet.rows)]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        parts.append("\n".join([f"### {sheet.title}", "", *lines, "", *(f"- {note}" for note in sheet.notes)]))
+    if problems := found.problems():
+        parts.append("\n".join(["### Left out", "", *(f"- {problem}" for problem in problems)]))
+    return "\n\n".join(parts) + "\n"
 
-    One seed keeps its own paired test over the rows. Several are compared with a paired t test over the seeds, and
-    the verdict also counts how each seed judged alone.
-    """
-    both = [one for one in seen if one.fused is not None]
-    gains = [one.fused - one.pilot for one in both]
-    gain, base = _spread(gains), _spread([one.pilot for one in both])
-    sizes = {one.n for one in seen if one.n is not None}
-    p_value, verdict = _judge(both, gains)
-    return Line(
-        benchmark, metric, unit=seen[0].unit,
-        n="–".join(str(size) for size in sorted({min(sizes), max(sizes)})) if sizes else "",
-        seeds=[one.seed for one in seen], weights=[one.weight for one in both if one.weight is not None],
-        pilot=_spread([one.pilot for one in seen]), fused=_spread([one.fused for one in both]), gain=gain,
-        relative=100 * gain.mean / base.mean if base and base.mean else None, p_value=p_value, verdict=verdict,
-    )  # fmt: skip
+
+def as_csv(summaries: Sequence[Summary], _: Found) -> str:
+    """Write one line for each group, benchmark and metric; lists are separated by spaces."""
+    rows = [
+        {"group": summary.group.label, "pilot": summary.group.pilot, "copilot": summary.group.copilot}
+        | {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in record.items()}
+        for summary in summaries
+        for record in _records(summary)
+    ]
+    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
+
+
+def as_json(summaries: Sequence[Summary], found: Found) -> str:
+    """Write everything the tables show as one JSON object."""
+    shown = [
+        {"label": summary.group.label, "pilot": summary.group.pilot, "copilot": summary.group.copilot}
+        | {"runs": [str(run.folder) for run in summary.group.runs], "published_metric": summary.published_metric}
+        | {"lines": _records(summary), "missing": summary.missing, "notes": summary.notes}
+        for summary in summaries
+    ]
+    unreadable = [{"folder": str(folder), "reason": reason} for folder, reason in found.unreadable]
+    data = {"groups": shown, "unfinished": [str(folder) for folder in found.unfinished], "unreadable": unreadable}
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+FORMATS = {"markdown": as_markdown, "csv": as_csv, "json": as_json}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -171,28 +130,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("tcopilot-table", description=what)
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run directory, or any folder above some")
     parser.add_argument("--metric", help="the metric to show; by default accuracy, or hits and NDCG")
-    for kind in sheets.FORMATS:
-        parser.add_argument(
-            f"--{kind}", metavar="FILE", help=f"also write {kind}; - is stdout, and nothing else there"
-        )
+    for kind in FORMATS:
+        text = f"also write {kind}; - is stdout, and nothing else is printed there"
+        parser.add_argument(f"--{kind}", metavar="FILE", help=text)
     asked = parser.parse_args(arguments)
-    wanted = {kind: path for kind in sheets.FORMATS if (path := getattr(asked, kind))}
+    wanted = {kind: path for kind in FORMATS if (path := getattr(asked, kind))}
     quiet = "-" in wanted.values()
     if list(wanted.values()).count("-") > 1:
         parser.error("only one of --markdown, --csv and --json can be - (stdout)")
     try:
         found = find_runs(asked.folders)
-        runs = _usable(found, asked)
+        runs = _usable(found, ", ".join(asked.folders), asked.metric)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     summaries = join_benchmarks([summarise(group, asked.metric) for group in group_runs(runs)])
     if not quiet:
-        sheets.show(summaries)
+        show(summaries)
     for problem in found.problems():
         print(problem, file=sys.stderr if quiet else sys.stdout)
     for kind, path in wanted.items():
-        text = sheets.FORMATS[kind](summaries, found)
+        text = FORMATS[kind](summaries, found)
         try:
             print(text, end="") if path == "-" else Path(path).write_text(text, encoding="utf-8")
         except OSError as error:
@@ -201,138 +159,95 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _usable(found: Found, asked: argparse.Namespace) -> list[Run]:
+def _usable(found: Found, where: str, metric: str | None) -> list[FinishedRun]:
     """Return the runs to show, or raise a ValueError that says why there are none."""
-    where, metric = ", ".join(asked.folders), asked.metric
     if not found.runs:
         reasons = "".join(f"\n  {problem}" for problem in found.problems())
         raise ValueError(f"no finished run at or below {where}; a run has results.json and config.yaml{reasons}")
-    kinds = {
-        run.folder: {row.metric for row in run.results.rows if row.split == run.results.reported_on}
-        for run in found.runs
-    }
-    every = sorted(set().union(*kinds.values()))
-    if metric and metric not in every:
-        raise ValueError(f"--metric {metric}: no run at or below {where} has it; there are {', '.join(every)}")
+    metrics = [{row.metric for row in run.results.rows if row.split == run.results.reported_on} for run in found.runs]
+    every = ", ".join(sorted(set().union(*metrics)))
+    if metric and not any(metric in some for some in metrics):
+        raise ValueError(f"--metric {metric}: no run at or below {where} has it; there are {every}")
     if not metric and not any(row.benchmark != "all" for run in found.runs for row in run.results.rows):
-        raise ValueError(f"{where}: no run has figures of a benchmark; give --metric, there are {', '.join(every)}")
-    return [run for run in found.runs if metric is None or metric in kinds[run.folder]]
+        raise ValueError(f"{where}: no run has figures of a benchmark; give --metric, there are {every}")
+    return [run for run, some in zip(found.runs, metrics, strict=True) if metric is None or metric in some]
 
 
-def _observations(group: Group) -> dict[tuple[str, str], dict[int, Seen]]:
-    """Collect every benchmark's metrics on the reported split by seed."""
-    seen: dict[tuple[str, str], dict[int, Seen]] = {}
-    for run in group.runs:
-        results, split = run.results, run.results.reported_on
-        tests = {(gain.benchmark, gain.metric): gain for gain in results.gain}
-        for row in results.rows:
-            if (row.split, row.weight) != (split, 0):
-                continue
-            factor, weight = scale(row.unit), results.weight_of(row.benchmark)
-            shown = {"unit": printed_unit(row.unit), "higher_is_better": row.higher_is_better}
-            one = Seen(results.seed, row.n, factor * row.value, **shown)
-            if group.copilot and (fused := results.find(row.benchmark, row.metric, split, weight)):
-                one = one._replace(fused=factor * fused.value, weight=weight)
-                if test := tests.get((row.benchmark, row.metric)):
-                    one = one._replace(p_value=test.p_value, verdict=test.verdict)
-            seen.setdefault((row.benchmark, row.metric), {})[results.seed] = one
-    return seen
-
-
-def _average(summary: Summary, suite: str, metric: str, seen: dict[tuple[str, str], dict[int, Seen]]) -> None:
-    """Add the average over a suite for the seeds that have all its members, or note which are missing."""
-    members = {name: seen.get((name, metric), {}) for name in published.members(suite)}
-    everyone = [run.results.seed for run in summary.group.runs]
-    averages = []
-    for seed in everyone:
-        row = [have[seed] for have in members.values() if seed in have]
-        if len(row) == len(members):
-            pilot, fused, weights = ([getattr(one, name) for one in row] for name in ("pilot", "fused", "weight"))
-            mean = None if None in fused else sum(fused) / len(row)
-            weight = weights[0] if len(set(weights)) == 1 else None
-            shown = {"unit": row[0].unit, "higher_is_better": row[0].higher_is_better}
-            averages.append(Seen(seed, None, sum(pilot) / len(row), mean, weight, **shown))
-    if averages:
-        summary.lines.append(line_over_seeds(f"{suite}_avg", metric, averages))
-    else:
-        absent = [name for name, have in members.items() if not have.keys() >= set(everyone)]
-        summary.missing[f"{suite}_avg {metric}"] = absent
-
-
-def _controls(summary: Summary) -> list[str]:
-    """Say what each control gave on the metrics shown, and by how much the fused model differs from it."""
-    found: dict[tuple[str, str, str, str], list[tuple[float, float]]] = {}
-    for run in summary.group.runs:
-        for control in run.results.controls:
-            weight = run.results.weight_of(control.benchmark)
-            fused = run.results.find(control.benchmark, control.metric, run.results.reported_on, weight)
-            if fused is not None and summary.line(control.benchmark, control.metric):
-                pair = (control.value, fused.value - control.value)
-                found.setdefault((control.name, control.benchmark, control.metric, control.unit), []).append(pair)
-    notes = []
-    for (name, benchmark, metric, of_values), pairs in found.items():
-        unit = printed_unit(of_values)
-        value, step = (_spread([scale(of_values) * one for one in column]) for column in zip(*pairs, strict=True))
-        shown = f"{sheets.figure(value, unit)} {unit}".rstrip() + f", fused − control {sheets.figure(step, unit, '+')}"
-        notes.append(f"{name}: {benchmark} {metric} {shown}, {len(pairs)} seed{'s' if len(pairs) > 1 else ''}")
-    return notes
-
-
-def _publish(summary: Summary) -> None:
-    """Put the paper's figures beside ours, and note where they do not compare."""
-    pilot, copilot = summary.group.pilot, summary.group.copilot
-    alone, fused = published.figures(pilot), published.figures(pilot, copilot) if copilot else {}
+def _records(summary: Summary) -> list[dict[str, Any]]:
+    """Return the lines as flat records; figures are not rounded."""
+    records = []
     for line in summary.lines:
-        theirs = line.metric
-        if theirs in ACCURACIES:
-            theirs = "accuracy" if theirs == summary.published_metric else None
-        line.published_pilot = alone.get((line.benchmark, theirs))
-        line.published_fused = fused.get((line.benchmark, theirs))
-        known = published.benchmarks().get(line.benchmark)
-        if known and line.published_pilot is not None and line.n != str(known.rows):
-            summary.notes.append(f"{line.benchmark}: n = {line.n}, the published test set has {known.rows} rows")
-    if any("@" in line.metric and line.published_fused is not None for line in summary.lines):
-        summary.notes.append("the size of the Copilot in the published recommendation tables is not known to us")
-    for side, models, figures in (("pilot", pilot, alone), ("fused", f"{pilot} + Copilot", fused)):
-        for name in dict.fromkeys(line.benchmark for line in summary.lines):
-            for step in published.impossible_ndcg({m: value for (b, m), value in figures.items() if b == name}):
-                for line in filter(None, (summary.line(name, metric) for metric in (step.before, step.metric))):
-                    line.impossible.add(side)
-                    what = f"{sheets.IMPOSSIBLE} published NDCG here is arithmetically impossible"
-                    summary.notes.append(f"{what}: {models} on {name}, {step}")
-    summary.notes = list(dict.fromkeys(summary.notes))
+        record = {"benchmark": line.benchmark, "metric": line.metric, "split": summary.split}
+        record |= {name: getattr(line, name) for name in ("unit", "n", "seeds", "weights")}
+        for name in ("pilot", "fused", "gain"):
+            record[f"{name}_mean"], record[f"{name}_sd"] = getattr(line, name) or (None, None)
+        record |= {"relative_percent": line.relative, "p_value": line.p_value, "verdict": line.verdict}
+        for side in ("pilot", "fused"):
+            record[f"published_{side}"] = getattr(line, f"published_{side}")
+            record[f"{side}_minus_published"] = line.beyond(side)
+        records.append(record | {"published_impossible": sorted(line.impossible)})
+    return records
 
 
-def _shown(metrics: Sequence[str], metric: str | None) -> list[str]:
-    """Choose the metrics of a benchmark to show; those of a task that has neither accuracy nor ranks are all shown."""
-    if metric is not None:
-        return [metric] if metric in metrics else []
-    ranked = sorted((name for name in metrics if sheets.rank(name)[0]), key=sheets.rank)
-    return [name for name in ACCURACIES if name in metrics] or ranked or list(metrics)
+def _gain_sheet(summary: Summary) -> Sheet:
+    head = ["benchmark", "metric", "n", "seeds", "λ", "Pilot", "published", "Pilot + Copilot", "published", "gain"]
+    rows = []
+    for line in summary.lines:
+        weights = dict.fromkeys(f"{weight:g}" for weight in sorted(line.weights))
+        cells = [line.benchmark, line.metric, line.n, " ".join(map(str, line.seeds)), " ".join(weights)]
+        for side in ("pilot", "fused"):
+            beyond = line.beyond(side)
+            difference = "" if beyond is None else f" ({beyond:+.1f})"
+            cells += [figure(getattr(line, side), line.unit), _theirs(line, side) + difference]
+        relative = NONE if line.relative is None else f"{line.relative:+.1f} %"
+        p_value = NONE if line.p_value is None else p_text(line.p_value)
+        rows.append([*cells, figure(line.gain, line.unit, "+"), relative, p_value, line.verdict])
+    several = len(summary.group.runs) > 1
+    basis = "p of a paired t test over seeds" if several else "p paired over the test rows; 1 seed: no spread"
+    what = f"{summary.split} rows; %, gains in points, losses in their own unit; {basis}"
+    if any(line.published_pilot is not None for line in summary.lines):
+        lenient = summary.published_metric == "accuracy_lenient"
+        which = " accuracy stands beside our accuracy_lenient" if lenient else ""
+        what += f"; published{which} (in brackets: ours minus it)"
+    missing = [f"no {average}, missing: {', '.join(names)}" for average, names in summary.missing.items()]
+    notes = [what, *missing, *summary.notes]
+    return Sheet(summary.group.label, [*head, "relative", "p", "verdict"], rows, notes)
 
 
-def _spread(values: Sequence[float]) -> Spread | None:
-    if not values:
-        return None
-    mean, sd = over_seeds(values)
-    return Spread(mean, sd if len(values) > 1 else None)
+def _paper_sheet(title: str, summaries: Sequence[Summary], columns: Sequence[tuple[str, str, str | None]]) -> Sheet:
+    """Lay out groups in the paper's columns: ours, the published figure, and how far ours lies above it.
+
+    A column is its head, the benchmark and the metric; None is the metric of the group that the paper compares with.
+    """
+    rows, metrics, notes = [], {}, []
+    for summary in summaries:
+        group, usual = summary.group, summary.published_metric
+        lines = [summary.line(benchmark, metric or usual) for _, benchmark, metric in columns]
+        if not any(lines):
+            continue
+        metrics[group.label] = usual
+        rows += [None] if rows else []
+        sides = {"pilot": f"{group.pilot}: {group.keys}" if group.keys else group.pilot}
+        if group.copilot:
+            sides["fused"] = f"+ {group.copilot}"
+        for side, name in sides.items():
+            rows.append([name, *(figure(getattr(line, side), line.unit) if line else NONE for line in lines)])
+            rows.append(["  published", *(_theirs(line, side) if line else NONE for line in lines)])
+            beyond = [line.beyond(side) if line else None for line in lines]
+            if any(step is not None for step in beyond):
+                rows.append(["  ours minus it", *(NONE if step is None else f"{step:+.1f}" for step in beyond)])
+        of = f" for {group.label}" if len(summaries) > 1 else ""
+        averages = {f"{benchmark} {metric or usual}" for _, benchmark, metric in columns}
+        notes += [f"no {a}{of}, missing: {', '.join(m)}" for a, m in summary.missing.items() if a in averages]
+        notes += [note for note in summary.notes if note[0] == IMPOSSIBLE and note not in notes]
+    used = "%, mean ± sd over seeds; published: means of 3 runs, no spread given"
+    if columns[0][2] is None:
+        each = [f"{metric} for {label}" for label, metric in metrics.items()]
+        used = f"metric: {'; '.join(each) if len(set(metrics.values())) > 1 else metrics.popitem()[1]}; {used}"
+    return Sheet(title, ["", *(head for head, _, _ in columns)], rows, [used, *notes])
 
 
-def _judge(both: Sequence[Seen], gains: Sequence[float]) -> tuple[float | None, str]:
-    """Return p and the verdict on a gain; see `line_over_seeds`."""
-    if not both:
-        return None, "no figure with a Copilot"
-    if len(both) == 1:
-        one = both[0]
-        if one.verdict is None:
-            return None, "1 seed: no spread" if one.n is None else "1 seed: no spread, and no paired test in the run"
-        return one.p_value, f"{one.verdict} at n = {one.n}"
-    alone = Counter(one.verdict for one in both)
-    each = ", ".join(f"{alone[name]} {name}" for name in ("better", "worse", "not distinguishable") if alone[name])
-    each = f"; each alone: {each}" if each else ""
-    if max(gains) - min(gains) < 1e-9:
-        return None, f"the same gain in all {len(both)} seeds, nothing to test{each}"
-    p_value = float(stats.ttest_1samp(gains, 0.0).pvalue)
-    better = (over_seeds(gains)[0] > 0) == both[0].higher_is_better
-    verdict = "not distinguishable" if p_value >= ALPHA else "better" if better else "worse"
-    return p_value, f"{verdict} over {len(both)} seeds{each}"
+def _theirs(line: Line, side: str) -> str:
+    """Write the published figure; † marks an impossible one."""
+    theirs = getattr(line, f"published_{side}")
+    return NONE if theirs is None else f"{theirs:.1f}{IMPOSSIBLE if side in line.impossible else ''}"

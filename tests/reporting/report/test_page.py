@@ -13,11 +13,11 @@ from reports import BROKEN, FIXED, TRACED, traced_run, with_outcomes
 from written_runs import write_run
 
 from tcopilot.app.checks.problems import ConfigError
-from tcopilot.reporting.report import figures
-from tcopilot.reporting.report.explorer import examples
-from tcopilot.reporting.report.files import read_run
+from tcopilot.reporting.finished_runs import FinishedRun
+from tcopilot.reporting.report import drawing
+from tcopilot.reporting.report.examples import examples
 from tcopilot.reporting.report.page import gain_lines, main
-from tcopilot.reporting.report.panels import theorem_bound
+from tcopilot.reporting.report.plots import theorem_bound
 
 BENCHMARKS = ("word_problems", "multiple_choice")
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
@@ -40,7 +40,7 @@ def reported(run, tmp_path_factory):
 @pytest.fixture
 def unplotted(monkeypatch):
     """Reports without plots, which take most of the time."""
-    monkeypatch.setattr(figures, "render", lambda draw: (b"", '<svg viewBox="0 0 1 1"></svg>'))
+    monkeypatch.setattr(drawing, "render", lambda draw: (b"", '<svg viewBox="0 0 1 1"></svg>'))
 
 
 def page_of(folder):
@@ -80,7 +80,7 @@ def test_a_trace_holds_rows_spread_over_the_split_along_right_and_emitted_answer
 
 def test_the_gain_table_is_results_json_and_fixed_minus_broken_is_the_difference(reported):
     found = composed.results(reported)["gain"]
-    lines = gain_lines(read_run(reported))
+    lines = gain_lines(FinishedRun.read(reported))
     for key in ("benchmark", "metric", "pilot", "fused", "difference", "fixed", "broken", "p_value"):
         assert [line[key] for line in lines] == [gain[key] for gain in found]
     assert [line["adds_up"] for line in lines] == [True, True]
@@ -90,7 +90,7 @@ def test_the_gain_table_is_results_json_and_fixed_minus_broken_is_the_difference
 
 
 def test_a_count_that_does_not_add_up_is_shown(reported):
-    run = read_run(reported)
+    run = FinishedRun.read(reported)
     run.results.gain[0] = run.results.gain[0].__class__(**vars(run.results.gain[0]) | {"fixed": 7})
     assert gain_lines(run)[0]["adds_up"] is False
 
@@ -107,9 +107,9 @@ def test_the_explorer_has_every_example_with_its_outcome_and_traced_ones_first(r
 
 
 def test_a_full_page_keeps_the_answers_that_changed(reported, monkeypatch):
-    run = read_run(reported)
+    run = FinishedRun.read(reported)
     changed = sum(e[2] in ("fixed", "broken") and e[-1] is not None for e in examples(run)["examples"])
-    monkeypatch.setattr("tcopilot.reporting.report.explorer.MOST_POSITIONS", 12 * max(1, changed))
+    monkeypatch.setattr("tcopilot.reporting.report.examples.MOST_POSITIONS", 12 * max(1, changed))
     less = examples(run)
     kept = [example[2] for example in less["examples"] if example[-1] is not None]
     assert changed
@@ -145,7 +145,7 @@ def test_the_page_loads_nothing_and_names_the_weights(reported):
     assert not re.search(r'(?:src|href)="(?:https?:)?//', page)
     assert "default-src 'none'" in page
     assert (star := re.search(r"λ\* in closed form on validation: ([\d.]+)", page))
-    assert read_run(reported).results.best_weight == pytest.approx(float(star[1]), abs=5e-4)
+    assert FinishedRun.read(reported).results.best_weight == pytest.approx(float(star[1]), abs=5e-4)
 
 
 def test_a_weight_for_each_benchmark_reaches_the_trace_and_the_page(run, tmp_path, unplotted):
@@ -163,12 +163,12 @@ def test_a_weight_for_each_benchmark_reaches_the_trace_and_the_page(run, tmp_pat
 
 
 def test_a_bound_that_knows_no_gate_is_not_drawn_for_one(run):
-    read = read_run(run)
+    read = FinishedRun.read(run)
     trained = Path(read.trace.meta["trained"])
     try:
         (trained / "theorem.json").write_text('{"lambda_0": 0.75}')
         assert theorem_bound(read) == 0.75
-        read.config["fusion"]["per"] = "token"
+        read.config["fusion.per"] = "token"
         assert theorem_bound(read) is None
     finally:
         (trained / "theorem.json").unlink()
@@ -197,11 +197,11 @@ def test_text_of_a_model_cannot_become_markup(reported, tmp_path, unplotted):
 def test_the_theorems_bound_is_read_from_the_run_or_its_training_run(run, tmp_path):
     folder = tmp_path / "eval"
     shutil.copytree(run, folder)
-    assert theorem_bound(read_run(folder)) is None
+    assert theorem_bound(FinishedRun.read(folder)) is None
     (run.parent / "train" / "theorem.json").write_text('{"lambda_0": 0.875}')
-    assert theorem_bound(read_run(folder)) == 0.875
+    assert theorem_bound(FinishedRun.read(folder)) == 0.875
     (folder / "theorem.json").write_text('{"lambda_0": null}')
-    assert theorem_bound(read_run(folder)) is None
+    assert theorem_bound(FinishedRun.read(folder)) is None
     (run.parent / "train" / "theorem.json").unlink()
 
 

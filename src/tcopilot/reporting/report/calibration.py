@@ -9,8 +9,6 @@ import numpy as np
 
 from tcopilot.evaluation.significance import Interval, wilson_interval
 
-BINS = 10
-
 
 class Bin(NamedTuple):
     """Tokens whose confidence lies in (low, high]; `accuracy` and its 95 % interval are the share that is right."""
@@ -23,7 +21,7 @@ class Bin(NamedTuple):
     ci95: Interval
 
 
-def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = BINS) -> list[Bin]:
+def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> list[Bin]:
     """Sort tokens by confidence into bins of equal width; empty bins are left out.
 
     Args:
@@ -37,24 +35,21 @@ def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = 
     sure, correct = np.asarray(confidence, dtype=float), np.asarray(right, dtype=bool)
     place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
     found = []
-    for index in range(bins):
+    for index in np.unique(place).tolist():
         inside = place == index
-        if tokens := int(inside.sum()):
-            hits = int(correct[inside].sum())
-            found.append(
-                Bin(
-                    index / bins, (index + 1) / bins, tokens, float(sure[inside].mean()), hits / tokens,
-                    wilson_interval(hits, tokens),
-                )
-            )  # fmt: skip
+        tokens, hits = int(inside.sum()), int(correct[inside].sum())
+        means = (float(sure[inside].mean()), hits / tokens)
+        found.append(Bin(index / bins, (index + 1) / bins, tokens, *means, wilson_interval(hits, tokens)))
     return found
 
 
 def calibration_error(bins: Sequence[Bin]) -> float:
     """Return the expected calibration error Σ_b n_b/n · |accuracy_b − confidence_b|.
 
+    torchmetrics puts tokens of confidence 1, of which a trained model has many, into a bin of their own and so gives
+    another figure; these bins hold their upper edge.
+
     >>> calibration_error([Bin(0.5, 1.0, 4, 0.9, 0.5, (0, 1)), Bin(0.0, 0.5, 4, 0.3, 0.3, (0, 1))])
     0.2
     """
-    tokens = sum(b.tokens for b in bins)
-    return sum(b.tokens * abs(b.accuracy - b.confidence) for b in bins) / tokens
+    return sum(b.tokens * abs(b.accuracy - b.confidence) for b in bins) / sum(b.tokens for b in bins)

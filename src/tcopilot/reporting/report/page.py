@@ -7,9 +7,7 @@ says which command records it.
 from __future__ import annotations
 
 import argparse
-import csv
 import html
-import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,16 +16,20 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from tcopilot.data.metrics import NLL, SHARE, digits_of, scale, show_difference
 from tcopilot.evaluation.results import Gain
 from tcopilot.evaluation.significance import p_text
-from tcopilot.reporting.report import corrections, explorer, figures
-from tcopilot.reporting.report.evidence import evidence_tables
-from tcopilot.reporting.report.files import ReportError, RunFiles, read_run
-from tcopilot.reporting.report.panels import Panel, all_panels
+from tcopilot.reporting.evidence import BEGIN, END
+from tcopilot.reporting.finished_runs import FinishedRun, RunError
+from tcopilot.reporting.report import drawing, examples
+from tcopilot.reporting.report.corrections import frequent_mistakes
+from tcopilot.reporting.report.plots import Plot, all_plots
+from tcopilot.run_directory import RunDirectory
 
 MOST_MISTAKES = 20
 MOST_NUMBERS = 60  # lines of a table beneath a plot; longer ones are in the CSV only
@@ -45,13 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--evidence", metavar="FILE", help="its tables are shown too; by default docs/evidence.md")
     asked = parser.parse_args(arguments)
     try:
-        folder = Path(asked.out or Path(asked.run) / "report")
         if asked.evidence and not Path(asked.evidence).is_file():
-            raise ReportError(f"--evidence {asked.evidence}: there is no such file; leave it out, or name the page")
+            raise RunError(f"--evidence {asked.evidence}: there is no such file; leave it out, or name the page")
         evidence = evidence_tables(Path(asked.evidence or "docs/evidence.md"))
-        page = write_report(read_run(asked.run), folder, evidence)
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
+        folder = Path(asked.out) if asked.out else RunDirectory(asked.run).report
+        page = write_report(FinishedRun.read(asked.run), folder, evidence)
+    except RunError as error:
+        print(f"error: {asked.run}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {error.filename}: cannot be written, {error.strerror}", file=sys.stderr)
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_report(run: RunFiles, folder: Path, evidence: Markup | None = None) -> Path:
+def write_report(run: FinishedRun, folder: Path, evidence: Markup | None = None) -> Path:
     """Write `index.html`, `figures/*.png` and `figures/*.csv`.
 
     Args:
@@ -70,42 +72,56 @@ def write_report(run: RunFiles, folder: Path, evidence: Markup | None = None) ->
 
     Returns:
         The page's path.
+
+    Raises:
+        RunError: if the run compared nothing, or its trace cannot be read.
     """
-    plots = folder / "figures"
-    plots.mkdir(parents=True, exist_ok=True)
+    if not run.results.gain:
+        raise RunError("results.json holds no gain; evaluate the run again with eval.py")
+    plots, tables = all_plots(run), {"gain": gain_lines(run), "likelihood": likelihood_lines(run)}
+    tables["mistakes"] = frequent_mistakes(run.trace.rows, MOST_MISTAKES) if run.trace else []
+    figures = folder / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
     shown: dict[str, list[dict[str, Any]]] = {}
-    for panel in all_panels(run):
-        png, svg = figures.render(panel.draw)
-        (plots / f"{panel.name}.png").write_bytes(png)
-        (plots / f"{panel.name}.csv").write_text(panel.csv(), encoding="utf-8")
-        shown.setdefault(panel.section, []).append(_plot(panel, svg))
-    tables = {"gain": gain_lines(run), "likelihood": likelihood_lines(run), "mistakes": mistake_lines(run)}
+    for plot in plots:
+        png, svg = drawing.render(plot.draw)
+        (figures / f"{plot.name}.png").write_bytes(png)
+        (figures / f"{plot.name}.csv").write_text(plot.csv(), encoding="utf-8")
+        shown.setdefault(plot.section, []).append(_shown(plot, svg))
     for name, lines in tables.items():
         if lines:
-            (plots / f"{name}.csv").write_text(_csv(lines), encoding="utf-8")
+            pd.DataFrame(lines, dtype=object).to_csv(figures / f"{name}.csv", index=False)
     page = folder / "index.html"
     page.write_text(_page(run, shown, tables, evidence), encoding="utf-8")
     return page
 
 
-def gain_lines(run: RunFiles) -> list[dict[str, Any]]:
+def evidence_tables(file: Path) -> Markup | None:
+    """Render the tables that `scripts/evidence.py` writes into a page; None without the file, or without a table.
+
+    Headings go one level down, beneath those of the report. Markup in the file stays text.
+    """
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = parser.parse(text.partition(BEGIN)[2].partition(END)[0])
+    if not any(token.type == "table_open" for token in tokens):
+        return None
+    for token in tokens:
+        if token.type in ("heading_open", "heading_close"):
+            token.tag = f"h{min(6, int(token.tag[1]) + 1)}"
+    return Markup(parser.renderer.render(tokens, parser.options, {}))
+
+
+def gain_lines(run: FinishedRun) -> list[dict[str, Any]]:
     """The gain table: `results.json` as it is, and whether fixed − broken over n is the difference."""
     lines = []
     for gain in run.results.gain:
         weight = run.results.weight_of(gain.benchmark)
         row = run.results.find(gain.benchmark, gain.metric, run.results.reported_on, weight)
-        low, high = gain.ci95
-        lines.append(
-            {
-                **{key: value for key, value in asdict(gain).items() if key != "ci95"},
-                "ci95_low": low,
-                "ci95_high": high,
-                "n": row.n if row else None,
-                "weight": weight,
-                "adds_up": adds_up(gain, row.n) if row else None,
-                "verdict": gain.verdict,
-            }
-        )
+        line = asdict(gain)
+        line["ci95_low"], line["ci95_high"] = line.pop("ci95")
+        line |= {"n": row.n if row else None, "weight": weight, "adds_up": adds_up(gain, row.n) if row else None}
+        lines.append(line | {"verdict": gain.verdict})
     return lines
 
 
@@ -122,7 +138,7 @@ def adds_up(gain: Gain, n: int) -> bool | None:
     return abs((gain.fixed - gain.broken) / n - improvement) < 1e-9
 
 
-def likelihood_lines(run: RunFiles) -> list[dict[str, Any]]:
+def likelihood_lines(run: FinishedRun) -> list[dict[str, Any]]:
     """Negative log-likelihood of right answers per target token, of Pilot and fused model, by split."""
     weight, found = run.results.weight_of("all"), []
     for split in dict.fromkeys(row.split for row in run.results.rows):
@@ -135,23 +151,18 @@ def likelihood_lines(run: RunFiles) -> list[dict[str, Any]]:
     return found
 
 
-def mistake_lines(run: RunFiles) -> list[dict[str, Any]]:
-    """The Pilot's most frequent mistakes among the traced rows; none without a trace."""
-    found = corrections.frequent_mistakes(run.trace.rows, MOST_MISTAKES) if run.trace else []
-    return [mistake._asdict() for mistake in found]
-
-
-def _plot(panel: Panel, svg: str) -> dict[str, Any]:
-    plot = {key: getattr(panel, key) for key in ("name", "title", "note", "columns")}
-    rows = panel.rows if len(panel.rows) <= MOST_NUMBERS else []
-    return plot | {
-        "svg": Markup(figures.inline_svg(svg, panel.name, html.escape(f"Plot: {panel.title}", quote=True))),
+def _shown(plot: Plot, svg: str) -> dict[str, Any]:
+    """What the template needs of a plot."""
+    title = html.escape(f"Plot: {plot.title}", quote=True)
+    rows = plot.rows if len(plot.rows) <= MOST_NUMBERS else []
+    return {key: getattr(plot, key) for key in ("name", "title", "note", "columns")} | {
+        "svg": Markup(drawing.inline_svg(svg, plot.name, title)),
         "rows": [[_number(value) for value in row] for row in rows],
     }
 
 
 def _page(
-    run: RunFiles, plots: dict[str, list[dict[str, Any]]], tables: dict[str, Any], evidence: Markup | None
+    run: FinishedRun, plots: dict[str, list[dict[str, Any]]], tables: dict[str, Any], evidence: Markup | None
 ) -> str:
     environment = Environment(
         loader=PackageLoader("tcopilot.reporting.report"), autoescape=True, undefined=StrictUndefined,
@@ -159,7 +170,7 @@ def _page(
     )  # fmt: skip
     environment.filters |= {"number": _number, "value": _value, "step": show_difference, "p": p_text}
     templates = files("tcopilot.reporting.report") / "templates"
-    shown = explorer.examples(run)
+    shown = examples.examples(run)
     return environment.get_template("report.html.j2").render(
         run=run,
         results=run.results,
@@ -168,7 +179,6 @@ def _page(
         plots=plots,
         evidence=evidence,
         explorer=shown,
-        most_positions=explorer.MOST_POSITIONS,
         style=Markup((templates / "report.css").read_text(encoding="utf-8")),
         script=Markup((templates / "report.js").read_text(encoding="utf-8")),
         data=_embedded(shown | {"gain": tables["gain"]}),
@@ -179,14 +189,6 @@ def _page(
 def _embedded(data: Any) -> Markup:
     """JSON that may stand inside a script element."""
     return Markup(json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
-
-
-def _csv(lines: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, lines[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
 
 
 def _number(value: Any) -> str:

@@ -6,31 +6,27 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
+import pandas as pd
+
+TIMES = ["time/pilot_seconds", "time/copilot_seconds"]
+
 
 class Cost(NamedTuple):
-    """Time with the Copilot over time of the Pilot alone, and the floor of that ratio.
+    """Time with the Copilot over time of the Pilot alone, and the floor of that ratio."""
 
-    Attributes:
-        what: `training`, or `decoding` with the benchmark.
-        pilot: seconds of the Pilot alone; of all training steps, or of a decoded row.
-        both: seconds with the Copilot.
-        ratio: both over pilot.
-        floor: what arithmetic or reading weights demand, were there no other cost; None if unknown.
-    """
-
-    what: str
-    pilot: float
-    both: float
+    what: str  # `training`, or `decoding` with the benchmark
+    pilot: float  # seconds of the Pilot alone: of all training steps, or of a decoded row
+    both: float  # seconds with the Copilot
     ratio: float
-    floor: float | None
+    floor: float | None  # what arithmetic or reading weights demand, were there no other cost; None if unknown
 
 
-def training_cost(metrics: Sequence[Mapping[str, float]], floor: float | None) -> Cost | None:
-    """The whole training's cost from `time/pilot_seconds` and `time/copilot_seconds`; None where they are missing."""
-    timed = [line for line in metrics if {"time/pilot_seconds", "time/copilot_seconds"} <= line.keys()]
-    if not timed or not timed[-1]["time/pilot_seconds"]:
+def training_cost(metrics: pd.DataFrame, floor: float | None) -> Cost | None:
+    """The whole training's cost from the last line of `metrics.csv` that has times; None without one."""
+    timed = metrics.reindex(columns=TIMES).dropna()
+    if timed.empty or not timed.iloc[-1].iloc[0]:
         return None
-    pilot, copilot = timed[-1]["time/pilot_seconds"], timed[-1]["time/copilot_seconds"]
+    pilot, copilot = map(float, timed.iloc[-1])
     return Cost("training", pilot, pilot + copilot, 1 + copilot / pilot, floor)
 
 
@@ -59,8 +55,6 @@ def training_floor(parameters: Mapping[str, int], source: float, target: float, 
 def decoding_floor(parameters: Mapping[str, int], source: float, target: float) -> float:
     """Return the smaller one of two ratios: of multiplications, and of weights read when each step reads all.
 
-    >>> decoding_floor({"encoder": 0, "decoder": 100, "copilot": 50}, source=9, target=1)
-    1.05
     >>> decoding_floor({"encoder": 600, "decoder": 100, "copilot": 50}, source=1, target=4)
     1.2
     """
@@ -70,10 +64,11 @@ def decoding_floor(parameters: Mapping[str, int], source: float, target: float) 
 
 def decoding_costs(meta: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Cost]:
     """Seconds per decoded row with and without the Copilot, of each benchmark that generates its answers."""
-    found = []
-    for name, benchmark in meta["benchmarks"].items():
-        if took := benchmark["decoding"]:
-            floor = decoding_floor(meta["parameters"], *lengths(rows[name], "emitted"))
-            ratio = took["fused"] / took["pilot"]
-            found.append(Cost(f"decoding {name}", took["pilot"], took["fused"], ratio, floor))
-    return found
+    return [
+        Cost(
+            f"decoding {name}", took["pilot"], took["fused"], took["fused"] / took["pilot"],
+            decoding_floor(meta["parameters"], *lengths(rows[name], "emitted")),
+        )
+        for name, benchmark in meta["benchmarks"].items()
+        if (took := benchmark["decoding"])
+    ]  # fmt: skip

@@ -1,58 +1,29 @@
-"""Finished runs: finding their directories, joining those that differ only in their seed, and naming each group."""
+"""Groups of finished runs that differ only in their seed, named by what sets each group apart."""
 
 import json
-import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from tcopilot.evaluation.results import Results
 from tcopilot.reporting import published
-from tcopilot.run_directory import RUNLESS, flatten
-from tcopilot.version import version_problem
+from tcopilot.reporting.finished_runs import FinishedRun
 
-ASIDE = (  # these, and what lies under them, change no figure
+IRRELEVANT = (  # these keys, and what lies under them, change no figure; callbacks.copilot_stop alone does
     *("callbacks", "compile", "control", "evaluation.batch_size", "evaluation.compile", "evaluation.decoding"),
     *("hydra", "logger", "name", "paths", "resume", "run", "seed", "traceback", "version"),
 )
-NOT_ASIDE = "callbacks.copilot_stop"
 SHORT = {"mistake_log.log.policy": "mistake_log", "mistake_log.log.storage": "log_storage"}  # as one types them
 MOST_KEYS = 4  # of a label
-
-
-@dataclass
-class Run:
-    """A finished run: its folder, its figures, and its resolved config with dotted keys."""
-
-    folder: Path
-    results: Results
-    config: dict[str, Any]
-
-
-@dataclass
-class Found:
-    """What lies below the folders asked for: finished runs, unfinished ones, and unreadable ones with the reason."""
-
-    runs: list[Run] = field(default_factory=list)
-    unfinished: list[Path] = field(default_factory=list)
-    unreadable: list[tuple[Path, str]] = field(default_factory=list)
-
-    def problems(self) -> list[str]:
-        """Say what is missing from the tables, a line each."""
-        lines = [f"unfinished: {folder}" for folder in self.unfinished]
-        return lines + [f"unreadable: {folder}: {reason}" for folder, reason in self.unreadable]
 
 
 @dataclass
 class Group:
     """Runs that differ only in their seed, one for each seed."""
 
-    runs: list[Run]
+    runs: list[FinishedRun]
     config: dict[str, Any]  # what they share, as far as it may change a figure
     pilot: str  # the paper's name of it where it has one
     copilot: str | None  # the paper's name of it, else "Copilot"; None without one
@@ -60,60 +31,20 @@ class Group:
     keys: str = ""  # what sets the group apart from others of its models
     label: str = ""  # models and keys in one line
 
-
-def find_runs(folders: Iterable[str | Path]) -> Found:
-    """Read every run directory at or below the folders, each once.
-
-    Raises:
-        FileNotFoundError: If a folder is not there.
-    """
-    found, seen = Found(), set()
-    for top in map(Path, folders):
-        if not top.is_dir():
-            raise FileNotFoundError(f"{top}: no such folder; give run directories, or a folder that holds some")
-        for name, below, names in os.walk(top):
-            folder = Path(name)
-            is_run = not {"results.json", "config.yaml"}.isdisjoint(names)
-            below[:] = sorted(b for b in below if b[0] != "." and not (is_run and b in RUNLESS))
-            if not is_run or folder.resolve() in seen:
-                continue
-            seen.add(folder.resolve())
-            if "results.json" not in names:
-                found.unfinished.append(folder)
-                continue
-            try:
-                found.runs.append(_read_run(folder))
-            except Exception as error:  # whatever is wrong with one run, the others are shown
-                found.unreadable.append((folder, " ".join(str(error).replace(f"{folder}/", "").split())))
-    return found
+    @property
+    def models(self) -> str:
+        """Pilot and Copilot in one phrase."""
+        return f"{self.pilot} + {self.copilot}" if self.copilot else f"{self.pilot} alone"
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
+def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
     """Join runs that differ only in their seed, and name each group by what sets it apart from the others."""
     groups = [_group(members) for members in _alike(runs)]
     _label(groups)
     return groups
 
 
-def _read_run(folder: Path) -> Run:
-    results = Results.load(folder / "results.json")
-    if not results.rows:
-        raise ValueError("results.json: 'rows' is empty; evaluate the run again with eval.py")
-    for i, row in enumerate(results.rows):
-        if not isinstance(row.value, int | float):
-            raise ValueError(f"results.json: rows[{i}]: 'value' is {row.value!r}, not a number")
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise ValueError("no config.yaml beside results.json; copy the run directory as a whole")
-    config = OmegaConf.to_container(OmegaConf.load(path))
-    if not config or not isinstance(config, dict):
-        raise ValueError("config.yaml: holds no keys; copy it anew from where the run was made")
-    if problem := version_problem(config):
-        raise ValueError(problem)
-    return Run(folder, results, flatten(config))
-
-
-def _alike(runs: Sequence[Run]) -> list[list[Run]]:
+def _alike(runs: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
     """Part the runs into those that differ only in their seed.
 
     A seed further down (`data.seed`) either follows the run's or has a value of its own. Which of the two cannot be
@@ -131,35 +62,32 @@ def _alike(runs: Sequence[Run]) -> list[list[Run]]:
     return alike
 
 
-def _parted(runs: Sequence[Run], by: Callable[[Run], dict[str, Any]]) -> list[list[Run]]:
-    parts: dict[str, list[Run]] = {}
+def _parted(runs: Sequence[FinishedRun], by: Callable[[FinishedRun], dict[str, Any]]) -> list[list[FinishedRun]]:
+    """Part the runs into those of which a function gives the same."""
+    parts: dict[str, list[FinishedRun]] = {}
     for run in runs:
         parts.setdefault(json.dumps(by(run), sort_keys=True, default=str), []).append(run)
     return list(parts.values())
 
 
-def _seeds_of(run: Run) -> dict[str, Any]:
+def _seeds_of(run: FinishedRun) -> dict[str, Any]:
     return {key: value for key, value in run.config.items() if key.endswith(".seed")}
 
 
-def _figures_of(run: Run) -> dict[str, Any]:
+def _figures_of(run: FinishedRun) -> dict[str, Any]:
     """The config without seeds and without what changes no figure; the run's own folder goes by one name."""
     own = re.compile(rf"\A{re.escape(str(run.config.get('paths.run_dir') or run.folder))}(?=/|\Z)")
     return {
         key: own.sub("<run>", value) if isinstance(value, str) else value
         for key, value in run.config.items()
-        if not (_is_aside(key) or key.endswith(".seed"))
+        if key.startswith("callbacks.copilot_stop")
+        or not (key.endswith(".seed") or f"{key}.".startswith(tuple(f"{place}." for place in IRRELEVANT)))
     }
 
 
-def _is_aside(key: str) -> bool:
-    under = any(key == place or key.startswith(f"{place}.") for place in ASIDE)
-    return under and not key.startswith(NOT_ASIDE)
-
-
-def _group(runs: list[Run]) -> Group:
+def _group(runs: list[FinishedRun]) -> Group:
     """Take one run for each seed, the first found, and name the models."""
-    kept: dict[int, Run] = {}
+    kept: dict[int, FinishedRun] = {}
     notes = []
     for run in runs:
         first = kept.setdefault(run.results.seed, run)
@@ -185,8 +113,7 @@ def _label(groups: Sequence[Group]) -> None:
     """Name each group: models, benchmarks if these differ, and the keys that differ among groups of one name."""
     benchmarks = [_names({row.benchmark for row in group.runs[0].results.rows} - {"all"}) for group in groups]
     for group, names in zip(groups, benchmarks, strict=True):
-        models = f"{group.pilot} + {group.copilot}" if group.copilot else f"{group.pilot} alone"
-        group.label = f"{models} on {names}" if len(set(benchmarks)) > 1 else models
+        group.label = f"{group.models} on {names}" if len(set(benchmarks)) > 1 else group.models
     for name in {group.label for group in groups}:
         same = [group for group in groups if group.label == name]
         keys = _differing([group.config for group in same])

@@ -17,8 +17,9 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
-from tcopilot.app.dashboards import SHOWN, has_credentials, side_by_side
 from tcopilot.evaluation.results import Gain, Results, Row
+from tcopilot.reporting.dashboards import SHOWN, side_by_side
+from tcopilot.training.loggers import has_credentials
 from tcopilot.training.module import TCopilotModule, TrainingDivergedError
 
 PAGE = (composed.ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")

@@ -7,7 +7,8 @@ import pytest
 from written_runs import write_run, write_three_seeds
 
 from tcopilot.reporting import published
-from tcopilot.reporting.runs import find_runs, group_runs
+from tcopilot.reporting.finished_runs import find_runs
+from tcopilot.reporting.seed_groups import group_runs
 
 
 @pytest.fixture

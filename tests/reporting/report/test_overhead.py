@@ -1,8 +1,9 @@
 """Costs from timings, and floors that follow from counts of weights."""
 
+import pandas as pd
 import pytest
 
-from tcopilot.reporting.report.efficiency import Cost, decoding_costs, decoding_floor, training_cost, training_floor
+from tcopilot.reporting.report.overhead import Cost, decoding_costs, decoding_floor, training_cost, training_floor
 
 DECODER = {"encoder": 0, "decoder": 100, "copilot": 100}
 ENCODER = {"encoder": 100, "decoder": 100, "copilot": 100}
@@ -11,8 +12,8 @@ ENCODER = {"encoder": 100, "decoder": 100, "copilot": 100}
 def test_training_cost_is_read_from_the_last_timed_line():
     lines = [{"time/pilot_seconds": 1.0, "time/copilot_seconds": 9.0}, {"round": 1.0}]
     lines.insert(1, {"time/pilot_seconds": 4.0, "time/copilot_seconds": 2.0})
-    assert training_cost(lines, 1.2) == Cost("training", 4.0, 6.0, 1.5, 1.2)
-    assert training_cost([{"round": 1.0}], 1.2) is None
+    assert training_cost(pd.DataFrame(lines), 1.2) == Cost("training", 4.0, 6.0, 1.5, 1.2)
+    assert training_cost(pd.DataFrame([{"round": 1.0}]), 1.2) is None
 
 
 def test_a_copilot_as_large_as_its_pilot_doubles_what_targets_cost_and_nothing_else():

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tcopilot.evaluation.outcomes import answer_text, outcome, read_predictions
-from tcopilot.reporting.report.files import RunFiles
+from tcopilot.evaluation.outcomes import answers_of_both
+from tcopilot.reporting.finished_runs import FinishedRun
 
 MOST_POSITIONS = 60_000  # on the page, about 15 MB
 
@@ -29,7 +29,7 @@ class _Tokens:
         return self.numbers.setdefault(text, len(self.numbers))
 
 
-def examples(run: RunFiles) -> dict[str, Any]:
+def examples(run: FinishedRun) -> dict[str, Any]:
     """Return what the explorer shows, as plain values.
 
     `examples` are [benchmark, id, outcome, prompt, right answer, Pilot's, fused model's, view or null]. A view holds
@@ -38,7 +38,8 @@ def examples(run: RunFiles) -> dict[str, Any]:
     """
     tokens, found = _Tokens(), []
     for benchmark in run.benchmarks:
-        found += _answers(run, benchmark)
+        answers = answers_of_both(run.results, run.directory.predictions, benchmark)
+        found += [(benchmark, a.id, a.outcome, a.prompt, a.target.strip(), a.pilot, a.fused) for a in answers]
     traced = {(name, row["id"]): row for name, rows in (run.trace.rows.items() if run.trace else ()) for row in rows}
     views: dict[int, Row] = {}
     room = MOST_POSITIONS
@@ -57,20 +58,6 @@ def examples(run: RunFiles) -> dict[str, Any]:
         "traced": len(traced),
         "shown": len(views),
     }
-
-
-def _answers(run: RunFiles, benchmark: str) -> list[list[Any]]:
-    weight = run.results.weight_of(benchmark) or 0.0
-    folder, gain = run.folder / "predictions", run.results.row_wise().get(benchmark)
-    pilot, fused = (read_predictions(run.results, folder, benchmark, w) for w in (0.0, weight))
-    return [
-        [
-            benchmark, number, outcome(said, fused[number], gain),
-            said["prompt"], said["target"].strip(), answer_text(said), answer_text(fused[number]),
-        ]
-        for number, said in pilot.items()
-        if number in fused
-    ]  # fmt: skip
 
 
 def _view(row: Row, tokens: _Tokens) -> Row:

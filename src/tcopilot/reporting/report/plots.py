@@ -1,67 +1,53 @@
-"""The plots of the report: for each its numbers (a CSV), how it is drawn, and what to read in it."""
+"""The plots of the report: for each its numbers, how it is drawn, and what to read in it."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pandas as pd
 from matplotlib.axes import Axes
 
 from tcopilot.data.metrics import NLL, printed_unit, scale
 from tcopilot.evaluation.results import Row
 from tcopilot.models.gates import GATES
-from tcopilot.reporting.report import corrections, efficiency, figures
+from tcopilot.reporting.finished_runs import FinishedRun, Trace
+from tcopilot.reporting.report import corrections, drawing, overhead
 from tcopilot.reporting.report.calibration import calibration_error, reliability
-from tcopilot.reporting.report.figures import Mark, Series
-from tcopilot.reporting.report.files import RunFiles, Trace
+from tcopilot.reporting.report.drawing import Mark, Series
 
 DECILES = [place / 20 for place in range(1, 20)]
 MODELS = ("Pilot", "Pilot + Copilot")
 
 
 @dataclass
-class Panel:
-    """One plot.
+class Plot:
+    """One plot."""
 
-    Attributes:
-        name: of its files.
-        section: of the page.
-        title: what it shows, with the unit.
-        note: one or two sentences on how to read it.
-        columns: heads of the CSV.
-        rows: its lines.
-        draw: puts the plot on axes.
-    """
-
-    name: str
-    section: str
-    title: str
-    note: str
+    name: str  # of its files
+    section: str  # of the page
+    title: str  # what it shows, with the unit
+    note: str  # one or two sentences on how to read it
     columns: Sequence[str]
-    rows: list[Sequence[Any]] = field(repr=False)
-    draw: Callable[[Axes], None] = field(repr=False)
+    rows: list[Sequence[Any]] = field(repr=False)  # its numbers
+    draw: Callable[[Axes], None] = field(repr=False)  # puts the plot on axes
 
     def csv(self) -> str:
         """Return the numbers as CSV text."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([self.columns, *self.rows])
-        return text.getvalue()
+        return pd.DataFrame(self.rows, columns=list(self.columns), dtype=object).to_csv(index=False)
 
 
-def all_panels(run: RunFiles) -> list[Panel]:
+def all_plots(run: FinishedRun) -> list[Plot]:
     """Return every plot that the files of a run allow, in the order of the page."""
     found = [*weight_curves(run), *training_curves(run)]
     if run.trace is not None:
-        found += [*calibration_panels(run.trace), *correction_panels(run.trace), *drift_panels(run.trace)]
-    return [*found, *efficiency_panels(run)]
+        found += [*calibration_plots(run.trace), *correction_plots(run.trace), *drift_plots(run.trace)]
+    return [*found, *overhead_plots(run)]
 
 
-def weight_curves(run: RunFiles) -> Iterator[Panel]:
+def weight_curves(run: FinishedRun) -> Iterator[Plot]:
     """The deciding metric of each benchmark, and the likelihood, over λ."""
     results, first = run.results, {gain.benchmark: gain.metric for gain in reversed(run.results.gain)}
     for benchmark, metric in [*((name, first[name]) for name in run.benchmarks), ("all", NLL.name)]:
@@ -69,15 +55,16 @@ def weight_curves(run: RunFiles) -> Iterator[Panel]:
         if len({row.weight for row in rows}) < 2:
             continue
         unit = f" ({printed_unit(rows[0].unit)})" if rows[0].unit else ""
-        series = [_curve(split, [row for row in rows if row.split == split]) for split in _splits(rows)]
+        splits = dict.fromkeys(row.split for row in rows)
+        series = [_curve(split, [row for row in rows if row.split == split]) for split in splits]
         where = "all benchmarks" if benchmark == "all" else benchmark
-        yield Panel(
+        yield Plot(
             f"weight_{benchmark}_{metric}", "weights", f"{where}: {metric} over λ{unit}",
             "λ = 0 is the Pilot. Bars are 95 % intervals. λ* has the least squared error; where the theorem's λ₀ is "
             "known, every λ in the shade is promised a squared error below the Pilot's. That is not this metric.",
             ("split", "weight", "value", "ci95_low", "ci95_high", "n"),
             [(row.split, row.weight, row.value, *row.ci95, row.n) for row in rows],
-            figures.lines(series, "λ", f"{metric}{unit}", _weight_marks(run, benchmark)),
+            drawing.lines(series, "λ", f"{metric}{unit}", _weight_marks(run, benchmark)),
         )  # fmt: skip
 
 
@@ -88,32 +75,24 @@ def _curve(split: str, rows: Sequence[Row]) -> Series:
     return Series(split, [row.weight for row in ordered], values, (below, above))
 
 
-def _splits(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row.split for row in rows))
+def _weight_marks(run: FinishedRun, benchmark: str) -> list[Mark]:
+    marks = [Mark("selected λ = {:g}", run.results.weight_of(benchmark), "-")]
+    if not isinstance(run.results.selected_weight, dict):  # λ* and λ0 are of all benchmarks together
+        marks += [Mark("λ* = {:.3g}", run.results.best_weight, "--")]
+        marks += [Mark("theorem's λ₀ = {:.3g}", theorem_bound(run), None)]
+    return [mark._replace(label=mark.label.format(mark.x)) for mark in marks if mark.x is not None]
 
 
-def _weight_marks(run: RunFiles, benchmark: str) -> list[Mark]:
-    marks = []
-    selected = run.results.weight_of(benchmark)
-    if selected is not None:
-        marks.append(Mark(f"selected λ = {selected:g}", selected, "-"))
-    shared = not isinstance(run.results.selected_weight, dict)  # λ* and λ0 are of all benchmarks together
-    if shared and (best := run.results.best_weight) is not None:
-        marks.append(Mark(f"λ* = {best:.3g}", best, "--"))
-    if shared and (bound := theorem_bound(run)) is not None:
-        marks.append(Mark(f"theorem's λ₀ = {bound:.3g}", bound, None))
-    return marks
-
-
-def theorem_bound(run: RunFiles) -> float | None:
+def theorem_bound(run: FinishedRun) -> float | None:
     """λ0 of Theorem 4.1 as `tcopilot-theorem` has estimated it for this run; None without it, or if it is unknown."""
-    gated = run.config["fusion"].get("per", "all") in GATES
-    file = run.folder / "theorem.json" if gated else run.find("theorem.json")  # the training run's knows no gate
-    file = file if file and file.exists() else None
-    return json.loads(file.read_text(encoding="utf-8")).get("lambda_0") if file else None
+    file = run.here_or_in_training("theorem")
+    gated = run.config.get("fusion.per") in GATES
+    if file is None or (gated and file != run.directory.theorem):  # the training run's knows no gate
+        return None
+    return json.loads(file.read_text(encoding="utf-8"))["lambda_0"]
 
 
-def calibration_panels(trace: Trace) -> Iterator[Panel]:
+def calibration_plots(trace: Trace) -> Iterator[Plot]:
     """Reliability of both models on right answers' tokens, over all benchmarks and for each."""
     groups = {name: list(trace.gold(name)) for name in trace.rows}
     if len(groups) > 1:
@@ -131,43 +110,43 @@ def calibration_panels(trace: Trace) -> Iterator[Panel]:
             )
             for title, some in zip(titles, bins, strict=True)
         ]  # fmt: skip
-        yield Panel(
+        yield Plot(
             f"reliability_{name.replace(' ', '_')}", "calibration", f"{name}: reliability",
             f"Share of tokens whose likeliest candidate is right, over the confidence in it; {len(tokens):,} tokens "
             f"of right answers in bins of 0.1. Below the diagonal a model is too sure.",
             ("model", "low", "high", "tokens", "confidence", "accuracy", "ci95_low", "ci95_high"),
             [(model, *b[:5], *b.ci95) for model, some in zip(MODELS, bins, strict=True) for b in some],
-            figures.lines(series, "confidence", "share right", diagonal=True),
+            drawing.lines(series, "confidence", "share right", diagonal=True),
         )  # fmt: skip
 
 
-def correction_panels(trace: Trace) -> Iterator[Panel]:
+def correction_plots(trace: Trace) -> Iterator[Plot]:
     """Figure 3: the correction's share of the Pilot's logit range, and how its size is distributed."""
     shares = [(name, *corrections.share(rows)) for name, rows in trace.rows.items()]
     heights = [100 * mean for _, mean, _ in shares]
     errors = [[100 * abs(mean - ends[end]) for _, mean, ends in shares] for end in (0, 1)]
-    yield Panel(
+    yield Plot(
         "correction_share", "corrections", "Correction beside the Pilot's logit range (%)",
         "Mean logit shift over max − min of the Pilot's logits, with 95 % intervals over rows.",
         ("benchmark", "share", "ci95_low", "ci95_high", "rows"),
         [(name, mean, *ends, len(trace.rows[name])) for name, mean, ends in shares],
-        figures.bars([name for name, _, _ in shares], [Series("share", [], heights, errors)], "share of range (%)"),
+        drawing.bars([name for name, _, _ in shares], [Series("share", [], heights, errors)], "share of range (%)"),
     )  # fmt: skip
     domains: dict[str, list[float]] = {}
     for name in trace.rows:
         domains.setdefault(corrections.domain(name), []).extend(token["shift"] for token in trace.gold(name))
     points = {name: corrections.quantiles(shifts, DECILES) for name, shifts in domains.items()}
     series = [Series(name, values, [100 * d for d in DECILES]) for name, values in points.items()]
-    yield Panel(
+    yield Plot(
         "correction_magnitude", "corrections", "Correction magnitudes by domain (nats)",
         "Share of target tokens whose logit shift is below the value: a line further right has larger corrections.",
         ("domain", "share_of_tokens", "shift"),
         [(name, share, value) for name, some in points.items() for share, value in zip(DECILES, some, strict=True)],
-        figures.lines(series, "mean logit shift of a token (nats)", "tokens below (%)", log_x=True),
+        drawing.lines(series, "mean logit shift of a token (nats)", "tokens below (%)", log_x=True),
     )  # fmt: skip
 
 
-def drift_panels(trace: Trace) -> Iterator[Panel]:
+def drift_plots(trace: Trace) -> Iterator[Plot]:
     """‖f^C‖ and its cosine with ℓ over the target position, under observed and own feedback."""
     for name, rows in trace.rows.items():
         found = corrections.drift(rows)
@@ -182,12 +161,12 @@ def drift_panels(trace: Trace) -> Iterator[Panel]:
                 )
                 for feedback in dict.fromkeys(point.feedback for point in found)
             ]
-            yield Panel(
+            yield Plot(
                 f"drift_{what}_{name}", "drift", f"{name}: {label} over position",
                 "Mean over rows that reach the position, along right answers; bars are 95 % intervals.",
                 ("feedback", "position", "tokens", "mean", "ci95_half_width"),
                 [(p.feedback, p.position, p.tokens, getattr(p, what), getattr(p, f"{what}_half")) for p in found],
-                figures.lines(series, "target position", label, whole_x=True),
+                drawing.lines(series, "target position", label, whole_x=True),
             )  # fmt: skip
 
 
@@ -212,46 +191,46 @@ CURVES = (  # name, title, y label, note, {label: metric}
 )  # fmt: skip
 
 
-def training_curves(run: RunFiles) -> Iterator[Panel]:
+def training_curves(run: FinishedRun) -> Iterator[Plot]:
     """Losses, corrections and the log over rounds."""
     for name, title, y_label, note, wanted in CURVES:
         seen = {label: _over_rounds(run.metrics, metric) for label, metric in wanted.items()}
         series = [Series(label, *zip(*points, strict=True)) for label, points in seen.items() if len(points) > 1]
         if series:
-            yield Panel(
+            yield Plot(
                 f"training_{name}", "training", title, note, ("series", "round", "value"),
                 [(one.label, x, y) for one in series for x, y in zip(one.x, one.y, strict=True)],
-                figures.lines(series, "round", y_label, whole_x=True),
+                drawing.lines(series, "round", y_label, whole_x=True),
             )  # fmt: skip
 
 
-def _over_rounds(metrics: Sequence[dict[str, float]], name: str) -> list[tuple[float, float]]:
+def _over_rounds(metrics: pd.DataFrame, name: str) -> list[tuple[float, float]]:
     """A metric's points; where a line repeats a value that was measured earlier, the first and the last of them."""
-    points = [(line["round"], line[name]) for line in metrics if name in line and "round" in line]
+    points = metrics.reindex(columns=["round", name]).dropna().to_numpy().tolist()
     ends = {0, len(points) - 1}
-    return [point for i, point in enumerate(points) if i in ends or point[1] != points[i - 1][1]]
+    return [tuple(point) for i, point in enumerate(points) if i in ends or point[1] != points[i - 1][1]]
 
 
-def efficiency_panels(run: RunFiles) -> Iterator[Panel]:
+def overhead_plots(run: FinishedRun) -> Iterator[Plot]:
     """Figure 5: time with the Copilot over time of the Pilot alone, beside its floor."""
-    costs = [cost for cost in (efficiency.training_cost(run.metrics, _training_floor(run)),) if cost]
-    costs += efficiency.decoding_costs(run.trace.meta, run.trace.rows) if run.trace else []
+    costs = [cost for cost in (overhead.training_cost(run.metrics, _training_floor(run)),) if cost]
+    costs += overhead.decoding_costs(run.trace.meta, run.trace.rows) if run.trace else []
     if costs:
         groups = [Series("measured", [], [cost.ratio for cost in costs])]
         if all(cost.floor is not None for cost in costs):
             groups.append(Series("floor", [], [cost.floor for cost in costs]))
-        yield Panel(
+        yield Plot(
             "efficiency", "efficiency", "Time with the Copilot over time of the Pilot alone",
             "Training: seconds inside training steps. Decoding: seconds per row, batch after batch in one process. "
             "Floor: the ratio of multiplications by weights or, where smaller, of weights read.",
             ("what", "pilot_seconds", "both_seconds", "ratio", "floor"), [tuple(cost) for cost in costs],
-            figures.bars([cost.what for cost in costs], groups, "ratio", base=1.0),
+            drawing.bars([cost.what for cost in costs], groups, "ratio", base=1.0),
         )  # fmt: skip
 
 
-def _training_floor(run: RunFiles) -> float | None:
+def _training_floor(run: FinishedRun) -> float | None:
     if run.trace is None:
         return None
     rows = [row for some in run.trace.rows.values() for row in some]
-    updates = run.config["copilot"]["steps_per_round"]
-    return efficiency.training_floor(run.trace.meta["parameters"], *efficiency.lengths(rows, "gold"), updates)
+    updates = run.config["copilot.steps_per_round"]
+    return overhead.training_floor(run.trace.meta["parameters"], *overhead.lengths(rows, "gold"), updates)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from written_runs import published_run, write_run, write_three_seeds
 
-from tcopilot.reporting.runs import find_runs, group_runs
-from tcopilot.reporting.sheets import lay_out
-from tcopilot.reporting.tables import main, summarise
+from tcopilot.reporting.finished_runs import find_runs
+from tcopilot.reporting.seed_groups import group_runs
+from tcopilot.reporting.summaries import summarise
+from tcopilot.reporting.tables import lay_out, main
 
 CUTS = (5, 10, 20, 100)
 

@@ -1,0 +1,118 @@
+"""What dashboards show of the final evaluation: gains, the curve over λ, and answers side by side.
+
+`docs/metrics.md` names every figure with its unit and reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from tcopilot.evaluation.outcomes import OUTCOMES, Answers, answers_of_both
+from tcopilot.evaluation.results import Results
+from tcopilot.run_directory import RunDirectory, write_whole
+
+SHOWN = 200  # rows of the table of generations
+WEIGHT_COLUMNS = ["benchmark", "split", "metric", "weight", "value", "ci95_low", "ci95_high", "n", "selected"]
+
+
+@rank_zero_only
+def log_evaluation(loggers: Sequence[Logger], results: Results, run_dir: str | Path) -> None:
+    """Show the final evaluation: the gain, the curve over λ, and answers side by side.
+
+    Both tables are also written as `weights.csv` and `generations.csv`.
+
+    Args:
+        loggers: of the Trainer.
+        results: what the run found.
+        run_dir: where its predictions lie and the tables go.
+    """
+    run = RunDirectory(run_dir)
+    figures: dict[str, float] = {"round": float(results.rounds)}
+    for gain in results.gain:
+        low, high = gain.ci95
+        columns = {
+            "pilot": gain.pilot, "fused": gain.fused, "gain": gain.difference, "gain_low": low, "gain_high": high,
+            "p_value": gain.p_value, "selected_weight": results.weight_of(gain.benchmark),
+        }  # fmt: skip
+        if gain.fixed is not None:
+            columns |= {"fixed": float(gain.fixed), "broken": float(gain.broken)}
+        figures |= {f"eval/{gain.benchmark}/{gain.metric}/{name}": value for name, value in columns.items()}
+    weights = pd.DataFrame([
+        (row.benchmark, row.split, row.metric, row.weight, row.value, *row.ci95, row.n,
+         row.weight == results.weight_of(row.benchmark))
+        for row in results.rows
+    ], columns=WEIGHT_COLUMNS)  # fmt: skip
+    generations = pd.DataFrame(side_by_side(results, run.predictions), columns=list(Answers._fields))
+    for path, table in ((run.weights, weights), (run.generations, generations)):
+        write_whole(path, table.to_csv(index=False, lineterminator="\r\n"))
+    for logger in loggers:
+        logger.log_metrics(figures, step=results.rounds)
+        if isinstance(logger, WandbLogger):
+            _show_on_wandb(logger, results, weights, generations)
+        elif isinstance(logger, TensorBoardLogger):
+            _show_on_tensorboard(logger, results, generations, run)
+        logger.finalize("success")  # flushes
+
+
+def side_by_side(results: Results, predictions: Path) -> list[Answers]:
+    """Answers of Pilot and fused model to the same rows, at most `SHOWN`.
+
+    They are shared out evenly among benchmarks and then among outcomes as far as there are rows, so shares in this
+    table are not those of the split.
+    """
+    benchmarks = list(dict.fromkeys(gain.benchmark for gain in results.gain))
+    shown: list[Answers] = []
+    for place, name in enumerate(benchmarks):
+        room = (SHOWN - len(shown)) // (len(benchmarks) - place)
+        shown += _even(answers_of_both(results, predictions, name), room)
+    return shown
+
+
+def _even(rows: Sequence[Answers], room: int) -> list[Answers]:
+    """So many rows, as evenly over outcomes as there are rows; what the Copilot changed comes first."""
+    of_each = {kind: [row for row in rows if row.outcome == kind] for kind in OUTCOMES}
+    ranked = sorted((place, row.outcome) for some in of_each.values() for place, row in enumerate(some))[:room]
+    return [row for kind, some in of_each.items() for row in some[: sum(other == kind for _, other in ranked)]]
+
+
+def _show_on_wandb(logger: WandbLogger, results: Results, weights: pd.DataFrame, generations: pd.DataFrame) -> None:
+    import wandb
+
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in results.rows:
+        lines = curves.setdefault(f"eval/curve/{row.benchmark}/{row.metric}", {})
+        lines.setdefault(row.split, []).append((row.weight, row.value))
+    shown: dict[str, Any] = {
+        "eval/weights": wandb.Table(dataframe=weights),
+        "eval/generations": wandb.Table(dataframe=generations),
+    }
+    for name, lines in curves.items():
+        points = [list(zip(*line, strict=True)) for line in lines.values()]
+        xs, ys = ([list(axes[i]) for axes in points] for i in (0, 1))
+        title = name.removeprefix("eval/curve/")
+        shown[name] = wandb.plot.line_series(xs=xs, ys=ys, keys=list(lines), title=title, xname="λ")
+    logger.log_metrics({"round": results.rounds, **shown})
+
+
+def _show_on_tensorboard(
+    logger: TensorBoardLogger, results: Results, generations: pd.DataFrame, run: RunDirectory
+) -> None:
+    writer = logger.experiment
+    for row in results.rows:
+        tag = f"weights/{row.benchmark}/{row.split}/{row.metric}"
+        writer.add_scalar(tag, row.value, global_step=round(1000 * row.weight))
+    lines = [generations.columns, ["---"] * generations.shape[1], *generations.itertuples(index=False)]
+    table = "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+    writer.add_text("eval/generations", table, results.rounds)
+    config = "\n".join(f"    {line}" for line in run.config.read_text(encoding="utf-8").splitlines())
+    writer.add_text("config", config, results.rounds)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", "<br>")

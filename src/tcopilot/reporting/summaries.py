@@ -1,0 +1,302 @@
+"""What groups of runs found: mean ± sd over seeds, tests, and the paper's figures beside them.
+
+Shares are in percent here and differences in points, as the paper has them; other metrics keep their own unit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import NamedTuple
+
+from scipy import stats
+
+from tcopilot.data.metrics import printed_unit, scale
+from tcopilot.evaluation.significance import ALPHA, over_seeds
+from tcopilot.reporting import published
+from tcopilot.reporting.seed_groups import Group
+
+NONE, IMPOSSIBLE = "–", "†"
+ACCURACIES = ("accuracy", "accuracy_lenient")  # the paper's accuracy is either
+
+
+class Spread(NamedTuple):
+    """Mean over seeds, and sample standard deviation where there is more than one seed."""
+
+    mean: float
+    sd: float | None
+
+
+class Seen(NamedTuple):
+    """One metric in one run, in the printed unit; `fused` and what belongs to it is None without a Copilot."""
+
+    seed: int
+    n: int | None
+    pilot: float
+    fused: float | None = None
+    weight: float | None = None
+    p_value: float | None = None
+    verdict: str | None = None
+    unit: str = "%"
+    higher_is_better: bool = True
+
+
+@dataclass
+class Line:
+    """One metric of one benchmark over the seeds of an experiment."""
+
+    benchmark: str  # or `commonsense_avg` and `arithmetic_avg`
+    metric: str
+    unit: str  # of every figure here, as printed: `%` for shares, `nats`, …
+    n: str  # rows; text since they may differ between seeds, empty for an average
+    seeds: list[int]
+    weights: list[float]  # the λ selected, one for each seed
+    pilot: Spread  # λ = 0
+    fused: Spread | None  # at the selected λ
+    gain: Spread | None
+    relative: float | None  # the gain in percent of the Pilot's mean
+    p_value: float | None  # of the run's own paired test over rows, or of a paired t test over seeds
+    verdict: str  # the same in words
+    published_pilot: float | None = None
+    published_fused: float | None = None
+    impossible: set[str] = field(default_factory=set)  # sides whose published figure contradicts the hits beside it
+
+    def beyond(self, side: str) -> float | None:
+        """Return our mean minus the published figure in points, if there is one that is possible."""
+        ours, theirs = getattr(self, side), getattr(self, f"published_{side}")
+        return None if ours is None or theirs is None or side in self.impossible else ours.mean - theirs
+
+
+@dataclass
+class Summary:
+    """What a group of runs found, and what the paper did."""
+
+    group: Group
+    published_metric: str  # the one of our metrics that stands beside the paper's accuracies
+    notes: list[str]
+    lines: list[Line] = field(default_factory=list)  # benchmarks in the paper's order, averages behind their suite
+    missing: dict[str, list[str]] = field(default_factory=dict)  # by average: the members that it lacks
+
+    @property
+    def split(self) -> str:
+        """The split whose figures these are."""
+        return self.group.runs[0].results.reported_on
+
+    def line(self, benchmark: str, metric: str) -> Line | None:
+        """Return the line of a metric, or None."""
+        return next((line for line in self.lines if (line.benchmark, line.metric) == (benchmark, metric)), None)
+
+
+def summarise(group: Group, metric: str | None = None) -> Summary:
+    """Summarise a group over its seeds, beside the paper's figures.
+
+    Without a metric, accuracy is shown and the lenient one if it is there, or hits and NDCG.
+    """
+    seen = _observations(group)
+    known = published.benchmarks()
+    order = list(known)
+    names = list(dict.fromkeys(benchmark for benchmark, _ in seen if metric or benchmark != "all"))
+    names.sort(key=lambda name: order.index(name) if name in order else len(order))
+    shown = {name: chosen for name in names if (chosen := _shown([m for b, m in seen if b == name], metric))}
+    strict, lenient = ({name for name, metrics in shown.items() if kind in metrics} for kind in ACCURACIES)
+    compared = "accuracy_lenient" if lenient and strict <= lenient else metric or "accuracy"
+    summary = Summary(group, compared, list(group.notes))
+    for suite, members in groupby(shown, lambda name: known[name].suite if name in known else None):
+        here = [(name, m) for name in members for m in shown[name]]
+        summary.lines += [line_over_seeds(name, m, list(seen[name, m].values())) for name, m in here]
+        for m in dict.fromkeys(m for _, m in here) if suite in published.REASONING else ():
+            _average(summary, suite, m, seen)
+    _publish(summary)
+    summary.notes += _controls(summary)
+    return summary
+
+
+def join_benchmarks(summaries: Sequence[Summary]) -> list[Summary]:
+    """Put groups that differ only in their data, such as one run for each set, into one summary.
+
+    Averages over a suite stay away: its members come from models that were trained apart.
+    """
+    order, joined = list(published.benchmarks()), {}
+    for summary in summaries:
+        settings = summary.group.config.items()
+        kept = sorted((k, str(v)) for k, v in settings if k.split(".")[0] not in ("data", "evaluation"))
+        names = {line.benchmark for line in summary.lines}
+        parts = joined.setdefault((summary.group.models, str(kept)), [])
+        free = (part for part in parts if names.isdisjoint(line.benchmark for s in part for line in s.lines))
+        if (part := next(free, None)) is None:
+            parts.append(part := [])
+        part.append(summary)
+    made = []
+    for part in (part for parts in joined.values() for part in parts):
+        if len(part) == 1:
+            made += part
+            continue
+        group = replace(part[0].group, keys="", label=f"{part[0].group.models}, one run for each benchmark")
+        whole = Summary(group, part[0].published_metric, [])
+        whole.lines = [line for s in part for line in s.lines if not line.benchmark.endswith("_avg")]
+        whole.lines.sort(key=lambda line: order.index(line.benchmark) if line.benchmark in order else len(order))
+        whole.notes = list(dict.fromkeys(note for s in part for note in s.notes))
+        made.append(whole)
+    return made
+
+
+def line_over_seeds(benchmark: str, metric: str, seen: Sequence[Seen]) -> Line:
+    """Make one line of one metric's figures, one for each seed.
+
+    One seed keeps its own paired test over the rows. Several are compared with a paired t test over the seeds, and
+    the verdict also counts how each seed judged alone.
+    """
+    both = [one for one in seen if one.fused is not None]
+    gains = [one.fused - one.pilot for one in both]
+    gain, base = _spread(gains), _spread([one.pilot for one in both])
+    sizes = {one.n for one in seen if one.n is not None}
+    p_value, verdict = _judge(both, gains)
+    return Line(
+        benchmark, metric, unit=seen[0].unit,
+        n="–".join(str(size) for size in sorted({min(sizes), max(sizes)})) if sizes else "",
+        seeds=[one.seed for one in seen], weights=[one.weight for one in both if one.weight is not None],
+        pilot=_spread([one.pilot for one in seen]), fused=_spread([one.fused for one in both]), gain=gain,
+        relative=100 * gain.mean / base.mean if base and base.mean else None, p_value=p_value, verdict=verdict,
+    )  # fmt: skip
+
+
+def _observations(group: Group) -> dict[tuple[str, str], dict[int, Seen]]:
+    """Collect every benchmark's metrics on the reported split by seed."""
+    seen: dict[tuple[str, str], dict[int, Seen]] = {}
+    for run in group.runs:
+        results, split = run.results, run.results.reported_on
+        tests = {(gain.benchmark, gain.metric): gain for gain in results.gain}
+        for row in results.rows:
+            if (row.split, row.weight) != (split, 0):
+                continue
+            key, factor, weight = (row.benchmark, row.metric), scale(row.unit), results.weight_of(row.benchmark)
+            one = Seen(
+                results.seed, row.n, factor * row.value, unit=printed_unit(row.unit),
+                higher_is_better=row.higher_is_better,
+            )  # fmt: skip
+            if group.copilot and (fused := results.find(*key, split, weight)):
+                one = one._replace(fused=factor * fused.value, weight=weight)
+                if test := tests.get(key):
+                    one = one._replace(p_value=test.p_value, verdict=test.verdict)
+            seen.setdefault(key, {})[results.seed] = one
+    return seen
+
+
+def _average(summary: Summary, suite: str, metric: str, seen: dict[tuple[str, str], dict[int, Seen]]) -> None:
+    """Add the average over a suite for the seeds that have all its members, or note which are missing."""
+    members = {name: seen.get((name, metric), {}) for name in published.members(suite)}
+    everyone = [run.results.seed for run in summary.group.runs]
+    averages = []
+    for seed in everyone:
+        row = [have[seed] for have in members.values() if seed in have]
+        if len(row) == len(members):
+            pilot, fused, weights = ([getattr(one, name) for one in row] for name in ("pilot", "fused", "weight"))
+            mean = None if None in fused else sum(fused) / len(row)
+            weight = weights[0] if len(set(weights)) == 1 else None
+            average = row[0]._replace(n=None, pilot=sum(pilot) / len(row), fused=mean, weight=weight)
+            averages.append(average._replace(p_value=None, verdict=None))
+    if averages:
+        summary.lines.append(line_over_seeds(f"{suite}_avg", metric, averages))
+    else:
+        absent = [name for name, have in members.items() if not have.keys() >= set(everyone)]
+        summary.missing[f"{suite}_avg {metric}"] = absent
+
+
+def _controls(summary: Summary) -> list[str]:
+    """Say what each control gave on the metrics shown, and by how much the fused model differs from it."""
+    found: dict[tuple[str, str, str, str], list[tuple[float, float]]] = {}
+    for run in summary.group.runs:
+        for control in run.results.controls:
+            weight = run.results.weight_of(control.benchmark)
+            fused = run.results.find(control.benchmark, control.metric, run.results.reported_on, weight)
+            if fused is not None and summary.line(control.benchmark, control.metric):
+                pair = (control.value, fused.value - control.value)
+                found.setdefault((control.name, control.benchmark, control.metric, control.unit), []).append(pair)
+    notes = []
+    for (name, benchmark, metric, of_values), pairs in found.items():
+        unit = printed_unit(of_values)
+        value, step = (_spread([scale(of_values) * one for one in column]) for column in zip(*pairs, strict=True))
+        shown = f"{figure(value, unit)} {unit}".rstrip() + f", fused − control {figure(step, unit, '+')}"
+        notes.append(f"{name}: {benchmark} {metric} {shown}, {len(pairs)} seed{'s' if len(pairs) > 1 else ''}")
+    return notes
+
+
+def _publish(summary: Summary) -> None:
+    """Put the paper's figures beside ours, and note where they do not compare."""
+    pilot, copilot = summary.group.pilot, summary.group.copilot
+    alone, fused = published.figures(pilot), published.figures(pilot, copilot) if copilot else {}
+    for line in summary.lines:
+        theirs = line.metric
+        if theirs in ACCURACIES:
+            theirs = "accuracy" if theirs == summary.published_metric else None
+        line.published_pilot = alone.get((line.benchmark, theirs))
+        line.published_fused = fused.get((line.benchmark, theirs))
+        known = published.benchmarks().get(line.benchmark)
+        if known and line.published_pilot is not None and line.n != str(known.rows):
+            summary.notes.append(f"{line.benchmark}: n = {line.n}, the published test set has {known.rows} rows")
+    if any("@" in line.metric and line.published_fused is not None for line in summary.lines):
+        summary.notes.append("the size of the Copilot in the published recommendation tables is not known to us")
+    for side, models, figures in (("pilot", pilot, alone), ("fused", f"{pilot} + Copilot", fused)):
+        for name in dict.fromkeys(line.benchmark for line in summary.lines):
+            for step in published.impossible_ndcg({m: value for (b, m), value in figures.items() if b == name}):
+                for line in filter(None, (summary.line(name, metric) for metric in (step.before, step.metric))):
+                    line.impossible.add(side)
+                    what = f"{IMPOSSIBLE} published NDCG here is arithmetically impossible"
+                    summary.notes.append(f"{what}: {models} on {name}, {step}")
+    summary.notes = list(dict.fromkeys(summary.notes))
+
+
+def _shown(metrics: Sequence[str], metric: str | None) -> list[str]:
+    """Choose the metrics of a benchmark to show; those of a task that has neither accuracy nor ranks are all shown."""
+    if metric is not None:
+        return [metric] if metric in metrics else []
+    ranked = sorted((name for name in metrics if rank(name)[0]), key=rank)
+    return [name for name in ACCURACIES if name in metrics] or ranked or list(metrics)
+
+
+def _spread(values: Sequence[float]) -> Spread | None:
+    if not values:
+        return None
+    mean, sd = over_seeds(values)
+    return Spread(mean, sd if len(values) > 1 else None)
+
+
+def _judge(both: Sequence[Seen], gains: Sequence[float]) -> tuple[float | None, str]:
+    """Return p and the verdict on a gain; see `line_over_seeds`."""
+    if not both:
+        return None, "no figure with a Copilot"
+    if len(both) == 1:
+        one = both[0]
+        if one.verdict is None:
+            return None, "1 seed: no spread" if one.n is None else "1 seed: no spread, and no paired test in the run"
+        return one.p_value, f"{one.verdict} at n = {one.n}"
+    alone = Counter(one.verdict for one in both)
+    each = ", ".join(f"{alone[name]} {name}" for name in ("better", "worse", "not distinguishable") if alone[name])
+    each = f"; each alone: {each}" if each else ""
+    if max(gains) - min(gains) < 1e-9:
+        return None, f"the same gain in all {len(both)} seeds, nothing to test{each}"
+    p_value = float(stats.ttest_1samp(gains, 0.0).pvalue)
+    better = (over_seeds(gains)[0] > 0) == both[0].higher_is_better
+    verdict = "not distinguishable" if p_value >= ALPHA else "better" if better else "worse"
+    return p_value, f"{verdict} over {len(both)} seeds{each}"
+
+
+def rank(metric: str) -> tuple[str, int]:
+    """Order hits before NDCG and both by K; anything else comes first, with an empty name.
+
+    >>> rank("ndcg@10"), rank("accuracy")
+    (('ndcg', 10), ('', 0))
+    """
+    found = re.fullmatch(r"(hit|ndcg)@(\d+)", metric)
+    return (found[1], int(found[2])) if found else ("", 0)
+
+
+def figure(spread: Spread | None, unit: str, sign: str = "") -> str:
+    """Write a mean with its deviation: one decimal if in per cent, else four; `sign` is `+` for differences."""
+    if spread is None:
+        return NONE
+    digits = 1 if unit == "%" else 4
+    return f"{spread.mean:{sign}.{digits}f}" + ("" if spread.sd is None else f" ± {spread.sd:.{digits}f}")
