@@ -229,7 +229,7 @@ def test_a_training_run_is_reported_without_a_trace_and_told_how_to_get_one(run,
 
 
 def test_results_alone_are_reported(tmp_path, unplotted):
-    fusion = {"fusion__space": "probability", "fusion__feedback": "own"}
+    fusion = {"fusion__rule": {"_target_": "tcopilot.models.fusion.ProbabilityFusion"}, "fusion__feedback": "own"}
     folder = write_run(tmp_path / "run", {("gsm8k", "accuracy"): (0.4, 0.5)}, **fusion)
     assert main([str(folder)]) == 0
     assert lines_of(folder / "report" / "figures" / "gain.csv")[0]["fixed"] == "9"
