@@ -12,12 +12,13 @@ import pytest
 import torch
 from small_training import VOCAB, random_batch, tiny_model
 
-from tcopilot.app.theorem.parabola import EntrySums, Parabola, promised_weight, row_intervals, served_entries
-from tcopilot.app.theorem.pilots import PilotSpread, dropout_draws
-from tcopilot.app.theorem.program import WEIGHTS, DistanceSums, main
-from tcopilot.app.theorem.sheet import verdict
+from tcopilot.app.theorem import main
 from tcopilot.data.batch import Batch
 from tcopilot.functional import token_errors
+from tcopilot.reporting.theorem.distances import WEIGHTS, DistanceSums
+from tcopilot.reporting.theorem.parabola import EntrySums, Parabola, promised_weight, row_intervals, served_entries
+from tcopilot.reporting.theorem.pilot_variance import PilotSpread, dropout_draws
+from tcopilot.reporting.theorem.verdict import verdict
 from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 
 SAME_ROWS = ("data.seed=0", "data.benchmarks.word_problems.seed=0")

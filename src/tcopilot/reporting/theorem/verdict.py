@@ -146,17 +146,8 @@ def _curve(found: dict[str, Any]) -> Table:
 
 def _parts(found: dict[str, Any]) -> Table:
     table = Table("tokens of", title="Where a single λ* serves", title_justify="left")
-    heads = (
-        "tokens",
-        "energy",
-        "own λ*",
-        "zero crossing",
-        "removed",
-        "at best per entry",
-        "entries' λ* 5–95 %",
-        "served",
-    )
-    for head in heads:
+    heads = ("tokens", "energy", "own λ*", "zero crossing", "removed", "at best per entry")
+    for head in (*heads, "entries' λ* 5–95 %", "served"):
         table.add_column(head, justify="right")
     whole = {name: found[name] for name in ("tokens", "lambda_star", "zero_crossing")} | {"energy": 1.0}
     parts = [("all", whole | found["entries"])]

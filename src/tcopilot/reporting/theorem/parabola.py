@@ -81,6 +81,11 @@ def promised_weight(pilot_error: float, epsilon: float, sigma: float) -> float |
     return min(1.0, 2 * math.sqrt(pilot_error) * left / (left**2 + sigma)) if left > 0 else None
 
 
+def products(errors_RV: Tensor, corrections_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ℓ², ℓf and f², whose means are A, B and C."""
+    return errors_RV.square(), errors_RV * corrections_RV, corrections_RV.square()
+
+
 class EntrySums:
     """Sums over target tokens, for each vocabulary entry, in float64.
 
@@ -96,7 +101,7 @@ class EntrySums:
     def add(self, errors_RV: Tensor, corrections_RV: Tensor, targets_R: Tensor) -> None:
         """Add target tokens; errors and corrections in float64."""
         count_V = bincount(targets_R, minlength=errors_RV.shape[1]).double()
-        kinds = (errors_RV, errors_RV.square(), errors_RV * corrections_RV, corrections_RV.square())
+        kinds = (errors_RV, *products(errors_RV, corrections_RV))
         self.sums_KV += stack([count_V, *(kind_RV.sum(0) for kind_RV in kinds)]).cpu().numpy()
         self.tokens += len(targets_R)
 
@@ -187,10 +192,8 @@ def weighted_quantiles(values: Floats, weights: Floats) -> dict[str, float]:
     >>> weighted_quantiles(np.array([3.0, 1.0]), np.array([1.0, 9.0]))
     {'5': 1.0, '25': 1.0, '50': 1.0, '75': 1.0, '95': 3.0}
     """
-    order = np.argsort(values)
-    below = np.cumsum(weights[order])
-    places = np.searchsorted(below, [percent / 100 * below[-1] for percent in QUANTILES])
-    found = values[order][places.clip(max=len(values) - 1)]
+    points, known = np.array(QUANTILES) / 100, weights if weights.any() else np.ones_like(weights)
+    found = np.quantile(values, points, weights=known, method="inverted_cdf")
     return {str(percent): float(value) for percent, value in zip(QUANTILES, found, strict=True)}
 
 

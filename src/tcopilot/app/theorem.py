@@ -1,0 +1,212 @@
+"""`tcopilot-theorem`: Theorem 4.1 on held-out data of finished runs, for every vocabulary entry and over all.
+
+The theorem: if the Copilot's error ε_C is below S = sqrt(ε_P² + σ_P²), every λ in (0, λ0) lowers the expected squared
+distance to p. It is estimated on teacher-forced target tokens, with p the one-hot target. docs/theorem.md says what
+that changes, and lists what `<run dir>/theorem.json` holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+from tcopilot.app import build
+from tcopilot.app.checks.problems import ConfigError
+from tcopilot.app.console import quiet_libraries
+from tcopilot.data.benchmarks import DataError
+from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.data.module import TCopilotDataModule
+from tcopilot.models.configuration import TCopilotConfig
+from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.models.fusion import ProbabilityFusion
+from tcopilot.models.pilot import ModelSourceError
+from tcopilot.reporting.theorem.distances import DistanceSums
+from tcopilot.reporting.theorem.pilot_variance import PilotSpread, dropout_draws
+from tcopilot.reporting.theorem.verdict import show, verdict
+from tcopilot.run_directory import RunDirectory
+from tcopilot.training.error_statistics import correct_targets
+
+
+@dataclass
+class TrainedRun:
+    """A finished run with its export and its data."""
+
+    folder: Path
+    config: DictConfig
+    export: TCopilotConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: TCopilotDataModule
+    model: TCopilotModel
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str) -> TrainedRun:
+        """Read a run, ready to score its data.
+
+        Raises:
+            ConfigError: if it is no finished run or has no Copilot, or with what is wrong with its data.
+            ModelSourceError: if its export cannot be read.
+        """
+        run = RunDirectory(folder)
+        for needed in (run.config, run.export / "config.json"):
+            if not needed.exists():
+                missing = needed.relative_to(folder)
+                raise ConfigError([f"{folder}: no {missing} there; give the directory of a finished training run"])
+        config = build.read_config(run.config, str(folder))
+        export, tokenizer = build.read_export(folder)
+        if export.copilot is None:
+            raise ConfigError([f"{folder}: this run has no Copilot (copilot=none); the theorem is about one"])
+        data = build.prepare_data(config, tokenizer, export.pilot)
+        model = build.load_export(folder, export).to(device).eval()
+        return cls(folder, config, export, tokenizer, data, model)
+
+    def rows(self, split: str) -> list[dict[str, Any]]:
+        """Rows of all benchmarks, in batches of similar length when cut in order.
+
+        Raises:
+            DataError: if a benchmark has none.
+        """
+        by_name = (self.data.evaluation_rows(split, name) for name in self.data.benchmark_names)
+        return [row for rows in by_name for row in sorted(rows, key=lambda row: len(row["source_ids"]))]
+
+
+def refuse_other_kinds(runs: Sequence[TrainedRun], split: str) -> None:
+    """Refuse runs whose Pilots cannot be compared token by token.
+
+    Raises:
+        ConfigError: with every run that is not like the first.
+    """
+    first, *others = runs
+    problems = []
+    for run in others:
+        if run.folder.resolve() == first.folder.resolve():
+            problems.append(f"{run.folder}: given twice; give runs of other seeds")
+        elif run.export.pilot.model_type != first.export.pilot.model_type:
+            kinds = f"{run.export.pilot.model_type} Pilot, {first.folder} a {first.export.pilot.model_type} one"
+            problems.append(f"{run.folder}: has a {kinds}; give runs that differ in their seed only")
+        elif run.tokenizer.get_vocab() != first.tokenizer.get_vocab():
+            problems.append(f"{run.folder}: another vocabulary than {first.folder} has; give runs of one tokenizer")
+        elif _asked(run, split) != _asked(first, split):
+            mend = "train all seeds with data.seed=0, generated tasks also with data.benchmarks.<name>.seed=0"
+            problems.append(f"{run.folder}: its {split} rows are not those of {first.folder}; {mend}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _asked(run: TrainedRun, split: str) -> list[tuple[Any, ...]]:
+    return [(row["benchmark"], row["id"], row["source_ids"], row["target_ids"]) for row in run.rows(split)]
+
+
+def measure(
+    runs: Sequence[TrainedRun], split: str, passes: int = 0, seed: int = 0
+) -> tuple[DistanceSums, PilotSpread | None]:
+    """Score the rows of a split, teacher-forced, with the feedback that decoding uses.
+
+    Args:
+        runs: the run to estimate, then runs of other seeds, for ε_P² and σ_P² only.
+        split: `validation` or `test`.
+        passes: passes with dropout, instead of other seeds.
+        seed: of the dropout.
+
+    Returns:
+        Sums of the first run; the spread of Pilots, or None if there is one Pilot only.
+
+    Raises:
+        ConfigError: if the Pilot has no dropout to pass through.
+    """
+    first = runs[0]
+    torch.manual_seed(seed)
+    batch_size = build.decoding(first.config.evaluation).batch_size
+    collate = PromptTargetCollator(first.tokenizer.pad_token_id, first.tokenizer.padding_side)
+    distances, spread = DistanceSums(first.model.pilot.get_input_embeddings().num_embeddings), None
+    if passes or len(runs) > 1:
+        kind, names = ("dropout", range(passes)) if passes else ("seeds", [run.folder for run in runs])
+        spread = PilotSpread(kind, [str(name) for name in names])
+    rows = first.rows(split)
+    for start in range(0, len(rows), batch_size):
+        batch = collate(rows[start : start + batch_size]).to(first.model.device)
+        scored = correct_targets(first.model, batch)
+        distances.update(batch, *scored)
+        if passes:
+            spread.update(batch, dropout_draws(first.model, batch, passes))
+            if spread.sigma_sq == 0:
+                _refuse_dropout(first)
+        elif spread:
+            spread.update(batch, chain([scored], (correct_targets(run.model, batch) for run in runs[1:])))
+    return distances, spread
+
+
+def estimate(runs: Sequence[TrainedRun], split: str, passes: int = 0) -> dict[str, Any]:
+    """Return what `theorem.json` holds; arguments and errors as those of `measure`."""
+    first, (distances, spread) = runs[0], measure(runs, split, passes)
+    found = {"version": 1, "run": str(first.folder), "split": split, "fusion": first.model.config.fusion["_target_"]}
+    found["is_eq_8"] = isinstance(first.model.fusion, ProbabilityFusion)
+    found |= distances.estimates(first.data.benchmark_names)
+    pilots = spread.summary() if spread else None
+    found |= {f"{name}_pilot_sq": pilots[f"{name}_sq"] if pilots else None for name in ("epsilon", "sigma")}
+    found["pilots"] = pilots
+    found["entries"]["worst"] = [
+        {"id": entry, "token": str(first.tokenizer.convert_ids_to_tokens(entry)), "increase": increase}
+        for entry, increase in distances.worst_entries(found["lambda_star"])
+    ]
+    return found | {"verdict": verdict(found)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `tcopilot-theorem`.
+
+    Returns:
+        0, or 1 with a message on stderr if runs cannot be used or a file cannot be written.
+    """
+    parser = argparse.ArgumentParser("tcopilot-theorem", description="Theorem 4.1 on the held-out rows of a run.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, then those of other seeds")
+    parser.add_argument("--split", default="test", choices=("validation", "test"), help="rows to measure on")
+    parser.add_argument("--dropout-passes", type=int, default=0, metavar="K", help="variance of one Pilot by dropout")
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write the figures here; - is stdout, and nothing else there"
+    )
+    asked = parser.parse_args(arguments)
+    if asked.dropout_passes and (len(asked.runs) > 1 or asked.dropout_passes < 2):
+        parser.error(f"--dropout-passes {asked.dropout_passes}: give 2 or more, with one run directory only")
+    quiet_libraries()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        runs = [TrainedRun.load(folder, device) for folder in asked.runs]
+        refuse_other_kinds(runs, asked.split)
+        found = estimate(runs, asked.split, asked.dropout_passes)
+        text = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        files = [RunDirectory(asked.runs[0]).theorem, *([Path(asked.json)] if asked.json not in (None, "-") else [])]
+        for file in files:
+            file.write_text(text, encoding="utf-8")
+    except (ConfigError, DataError, ModelSourceError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}; choose a place that can be written", file=sys.stderr)
+        return 1
+    if asked.json == "-":
+        print(text, end="")
+    else:
+        show(found)
+        print(f"theorem: {files[0]}")
+    return 0
+
+
+def _refuse_dropout(run: TrainedRun) -> None:
+    settings = run.export.pilot.to_dict().items()
+    rates = ", ".join(f"{key}={value}" for key, value in settings if "drop" in key and value is not None)
+    mend = "give runs of other seeds, or train with dropout (T5: pilot.config.dropout_rate=0.1)"
+    raise ConfigError([f"--dropout-passes: the Pilot of {run.folder} has no dropout ({rates or 'no key'}); {mend}"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
