@@ -2,7 +2,7 @@
 
 import pytest
 
-from tcopilot.reporting.report.corrections import FEWEST, Mistake, drift, frequent_mistakes, quantiles, share
+from tcopilot.reporting.report.corrections import FEWEST, drift, frequent_mistakes, quantiles, share
 
 
 def position(token="a", said="a", after="a", shift=0.0, span=10.0, **feedback):
@@ -39,8 +39,8 @@ def test_mistakes_are_counted_by_benchmark_position_and_tokens():
         + [{"gold": [position("a"), position("b", said="c", after="c")]}],
         "y": [{"gold": [position("b", said="c", after="d")]}],
     }
-    assert frequent_mistakes(rows, 5) == [Mistake("x", 2, "b", "c", 3, 2), Mistake("y", 1, "b", "c", 1, 0)]
-    assert frequent_mistakes(rows, 1) == [Mistake("x", 2, "b", "c", 3, 2)]
+    assert frequent_mistakes(rows, 5) == [("x", 2, "b", "c", 3, 2), ("y", 1, "b", "c", 1, 0)]
+    assert frequent_mistakes(rows, 1) == [("x", 2, "b", "c", 3, 2)]
 
 
 def test_quantiles_are_those_of_all_values():

@@ -1,15 +1,15 @@
 """What the corrections of a trace look like: their size beside the Pilot's logits, their drift, the mistakes met.
 
-All functions read target positions along right answers, as `views.positions` lays them out.
+All functions read target positions along right answers, as `tcopilot.evaluation.trace_views.positions` lays them out.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from tcopilot.evaluation.significance import Interval, mean_interval
 from tcopilot.reporting import published
@@ -17,29 +17,6 @@ from tcopilot.reporting import published
 FEWEST = 10  # tokens at a position, below which its mean is not shown
 
 Row = dict[str, Any]
-
-
-class Drift(NamedTuple):
-    """Means over the tokens at one target position under one kind of feedback; `half` widths are of 95 % intervals."""
-
-    feedback: str
-    position: int
-    tokens: int
-    norm: float
-    norm_half: float
-    cosine: float
-    cosine_half: float
-
-
-class Mistake(NamedTuple):
-    """The Pilot said `said` in place of `token` at a position (from 1) `count` times; p̃ mended `mended` of them."""
-
-    benchmark: str
-    position: int
-    token: str
-    said: str
-    count: int
-    mended: int
 
 
 def share(rows: Sequence[Row]) -> tuple[float, Interval]:
@@ -67,36 +44,42 @@ def quantiles(values: Sequence[float], points: Sequence[float]) -> list[float]:
     return [float(value) for value in np.quantile(np.asarray(values, dtype=float), points)]
 
 
-def drift(rows: Iterable[Row]) -> list[Drift]:
+def drift(rows: Iterable[Row]) -> list[Any]:
     """Mean ‖f^C‖ and cosine with ℓ at each target position, under each kind of feedback.
 
-    Positions that fewer than `FEWEST` rows reach are left out.
+    Returns:
+        For each feedback and position its `tokens`, `norm` and `cosine`, and `norm_half` and `cosine_half`, the half
+        widths of 95 % intervals. Positions that fewer than `FEWEST` rows reach are left out.
     """
-    seen: dict[tuple[str, int], list[Sequence[float]]] = {}
-    for row in rows:
-        for place, position in enumerate(row["gold"], start=1):
-            for feedback, pair in position["feedback"].items():
-                seen.setdefault((feedback, place), []).append(pair)
-    found = []
-    for (feedback, place), pairs in sorted(seen.items()):
-        if len(pairs) >= FEWEST:
-            (norm, cosine), halves = np.mean(pairs, axis=0), 1.96 * np.std(pairs, axis=0) / len(pairs) ** 0.5
-            found.append(
-                Drift(feedback, place, len(pairs), float(norm), float(halves[0]), float(cosine), float(halves[1]))
-            )
-    return found
+    columns = ["feedback", "position", "norm", "cosine"]
+    seen = [
+        (feedback, place, *pair)
+        for row in rows
+        for place, position in enumerate(row["gold"], start=1)
+        for feedback, pair in position["feedback"].items()
+    ]
+    groups = pd.DataFrame(seen, columns=columns).groupby(columns[:2])
+    tokens = groups.size().rename("tokens")
+    halves = 1.96 * groups.std(ddof=0).div(tokens**0.5, axis=0)
+    found = groups.mean().join(halves, rsuffix="_half").join(tokens)
+    return list(found[found.tokens >= FEWEST].reset_index().itertuples(index=False, name="Drift"))
 
 
-def frequent_mistakes(rows: Mapping[str, Sequence[Row]], most: int) -> list[Mistake]:
-    """The Pilot's most frequent wrong tokens along right answers, and how many of each the correction mends."""
-    counts: Counter[tuple[str, int, str, str]] = Counter()
-    mended: Counter[tuple[str, int, str, str]] = Counter()
-    for benchmark, some in rows.items():
-        for row in some:
-            for place, position in enumerate(row["gold"], start=1):
-                before, after = position["right"]
-                if not before:
-                    key = (benchmark, place, position["token"], position["before"][0][0])
-                    counts[key] += 1
-                    mended[key] += after
-    return [Mistake(*key, count, mended[key]) for key, count in counts.most_common(most)]
+def frequent_mistakes(rows: Mapping[str, Sequence[Row]], most: int) -> list[Any]:
+    """The Pilot's most frequent wrong tokens along right answers, and how many of each the correction mends.
+
+    Returns:
+        `benchmark`, `position` (from 1), the right `token`, the one that the Pilot `said`, how often (`count`), and
+        how many of these p̃ has `mended`.
+    """
+    columns = ["benchmark", "position", "token", "said", "mended"]
+    wrong = [
+        (benchmark, place, position["token"], position["before"][0][0], position["right"][1])
+        for benchmark, some in rows.items()
+        for row in some
+        for place, position in enumerate(row["gold"], start=1)
+        if not position["right"][0]
+    ]
+    groups = pd.DataFrame(wrong, columns=columns).groupby(columns[:-1], sort=False)["mended"]
+    counts = groups.agg(count="size", mended="sum").sort_values("count", ascending=False, kind="stable")
+    return list(counts.head(most).reset_index().itertuples(index=False, name="Mistake"))
