@@ -98,9 +98,8 @@ class DistanceSums:
         spans = {span: span_name(span) for span in sorted({span for _, span in self.cells})}
         return {
             "rows": len(rows_R4), "tokens": sums.tokens, "vocabulary": sums.sums_KV.shape[1],
-            "pilot_error_sq": total.error, "constant_error_sq": sums.constant_error,
-            "copilot_error_sq": total.copilot_error, "epsilon_copilot_sq": epsilon, "sigma_copilot_sq": sigma,
-            "lambda_star": weight, "lambda_0": total.promised_weight, "zero_crossing": total.zero_crossing,
+            **total.figures(), "constant_error_sq": sums.constant_error,
+            "epsilon_copilot_sq": epsilon, "sigma_copilot_sq": sigma,
             "removed": sums.removed(weight), "intervals": row_intervals(rows_R4),
             "curve": curve.tolist(), "curve_error": float(np.abs(curve[:, 1] - curve[:, 2]).max()),
             "entry_curve_error": float(np.abs(predicted_LV - direct_LV).max()),
@@ -126,15 +125,9 @@ def span_name(span: int) -> str:
 
 
 def _parts(parts: dict[str, EntrySums], weight: float, energy: float) -> dict[str, Any]:
-    """The figures of parts of the tokens at the λ of all."""
+    """The figures of parts of the tokens, at the λ of all; `energy` is the error energy of all."""
     return {
-        name: {
-            "tokens": sums.tokens,
-            "energy": sums.total.error * sums.tokens / energy if energy else 0.0,
-            "pilot_error_sq": sums.total.error,
-            "lambda_star": sums.total.best_weight,
-            "zero_crossing": sums.total.zero_crossing,
-            **served_entries(sums, weight),
-        }
+        name: sums.total.figures() | served_entries(sums, weight)
+        | {"tokens": sums.tokens, "energy": sums.total.error * sums.tokens / energy if energy else 0.0}
         for name, sums in parts.items()
-    }
+    }  # fmt: skip

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor, bincount, stack
 
@@ -62,6 +63,13 @@ class Parabola(NamedTuple):
     def promised_weight(self) -> float | None:
         """λ0 of Theorem 4.1 with the split of `split_copilot_error`."""
         return promised_weight(self.error, *self.split_copilot_error())
+
+    def figures(self) -> dict[str, float | None]:
+        """Return what `theorem.json` says of a parabola."""
+        return {
+            "pilot_error_sq": self.error, "copilot_error_sq": self.copilot_error, "lambda_star": self.best_weight,
+            "lambda_0": self.promised_weight, "zero_crossing": self.zero_crossing,
+        }  # fmt: skip
 
 
 def promised_weight(pilot_error: float, epsilon: float, sigma: float) -> float | None:
@@ -156,11 +164,10 @@ def served_entries(sums: EntrySums, weight: float) -> dict[str, Any]:
     """
     count_V, _, error_V, inner_V, correction_V = sums.sums_KV
     added_V = sums.tokens * (sums.distances_V(weight) - sums.distances_V(0.0))
-    active_V = correction_V > 0
+    active_V, best_V = correction_V > 0, sums.best_weights_V()
     crossings = 2 * inner_V[active_V] / correction_V[active_V]
-    best_V = sums.best_weights_V()
-    harmed_V, never_V = weight * correction_V > 2 * inner_V, active_V & (inner_V <= 0)
-    harmed_V &= active_V & (weight > 0)
+    harmed_V = active_V & (weight > 0) & (weight * correction_V > 2 * inner_V)
+    never_V = active_V & (inner_V <= 0)
 
     def shares(chosen_V: NDArray[np.bool_]) -> dict[str, float]:
         weighted = {"entries": np.ones_like(count_V), "occurrences": count_V, "energy": error_V}
@@ -212,10 +219,6 @@ def row_intervals(rows_R4: Floats, resamples: int = 1000, seed: int = 0) -> dict
     random, found = np.random.default_rng(seed), []
     for _ in range(resamples):
         *sums, tokens = rows_R4[random.integers(len(rows_R4), size=len(rows_R4))].sum(0).tolist()
-        drawn = Parabola(*(value / tokens for value in sums))
-        if drawn.zero_crossing is None:
-            return {}
-        found.append((drawn.error, drawn.copilot_error, drawn.best_weight, drawn.zero_crossing))
-    bounds = np.quantile(np.array(found), [0.025, 0.975], axis=0).T.tolist()
-    names = ("pilot_error_sq", "copilot_error_sq", "lambda_star", "zero_crossing")
-    return {name: (low, high) for name, (low, high) in zip(names, bounds, strict=True)}
+        found.append(Parabola(*(value / tokens for value in sums)).figures())
+    drawn = pd.DataFrame(found).drop(columns="lambda_0").astype(float)
+    return {} if drawn.isna().any(axis=None) else {name: tuple(drawn[name].quantile([0.025, 0.975])) for name in drawn}

@@ -61,11 +61,7 @@ class PilotSpread:
         """ε_P², σ_P² and their sum S², and the parabola of each draw."""
         parabolas = [Parabola(*(row / self._tokens).tolist()) for row in self._sums_D3]
         error = sum(parabola.error for parabola in parabolas) / len(parabolas)
-        each = [
-            {"name": name, "pilot_error_sq": one.error, "copilot_error_sq": one.copilot_error}
-            | {"lambda_star": one.best_weight, "lambda_0": one.promised_weight, "zero_crossing": one.zero_crossing}
-            for name, one in zip(self.names, parabolas, strict=True)
-        ]
+        each = [{"name": name} | one.figures() for name, one in zip(self.names, parabolas, strict=True)]
         figures = {"pilot_error_sq": error, "epsilon_sq": error - self.sigma_sq, "sigma_sq": self.sigma_sq}
         return {"kind": self.kind, **figures, "draws": each}
 
