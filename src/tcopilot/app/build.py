@@ -84,7 +84,7 @@ def prepare(cfg: DictConfig) -> Prepared:
 
 
 def prepare_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, pilot: PreTrainedConfig) -> TCopilotDataModule:
-    """Read and check the data of a config for a tokenizer that is at hand.
+    """Read and check the data of a config for a tokenizer that is already loaded.
 
     Raises:
         ConfigError: with every problem found in the data.
@@ -194,7 +194,7 @@ def evaluation_weights(weight: Any) -> list[float] | None:
 
 
 def decoding(node: DictConfig) -> Decoding:
-    """How answers are had, from the config's `evaluation` group."""
+    """How answers are generated or scored, from the config's `evaluation` group."""
     values = OmegaConf.to_container(node, resolve=True)
     return Decoding(**{field.name: values[field.name] for field in fields(Decoding)})
 

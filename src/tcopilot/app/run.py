@@ -296,7 +296,7 @@ def _settings(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
 
 
 def _resumed(cfg: DictConfig) -> DictConfig:
-    """The config of the run to resume, or the config at hand."""
+    """The config of the run to resume, or else the config given."""
     if not cfg.get("resume"):
         return cfg
     path = Path(str(cfg.resume)) / "config.yaml"

@@ -1,4 +1,4 @@
-"""What a job of a multirun does around its run: a folder by its overrides, done once, failing alone."""
+"""What surrounds a run that is a job of a sweep: its folder, skipping, resuming, and failures that end it alone."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def _other_config(folder: Path, before: str, settings: dict[str, Any]) -> str:
 
 @contextmanager
 def _isolated() -> Iterator[None]:
-    """Give the process back as it was: a job must not depend on the jobs before it, whether they failed or not."""
+    """Restore the state of the process: a job must not depend on the jobs before it, whether they failed or not."""
     gc.collect()  # here, not at the end: while a failed job is cleaned up its error still holds its models
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -1,8 +1,8 @@
 r"""Read answers out of generated text, each kind of answer in two ways.
 
 The strict reading wants the asked form: a text that does not answer in it has no answer. The lenient one does what the
-published evaluation of LLM-Adapters does, so that figures can be laid beside published ones. It takes the first name,
-the last number or the first capital letter anywhere in the text, and so also counts answers that nobody gave.
+published evaluation of LLM-Adapters does, so that figures can be compared with published ones. It takes the first
+name, the last number or the first capital letter anywhere in the text, and so finds answers where none is given.
 """
 
 from __future__ import annotations

@@ -334,7 +334,7 @@ class TCopilotDataModule(LightningDataModule):
         if not is_number(self.held_out) or not 0 <= self.held_out < 1:
             raise DataError(f"data.held_out={self.held_out}: give a share of the train rows in [0, 1), such as 0.1")
         if self.held_out and self.streaming:
-            raise DataError("data.held_out needs all rows at hand; use data.streaming=false, or data.held_out=0")
+            raise DataError("data.held_out needs all rows in memory; use data.streaming=false, or data.held_out=0")
 
     def _note(self, name: str, split: str, rows: list[PreparedRow], dropped: int, skipped: list[str]) -> None:
         sources, targets = ([len(row[key]) for row in rows] for key in ("source_ids", "target_ids"))

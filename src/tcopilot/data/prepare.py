@@ -80,7 +80,7 @@ class RowPreparer:
             training: Whether overlong rows may be dropped, and texts are left out.
             report: Called with each complaint; if it returns, the row is left out.
             skip: Called in its place where a row cannot be rendered or tokenised or gives an empty text. Overlong rows
-                are not among these: what happens to them is ``overflow``'s to say.
+                are not among these: ``overflow`` decides on those.
         """
         rows, skip = iter(rows), skip or report
         while chunk := list(islice(rows, CHUNK)):

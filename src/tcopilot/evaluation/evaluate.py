@@ -45,7 +45,7 @@ Scores = dict[Metric, list[Any]]
 
 @dataclass
 class Decoding:
-    """How answers are had.
+    """How answers are generated or scored.
 
     Attributes:
         num_beams: 1 is greedy; the paper uses 4.
@@ -136,7 +136,7 @@ class Evaluator:
         tokenizer: the Pilot's.
         data: prepared rows.
         folder: where predictions go, one JSON line per row as soon as it is answered.
-        decoding: how answers are had.
+        decoding: how answers are generated or scored.
         per: what has a λ of its own, fitted on the split that λ is chosen on: `all` for one λ; `benchmark`; or
             a gate of `tcopilot.models.gates`, which λ then scales.
     """

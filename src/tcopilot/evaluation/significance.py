@@ -385,7 +385,7 @@ def _sign_flip(difference: np.ndarray, seed: int) -> float:
     """Two-sided p-value of the mean difference over random signs of the rows; rows that did not change are skipped."""
     changed = difference[difference != 0]
     if len(changed) < 2:
-        return 1.0  # one coin cannot surprise; scipy refuses to toss it
+        return 1.0  # a single changed row cannot be significant, and scipy refuses to test it
     test = stats.permutation_test(
         (changed,),
         lambda values, axis: values.sum(axis=axis),

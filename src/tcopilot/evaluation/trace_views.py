@@ -1,4 +1,4 @@
-"""A target text as both models see it, position by position: p̂, f^C, p̃, and what each layer would have said.
+"""A target text as both models see it, position by position: p̂, f^C, p̃, and what each layer would have predicted.
 
 Shapes: B batch, N target length, V vocabulary, C Copilot width, K candidates shown.
 """
@@ -48,7 +48,7 @@ class TargetTrace:
 def trace_targets(model: TCopilotModel, batch: Batch, others: Sequence[str] = ()) -> TargetTrace:
     """Run both models along the targets of a batch, at the model's own λ, fusion and feedback.
 
-    A layer's lens is what the model would have said, had the layer been its last (logit lens).
+    A layer's lens is what the model would have predicted if the layer had been its last (logit lens).
 
     Args:
         model: a fused model that has a Copilot.

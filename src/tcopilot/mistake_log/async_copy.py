@@ -32,7 +32,7 @@ class AsyncHostCopies:
         return copied
 
     def wait(self) -> None:
-        """Wait until all copies are made, but for no other work of the GPU."""
+        """Wait until all copies are made, without waiting for other work of the GPU."""
         if self.pending:
             for stream in self._streams.values():
                 stream.synchronize()

@@ -44,7 +44,7 @@ class Fifo:
 
 
 class Latest(Fifo):
-    """Only the newest round: the batch at hand, as Algorithm 1 reads literally."""
+    """Only the newest round, which is the current batch: Algorithm 1 taken literally."""
 
     def draw(self, log: LoggedRecords, records: int, generator: Generator) -> Tensor:
         """Uniform over the newest round; each record at most once in a draw."""
@@ -70,7 +70,7 @@ class Prioritised(Fifo):
         return {"error": (energy_B.sqrt() * WEIGHT_UNIT).long()}
 
     def draw(self, log: LoggedRecords, records: int, generator: Generator) -> Tensor:
-        """Independent draws; a record without any error is next to never drawn."""
+        """Independent draws; a record without any error is almost never drawn."""
         places = _random_integers(records, generator)
         return torch.tensor([log.pick("error", place) for place in places])
 

@@ -1,4 +1,4 @@
-"""Which rows were there in earlier rounds."""
+"""Which rows occurred in earlier rounds."""
 
 from tcopilot.processes import gather
 

@@ -1,4 +1,4 @@
-"""Where a Mistake Log larger than the memory goes: tensors in memory-mapped files.
+"""Keeps a Mistake Log that is larger than the memory in memory-mapped files.
 
 A spilled tensor is a tensor like any other; its pages come from the file when they are read and may leave the memory
 again. A file goes when the last tensor in it goes, so whatever still holds one, a state dict for example, stays valid.

@@ -1,4 +1,4 @@
-"""LoRA by peft, for Pilot and Copilot alike: injected into the model at hand, merged before export."""
+"""LoRA by peft, for Pilot and Copilot alike: injected into a model in place and merged before export."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Lora:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
     def check(self, module: nn.Module) -> None:
-        """Refuse what cannot be injected into a module; one on the meta device will do.
+        """Refuse adapters that cannot be injected into a module. The module may lie on the meta device.
 
         Raises:
             ValueError: if a target names no linear layer, or a figure is out of range.
@@ -65,7 +65,7 @@ class Lora:
 
 
 def merge_adapters(model: nn.Module) -> None:
-    """Fold every adapter into the weight that it adapts, in place: a plain model remains."""
+    """Merge every adapter into the weight that it adapts, in place; what remains is a plain model."""
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()

@@ -147,7 +147,7 @@ def fill_cache(static: Cache, cache: Cache) -> None:
         seen = layer.get_seq_length()
         for held, given in ((place.keys, layer.keys), (place.values, layer.values)):
             held[:, :, :seen] = given
-            held[:, :, seen:] = 0  # hidden by masks, but a NaN that a call before has left would show
+            held[:, :, seen:] = 0  # masks hide these columns, but a NaN left by an earlier call would come through
         place.cumulative_length.fill_(seen)
 
 

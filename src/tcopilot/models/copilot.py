@@ -171,7 +171,7 @@ class Copilot(nn.Module):
         with torch.no_grad():
             if error_input == "embedding":
                 copilot.error_in.copy_(embeddings_VC)
-            # At 0 the gradient through the first norm would be enormous, and clipping would stop all else.
+            # A start at 0 would send a huge gradient through the first norm, and clipping would stall the rest.
             copilot.start.normal_(std=copilot.error_in.std().item())
             if hasattr(copilot, "unembedding"):
                 copilot.unembedding.copy_(output_VC)
@@ -270,7 +270,7 @@ class Copilot(nn.Module):
         return self.head(hidden_BNC, log_probs_BNV, self.unembedding_VC)
 
     def set_gate(self, gate: Gate | None) -> None:
-        """Scale corrections by a gate from now on, or no longer."""
+        """Scale corrections by a gate from now on; None removes the gate."""
         self.gate, self.config.gate = gate, None if gate is None else gate.settings()
 
     def gated(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, positions_BN: Tensor | None = None) -> Tensor:
@@ -295,7 +295,7 @@ class Copilot(nn.Module):
         return self.error_in if self.config.tied else self.unembedding
 
     def _shown(self, visible_BNS: Tensor, source_length: int) -> Tensor:
-        """Close the rows of the log that an ablated Copilot is not shown."""
+        """Mask the rows of the log that an ablated Copilot must not read."""
         first_state = 1 + source_length
         for name, rows in (("source", slice(1, first_state)), ("states", slice(first_state, None))):
             if name not in self.config.reads:

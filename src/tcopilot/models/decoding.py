@@ -19,9 +19,9 @@ FEEDBACKS = ("observed", "own")
 
 
 class Beside:
-    """Work that may run beside what follows: on a GPU on a second stream, elsewhere and in compiled code at once.
+    """Work that overlaps with what follows, in a second stream on a GPU; on a CPU or in compiled code it runs first.
 
-    The work sees everything queued so far. Nothing that it reads may be changed or let go before `result` was called.
+    The work sees everything queued so far. Nothing that it reads may be changed or freed before `result` is called.
     """
 
     _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
@@ -37,7 +37,7 @@ class Beside:
             self._found = work()
 
     def result(self) -> Tensor:
-        """What the work returned; whatever is queued from now on waits for it."""
+        """What the work returned. Everything that is queued from now on waits for it."""
         if self._stream is not None:
             current = torch.cuda.current_stream(self._found.device)
             current.wait_stream(self._stream)
@@ -110,8 +110,8 @@ def correct_next(
 def advance(copilot: Copilot, feedback: str, token_B1: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:
     """The part of a step before the head: embed the last target's error and run the body.
 
-    In strict context the row that joins the log is the last target's h̄, `state.pending_B1P`. Then nothing here is of
-    the Pilot's present step.
+    In strict context the row that joins the log is the last target's h̄, `state.pending_B1P`. Then nothing here
+    depends on the Pilot's present step.
 
     Returns:
         The body's hidden states [B, 1, C].
@@ -125,7 +125,7 @@ def advance(copilot: Copilot, feedback: str, token_B1: Tensor, row_B1P: Tensor, 
 def conclude(
     copilot: Copilot, feedback: str, hidden_B1C: Tensor, log_probs_B1V: Tensor, states_B1P: Tensor, state: CopilotState
 ) -> Tensor:
-    """The part of a step after the Pilot's: the head; and what the next step needs of this one.
+    """The part of a step that needs the Pilot's output: run the head, and keep what the next step needs.
 
     Returns:
         Correction f^C [B, 1, V], float32, scaled by the Copilot's gate if it has one. Feedback is never scaled.

@@ -41,7 +41,7 @@ def check_family(config: PreTrainedConfig) -> None:
         if config.is_encoder_decoder:
             raise UnsupportedFamilyError("log attention fits the encoder-decoders " + " and ".join(ENCODER_DECODERS))
         _try_log_attention(config)
-    except Exception as error:  # the family's own code, run in a way that it was not written for
+    except Exception as error:  # the family's own code may raise anything when it is run like this
         raise UnsupportedFamilyError(
             f"pilot model type {config.model_type!r} is not supported: a Copilot needs a decoder with separate q, k "
             f"and v projections and one rotary embedding, which hands unknown arguments on to its attention layers. "

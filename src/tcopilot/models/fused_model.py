@@ -73,7 +73,7 @@ class TCopilotModel(PreTrainedModel):
         return cls(config, pilot, copilot)
 
     def attach(self, copilot: Copilot) -> None:
-        """Put a Copilot on the Pilot at hand, in place of one that may be there.
+        """Attach a Copilot to the Pilot, in place of the one that it may have.
 
         Raises:
             ValueError: if it was built for another vocabulary or another Pilot width.
@@ -107,12 +107,12 @@ class TCopilotModel(PreTrainedModel):
         """Scale corrections by a gate from now on (`tcopilot.models.gates`); None takes the gate away."""
         self.copilot.set_gate(gate)
         self.config.copilot = self.copilot.config.to_dict()
-        self.static_decoder = None  # its step was compiled with the gate of before
+        self.static_decoder = None  # its step was compiled with the previous gate
 
     def set_fusion(self, rule: FusionRule) -> None:
         """Change the fusion rule."""
         self.fusion, self.config.fusion = rule, rule.settings()
-        self.static_decoder = None  # its step was compiled with the rule of before
+        self.static_decoder = None  # its step was compiled with the previous rule
 
     def get_input_embeddings(self):
         """The Pilot's input embeddings."""

@@ -18,7 +18,7 @@ from tcopilot.functional import fuse_logits, fuse_probabilities
 
 
 class FusionRule(ABC):
-    """How a correction changes the Pilot's distribution. λ = 0 is the Pilot under every rule, which is then not asked.
+    """How a correction changes the Pilot's distribution. λ = 0 gives the Pilot under every rule.
 
     A rule with settings takes them as keyword arguments and keeps them as attributes of the same names.
 

@@ -1,8 +1,8 @@
-"""λ beyond a constant: p̃_i = p̂_i + λ g_i f^C_i, with g_i by the target's position or by the token at hand.
+"""λ beyond a constant: p̃_i = p̂_i + λ g_i f^C_i, where g_i depends on the target's position or on the token.
 
 A gate scales the correction and is fitted on validation rows, after training, so that λ = 1 gives the smallest
 expected squared error E‖p − p̂ − g f^C‖² that a gate of its kind can give (Theorem 4.1, beyond one λ). λ scales what is
-left as it scales f^C without a gate: λ = 0 is the Pilot, exactly. The paper has none of this.
+left as it scales f^C without a gate: λ = 0 is the Pilot, exactly. Gates are not in the paper.
 
 Adding a gate is one class here and an entry in `GATES`.
 

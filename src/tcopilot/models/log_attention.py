@@ -1,4 +1,4 @@
-"""Log attention (Eq. 5–6): the Copilot's queries attend to the Mistake Log's record of the example at hand.
+"""Log attention (Eq. 5–6): the Copilot's queries attend to the Mistake Log's record of their own example.
 
 Keys and values come from Concat(null, X̃, h̄) along the sequence; a learned null row leaves no query without a key.
 Masks and positions of the log are built here for training and decoding alike.

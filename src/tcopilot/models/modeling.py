@@ -200,7 +200,7 @@ def fused_class(is_encoder_decoder: bool) -> type[TCopilotForCausalLM | TCopilot
 
 
 def _target_start(target_start: int | None, labels: Tensor | None, length: int) -> int:
-    """The column of the first target; without a word about it, the whole text is prompt."""
+    """The column of the first target. If nothing tells where it is, the whole text is prompt."""
     if target_start is None and labels is None:
         return length
     if target_start is None:

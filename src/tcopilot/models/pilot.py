@@ -29,7 +29,7 @@ from tcopilot.settings import DTYPE
 
 
 class ModelSourceError(ValueError):
-    """A model or tokenizer cannot be had from where the config says."""
+    """A model or tokenizer cannot be loaded from where the config says."""
 
 
 @dataclass
@@ -130,7 +130,7 @@ class ModelSource:
         return self._from_hub(AutoConfig)
 
     def whole_model(self, auto: Any, dtype: torch.dtype) -> PreTrainedModel:
-        """The model with the weights of its files; transformers would make up those that are not there.
+        """Load the model with the weights of its files; transformers would initialise missing ones at random.
 
         Raises:
             ModelSourceError: if weights are missing, of other shapes than the config says, or not finite.
@@ -166,9 +166,9 @@ class ModelSource:
         self._check_path()
         try:
             found = auto.from_pretrained(self.path, revision=self.revision, trust_remote_code=False, **options)
-        except Exception as error:  # files of any content make the libraries raise errors of any kind
+        except Exception as error:  # a malformed file can make the libraries raise any error
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to run what is in it
+            if isinstance(error, pickle.UnpicklingError):  # torch's own message advises to load it anyway
                 first_line = "its weights are a pickle file with more than tensors in it, which is never run"
             raise ModelSourceError(
                 f"{self._name}: {auto.__name__} cannot read it ({first_line}). Give a Hub id that this "
@@ -202,7 +202,7 @@ class ModelSource:
 
 @contextmanager
 def _without_reports() -> Iterator[None]:
-    """Silence transformers' table of what was loaded; what matters of it is raised."""
+    """Silence transformers' table of loaded weights; problems in it are raised as errors instead."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -1,8 +1,8 @@
 """Greedy decoding and sampling with caches of fixed shape and place, so that a step can be compiled to a CUDA graph.
 
 The prompt is read as always, with caches that fit it. Then both models' keys and values move into caches with room for
-the whole answer, and every further token is the same step: same shapes, same memory. The host does not wait for the
-device but to see, now and then, whether all rows have ended.
+the whole answer, and every further token is the same step: same shapes, same memory. The host waits for the
+device only now and then, to see whether all rows have ended.
 
 Shapes: B batch, T tokens of prompt and answer, M source length, N steps, K errors, P Pilot width, S rows of the log,
 V vocabulary.
@@ -69,7 +69,7 @@ class StaticState(CopilotState):
         self.errors, self.rows = self.errors + 1, self.rows + 1
 
     def grow(self) -> tuple[Tensor, Tensor]:
-        """The additive masks of the step at hand over all columns; `open_next` has opened its own."""
+        """The additive masks of this step over all columns; `open_next` has opened its own."""
         return self.self_mask_111K, self.log_mask_B11S
 
     def keep(self, states_B1P: Tensor, feedback_BV: Tensor) -> None:
@@ -100,7 +100,7 @@ class StaticDecoder:
             self.cache.copilot = StaticState(state, answer, block)
         self.weights_B = in_place(torch.zeros(rows, device=model.device))
         self.encoder: dict[str, Any] = {}
-        if model.config.is_encoder_decoder:  # its output is in the cache: who reads it again gets a stand-in
+        if model.config.is_encoder_decoder:  # transformers asks for it again: a stand-in will do
             columns = rounded(source_mask_BM.shape[1], block)
             mask_B11M = self.weights_B.new_empty(rows, 1, 1, columns, dtype=model.dtype)
             output_B1P = in_place(mask_B11M.new_zeros(rows, 1, model.config.pilot.hidden_size))

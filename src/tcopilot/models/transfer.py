@@ -41,7 +41,7 @@ def transfer_problems(pilot: ModelSource, trained: TCopilotConfig, tokenizer: Pr
 
 
 def put_on(pilot: ModelSource, trained: TCopilotModel, tokenizer: PreTrainedTokenizerBase) -> TCopilotModel:
-    """Return a fused model of another Pilot and the Copilot of a trained one, which loses it."""
+    """Return a fused model of another Pilot and the Copilot of a trained model, which is left without one."""
     other, config = pilot.load(tokenizer), trained.config
     cls = fused_class(config.is_encoder_decoder)
     fusion = {"fusion": config.fusion, "weight": config.weight, "feedback": config.feedback}

@@ -1,1 +1,1 @@
-"""What finished runs say: tables, evidence, report pages."""
+"""Tables, evidence and report pages from finished runs."""

@@ -49,7 +49,7 @@ def correct_targets(model: TCopilotModel, batch: Batch) -> tuple[Tensor, Tensor 
 
 
 class ErrorStatistics:
-    """Sums over target tokens, from teacher-forced passes, of what Theorem 4.1 speaks of.
+    """Sums over target tokens, from teacher-forced passes, of the quantities in Theorem 4.1.
 
     Args:
         weights: the λ at which the fused likelihood is wanted.
@@ -130,7 +130,7 @@ class ErrorStatistics:
 
         Returns:
             `pilot_nll` (nats), `error_energy` E‖ℓ‖², `correction_energy` E‖f^C‖², `error_ratio` E‖f^C−ℓ‖² / E‖ℓ‖²
-            (below 1: the Copilot knows something), `cosine` of f^C with ℓ, `best_weight` λ*, `fused_nll` at the
+            (below 1: f^C is closer to ℓ than 0 is), `cosine` of f^C with ℓ, `best_weight` λ*, `fused_nll` at the
             first λ, and `error_norm_p10`, `_p50`, `_p90` of ‖ℓ‖ with `correction_norm_…` of ‖f^C‖.
         """
         tokens, energy, correction, inner, pilot_nll = self._sums[:5].tolist()

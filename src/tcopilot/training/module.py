@@ -131,7 +131,7 @@ class TCopilotModule(LightningModule):
         return optimizers, schedulers
 
     def on_train_start(self) -> None:
-        """Lightning keeps the mode a submodule came with, and `from_pretrained` gives eval mode."""
+        """Set training mode: Lightning keeps the mode of each submodule, and `from_pretrained` gives eval mode."""
         self.model.train()
         if self.learners["pilot"] is None:
             self.model.pilot.eval()
@@ -206,7 +206,7 @@ class TCopilotModule(LightningModule):
         self.log_dict({f"val/{name}": value for name, value in summary.items()}, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what never changes and can be had again: frozen weights that come from a pretrained model."""
+        """Leave out the frozen weights of a pretrained model: they never change and can be loaded again."""
         checkpoint["seconds"] = dict(self.seconds)
         if getattr(self.model.pilot.config, "_name_or_path", ""):
             for name, parameter in self.named_parameters(remove_duplicate=False):  # tied weights have two names
@@ -246,7 +246,7 @@ class TCopilotModule(LightningModule):
         return self._pilot_loss(states) * self.trainer.world_size / tokens
 
     def _backward(self, loss: Tensor) -> Tensor:
-        """Add its gradients, if it has any; returns its value."""
+        """Add the gradients of a loss, if it has any; returns its value."""
         if loss.requires_grad:
             self.manual_backward(loss)
         return loss.detach()

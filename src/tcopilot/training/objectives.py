@@ -59,7 +59,7 @@ class KullbackLeibler(MeanSquaredError):
 
 
 class CrossEntropy(MeanSquaredError):
-    """−log p̃_y of the distribution fused at λ = 1 (Eq. 8): not an estimate of ℓ, but of what ℓ is for."""
+    """−log p̃_y of the distribution fused at λ = 1 (Eq. 8): it does not estimate ℓ."""
 
     def row_losses(self, corrections_RV: Tensor, probs_RV: Tensor, targets_R: Tensor) -> Tensor:
         """Negative log-likelihood of each target token, in nats."""

@@ -60,7 +60,7 @@ class Load:
 
 @dataclass
 class Footprint:
-    """Bytes on the device that trains, but for the log.
+    """Bytes on the training device, without the log.
 
     Attributes:
         parameters: of both models, buffers included.
@@ -82,7 +82,7 @@ class Footprint:
 
     @property
     def certain(self) -> int:
-        """What any round needs at its end, whatever its rows."""
+        """What every round needs at its end, however many rows it has."""
         return self.parameters + self.gradients + self.optimizer
 
     @property
@@ -143,7 +143,7 @@ def _take_off_meta(module: nn.Module) -> None:
 
 
 class _Shapes(LiveMemory):
-    """Answers the questions about values that code asks on its way."""
+    """Answers for tensors without values where the measured code asks for a value."""
 
     def __init__(self, tied: bool, label: Callable[[Tensor], str] = lambda tensor: "others") -> None:
         super().__init__(label)
@@ -217,7 +217,7 @@ class _LongestRows(Batch):
         return [self] * min(2, self.parts)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """It is there."""
+        """Stay: a tensor without memory cannot be moved."""
         return self
 
 
@@ -296,7 +296,7 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Let Lightning say nothing of a training that is none."""
+    """Silence Lightning, since this is not a real training run."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)

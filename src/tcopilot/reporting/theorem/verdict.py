@@ -1,4 +1,4 @@
-"""What `tcopilot-theorem` prints: the estimates, the curve, who is served by one λ, and the verdict in sentences."""
+"""What `tcopilot-theorem` prints: the estimates, the curve, which entries one λ suits, and the verdict."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class CopilotAlarms(Callback):
         self.raised: set[str] = set()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check after each validation but the first part of training, where anything is still possible."""
+        """Check after each validation, except early in training, when it is too soon to judge."""
         if trainer.sanity_checking or pl_module.model.copilot is None or pl_module.round < pl_module.rounds // 2:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -65,14 +65,14 @@ class RoundCheckpoint(Callback):
         stopping = trainer.should_stop or rounds == pl_module.rounds
         if not stopping and self.every_n_rounds and rounds % self.every_n_rounds == 0:
             state = _state(trainer)
-            self._due = rounds, state | {"loops": copy.deepcopy(state["loops"])}  # the loader reads on
+            self._due = rounds, state | {"loops": copy.deepcopy(state["loops"])}  # the loader reads ahead
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Write it while nothing has been trained since."""
+        """Write it before the next round changes anything."""
         self._write_due(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Keep a state that is still good if validation fails; one of several processes cannot save alone."""
+        """If validation fails, save the state, which is still good. One of several processes cannot save alone."""
         if processes.world_size() == 1:
             try:
                 self._write_due(trainer)

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class CopilotStop(Callback):
-    """Ends the Copilot's updates when validation finds no better one any more; the Pilot's go on.
+    """Stops updating the Copilot once validation finds no better one; the Pilot is trained on.
 
     A Copilot is judged by E‖f^C − ℓ‖² / E‖ℓ‖² on validation rows, with the Pilot of that moment. The Pilot moves on,
     so that a Copilot that was best then need not be best for the Pilot that is kept: when training ends both the best
@@ -42,7 +42,7 @@ class CopilotStop(Callback):
         pl_module.copilot_stopped = self._state["waited"] >= self.patience
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge the Copilot that is at hand."""
+        """Judge the current Copilot."""
         if trainer.sanity_checking or not pl_module.copilot_learns:
             return
         ratio = agree_on(_reported(trainer))
@@ -92,7 +92,7 @@ def _put(copilot: Copilot, weights: dict[str, Tensor]) -> None:
 
 
 def _reported(trainer: Trainer) -> float:
-    """The error ratio of the validation at hand; only the first process has it."""
+    """The error ratio of this validation; only the first process has it."""
     return float(trainer.callback_metrics.get("val/error_ratio", math.inf))
 
 

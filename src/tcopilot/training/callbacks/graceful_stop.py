@@ -23,11 +23,11 @@ class GracefulStop(Callback):
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen while rounds run."""
+        """Handle the signals while rounds run."""
         for number in SIGNALS:
             try:
                 self._before[number] = signal.signal(number, self._request)
-            except ValueError:  # not in the main thread, where nobody can press Ctrl-C either
+            except ValueError:  # Python handles signals in the main thread only
                 return
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -36,7 +36,7 @@ class GracefulStop(Callback):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()

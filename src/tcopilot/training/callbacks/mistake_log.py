@@ -33,7 +33,7 @@ class MistakeLogCallback(Callback):
             pl_module.log_dict({f"log/{name}": value for name, value in self.mistake_log.statistics().items()})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the log's error energy beside validation's: the ratio tells whether the log is still worth reading."""
+        """Log error energy over that of validation: well below 1, the log no longer shows present errors."""
         held_out = trainer.callback_metrics.get("val/error_energy")
         if (
             len(self.mistake_log)

@@ -35,7 +35,7 @@ class RngState(Callback):
         return _capture() if self._between is None else self._between
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the states up at the next round."""
+        """Use these states from the next round on."""
         self._between = state_dict
 
 
