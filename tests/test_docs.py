@@ -143,6 +143,34 @@ def test_every_link_and_every_path_leads_to_a_file(name):
     assert [given for given, place in places.items() if not place.exists()] == []
 
 
+def anchors(document: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", document.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_link_into_a_page_leads_to_one_of_its_headings(name):
+    document = DOCUMENTS[name]
+    links = re.findall(r"\]\(([\w./-]*)#([^)]+)\)", FENCE.sub("", document.read_text()))
+    pages = {(file, anchor): document.parent / file if file else document for file, anchor in links}
+    assert [link for link, page in pages.items() if page.suffix == ".md" and link[1] not in anchors(page)] == []
+
+
+def test_every_metric_names_a_file_of_the_package():
+    files = re.findall(r"\| `([\w/]+\.py)` \|", (DOCS / "metrics.md").read_text())
+    assert len(files) > 30
+    assert [file for file in set(files) if not (composed.ROOT / "src/tcopilot" / file).is_file()] == []
+
+
+def test_the_readme_is_short_and_names_every_package_and_page():
+    readme = (composed.ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) < 150
+    packages = {path.parent.name for path in (composed.ROOT / "src/tcopilot").glob("*/__init__.py")}
+    assert [name for name in packages if f"  {name}/ " not in readme] == []
+    assert [page.name for page in DOCS.glob("*.md") if f"(docs/{page.name})" not in readme] == []
+
+
 def test_a_name_that_does_not_exist_would_be_found():
     resolve("tcopilot.mistake_log.log.MistakeRecord.errors_BNV")
     resolve("tcopilot.models.copilot.CopilotState.cache")
