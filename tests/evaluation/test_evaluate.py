@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from small_training import source_side, tiny_model
 
 from tcopilot.data import GeneratedTask, TCopilotDataModule, word_tokenizer
 from tcopilot.data.metrics import Metric
-from tcopilot.evaluation.evaluate import Decoding, Evaluator, _select
+from tcopilot.evaluation.evaluate import Evaluator, _select
 from tcopilot.evaluation.generation import Generation
+from tcopilot.evaluation.modes import Decoding
 
 FAMILIES = ("t5", "llama")
 WEIGHTS = [0.5, 1.0]
@@ -150,6 +152,45 @@ def test_predictions_of_another_setting_are_not_taken_up(tmp_path, change, monke
         judge.data.benchmarks["word_problems"].version = 2
     judge.scores("test", "word_problems", [1.0])
     assert len(asked) == 2
+
+
+ANSWERS_DEPEND_ON = {
+    "prompt": "Q: {prompt}", "target": " ({target})", "prompt_column": "question", "target_column": "solution",
+    "version": 2, "max_new_tokens": 3, "name": "other", "kind": "next_item", "seed": 1, "train": 17, "test": 11,
+    "validation": 13,
+}  # fmt: skip
+NO_ANSWER_DEPENDS_ON = {
+    "source": "another licence", "hub": "owner/name", "config": "main", "revision": "abc", "folder": "elsewhere",
+    "splits": {"train": "train", "test": "dev"}, "metric": "exact_match", "more_metrics": [Metric("exact_match")],
+}  # fmt: skip
+
+
+def test_every_setting_of_a_benchmark_is_known_to_change_answers_or_not():
+    names = {field.name for field in fields(GeneratedTask)}
+    assert names == ANSWERS_DEPEND_ON.keys() | NO_ANSWER_DEPENDS_ON.keys()
+
+
+@pytest.mark.parametrize("setting", [*ANSWERS_DEPEND_ON, *NO_ANSWER_DEPENDS_ON])
+def test_stored_predictions_stay_unless_a_setting_changes_answers(setting):
+    # What was asked of a Pilot for an hour must not be asked again because a licence note was edited.
+    task = GeneratedTask(name="a", kind="word_problems", max_new_tokens=5)
+    before = task.answer_settings()
+    setattr(task, setting, (ANSWERS_DEPEND_ON | NO_ANSWER_DEPENDS_ON)[setting])
+    assert (task.answer_settings() == before) == (setting in NO_ANSWER_DEPENDS_ON)
+
+
+def test_editing_a_remark_answers_no_row_again(tmp_path, monkeypatch):
+    asked = []
+    answered_by(monkeypatch, lambda row, weight: row["id"] % 2, asked.append)
+    evaluator("t5", tmp_path).scores("test", "word_problems", [1.0])
+    judge = evaluator("t5", tmp_path)
+    judge.data.benchmarks["word_problems"].source = "another licence"
+    judge.data.benchmarks["word_problems"].metric = "exact_match"  # scored anew from what was stored
+    (scores,) = judge.scores("test", "word_problems", [1.0]).values()
+    assert len(asked) == 1
+    rows = judge.data.evaluation_rows("test", "word_problems")
+    assert scores == {Metric("exact_match"): [float(row["id"] % 2) for row in rows]}
+    assert list(written(tmp_path)[0]["scores"]) == ["exact_match"]
 
 
 def test_repeating_an_evaluation_replaces_its_predictions(tmp_path):

@@ -7,8 +7,9 @@ import torch
 from small_training import source_side, tiny_model
 
 from tcopilot.data import MultipleChoice, PromptTargetCollator, TCopilotDataModule, byte_tokenizer
-from tcopilot.evaluation.evaluate import Decoding, Evaluator
+from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.likelihood import Likelihood, log_likelihoods
+from tcopilot.evaluation.modes import Decoding
 
 FAMILIES = ("t5", "llama")
 WEIGHTS = (0.0, 0.3, 1.0)

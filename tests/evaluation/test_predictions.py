@@ -10,7 +10,8 @@ from processes import run_in_processes
 from small_training import tiny_model
 
 from tcopilot.data import GeneratedTask, TCopilotDataModule, word_tokenizer
-from tcopilot.evaluation.evaluate import Decoding, Evaluator
+from tcopilot.evaluation.evaluate import Evaluator
+from tcopilot.evaluation.modes import Decoding
 from tcopilot.evaluation.predictions import PredictionFiles, claim, fingerprint
 from tcopilot.processes import rank, world_size
 

@@ -26,7 +26,7 @@ from tcopilot.app.checks.models import (
 from tcopilot.app.checks.problems import ConfigError, attempt
 from tcopilot.app.checks.trial_build import trial_problems
 from tcopilot.data.module import TCopilotDataModule
-from tcopilot.evaluation.evaluate import Decoding
+from tcopilot.evaluation.modes import Decoding
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.copilot import Copilot

@@ -9,7 +9,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import PurePath
 from string import Formatter
@@ -77,6 +77,11 @@ class Benchmark(ABC):
     """
 
     words: ClassVar[frozenset[str]] = frozenset()
+    no_answer_depends_on: ClassVar[frozenset[str]] = frozenset(
+        {"source", "hub", "config", "revision", "folder", "splits", "metric", "more_metrics"}
+    )
+    """Fields that may change while stored predictions stay valid: remarks, where the rows come from (predictions are
+    kept by the rows themselves), and metrics, which are computed anew from what was stored."""
 
     name: str
     prompt: str
@@ -115,6 +120,10 @@ class Benchmark(ABC):
     def columns(self) -> list[str]:
         """List the columns that every row must have: those of the templates and those the kind reads."""
         return list(dict.fromkeys(path.split(".")[0] for path in (*self._fields, *self._paths())))
+
+    def answer_settings(self) -> dict[str, Any]:
+        """Return the settings that an answer, or what is read in it, depends on."""
+        return {name: value for name, value in asdict(self).items() if name not in self.no_answer_depends_on}
 
     def builtin_rows(self, split: str) -> list[dict[str, str]] | None:
         """Return the rows of a split if the benchmark makes them itself; None if they are to be read."""

@@ -344,7 +344,8 @@ class TCopilotDataModule(LightningDataModule):
             for kind, value in (("mean", sum(lengths) / max(1, len(lengths))), ("max", max(lengths, default=0)))
         }
         for row in rows:
-            self._digest.update(repr((name, split, row["id"], row["source_ids"], row["target_ids"])).encode())
+            texts = [row.get(key) for key in ("answer", "option_ids", "seen")]  # of evaluation rows
+            self._digest.update(repr((name, split, row["id"], row["source_ids"], row["target_ids"], texts)).encode())
         everything = len(rows) + dropped + len(skipped)
         if dropped:
             log.info("%s/%s: dropped %d of %d rows as too long", name, split, dropped, everything)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
@@ -19,65 +19,27 @@ from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.batch import Batch
 from tcopilot.data.collate import PromptTargetCollator
-from tcopilot.data.metrics import NLL, Answer, CorpusMetric, Metric, show
+from tcopilot.data.metrics import NLL, CorpusMetric, Metric, show
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.likelihood import Likelihood
-from tcopilot.evaluation.predictions import Prediction, PredictionFiles, claim, fingerprint
-from tcopilot.evaluation.ranking import RANKINGS, ItemRanking
+from tcopilot.evaluation.modes import Decoding, Mode
+from tcopilot.evaluation.predictions import PredictionFiles, claim, fingerprint
+from tcopilot.evaluation.ranking import ItemRanking
 from tcopilot.evaluation.results import Gain, Row, direction_and_unit
 from tcopilot.evaluation.significance import compare_by, interval_of
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.gates import GATES, Observations, build_gate
 from tcopilot.processes import agree_on, gather, is_first, rank, sum_over_processes, world_size
-from tcopilot.settings import FLAG, Rule, is_number, list_of, one_of, whole
+from tcopilot.settings import Rule, is_number, one_of
 from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 
 log = logging.getLogger(__name__)
-MODES = ("generation", "likelihood")
 PER = ("all", "benchmark", *GATES)
 """What has a λ of its own."""
-DECODINGS = ("dynamic", "static")
 
 Scores = dict[Metric, list[Any]]
 """Metric to what each row gave: its score, or the answer itself for a metric of all rows together."""
-
-
-@dataclass
-class Decoding:
-    """How answers are generated or scored.
-
-    Attributes:
-        num_beams: 1 is greedy; the paper uses 4.
-        max_new_tokens: longest answer; None takes each benchmark's own, or what its training targets need.
-        batch_size: sequences (prompts times λ, or options) in one pass.
-        modes: `generation`, `likelihood` or both. The first decides on λ. Benchmarks without options have no
-            likelihood mode, and those that rank a catalogue only rank.
-        ranking: `beam` searches a catalogue with `ranking_beams`; `exhaustive` scores every item.
-        ranking_beams: at least the largest cutoff of the ranking metrics.
-        decoding: `dynamic`, or `static` for caches of fixed size (greedy only).
-        compile: whether a static step is compiled, on a GPU into CUDA graphs.
-    """
-
-    SETTINGS: ClassVar = {
-        "num_beams": whole(),
-        "max_new_tokens": whole().or_null(),
-        "batch_size": whole(),
-        "modes": list_of(MODES),
-        "ranking": one_of(RANKINGS),
-        "ranking_beams": whole(),
-        "decoding": one_of(DECODINGS),
-        "compile": FLAG,
-    }
-
-    num_beams: int = 1
-    max_new_tokens: int | None = None
-    batch_size: int = 64
-    modes: Sequence[str] = ("generation",)
-    ranking: str = "beam"
-    ranking_beams: int = 100
-    decoding: str = "dynamic"
-    compile: bool = True
 
 
 @dataclass
@@ -94,30 +56,6 @@ class Evaluation:
         """λ chosen for a benchmark."""
         selected = self.selected_weight
         return selected[benchmark] if isinstance(selected, dict) else selected
-
-
-class Mode(Protocol):
-    """A way to answer rows.
-
-    Attributes:
-        suffix: what its prediction files are told apart by.
-        metrics: what is measured, the deciding one first.
-    """
-
-    suffix: str
-    metrics: tuple[Metric, ...]
-
-    def rows_at_once(self, weights: int) -> int:
-        """Rows of a batch at that many λ."""
-
-    def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
-        """Return one prediction per λ and row."""
-
-    def judged(self, prediction: Prediction) -> Prediction:
-        """Return a stored prediction with its scores, one for each metric that is a mean over rows."""
-
-    def read(self, prediction: Prediction) -> Answer:
-        """Return the answer in a stored prediction; only where a metric is of all rows together."""
 
 
 def _is_weight(given: Any) -> bool:
@@ -350,7 +288,7 @@ class Evaluator:
     def _key(self) -> dict[str, Any]:
         """Everything that an answer depends on."""
         config, gate = self.model.config, self.model.copilot and self.model.copilot.gate
-        benchmarks = {name: asdict(task) for name, task in self.data.benchmarks.items()}  # how answers are read
+        benchmarks = {name: task.answer_settings() for name, task in self.data.benchmarks.items()}
         decoding = {key: list(value) if key == "modes" else value for key, value in asdict(self.decoding).items()}
         for name in ("batch_size", "decoding", "compile"):  # change no answer
             decoding.pop(name)

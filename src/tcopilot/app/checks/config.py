@@ -19,7 +19,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.trainer import process_count, trainer_problems
-from tcopilot.evaluation.evaluate import Decoding, Evaluator
+from tcopilot.evaluation.evaluate import Evaluator
+from tcopilot.evaluation.modes import Decoding
 from tcopilot.models.copilot import Copilot, CopilotConfig
 from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fusion import FusionRule, build_fusion
