@@ -109,9 +109,11 @@ def extended(tmp_path_factory):
 
 
 def documented(program: str, group: str) -> list[str]:
-    """The overrides of the one command of docs/extending.md that runs a program and sets a group."""
+    """The overrides of the one command of docs/extending.md that runs a program with a group or an option."""
     (overrides,) = [
-        rest for name, *rest in commands(EXTENDING) if name == program and any(p.startswith(f"{group}=") for p in rest)
+        rest
+        for name, *rest in commands(EXTENDING)
+        if name == program and any(p == group or p.startswith(f"{group}=") for p in rest)
     ]
     return overrides
 
@@ -249,17 +251,36 @@ def test_every_addition_is_short():
     assert {
         name: len(body.splitlines()) for name, body in files(EXTENDING).items() if body.count("\n") >= MOST_LINES
     } == {}
-    assert len(files(EXTENDING)) == len(blocks(EXTENDING, "python", "yaml")) == 10
+    assert len(files(EXTENDING)) == len(blocks(EXTENDING, "python", "yaml")) == 12
 
 
-def test_a_benchmark_is_added_by_a_yaml_and_rows(extended, tmp_path):
+@pytest.fixture(scope="module")
+def marbles(extended):
     runpy.run_path(str(extended.root / "make_marbles.py"))
-    run = trained("data", tmp_path)
+
+
+@pytest.mark.usefixtures("marbles")
+def test_a_benchmark_is_added_by_a_yaml_and_rows(extended, tmp_path):
+    run = trained("data=marbles", tmp_path)
     assert {row["benchmark"] for row in run.results["rows"]} == {"marbles", "all"}
     (file,) = (run.folder / "predictions").glob("test-marbles-weight=0.jsonl")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     prompt = re.fullmatch(r"Question: Tim has (\d+) red and 4 blue marbles. How many\?\nAnswer:", rows[0]["prompt"])
     assert rows[0]["answer"] == str(int(prompt[1]) + 4)
+
+
+@pytest.mark.usefixtures("marbles")
+def test_a_metric_is_added_by_a_class_and_its_name_in_a_yaml(extended, tmp_path):
+    results = trained("data=marbles_off_by", tmp_path).results
+    first, *others = results["gain"]
+    assert (first["metric"], first["higher_is_better"], first["unit"]) == ("off_by", False, "marbles")
+    assert [gain["metric"] for gain in others] == ["accuracy", "accuracy_lenient"]
+    by_weight = {
+        row["weight"]: row["value"]
+        for row in results["rows"]
+        if (row["metric"], row["split"]) == ("off_by", results["selected_on"])
+    }
+    assert by_weight[results["selected_weight"]] == min(by_weight.values())
 
 
 def test_a_log_policy_is_added_by_a_class_and_a_yaml(extended, tmp_path, monkeypatch):
