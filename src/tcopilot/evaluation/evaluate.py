@@ -201,15 +201,13 @@ class Evaluator:
     def modes(self, benchmark: str) -> list[Mode]:
         """How the rows of a benchmark are answered, the mode that decides first."""
         task, decoding = self.data.benchmarks[benchmark], self.decoding
+        shared = (self.model, self.tokenizer, self._collate, task, decoding)
         if task.catalogue is not None:
-            ranking = (decoding.ranking, decoding.ranking_beams, decoding.batch_size)
-            return [ItemRanking(self.model, self.tokenizer, self._collate, task, *ranking)]
+            return [ItemRanking(*shared)]
         modes: list[Mode] = []
         for name in decoding.modes:
             if name == "generation":
-                options = (decoding.num_beams, self._longest_answer(benchmark), decoding.batch_size)
-                how = (decoding.decoding, decoding.compile)
-                modes.append(Generation(self.model, self.tokenizer, self._collate, task, *options, *how))
+                modes.append(Generation(*shared, self._longest_answer(benchmark)))
             elif self.data.has_options(benchmark):
                 modes.append(Likelihood(self.model, self._collate, decoding.batch_size))
         return modes

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -11,56 +12,42 @@ from transformers import PreTrainedTokenizerBase
 from tcopilot.data.answers import until_end
 from tcopilot.data.benchmarks import Benchmark
 from tcopilot.data.collate import PromptTargetCollator
-from tcopilot.data.metrics import Answer
+from tcopilot.data.metrics import Answer, Metric
+from tcopilot.evaluation.modes import Decoding
 from tcopilot.evaluation.predictions import Prediction
 from tcopilot.models.fused_model import TCopilotModel
 
 
+@dataclass
 class Generation:
     """Decode each prompt at every λ and judge the texts.
 
-    Args:
+    Attributes:
         model: the fused model.
         tokenizer: the Pilot's.
         collate: makes batches of rows.
         benchmark: reads answers out of texts.
-        num_beams: 1 is greedy.
+        decoding: beams, caches, and how many prompts times λ are decoded at once.
         max_new_tokens: longest answer, in tokens.
-        sequences: prompts times λ decoded at once.
-        decoding: `dynamic` or `static` caches.
-        compiled: whether a static step is compiled.
     """
 
-    suffix = ""
+    suffix: ClassVar = ""
 
-    def __init__(
-        self,
-        model: TCopilotModel,
-        tokenizer: PreTrainedTokenizerBase,
-        collate: PromptTargetCollator,
-        benchmark: Benchmark,
-        num_beams: int,
-        max_new_tokens: int,
-        sequences: int,
-        decoding: str = "dynamic",
-        compiled: bool = True,
-    ) -> None:
-        self._model, self._tokenizer, self._collate, self._benchmark = model, tokenizer, collate, benchmark
-        self._sequences = sequences
-        self._options = {
-            "num_beams": num_beams,
-            "max_new_tokens": max_new_tokens,
-            "do_sample": False,
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "cache_implementation": decoding,
-            "disable_compile": not compiled,
-        }
-        self.metrics = benchmark.metrics
+    model: TCopilotModel
+    tokenizer: PreTrainedTokenizerBase
+    collate: PromptTargetCollator
+    benchmark: Benchmark
+    decoding: Decoding
+    max_new_tokens: int
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The benchmark's."""
+        return self.benchmark.metrics
 
     def rows_at_once(self, weights: int) -> int:
         """Prompts of a batch at that many λ."""
-        return max(1, self._sequences // weights)
+        return max(1, self.decoding.batch_size // weights)
 
     def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
         """Return one prediction per λ and row, with the text, what was read out of it, and its scores."""
@@ -72,22 +59,31 @@ class Generation:
     @torch.no_grad()
     def emit(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[list[int]]]:
         """Return the tokens of each answer, for each λ and row; what follows an end token is padding."""
-        batch = self._collate(rows).to(self._model.device)
-        start = 1 if self._model.config.is_encoder_decoder else batch.source_ids_BM.shape[1]
-        found = self._model.generate_at_weights(
-            weights, batch.source_ids_BM, batch.source_mask_BM.long(), **self._options
+        batch = self.collate(rows).to(self.model.device)
+        start = 1 if self.model.config.is_encoder_decoder else batch.source_ids_BM.shape[1]
+        found = self.model.generate_at_weights(
+            weights,
+            batch.source_ids_BM,
+            batch.source_mask_BM.long(),
+            num_beams=self.decoding.num_beams,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+            cache_implementation=self.decoding.decoding,
+            disable_compile=not self.decoding.compile,
         )
         return {weight: tokens[:, start:].tolist() for weight, tokens in zip(weights, found, strict=True)}
 
     def read(self, prediction: Prediction) -> Answer:
         """Read the answer in a predicted text."""
-        return self._benchmark.read(prediction["prediction"], prediction["answer"])
+        return self.benchmark.read(prediction["prediction"], prediction["answer"])
 
     def judged(self, prediction: Prediction) -> Prediction:
         """Return a prediction with what is read in its text, and its scores."""
         answer = self.read(prediction)
-        return prediction | {"extracted": answer.extracted, "scores": self._benchmark.judge(answer)}
+        return prediction | {"extracted": answer.extracted, "scores": self.benchmark.judge(answer)}
 
     def _prediction(self, row: dict[str, Any], tokens: list[int]) -> Prediction:
-        text = self._tokenizer.decode(until_end(tokens, self._tokenizer.eos_token_id), skip_special_tokens=True)
+        text = self.tokenizer.decode(until_end(tokens, self.tokenizer.eos_token_id), skip_special_tokens=True)
         return self.judged({**{key: row[key] for key in ("id", "prompt", "target", "answer")}, "prediction": text})

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Protocol
 
 from tcopilot.data.metrics import Answer, Metric
 from tcopilot.evaluation.predictions import Prediction
-from tcopilot.evaluation.ranking import RANKINGS
 from tcopilot.settings import FLAG, list_of, one_of, whole
 
 MODES = ("generation", "likelihood")
 DECODINGS = ("dynamic", "static")
+RANKINGS = ("beam", "exhaustive")
 
 
 @dataclass

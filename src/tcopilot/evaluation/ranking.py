@@ -3,82 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.collate import PromptTargetCollator
-from tcopilot.data.metrics import Answer
+from tcopilot.data.metrics import Answer, Metric
 from tcopilot.data.next_item import NextItem
 from tcopilot.evaluation.item_search import Ranking, rank_by_beams, rank_exhaustively
 from tcopilot.evaluation.item_trie import ItemTrie
+from tcopilot.evaluation.modes import Decoding
 from tcopilot.evaluation.predictions import Prediction
 from tcopilot.models.fused_model import TCopilotModel
 
-RANKINGS = ("beam", "exhaustive")
 SHOWN = 10  # best items that a prediction lists
 NODES_OF_A_USER = 32  # of the trie, in a pass; a pass that has room for more nodes takes further users
 
 
+@dataclass
 class ItemRanking:
     """Rank a catalogue for each user at every λ, and look up where the item that was taken stands.
 
-    Args:
+    Attributes:
         model: the fused model.
         tokenizer: the Pilot's.
         collate: makes batches of rows.
         benchmark: brings the catalogue and the metrics.
-        ranking: `beam` or `exhaustive`.
-        num_beams: beams of the search.
-        sequences: users times λ times beams, or nodes of the catalogue's trie, in one pass.
+        decoding: beam search or exhaustive scoring, and how many sequences (users times λ times beams, or nodes of the
+            catalogue's trie) are in one pass.
     """
 
-    suffix = ""
+    suffix: ClassVar = ""
 
-    def __init__(
-        self,
-        model: TCopilotModel,
-        tokenizer: PreTrainedTokenizerBase,
-        collate: PromptTargetCollator,
-        benchmark: NextItem,
-        ranking: str,
-        num_beams: int,
-        sequences: int,
-    ) -> None:
-        self._model, self._collate, self._benchmark = model, collate, benchmark
-        self._ranking, self._num_beams, self._sequences = ranking, num_beams, sequences
-        self._end = tokenizer.eos_token_id
-        self._trie = ItemTrie.from_texts(benchmark.catalogue, tokenizer)
-        self._places = {text: place for place, text in enumerate(benchmark.catalogue)}
-        self.metrics = benchmark.metrics
+    model: TCopilotModel
+    tokenizer: PreTrainedTokenizerBase
+    collate: PromptTargetCollator
+    benchmark: NextItem
+    decoding: Decoding
+
+    def __post_init__(self) -> None:
+        self._trie = ItemTrie.from_texts(self.benchmark.catalogue, self.tokenizer)
+        self._places = {text: place for place, text in enumerate(self.benchmark.catalogue)}
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The benchmark's."""
+        return self.benchmark.metrics
 
     def rows_at_once(self, weights: int) -> int:
         """Users of a batch at that many λ."""
-        per_user = weights * self._num_beams if self._ranking == "beam" else NODES_OF_A_USER
-        return max(1, self._sequences // per_user)
+        by_beams = self.decoding.ranking == "beam"
+        per_user = weights * self.decoding.ranking_beams if by_beams else NODES_OF_A_USER
+        return max(1, self.decoding.batch_size // per_user)
 
     def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
         """Return one prediction per λ and user, with the best items, the place of the gold one, and the scores."""
-        batch = self._collate(rows).to(self._model.device)
-        seen, keep = [row["seen"] for row in rows], max(self._benchmark.cutoffs)
-        if self._ranking == "beam":
-            found = rank_by_beams(self._model, batch, self._trie, seen, keep, weights, self._num_beams, self._end)
+        seen, keep = [row["seen"] for row in rows], max(self.benchmark.cutoffs)
+        shared = (self.model, self.collate(rows).to(self.model.device), self._trie, seen, keep, weights)
+        if self.decoding.ranking == "beam":
+            found = rank_by_beams(*shared, self.decoding.ranking_beams, self.tokenizer.eos_token_id)
         else:
-            found = rank_exhaustively(self._model, batch, self._trie, seen, keep, weights, self._sequences)
+            found = rank_exhaustively(*shared, self.decoding.batch_size)
         gold = [self._places[row["target"]] for row in rows]
         return {weight: self._predictions(rows, gold, ranking) for weight, ranking in found.items()}
 
     def read(self, prediction: Prediction) -> Answer:
         """Hold the best item and the place of the gold one against the gold answer."""
         first = next(iter(prediction["prediction"]), "")
-        return self._benchmark.read_ranking(prediction["rank"], first, prediction["answer"])
+        return self.benchmark.read_ranking(prediction["rank"], first, prediction["answer"])
 
     def judged(self, prediction: Prediction) -> Prediction:
         """Return a prediction with its scores."""
-        return prediction | {"scores": self._benchmark.judge(self.read(prediction))}
+        return prediction | {"scores": self.benchmark.judge(self.read(prediction))}
 
     def _predictions(self, rows: Sequence[dict[str, Any]], gold: list[int], ranking: Ranking) -> list[Prediction]:
-        catalogue = self._benchmark.catalogue
+        catalogue = self.benchmark.catalogue
         return [
             self.judged(
                 {
