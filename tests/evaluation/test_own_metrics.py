@@ -135,7 +135,7 @@ def test_metrics_of_different_units_are_weighed_by_the_place_of_each_weight():
 def test_macro_f1_is_of_all_rows_together_and_decides_if_it_is_asked_to(judge, monkeypatch):
     # At λ = 1 the rare class is found at the price of two rows of a common one: accuracy falls, macro-F1 rises.
     answered_by(monkeypatch, lambda gold, weight, row: gold if weight else (0 if gold == 3 else gold))
-    found = judge(metric={"_target_": "tcopilot.data.metrics.MacroF1"}).run([1.0])
+    found = judge(metric={"_target_": "tcopilot.data.MacroF1"}).run([1.0])
     f1, accuracy = found.gain
     assert (f1.metric, f1.fixed, f1.broken) == ("macro_f1", None, None)
     assert f1.pilot == pytest.approx((2 / 3 + 1 + 1 + 0) / 4)

@@ -4,19 +4,24 @@ from tcopilot.data.batch import Batch
 from tcopilot.data.benchmarks import Benchmark, DataError, ExactMatch, Example
 from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.generated_tasks import GeneratedTask
+from tcopilot.data.metrics import Answer, CorpusMetric, MacroF1, Metric
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.data.next_item import NextItem
 from tcopilot.data.question_types import LetteredOptions, MultipleChoice, NumberAnswer, YesNo
 from tcopilot.data.tokenizers import byte_tokenizer, word_tokenizer
 
 __all__ = [
+    "Answer",
     "Batch",
     "Benchmark",
+    "CorpusMetric",
     "DataError",
     "ExactMatch",
     "Example",
     "GeneratedTask",
     "LetteredOptions",
+    "MacroF1",
+    "Metric",
     "MultipleChoice",
     "NextItem",
     "NumberAnswer",

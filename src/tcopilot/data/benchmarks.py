@@ -1,6 +1,7 @@
 """What a benchmark is: where its rows are, how a row becomes prompt and target, how an answer is read and judged.
 
-A new benchmark of a known kind is one YAML under ``configs/data/``; a new kind is one class, as those in ``kinds``.
+A new benchmark of a known question type is one YAML under ``configs/data/``. A new type is one class, like those in
+``question_types``.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Example(NamedTuple):
 class Benchmark(ABC):
     """Describe one benchmark.
 
-    Templates are ``str.format`` strings over the row's columns and the words that the kind adds (``words``). For real
+    Templates are ``str.format`` strings over the row's columns and the words that the class adds (``words``). For real
     tokenizers of decoder-only Pilots the target template should start with a space or a line break, since prompt
     and target are tokenised apart and then joined.
 
@@ -118,7 +119,7 @@ class Benchmark(ABC):
 
     @property
     def columns(self) -> list[str]:
-        """List the columns that every row must have: those of the templates and those the kind reads."""
+        """List the columns that every row must have: those of the templates and those the class reads."""
         return list(dict.fromkeys(path.split(".")[0] for path in (*self._fields, *self._paths())))
 
     def answer_settings(self) -> dict[str, Any]:
@@ -174,7 +175,7 @@ class Benchmark(ABC):
         """Turn a row into prompt, target and gold answer.
 
         Raises:
-            DataError: If a value of the row cannot be read as the benchmark's kind says.
+            DataError: If a value of the row is not what the class expects.
         """
 
     @abstractmethod

@@ -1,6 +1,6 @@
-"""The kinds of questions that reasoning benchmarks ask: named options, true or false, a number, a lettered option.
+"""The types of question that reasoning benchmarks ask: named options, true or false, a number, a lettered option.
 
-All of them are judged twice, see :class:`TwoReadings`. A benchmark of one of these kinds is one YAML.
+All of them are judged twice, see :class:`TwoReadings`. A benchmark of one of these types is one YAML.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class TwoReadings(Benchmark):
 class NamedAnswer(TwoReadings):
     """Ask for one of a few names, so that every possible target is known.
 
-    Template words of all such kinds: ``question``; ``names``, all of them with slashes between; ``answer``, the gold
+    Template words of all such types: ``question``; ``names``, all of them with slashes between; ``answer``, the gold
     name. The text of the target template in front of ``{answer}`` is the answer sentence, and a name counts in the
     strict reading if it stands directly behind that; see :func:`tcopilot.data.answers.name_after`.
     """
