@@ -27,14 +27,6 @@ def wilson_interval(correct: int, n: int, level: float = 0.95) -> Interval:
     Wilson's interval, because the usual normal one collapses to zero width at 0 % and 100 % and leaves [0, 1] near
     them, which is where small models score.
 
-    Args:
-        correct: Rows answered correctly.
-        n: Rows asked.
-        level: Coverage of the interval.
-
-    Returns:
-        Lower and upper bound as fractions in [0, 1].
-
     Raises:
         ValueError: If `n` is not positive or `correct` lies outside [0, n].
 
@@ -51,14 +43,6 @@ def wilson_interval(correct: int, n: int, level: float = 0.95) -> Interval:
 
 def mean_interval(values: Sequence[bool | float], level: float = 0.95, seed: int = 0) -> Interval:
     """Bound the mean of one score per row: Wilson's interval for right/wrong answers, the bootstrap for graded ones.
-
-    Args:
-        values: One score per row.
-        level: Coverage of the interval.
-        seed: Seed of the resampling.
-
-    Returns:
-        Lower and upper bound in the unit of the values.
 
     Raises:
         ValueError: If there is no value, or one that is not finite.
@@ -92,10 +76,7 @@ def paired_bootstrap(
         after: The same rows in the same order, as the second model scored them.
         level: Coverage of the interval.
         resamples: Number of bootstrap resamples.
-        seed: Seed of the resampling; the same seed gives the same interval.
-
-    Returns:
-        Lower and upper bound of the mean difference, in the unit of the values.
+        seed: The same seed gives the same interval.
 
     Raises:
         ValueError: If the sequences are empty, differ in length or hold a value that is not finite.
@@ -215,9 +196,6 @@ def compare(
         lower_is_better: Whether a falling value is the improvement, as for `nll`. Decides what counts as fixed.
         seed: Seed of the resampling.
 
-    Returns:
-        Means, their difference with a 95 % interval, rows improved (`fixed`) and worsened (`broken`), and the p-value.
-
     Raises:
         ValueError: If the sequences are empty, differ in length or hold a value that is not finite.
 
@@ -261,14 +239,11 @@ def compare_corpus(
     1,000 samples each, the p-value is never below 0.001.
 
     Args:
-        value: The figure of some rows' answers.
+        value: Computes the figure from answers.
         before: An answer per row from the Pilot alone.
         after: The same rows in the same order from the fused model.
         lower_is_better: Whether a falling value is the improvement.
         seed: Seed of the resampling.
-
-    Returns:
-        The comparison, without counts of rows.
 
     Raises:
         ValueError: If the sequences are empty or differ in length, or a figure is not finite.
@@ -310,13 +285,7 @@ def compare_corpus(
 def corpus_bootstrap(
     value: Callable[[Sequence[Any]], float], rows: Sequence[Any], level: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Bound a figure of all rows together by resampling rows.
-
-    Args:
-        value: The figure of some rows.
-        rows: What the figure is computed from, one element per row.
-        level: Coverage of the interval.
-        seed: Seed of the resampling.
+    """Bound a figure of all rows together by resampling `rows`, from which `value` computes it.
 
     Raises:
         ValueError: If a figure is not finite.
