@@ -220,6 +220,7 @@ def test_data_without_test_rows_asks_for_another_split_to_report(tmp_path, no_we
     own = [*own_rows(tmp_path / "rows", {"train": GOOD}), "~data.benchmarks.jsonl.splits.test"]
     message = complaint(tmp_path / "run", *own)
     assert "evaluation.report_on=test: jsonl has no test rows; there are jsonl/train, jsonl/validation" in message
+    assert "evaluation.report_on=validation" in message
 
 
 def test_a_log_larger_than_memory_is_refused(tmp_path, no_weights, monkeypatch):

@@ -82,7 +82,7 @@ def _train(cfg: DictConfig) -> float:
     run_dir = _shared_run_dir(cfg)
     quiet_libraries()
     if checkpoints(run_dir / "checkpoints") and not cfg.get("resume"):
-        mend = f"go on with it by resume={run_dir}, or choose another folder"
+        mend = f"continue it with resume={run_dir}, or choose another folder"
         raise ConfigError([f"paths.run_dir={run_dir}: holds the checkpoints of an earlier run; {mend}"])
     prepared = build.prepare(cfg)
     memory = budget(cfg, prepared)

@@ -65,7 +65,7 @@ class JsonLines:
         try:
             lines = self.file.open("rb")
         except OSError as error:
-            raise DataError(f"{self.file} cannot be opened ({error.strerror}). Give a file that can.") from error
+            raise DataError(f"{self.file} cannot be opened ({error.strerror}). Give a readable file.") from error
         with lines:
             for number, line in enumerate(_readable(self.file, lines), start=1):
                 if not line.strip():
@@ -83,7 +83,7 @@ def _readable(file: Path, lines: Iterable[bytes]) -> Iterator[bytes]:
     try:
         yield from lines
     except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror or error}). Give a file that can.") from error
+        raise DataError(f"{file} cannot be read ({error.strerror or error}). Give a readable file.") from error
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

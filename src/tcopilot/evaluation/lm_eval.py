@@ -109,7 +109,7 @@ class TCopilotLM(HFLM):
         if not isinstance(config, TCopilotConfig):
             raise ValueError(f"pretrained is a {config.model_type} model, which --model hf evaluates. {_GIVE}")
         if config.copilot is None and self._given_weight:
-            raise ValueError(f"weight={self._given_weight}: this export is a bare Pilot, there is nothing to weigh")
+            raise ValueError(f"weight={self._given_weight}: this export has no Copilot, so λ has no effect")
         super()._get_backend(config, backend="seq2seq" if config.is_encoder_decoder else "causal")
 
     def tok_batch_encode(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,10 @@ def data_problems(cfg: DictConfig, pilot: PreTrainedConfig, data: TCopilotDataMo
     """Problems that the prepared rows show: no rows to score, texts longer than the model."""
     problems, summary, reported = [], data.summary(), cfg.evaluation.report_on
     needed_for = {"validation": "λ is chosen on validation rows", reported: f"evaluation.report_on={reported}"}
+    mends = {"validation": "set data.validation_size", "test": "add some, or use evaluation.report_on=validation"}
     problems += [
         f"{why}: {name} has no {split} rows; there are "
-        f"{', '.join(part for part in summary if part.startswith(f'{name}/'))}"
+        f"{', '.join(part for part in summary if part.startswith(f'{name}/'))}; {mends[split]}"
         for split, why in needed_for.items()
         for name in data.benchmark_names
         if f"{name}/{split}" not in summary

@@ -177,7 +177,7 @@ CURVES = (  # name, title, y label, note, {label: metric}
     ("copilot_loss", "Copilot's loss", "objective", "Mean over the target tokens of the round's first draw.",
      {"training": "train/copilot_loss"}),
     ("cosine", "Does f^C estimate ℓ?", "cosine or ratio", "On validation rows. Cosine: 1 is a correction that points "
-     "at the error. Error ratio Σ‖f^C − ℓ‖² / Σ‖ℓ‖²: below 1 the Copilot knows something.",
+     "at the error. Error ratio Σ‖f^C − ℓ‖² / Σ‖ℓ‖²: below 1 f^C is closer to ℓ than 0 is.",
      {"cosine": "val/cosine", "error ratio": "val/error_ratio"}),
     ("norms", "‖f^C‖ and ‖ℓ‖ (medians)", "norm", "Medians over validation tokens.",
      {"‖f^C‖": "val/correction_norm_p50", "‖ℓ‖": "val/error_norm_p50"}),
