@@ -33,8 +33,9 @@ def files(group: str, inside: str = "") -> list[str]:
     return sorted(name for name in found if Path(name).name != "base")
 
 
-CONTROLS = files("experiment", "control")  # for any Pilot and any data
-ROWS = [name for name in files("experiment") if "/" in name and name not in CONTROLS]  # the paper's
+ABLATIONS = ["ablation/latest_log", "ablation/no_errors", "ablation/no_source", "ablation/no_states"]
+CHANGES = [*files("experiment", "control"), *ABLATIONS, *files("experiment", "variant")]  # for any Pilot and any data
+ROWS = [name for name in files("experiment") if "/" in name and name not in CHANGES]  # the paper's
 
 
 @cache
@@ -208,26 +209,26 @@ def test_an_ablation_and_a_row_combine():
 
 
 @pytest.mark.parametrize("other", ["demo_decoder_only", "smollm2_openbookqa", "flan_t5_small/arithmetic"])
-@pytest.mark.parametrize("name", CONTROLS)
-def test_a_control_changes_any_run_and_neither_its_pilot_nor_its_data(name, other):
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_control_ablation_or_variant_changes_any_run_and_neither_its_pilot_nor_its_data(name, other):
     plain = composed.compose_config(f"experiment={other}", "pilot.path=x")
     cfg = composed.compose_config(f"experiment=[{other},{name}]", "pilot.path=x", ON_A_CPU)
     assert cfg.name == name.replace("/", "_")
     assert (cfg.pilot.path, cfg.pilot.config) == ("x", plain.pilot.config)
-    held_out = {"held_out": 0.1} if name == "control/held_out" else {}
+    held_out = {"held_out": 0.1} if name == "variant/held_out" else {}
     assert OmegaConf.to_container(cfg.data) == OmegaConf.to_container(plain.data) | held_out
     refused = config_problems(cfg)
     assert refused == [] or (name == "control/equal_parameters" and "a pretrained one cannot" in refused[0])
-    heads = {"control/soft_head": "soft", "control/linear_head": "linear"}
+    heads = {"variant/soft_head": "soft", "variant/linear_head": "linear"}
     assert cfg.copilot.head == heads.get(name, plain.copilot.head)
 
 
-def test_what_the_ablations_change():
-    given = {name: composed.compose_config(f"experiment={name}") for name in CONTROLS}
+def test_what_ablations_and_variants_change():
+    given = {name: composed.compose_config(f"experiment={name}") for name in CHANGES}
     for name in ("states", "source", "errors"):
-        assert name not in given[f"control/no_{name}"].copilot.reads
-        assert len(given[f"control/no_{name}"].copilot.reads) == 2
-    latest, literal = (given[f"control/{name}"] for name in ("latest_log", "literal"))
+        assert name not in given[f"ablation/no_{name}"].copilot.reads
+        assert len(given[f"ablation/no_{name}"].copilot.reads) == 2
+    latest, literal = (given[name] for name in ("ablation/latest_log", "variant/literal"))
     assert (
         latest.mistake_log.log.policy
         == literal.mistake_log.log.policy
@@ -235,7 +236,7 @@ def test_what_the_ablations_change():
     )
     assert (latest.copilot.steps_per_round, latest.fusion.feedback) == (4, "observed")
     assert (literal.copilot.steps_per_round, literal.fusion.feedback) == (1, "own")
-    offline = given["control/offline"].pilot
+    offline = given["variant/offline"].pilot
     assert (offline.frozen, offline.adapter) == (True, None)
     assert [given[f"control/{name}"].control for name in ("equal_time", "averaged")] == ["equal_time", "averaged"]
 
