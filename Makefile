@@ -4,16 +4,17 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 
 .PHONY: help
-help: ## Show what can be made
+help: ## List the targets
 	@grep -hE '^[a-z_-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 .PHONY: demo
-demo: .venv/run ## Train Pilot and Copilot on word problems (CPU, about three minutes) and print the table
+demo: .venv/run ## Train Pilot and Copilot on word problems (about three minutes on a CPU) and print the results
 	$(RUN) train.py
 
 .PHONY: seeds
-seeds: .venv/run ## The demo for seeds 0, 1, 2 and both architectures
-	$(RUN) scripts/demo_seeds.py
+seeds: .venv/run ## Train the three demos with three seeds each (about ten minutes) and print one table
+	$(RUN) train.py -m experiment=demo,demo_decoder_only,demo_multiple_choice seed=0,1,2 hydra.sweep.dir=runs/demo_seeds
+	.venv/bin/tcopilot-table runs/demo_seeds
 
 .PHONY: test
 test: .venv/dev ## Run the tests
@@ -24,7 +25,7 @@ test-slow: .venv/dev ## Run the tests that take minutes
 	$(RUN) -m pytest -q -m "slow and not gpu" -n 2 --dist loadfile
 
 .PHONY: lint
-lint: .venv/dev ## Check format and lint rules
+lint: .venv/dev ## Check formatting and lint rules
 	.venv/bin/ruff format --check . && .venv/bin/ruff check .
 
 .PHONY: format
@@ -36,7 +37,7 @@ performance: .venv/run ## Measure speed and memory again and update docs/perform
 	$(RUN) performance/all.py
 
 .PHONY: clean
-clean: ## Remove the environment and caches; runs stay
+clean: ## Remove the virtual environment and caches, but no runs
 	rm -rf .venv .pytest_cache .ruff_cache
 
 .venv/bin/pip:

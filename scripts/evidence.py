@@ -3,137 +3,81 @@
     python scripts/evidence.py cpu --parts builtin
     python scripts/evidence.py gpu --parts real --pilot <SmolLM2 folder> --data <benchmarks folder> --minutes 9
 
-The grid is scripts/evidence.yaml. Start it again to go on: finished runs are read, stopped ones go on from their
-newest checkpoint. The page is written anew after each call, from the run directories of all parts and presets.
+The grid is scripts/evidence.yaml. Start it again to go on: finished runs are skipped, stopped ones go on from their
+newest checkpoint. Each call writes the page anew, from the run directories of all parts and presets.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tcopilot.app.controls import CONTROLS
-from tcopilot.app.run import STOPPED
+from tcopilot.app.checks.problems import ConfigError
+from tcopilot.app.controls.training import CONTROLS
+from tcopilot.app.jobs import FOREVER, Job, run_jobs
 from tcopilot.reporting.evidence import DEFAULT, TaskEvidence, as_markdown, gather, put_between_markers
 from tcopilot.reporting.finished_runs import FinishedRun, find_runs
-from tcopilot.training.checkpoints import checkpoints
+from tcopilot.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 GRID = Path(__file__).with_suffix(".yaml")
-STARTED, FINISHED = "overrides.json", "finished.json"  # in a run's folder: its overrides, its end
-FOREVER = float("inf")
-SECONDS_TO_STOP = 60  # for a run that is told to stop: it ends its round and saves its state
 
 
-@dataclass(frozen=True)
-class Job:
+@dataclass(frozen=True, kw_only=True)
+class ArmJob(Job):
     """One run of the grid: an arm of a task with one seed."""
 
     part: str
     task: str
     arm: str
     seed: int
-    folder: Path
-    overrides: tuple[str, ...]
-    program: str = "train.py"
 
     @property
     def finished(self) -> bool:
-        """Whether it ran to its end, controls included.
-
-        Raises:
-            SystemExit: if the folder holds a run with other overrides.
-        """
-        note = self.folder / STARTED
-        if note.exists() and json.loads(note.read_text()) != list(self.overrides):
-            sys.exit(f"error: {self.folder} holds a run with other overrides; give another --folder, or remove it")
-        return (self.folder / FINISHED).exists()
-
-    def run(self, deadline: float, environment: dict[str, str]) -> str:
-        """Train and evaluate, or go on with it; returns `finished`, `stopped` or `failed`."""
-        if self.finished:
-            return "finished"
-        if time.monotonic() > deadline:
-            return "stopped"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / STARTED).write_text(json.dumps(list(self.overrides), indent=1) + "\n")
-        resumed = bool(checkpoints(self.folder / "checkpoints"))
-        given = [f"resume={self.folder}"] if resumed else [*self.overrides, f"paths.run_dir={self.folder}"]
-        with (self.folder / "output.txt").open("a") as output:
-            process = subprocess.Popen(
-                [sys.executable, self.program, *given], cwd=ROOT, stdout=output, stderr=output, env=environment
-            )
-            try:
-                process.wait(None if deadline == FOREVER else max(1.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                return self._stopped(process)
-        if process.returncode == STOPPED:
-            return "stopped"
-        if process.returncode:
-            return "failed"
-        (self.folder / FINISHED).write_text("{}\n")
-        return "finished"
-
-    @staticmethod
-    def _stopped(process: subprocess.Popen) -> str:
-        process.terminate()
-        try:
-            process.wait(SECONDS_TO_STOP)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        return "stopped"
+        """Whether it ran to its end, controls included; with whatever overrides."""
+        return RunDirectory(self.folder).done.exists()
 
 
 def grid(
     preset: dict[str, Any], arms: dict[str, Any], parts: list[str], folder: Path, places: dict[str, str]
-) -> Iterator[Job]:
-    """All jobs of some parts of a preset; the default arm of a task comes before those that build on it."""
+) -> Iterator[ArmJob]:
+    """All jobs of some parts of a preset. `places` are the values of {pilot} and {data}."""
     for name in parts:
         part = preset["parts"][name]
         for task, about in part["tasks"].items():
             for seed in preset["seeds"]:
-                home = folder / name / task
                 for arm in about["arms"]:
-                    extra, own = arms[arm], about.get("experiment", part.get("experiment"))
-                    here = {**places, "{default}": str(home / DEFAULT / str(seed))}
+                    extra, home = arms[arm], folder / name / task
                     if "evaluates" in extra:  # the default arm's models, fused in another way
-                        given = [text.replace("{default}", here["{default}"]) for text in extra["evaluates"]]
-                        yield Job(name, task, arm, seed, home / arm / str(seed), tuple(given), "eval.py")
-                        continue
-                    experiments = [one for one in (own, extra.get("experiment")) if one]
-                    given = [*([f"experiment=[{','.join(experiments)}]"] if experiments else []), f"seed={seed}"]
-                    given += [*part.get("overrides", []), *about.get("overrides", []), *extra.get("overrides", [])]
-                    if arm == DEFAULT:
-                        given.append(f"control=[{','.join(part['controls'])}]")
-                    for mark, value in here.items():
+                        program, given = "eval.py", extra["evaluates"]
+                    else:
+                        own = about.get("experiment", part.get("experiment"))
+                        experiments = ",".join(one for one in (own, extra.get("experiment")) if one)
+                        program, given = "train.py", [f"experiment=[{experiments}]"] if experiments else []
+                        given += [f"seed={seed}"]
+                        given += [text for level in (part, about, extra) for text in level.get("overrides", [])]
+                        given += [f"control=[{','.join(part['controls'])}]"] if arm == DEFAULT else []
+                    for mark, value in {**places, "{default}": str(home / DEFAULT / str(seed))}.items():
                         given = [text.replace(mark, value) for text in given]
-                    yield Job(name, task, arm, seed, home / arm / str(seed), tuple(given))
+                    yield ArmJob(
+                        folder=home / arm / str(seed), overrides=tuple(given), program=program,
+                        part=name, task=task, arm=arm, seed=seed,
+                    )  # fmt: skip
 
 
-def run_all(jobs: list[Job], at_once: int, minutes: float | None) -> dict[str, list[Job]]:
-    """Run what is not finished, some at a time; jobs that build on a default arm wait for it."""
+def run_all(jobs: list[ArmJob], at_once: int, minutes: float | None) -> dict[Job, str]:
+    """Run what is not finished. Default arms come first, since other arms start from their models."""
     deadline = time.monotonic() + 60 * minutes if minutes else FOREVER
-    threads = max(1, (os.cpu_count() or 1) // at_once)
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-    outcomes: dict[str, list[Job]] = {"finished": [], "stopped": [], "failed": []}
-    for wave in (True, False):
-        with ThreadPoolExecutor(at_once) as pool:
-            chosen = [job for job in jobs if (job.arm == DEFAULT) == wave]
-            for job, outcome in zip(chosen, pool.map(lambda job: job.run(deadline, environment), chosen), strict=True):
-                outcomes[outcome].append(job)
-                print(f"{outcome}: {job.folder}", flush=True)
-    return outcomes
+    first = [job for job in jobs if job.arm == DEFAULT]
+    then = [job for job in jobs if job.arm != DEFAULT]
+    return run_jobs(first, at_once, deadline, ROOT) | run_jobs(then, at_once, deadline, ROOT)
 
 
 def evidence(settings: dict[str, Any], preset: str, folder: Path) -> tuple[list[TaskEvidence], list[str]]:
@@ -144,7 +88,7 @@ def evidence(settings: dict[str, Any], preset: str, folder: Path) -> tuple[list[
     """
     about = settings["presets"][preset]
     jobs = list(grid(about, settings["arms"], list(about["parts"]), folder / preset, {}))
-    done = [job for job in jobs if (job.folder / FINISHED).exists()]
+    done = [job for job in jobs if job.finished]
     tasks = []
     for part, task in dict.fromkeys((job.part, job.task) for job in done):
         arms: dict[str, list[FinishedRun]] = {}
@@ -154,20 +98,22 @@ def evidence(settings: dict[str, Any], preset: str, folder: Path) -> tuple[list[
         if DEFAULT in arms:
             titles = {name: title for name, (title, _) in CONTROLS.items()}
             tasks += gather(f"{preset}, {part}: {task}", arms, titles)
-    return tasks, not_done(jobs, done, folder)
+    return tasks, not_done(jobs, folder)
 
 
-def not_done(jobs: list[Job], done: list[Job], folder: Path) -> list[str]:
+def not_done(jobs: list[ArmJob], folder: Path) -> list[str]:
     """Name the runs of a preset that are left: a part as a whole, or an arm with its seeds."""
     left = []
     for part in dict.fromkeys(job.part for job in jobs):
         of_part = [job for job in jobs if job.part == part]
-        if not any(job in done for job in of_part):
+        if not any(job.finished for job in of_part):
             left.append(f"{of_part[0].folder.parents[2].relative_to(folder)} (all)")
             continue
-        for arm in dict.fromkeys(job.folder.parent for job in of_part):
-            seeds = [str(job.seed) for job in of_part if job.folder.parent == arm and job not in done]
-            left += [f"{arm.relative_to(folder)} (seed {', '.join(seeds)})"] if seeds else []
+        seeds: dict[Path, list[str]] = {}
+        for job in of_part:
+            if not job.finished:
+                seeds.setdefault(job.folder.parent, []).append(str(job.seed))
+        left += [f"{arm.relative_to(folder)} (seed {', '.join(those)})" for arm, those in seeds.items()]
     return left
 
 
@@ -191,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="folder of local copies of the benchmarks, for real, recommendation")
     parser.add_argument("--minutes", type=float, help="stop cleanly after so long; the next call goes on")
     parser.add_argument("--jobs", type=int, help="runs at once; default: the preset's")
-    parser.add_argument("--list", action="store_true", help="only say what would run")
+    parser.add_argument("--list", action="store_true", help="only say which runs are done, started or new")
     asked = parser.parse_args(arguments)
     preset, folder = settings["presets"][asked.preset], asked.folder.resolve()
     parts = asked.parts or list(preset["parts"])
@@ -203,16 +149,22 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"give {', '.join(f'--{mark[1:-1]}' for mark in missing)}: {', '.join(parts)} cannot run without")
     places = {mark: str(value.resolve()) for mark, value in places.items() if value}
     jobs = list(grid(preset, settings["arms"], parts, folder / asked.preset, places))
+    try:
+        states = {job: job.notes.state() for job in jobs}
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     if asked.list:
-        for job in jobs:
-            print("finished" if job.finished else "to do   ", job.folder)
+        for job, state in states.items():
+            print(f"{state:7} {job.folder}")
         return 0
     outcomes = run_all(jobs, asked.jobs or preset["jobs"], asked.minutes)
     write_page(settings, asked.preset, folder, asked.page)
-    print(", ".join(f"{len(some)} {outcome}" for outcome, some in outcomes.items()), f"of {len(jobs)}: {asked.page}")
-    for job in outcomes["failed"]:
+    counts = [f"{list(outcomes.values()).count(kind)} {kind}" for kind in ("finished", "stopped", "failed")]
+    print(", ".join(counts), f"of {len(jobs)}: {asked.page}")
+    failed = [job for job, outcome in outcomes.items() if outcome == "failed"]
+    for job in failed:
         print(f"  - {job.folder}: see its output.txt", file=sys.stderr)
-    return 1 if outcomes["failed"] else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

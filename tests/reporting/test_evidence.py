@@ -1,7 +1,6 @@
 """The evidence page: its figures are those of the run directories, and its script goes on where it was."""
 
 import importlib.util
-import json
 import sys
 from dataclasses import replace
 from typing import ClassVar
@@ -10,11 +9,14 @@ import composed
 import pytest
 import yaml
 
+from tcopilot.app import jobs as job_runner
 from tcopilot.app import run
 from tcopilot.app.checks.config import config_problems
+from tcopilot.app.checks.problems import ConfigError
 from tcopilot.evaluation.evaluate import PER
 from tcopilot.evaluation.significance import compare
 from tcopilot.reporting import evidence
+from tcopilot.run_directory import RunDirectory
 
 TITLES = {"averaged": "two Pilots averaged"}
 PAGE = f"# Before\n{evidence.BEGIN}\nold\n{evidence.END}\nafter\n"
@@ -51,8 +53,8 @@ def smoke(script, settings, tmp_path_factory):
     jobs = list(script.grid(preset, settings["arms"], ["builtin"], folder / "smoke", {}))
     for job in jobs[:-1]:
         carry_out(job)
-        (job.folder / script.STARTED).write_text(json.dumps(list(job.overrides)))
-        (job.folder / script.FINISHED).touch()
+        job.notes.start()
+        job.notes.finish()
     return folder, jobs
 
 
@@ -172,8 +174,9 @@ def test_finished_runs_are_not_run_again_and_a_stopped_one_goes_on(script, smoke
     folder, jobs = smoke
     page = tmp_path / "page.md"
     page.write_text(PAGE)
+    jobs[-1].notes.start()
     composed.train(jobs[-1].folder, *jobs[-1].overrides)  # with a checkpoint, but not noted as finished
-    monkeypatch.setattr(script.subprocess, "Popen", Program)
+    monkeypatch.setattr(job_runner.subprocess, "Popen", Program)
     given = ["smoke", "--folder", str(folder), "--page", str(page)]
     for _ in range(2):
         assert script.main(given) == 0
@@ -181,18 +184,24 @@ def test_finished_runs_are_not_run_again_and_a_stopped_one_goes_on(script, smoke
     assert "12 finished, 0 stopped, 0 failed of 12" in capsys.readouterr().out
     assert "Not run" not in page.read_text()
     new = replace(jobs[0], folder=tmp_path / "new")
-    assert new.run(script.FOREVER, {}) == "finished"
+    assert new.run() == "finished"
     assert Program.started[1:] == [[*new.overrides, f"paths.run_dir={new.folder}"]]
-    with pytest.raises(SystemExit, match="other overrides"):
-        _ = replace(new, overrides=("seed=9",)).finished
-    for code, outcome in ((script.STOPPED, "stopped"), (1, "failed")):
+    with pytest.raises(ConfigError, match=r"another config: .*overrides=.* there, \['seed=9'\] now"):
+        replace(new, overrides=("seed=9",)).notes.state()
+    other = replace(jobs[0], overrides=("seed=9",))
+    monkeypatch.setattr(script, "grid", lambda *_: [other])
+    with pytest.raises(SystemExit, match="another config"):
+        script.main(given)
+    for code, outcome in ((job_runner.STOPPED, "stopped"), (1, "failed")):
         monkeypatch.setattr(Program, "returncode", code)
-        assert replace(jobs[0], folder=tmp_path / outcome).run(script.FOREVER, {}) == outcome
+        assert replace(jobs[0], folder=tmp_path / outcome).run() == outcome
+    assert not RunDirectory(tmp_path / "stopped").failed.exists()
+    assert "exit status 1" in RunDirectory(tmp_path / "failed").failed.read_text()
 
 
 def test_a_call_whose_time_is_over_starts_nothing(script, smoke, tmp_path):
     job = replace(smoke[1][0], folder=tmp_path / "new")
-    assert job.run(deadline=0.0, environment={}) == "stopped"
+    assert job.run(deadline=0.0) == "stopped"
     assert not job.folder.exists()
 
 

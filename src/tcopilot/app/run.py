@@ -21,7 +21,8 @@ from tcopilot.app.build import Prepared
 from tcopilot.app.checks.config import evaluation_problems, refuse_missing
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.console import quiet_libraries, show_results, show_summary
-from tcopilot.app.controls import JointRun, against_controls, controls
+from tcopilot.app.controls.training import JointRun, against_controls, train_controls
+from tcopilot.app.jobs import STOPPED
 from tcopilot.app.memory.estimate import budget
 from tcopilot.app.trainer import make_callbacks, make_trainer
 from tcopilot.data.benchmarks import DataError
@@ -46,7 +47,6 @@ USER_ERRORS = (
     *(CheckpointError, ConfigError, DataError, DisagreementError, LostProcessError, ModelSourceError),
     TrainingDivergedError,
 )
-STOPPED = 130  # exit status after Ctrl-C
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -112,10 +112,10 @@ def _train(cfg: DictConfig) -> float:
     results.controls = _controls_before(cfg, run_dir)
     _save_results(results, run_dir)
     log_evaluation(module.trainer.loggers, results, run_dir)
-    for found in controls(JointRun(cfg, prepared, model, results), run_dir / "control"):
+    for found in train_controls(JointRun(cfg, prepared, model, results), RunDirectory(run_dir)):
         results.controls += found
         _save_results(results, run_dir)
-    results.notes += agree_on(against_controls(results, run_dir) if is_first() else [])
+    results.notes += agree_on(against_controls(results, RunDirectory(run_dir)) if is_first() else [])
     _save_results(results, run_dir)
     show_results(results, run_dir / "results.json")
     return sweep.validation_gain(results)
@@ -347,7 +347,7 @@ class _errors_for_people:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         explained = isinstance(error, USER_ERRORS) and not self.off
         if sweep.in_multirun() and isinstance(error, Exception):
-            sweep.note_failure(error, explained)
+            sweep.report_failure(error, explained)
             return True
         if sweep.in_multirun() and error is not None:
             print(sweep.how_to_restart(HydraConfig.get().sweep.dir), file=sys.stderr, flush=True)

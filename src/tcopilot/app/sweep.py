@@ -1,4 +1,4 @@
-"""What surrounds a run that is a job of a sweep: its folder, skipping, resuming, and failures that end it alone."""
+"""Sweeps (`-m`): every job has a folder named by its overrides, is done once, and stops no other job if it fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +30,18 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from tcopilot.app.checks.config import refuse_missing
 from tcopilot.app.checks.problems import ConfigError
+from tcopilot.app.jobs import SHOWN, JobFolder, note_failure
 from tcopilot.app.trainer import process_count
 from tcopilot.evaluation.results import Results
 from tcopilot.processes import is_first
-from tcopilot.run_directory import flatten, write_whole
-from tcopilot.training.callbacks.checkpoint import checkpoints
+from tcopilot.run_directory import RunDirectory
 
-DONE, FAILED, JOB = "done.json", "failed.json", "job.yaml"
 NOT_COMPARED = ("paths", "resume", "traceback", "logger")  # they do not change what a job finds
 LONGEST = 100  # characters of a job's folder before it is cut; file systems allow 255 bytes
-SHOWN = 8
 
 
 def job_folder(overrides: str) -> str:
-    """Folder of a job: its overrides, in letters that need no quotes in a shell or an override.
+    """Turn overrides into a folder name that needs no quotes, neither in a shell nor in an override.
 
     A name that had to be changed ends with a hash, so that no two jobs share a folder.
 
@@ -68,14 +65,11 @@ def in_multirun() -> bool:
 
 
 def job(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float:
-    """Run a config; as a job of a sweep only if it was not done before, and from where it was left.
+    """Run a config. As a job of a sweep: only if it is not done yet, and from its newest checkpoint.
 
     Args:
         cfg: the composed config.
         run: trains or evaluates it and returns its `validation_gain`.
-
-    Returns:
-        What a sweeper maximises, see `validation_gain`.
 
     Raises:
         ConfigError: if the folder holds a job of another config, or the sweep cannot work.
@@ -85,28 +79,22 @@ def job(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float:
     if problems := sweep_problems(cfg, HydraConfig.get()):
         raise ConfigError(problems)
     refuse_missing(cfg)
-    folder = Path(cfg.paths.run_dir)
-    done = json.loads((folder / DONE).read_text()) if (folder / DONE).exists() else None
-    started = bool(checkpoints(folder / "checkpoints"))
-    settings = _settings(cfg)
-    if done is not None and done["config"] != fingerprint(settings):
-        raise ConfigError([_other_config(folder, done["config"], settings)])
-    if done is not None:
-        print(f"done before: {folder} (gain on validation {done['gain']:+.4f})", flush=True)
-        return done["gain"]
-    if started and not cfg.get("resume"):
-        before = _job_settings(folder)
-        if before != settings:
-            raise ConfigError([_other_config(folder, fingerprint(before), settings)])
-        cfg.resume = str(folder)
+    notes = JobFolder(cfg.paths.run_dir, _settings(cfg))
+    if notes.run.done.exists() or not cfg.get("resume"):  # resume=… may name a folder that no sweep made
+        state = notes.state()
+        if state == "done":
+            gain = notes.found()["gain"]
+            print(f"done before: {notes.run} (gain on validation {gain:+.4f})", flush=True)
+            return gain
+        if state == "started":
+            cfg.resume = str(notes.run)
     if is_first():
-        (_output_dir() / FAILED).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(settings), folder / JOB)
+        RunDirectory(_output_dir()).failed.unlink(missing_ok=True)
+        notes.start()
     with _isolated():
         gain = run(cfg)
     if is_first():
-        _write(folder / DONE, {"config": fingerprint(settings), "gain": gain, "time": _now()})
+        notes.finish(gain=gain)
     return gain
 
 
@@ -124,17 +112,16 @@ def validation_gain(results: Results) -> float:
     return fused.value - pilot.value if of.higher_is_better else pilot.value - fused.value
 
 
-def note_failure(error: Exception, explained: bool) -> None:
+def report_failure(error: Exception, explained: bool) -> None:
     """Print what ended a job and leave it in the job's folder; the sweep goes on.
 
     Args:
         error: what was raised.
-        explained: whether its message is all that a user needs.
+        explained: whether its message says all that a user needs, so that no traceback is printed.
     """
     trace = "".join(traceback.format_exception(error))
     print(f"error: {error}" if explained else trace, file=sys.stderr, flush=True)
-    text = str(error) if explained else f"{type(error).__name__}: {error}"
-    _write(_output_dir() / FAILED, {"error": text, "traceback": trace, "time": _now()})
+    note_failure(_output_dir(), str(error) if explained else f"{type(error).__name__}: {error}", trace)
 
 
 def how_to_restart(sweep_dir: str) -> str:
@@ -215,14 +202,9 @@ class SweepCallback(Callback):
         print("1 job failed:" if len(failed) == 1 else f"{len(failed)} jobs failed:", file=sys.stderr)
         for path in failed:
             said = " ".join(json.loads(path.read_text())["error"].split())
-            print(f"  - {path.parent}: {textwrap.shorten(said, 200)} (more in its {FAILED})", file=sys.stderr)
+            print(f"  - {path.parent}: {textwrap.shorten(said, 200)} (more in its {path.name})", file=sys.stderr)
         print(how_to_restart(config.hydra.sweep.dir), file=sys.stderr, flush=True)
         sys.exit(1)
-
-
-def fingerprint(settings: dict[str, Any]) -> str:
-    """Hash of what a job is to do."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
@@ -230,22 +212,6 @@ def _settings(cfg: DictConfig) -> dict[str, Any]:
     text = OmegaConf.to_yaml(cfg, resolve=True).replace(str(cfg.paths.run_dir), "<run_dir>")
     settings = OmegaConf.to_container(OmegaConf.create(text))
     return {key: value for key, value in settings.items() if key not in NOT_COMPARED}
-
-
-def _job_settings(folder: Path) -> dict[str, Any]:
-    return OmegaConf.to_container(OmegaConf.load(folder / JOB)) if (folder / JOB).exists() else {}
-
-
-def _other_config(folder: Path, before: str, settings: dict[str, Any]) -> str:
-    old, new = (flatten(tree) for tree in (_job_settings(folder), settings))
-    different = [
-        f"{key}={old.get(key)} there, {new.get(key)} now" for key in {**old, **new} if old.get(key) != new.get(key)
-    ]
-    shown = "; ".join(different[:SHOWN]) + (f"; and {len(different) - SHOWN} more" if len(different) > SHOWN else "")
-    return (
-        f"{folder} holds a job of another config: {before} there, {fingerprint(settings)} now ({shown}). Give another "
-        f"hydra.sweep.dir, or remove that folder"
-    )
 
 
 @contextmanager
@@ -256,15 +222,14 @@ def _isolated() -> Iterator[None]:
         torch.cuda.empty_cache()
     environment = dict(os.environ)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # CUDA's is seeded by every run
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # each run seeds CUDA's
     with warnings.catch_warnings():
         try:
             yield
         finally:
-            for restore, state in zip(
-                (random.setstate, np.random.set_state, torch.set_rng_state), states, strict=True
-            ):
-                restore(state)
+            random.setstate(python)
+            np.random.set_state(numpy)
+            torch.set_rng_state(cpu)
             torch.use_deterministic_algorithms(deterministic)
             for name in set(os.environ) - set(environment):
                 del os.environ[name]
@@ -298,12 +263,5 @@ def _output_dir() -> Path:
 
 def _failures(config: DictConfig) -> dict[Path, int]:
     """Notes of failed jobs in the sweep's folder, also of earlier starts, and when each was written."""
-    return {path: path.stat().st_mtime_ns for path in sorted(Path(config.hydra.sweep.dir).glob(f"*/{FAILED}"))}
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")
+    found = sorted(Path(config.hydra.sweep.dir).glob(f"*/{RunDirectory.failed.name}"))
+    return {path: path.stat().st_mtime_ns for path in found}

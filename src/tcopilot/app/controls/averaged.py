@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -19,13 +19,13 @@ from tcopilot.models.families import decoder_depth
 
 
 class AveragedPilots(nn.Module):
-    """Stands in for the Pilot of a fused model without a Copilot, so that the mean is decoded like any Pilot.
+    """Stands in for the Pilot of a fused model without a Copilot, so that the mean is decoded as any Pilot is.
 
-    Its cache is one cache with the layers of both, one Pilot's after the other's: beams reorder them together. What
-    its encoder returns is both outputs side by side, [B, M, 2P].
+    Its cache holds the layers of the first Pilot and then those of the second, so that beam search reorders both. Its
+    encoder returns both Pilots' outputs side by side, [B, M, 2P].
 
     Args:
-        first: a trained Pilot; config and hidden states are its.
+        first: a trained Pilot, which also gives config and hidden states.
         second: another one of the same config.
     """
 
@@ -33,16 +33,16 @@ class AveragedPilots(nn.Module):
         super().__init__()
         self.pilots = nn.ModuleList([first, second])
         self.config, self.generation_config = first.config, first.generation_config
+        self.get_decoder = first.get_decoder
+        self.get_input_embeddings, self.get_output_embeddings = first.get_input_embeddings, first.get_output_embeddings
 
     def forward(self, past_key_values: Cache | None = None, encoder_outputs: Any = None, **inputs: Any) -> Any:
-        """Return the first Pilot's outputs with logits that are the logarithm of the mean probability."""
-        caches = _parts(past_key_values, decoder_depth(self.config))
+        """Return the first Pilot's outputs, with the logarithm of the mean probability as logits."""
+        sources: list[dict[str, Any]] = [{}, {}]
         if encoder_outputs is not None:
-            encoded = [BaseModelOutput(part) for part in encoder_outputs[0].chunk(2, dim=-1)]
-            sources = [{"encoder_outputs": part} for part in encoded]
-        else:
-            sources = [{}, {}]
+            sources = [{"encoder_outputs": BaseModelOutput(part)} for part in encoder_outputs[0].chunk(2, dim=-1)]
         inputs["use_cache"] = past_key_values is not None
+        caches = _split(past_key_values, decoder_depth(self.config))
         first, second = (
             pilot(past_key_values=cache, **source, **inputs)
             for pilot, cache, source in zip(self.pilots, caches, sources, strict=True)
@@ -51,21 +51,9 @@ class AveragedPilots(nn.Module):
         first.past_key_values, first.loss = past_key_values, None
         return first
 
-    def get_encoder(self) -> _Encoders:
+    def get_encoder(self) -> nn.Module:
         """Both encoders as one."""
         return _Encoders([pilot.get_encoder() for pilot in self.pilots])
-
-    def get_decoder(self) -> nn.Module:
-        """The first Pilot's decoder."""
-        return self.pilots[0].get_decoder()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The first Pilot's input embeddings."""
-        return self.pilots[0].get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The first Pilot's output embeddings."""
-        return self.pilots[0].get_output_embeddings()
 
 
 class _Encoders(nn.Module):
@@ -74,16 +62,15 @@ class _Encoders(nn.Module):
         self.encoders = nn.ModuleList(encoders)
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
-        outputs: list[Tensor] = [encoder(*args, **kwargs)[0] for encoder in self.encoders]
-        return BaseModelOutput(torch.cat(outputs, dim=-1))
+        return BaseModelOutput(torch.cat([encoder(*args, **kwargs)[0] for encoder in self.encoders], dim=-1))
 
 
-def _parts(cache: Cache | None, depth: int) -> list[Cache | None]:
-    """One cache for each of two Pilots, over the layers of a single one; a new one gets the second's layers here."""
+def _split(cache: Cache | None, depth: int) -> list[Cache | None]:
+    """Two caches over the layers of one, for each Pilot its own; a new one is given the second Pilot's layers here."""
     if cache is None:
         return [None, None]
     if isinstance(cache, EncoderDecoderCache):
-        pairs = (_parts(part, depth) for part in (cache.self_attention_cache, cache.cross_attention_cache))
+        pairs = (_split(part, depth) for part in (cache.self_attention_cache, cache.cross_attention_cache))
         return [EncoderDecoderCache(*pair) for pair in zip(*pairs, strict=True)]
     if len(cache.layers) < 2 * depth:
         made = cache.layers or [cache.layer_class_to_replicate() for _ in range(depth)]

@@ -14,36 +14,24 @@ MOST_TIMES = 16  # as wide as the Pilot given
 
 
 def widened(config: dict[str, Any], vocab_size: int, parameters: int) -> dict[str, Any]:
-    """Scale all widths of a Pilot's config together, depth and heads staying, to come closest to a size.
+    """Scale all widths of a Pilot's config by one factor, so that it comes closest to a number of parameters.
 
-    The model's width moves in steps of two per attention head, which heads and rotary embeddings divide by.
+    Depth and number of heads stay. The model's width moves in steps of two per attention head, which heads and rotary
+    embeddings divide by.
 
     Args:
         config: `pilot.config`, with `d_model` or `hidden_size`.
         vocab_size: V, which follows from the tokenizer.
         parameters: how many are wanted.
-
-    Returns:
-        The config with other widths.
     """
     width = next(config[name] for name in MODEL_WIDTHS if name in config)
-    known = AutoConfig.for_model(**config)
-    step = 2 * known.num_attention_heads
-    candidates = (_scaled(config, wide / width) for wide in range(step, MOST_TIMES * width + 1, step))
-    best, smallest = config, None
-    for candidate in candidates:
-        excess = _parameters(candidate, vocab_size) - parameters
-        if smallest is None or abs(excess) < smallest:
-            best, smallest = candidate, abs(excess)
+    step = 2 * AutoConfig.for_model(**config).num_attention_heads
+    by_distance = {}
+    for wide in range(step, MOST_TIMES * width + 1, step):
+        scaled = {name: max(2, 2 * round(wide / width * config[name] / 2)) for name in WIDTHS if name in config}
+        model = skeleton(AutoConfig.for_model(**config | scaled, vocab_size=vocab_size))
+        excess = sum(parameter.numel() for parameter in model.parameters()) - parameters
+        by_distance.setdefault(abs(excess), config | scaled)
         if excess > 0:
             break
-    return best
-
-
-def _scaled(config: dict[str, Any], factor: float) -> dict[str, Any]:
-    return config | {name: max(2, 2 * round(factor * config[name] / 2)) for name in WIDTHS if name in config}
-
-
-def _parameters(config: dict[str, Any], vocab_size: int) -> int:
-    model = skeleton(AutoConfig.for_model(**config, vocab_size=vocab_size))
-    return sum(parameter.numel() for parameter in model.parameters())
+    return by_distance[min(by_distance)]

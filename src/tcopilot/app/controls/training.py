@@ -1,0 +1,178 @@
+"""Train the controls of a run, score them as the run itself was scored, and hold the fused model against them.
+
+A further control is one function here with an entry in `CONTROLS`, and its name in
+`tcopilot.app.checks.config.CONTROLS`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from lightning import seed_everything
+from omegaconf import DictConfig, OmegaConf
+
+from tcopilot.app import build
+from tcopilot.app.build import Prepared
+from tcopilot.app.checks.config import control_names
+from tcopilot.app.controls.averaged import AveragedPilots
+from tcopilot.app.controls.widths import widened
+from tcopilot.app.trainer import make_trainer
+from tcopilot.data.metrics import NLL, show_difference
+from tcopilot.evaluation.evaluate import Evaluator
+from tcopilot.evaluation.outcomes import read_predictions
+from tcopilot.evaluation.results import Control, Results
+from tcopilot.evaluation.significance import compare
+from tcopilot.models.configuration import TCopilotConfig
+from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.processes import agree_on, rank
+from tcopilot.run_directory import RunDirectory
+from tcopilot.training.callbacks import FlopCount
+
+log = logging.getLogger(__name__)
+WARM_UP_ROUNDS, TRIAL_ROUNDS = 5, 30  # at most; a run of few rounds has long ones, which need less of a trial
+
+
+@dataclass(frozen=True)
+class JointRun:
+    """The finished run that a control is held against."""
+
+    cfg: DictConfig
+    prepared: Prepared
+    model: TCopilotModel
+    results: Results
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model without a Copilot, and what it cost to train."""
+
+    model: TCopilotModel
+    rounds: int
+    seconds: float
+    flops: float | None
+
+
+def equal_time(joint: JointRun) -> Trained:
+    """The Pilot alone, for as many rounds as fit into the joint run's training time.
+
+    A short trial measures the time of a Pilot-only round. The schedule then spans exactly the rounds that fit, and
+    never fewer than the joint run had, which did in each round all that a Pilot-only round does.
+    """
+    train_pilot(joint, WARM_UP_ROUNDS)
+    trial = train_pilot(joint, _trial_rounds(joint))
+    fitting = round(joint.results.train_seconds / (trial.seconds / trial.rounds))
+    return train_pilot(joint, agree_on(max(joint.results.rounds, fitting)))
+
+
+def equal_flops(joint: JointRun) -> Trained:
+    """The Pilot alone, for as many rounds as the joint run's FLOPs pay for; a short trial counts those of a round."""
+    trial = train_pilot(joint, _trial_rounds(joint), count_every=1)
+    return train_pilot(joint, max(1, round(joint.results.train_flops / (trial.flops / trial.rounds))))
+
+
+def averaged(joint: JointRun) -> Trained:
+    """The mean of the run's own Pilot and of a second one, of other initial weights and another order of the rows."""
+    second = train_pilot(joint, joint.results.rounds, seed=joint.cfg.seed + 1)
+    both = AveragedPilots(joint.model.pilot, second.model.pilot)
+    model = type(joint.model)(TCopilotConfig(joint.model.pilot.config), both)
+    flops = None if second.flops is None else 2 * second.flops
+    return Trained(model, 2 * second.rounds, 2 * second.seconds, flops)
+
+
+def equal_parameters(joint: JointRun) -> Trained:
+    """A wider Pilot with as many parameters as Pilot and Copilot have together, for the joint run's rounds."""
+    source, params = joint.prepared.pilot, joint.results.params
+    wider = widened(source.config, source.model_config.vocab_size, params["pilot"] + params["copilot"])
+    prepared = replace(joint.prepared, pilot=replace(source, config=wider))
+    return train_pilot(replace(joint, prepared=prepared), joint.results.rounds)
+
+
+CONTROLS: dict[str, tuple[str, Callable[[JointRun], Trained]]] = {
+    "equal_time": ("Pilot, equal time", equal_time),
+    "equal_flops": ("Pilot, equal FLOPs", equal_flops),
+    "averaged": ("two Pilots averaged", averaged),
+    "equal_parameters": ("Pilot, equal parameters", equal_parameters),
+}
+"""Name in the config: name in tables, and how it is trained."""
+
+
+def train_controls(joint: JointRun, run: RunDirectory) -> Iterator[list[Control]]:
+    """Train and score each control that the run's config names and its results lack.
+
+    Yields:
+        For each control one figure per benchmark and metric, and the likelihood, on the split that the run reports.
+    """
+    for name in control_names(joint.cfg.control):
+        title, train = CONTROLS[name]
+        if all(control.name != title for control in joint.results.controls):
+            log.info("Control: %s", title)
+            yield _scored(title, train(joint), joint, run.control(name).predictions)
+
+
+def train_pilot(joint: JointRun, rounds: int, seed: int | None = None, count_every: int = 100) -> Trained:
+    """Train the Pilot without a Copilot for some rounds; on all training rows, none held out for a log."""
+    prepared, data = joint.prepared, copy.copy(joint.prepared.data)
+    cfg = OmegaConf.merge(joint.cfg, {"copilot": {"enabled": False}, "seed": joint.cfg.seed if seed is None else seed})
+    seed_everything(cfg.seed, workers=True, verbose=False)
+    model = build.fused_model(cfg, prepared)
+    module = build.training_module(cfg, model, rounds)
+    if rank():
+        seed_everything(cfg.seed + rank(), workers=True, verbose=False)  # dropout of its own, as in the joint run
+    cfg.trainer.update({"limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_progress_bar": False})
+    cfg.logger = {}
+    count = FlopCount(count_every)
+    data.rounds, data.seed, data.held_out = rounds, data.seed + cfg.seed - joint.cfg.seed, 0.0
+    make_trainer(cfg, [count], None, rounds).fit(module, datamodule=data)
+    model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
+    return Trained(model, rounds, round(agree_on(module.seconds["pilot"]), 2), count.total())
+
+
+def against_controls(results: Results, run: RunDirectory) -> list[str]:
+    """Hold the fused model against every control, on the rows that both answered and in the metric that decides.
+
+    Returns:
+        A sentence for each control and benchmark: the difference with its 95 % interval, and a verdict.
+    """
+    sentences = []
+    titles = {control.name for control in results.controls}
+    for name, (title, _) in CONTROLS.items():
+        for benchmark, gain in results.row_wise().items() if title in titles else ():
+            ours = read_predictions(results, run.predictions, benchmark, results.weight_of(benchmark))
+            theirs = read_predictions(results, run.control(name).predictions, benchmark, 0.0)
+            pairs = [[found[row]["scores"][gain.metric] for found in (theirs, ours)] for row in ours if row in theirs]
+            if not pairs:  # somebody removed the predictions
+                continue
+            found = compare(*zip(*pairs, strict=True), lower_is_better=not gain.higher_is_better)
+            shown = show_difference(found.difference, gain.unit, found.ci95, named=True)
+            sentences.append(f"{benchmark}, {gain.metric}, against {title}: {shown}, {found.verdict}")
+    return sentences
+
+
+def _trial_rounds(joint: JointRun) -> int:
+    return min(TRIAL_ROUNDS, max(5, joint.results.rounds // 10))
+
+
+def _scored(title: str, trained: Trained, joint: JointRun, folder: Path) -> list[Control]:
+    cfg, prepared = joint.cfg, joint.prepared
+    decoding = build.decoding(cfg.evaluation)
+    if isinstance(trained.model.pilot, AveragedPilots):
+        decoding = replace(decoding, compile=False)  # its caches are put together anew in each step
+    evaluator = Evaluator(trained.model, prepared.tokenizer, prepared.data, folder, decoding)
+    cost = {
+        "rounds": trained.rounds,
+        "train_seconds": trained.seconds,
+        "train_flops": trained.flops,
+        "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
+    }
+    split = cfg.evaluation.report_on
+    found = evaluator.run([0.0], (split, split))
+    compared = {(gain.benchmark, gain.metric) for gain in found.gain} | {("all", NLL.name)}
+    return [
+        Control(title, **{key: value for key, value in asdict(row).items() if key != "weight"}, **cost)
+        for row in found.rows
+        if (row.benchmark, row.metric) in compared
+    ]

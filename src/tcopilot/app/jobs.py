@@ -1,0 +1,175 @@
+"""Jobs: runs that are done once, go on from where they were left, and fail without stopping the others.
+
+The folder of a job says what it is to do (`job.yaml`) and that it is done (`done.json`) or why it failed
+(`failed.json`). Two runners share this: `tcopilot.app.sweep` for the jobs of a Hydra sweep, whose launcher has started
+the process already, and `run_jobs` for a list of commands, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+
+from tcopilot.app.checks.problems import ConfigError
+from tcopilot.run_directory import RunDirectory, flatten, write_whole
+from tcopilot.training.callbacks.checkpoint import checkpoints
+
+STOPPED = 130  # exit status of a program that was told to stop and has saved its state
+FOREVER = float("inf")
+SECONDS_TO_STOP = 60  # for a run that is told to stop: it finishes its round and saves its state
+SHOWN = 8  # keys that differ, in a message
+
+
+class JobFolder:
+    """The folder of a job, which is also its run directory.
+
+    Args:
+        folder: where it is.
+        settings: all that decides what the job finds; nested dictionaries of plain values.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
+        self.run, self.settings = RunDirectory(folder), settings
+
+    def state(self) -> Literal["new", "started", "done"]:
+        """How far the job is; a job that has started has a checkpoint to go on from.
+
+        Raises:
+            ConfigError: if the folder holds a job with other settings, which is not to be mixed with this one.
+        """
+        if not self.run.done.exists() and not checkpoints(self.run.checkpoints):
+            return "new"
+        before = OmegaConf.to_container(OmegaConf.load(self.run.job)) if self.run.job.exists() else {}
+        if before != self.settings:
+            raise ConfigError([self._other_job(before)])
+        return "done" if self.run.done.exists() else "started"
+
+    def found(self) -> dict[str, Any]:
+        """What `finish` wrote when the job was done."""
+        return json.loads(self.run.done.read_text(encoding="utf-8"))
+
+    def start(self) -> None:
+        """Write down what the job is to do."""
+        self.run.failed.unlink(missing_ok=True)
+        write_whole(self.run.job, OmegaConf.to_yaml(OmegaConf.create(self.settings)))
+
+    def finish(self, **found: Any) -> None:
+        """Write down that the job is done, and what it found."""
+        _write(self.run.done, {"config": fingerprint(self.settings), **found, "time": _now()})
+
+    def _other_job(self, before: dict[str, Any]) -> str:
+        old, new = flatten(before), flatten(self.settings)
+        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        shown = "; ".join(f"{key}={old.get(key)} there, {new.get(key)} now" for key in keys[:SHOWN])
+        more = f"; and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+        return (
+            f"{self.run} holds a job of another config: {fingerprint(before)} there, {fingerprint(self.settings)} now "
+            f"({shown}{more}). Give another folder (hydra.sweep.dir in a sweep), or remove that folder"
+        )
+
+
+def note_failure(folder: str | Path, error: str, trace: str = "") -> None:
+    """Leave in the folder of a job what ended it; it runs again when its list of jobs is started again."""
+    _write(RunDirectory(folder).failed, {"error": error, "traceback": trace, "time": _now()})
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """Hash of what a job is to do."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A program with its overrides, to be run in a process of its own; its output goes to `output.txt`."""
+
+    folder: Path
+    overrides: tuple[str, ...]
+    program: str = "train.py"
+
+    @property
+    def notes(self) -> JobFolder:
+        """What its folder says of it."""
+        return JobFolder(self.folder, {"program": self.program, "overrides": list(self.overrides)})
+
+    def run(
+        self, deadline: float = FOREVER, environment: Mapping[str, str] | None = None, root: Path | None = None
+    ) -> Literal["finished", "stopped", "failed"]:
+        """Run the program, from its newest checkpoint if there is one; nothing is run if it was done before.
+
+        Args:
+            deadline: on the clock of `time.monotonic`; the run is then told to stop, and one that has not begun waits.
+            environment: of the process.
+            root: the folder that holds the program.
+        """
+        notes, state = self.notes, self.notes.state()
+        if state == "done":
+            return "finished"
+        if time.monotonic() > deadline:
+            return "stopped"
+        notes.start()
+        given = [f"resume={self.folder}"] if state == "started" else [*self.overrides, f"paths.run_dir={self.folder}"]
+        command = [sys.executable, self.program, *given]
+        with (self.folder / "output.txt").open("a") as output:
+            process = subprocess.Popen(command, cwd=root, stdout=output, stderr=output, env=environment)
+            try:
+                process.wait(None if deadline == FOREVER else max(1.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                _stop(process)
+                return "stopped"
+        if process.returncode == STOPPED:
+            return "stopped"
+        if process.returncode:
+            note_failure(self.folder, f"exit status {process.returncode}, see output.txt")
+            return "failed"
+        notes.finish()
+        return "finished"
+
+
+def run_jobs(jobs: Sequence[Job], at_once: int, deadline: float = FOREVER, root: Path | None = None) -> dict[Job, str]:
+    """Run the jobs that are not done yet, some at a time.
+
+    Args:
+        jobs: in the order in which they are begun.
+        at_once: how many run side by side, sharing the machine's cores.
+        deadline: see `Job.run`.
+        root: the folder that holds the programs.
+
+    Returns:
+        How each ended: `finished`, `stopped` or `failed`.
+    """
+    threads = str(max(1, (os.cpu_count() or 1) // at_once))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    outcomes = {}
+    with ThreadPoolExecutor(at_once) as pool:
+        for job, outcome in zip(jobs, pool.map(lambda job: job.run(deadline, environment, root), jobs), strict=True):
+            outcomes[job] = outcome
+            print(f"{outcome}: {job.folder}", flush=True)
+    return outcomes
+
+
+def _stop(process: subprocess.Popen) -> None:
+    process.terminate()
+    try:
+        process.wait(SECONDS_TO_STOP)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
