@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -55,10 +55,6 @@ class JobFolder:
         if before != self.settings:
             raise ConfigError([self._other_job(before)])
         return "done" if self.run.done.exists() else "started"
-
-    def found(self) -> dict[str, Any]:
-        """What `finish` wrote when the job was done."""
-        return json.loads(self.run.done.read_text(encoding="utf-8"))
 
     def start(self) -> None:
         """Write down what the job is to do."""
@@ -103,15 +99,12 @@ class Job:
         """What its folder says of it."""
         return JobFolder(self.folder, {"program": self.program, "overrides": list(self.overrides)})
 
-    def run(
-        self, deadline: float = FOREVER, environment: Mapping[str, str] | None = None, root: Path | None = None
-    ) -> Literal["finished", "stopped", "failed"]:
+    def run(self, deadline: float = FOREVER, **options: Any) -> Literal["finished", "stopped", "failed"]:
         """Run the program, from its newest checkpoint if there is one; nothing is run if it was done before.
 
         Args:
-            deadline: on the clock of `time.monotonic`; the run is then told to stop, and one that has not begun waits.
-            environment: of the process.
-            root: the folder that holds the program.
+            deadline: on the clock of `time.monotonic`. A run that goes on then is told to stop, none is begun later.
+            options: of `subprocess.Popen`, such as `cwd` and `env`.
         """
         notes, state = self.notes, self.notes.state()
         if state == "done":
@@ -122,7 +115,7 @@ class Job:
         given = [f"resume={self.folder}"] if state == "started" else [*self.overrides, f"paths.run_dir={self.folder}"]
         command = [sys.executable, self.program, *given]
         with (self.folder / "output.txt").open("a") as output:
-            process = subprocess.Popen(command, cwd=root, stdout=output, stderr=output, env=environment)
+            process = subprocess.Popen(command, stdout=output, stderr=output, **options)
             try:
                 process.wait(None if deadline == FOREVER else max(1.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -137,23 +130,22 @@ class Job:
         return "finished"
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, deadline: float = FOREVER, root: Path | None = None) -> dict[Job, str]:
-    """Run the jobs that are not done yet, some at a time.
+def run_jobs(jobs: Sequence[Job], at_once: int, deadline: float = FOREVER, cwd: Path | None = None) -> dict[Job, str]:
+    """Run the jobs that are not done yet, in their order.
 
     Args:
-        jobs: in the order in which they are begun.
+        jobs: what to run.
         at_once: how many run side by side, sharing the machine's cores.
         deadline: see `Job.run`.
-        root: the folder that holds the programs.
+        cwd: the folder that holds the programs.
 
     Returns:
         How each ended: `finished`, `stopped` or `failed`.
     """
-    threads = str(max(1, (os.cpu_count() or 1) // at_once))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once)), **os.environ}
     outcomes = {}
     with ThreadPoolExecutor(at_once) as pool:
-        for job, outcome in zip(jobs, pool.map(lambda job: job.run(deadline, environment, root), jobs), strict=True):
+        for job, outcome in zip(jobs, pool.map(lambda job: job.run(deadline, cwd=cwd, env=env), jobs), strict=True):
             outcomes[job] = outcome
             print(f"{outcome}: {job.folder}", flush=True)
     return outcomes

@@ -83,7 +83,7 @@ def job(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float:
     if notes.run.done.exists() or not cfg.get("resume"):  # resume=… may name a folder that no sweep made
         state = notes.state()
         if state == "done":
-            gain = notes.found()["gain"]
+            gain = json.loads(notes.run.done.read_text())["gain"]
             print(f"done before: {notes.run} (gain on validation {gain:+.4f})", flush=True)
             return gain
         if state == "started":
