@@ -178,6 +178,10 @@ def test_finished_runs_are_not_run_again_and_a_stopped_one_goes_on(script, smoke
     composed.train(jobs[-1].folder, *jobs[-1].overrides)  # with a checkpoint, but not noted as finished
     monkeypatch.setattr(job_runner.subprocess, "Popen", Program)
     given = ["smoke", "--folder", str(folder), "--page", str(page)]
+    capsys.readouterr()
+    assert script.main([*given, "--list"]) == 0
+    *done, left = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert (set(done), left) == ({"done"}, "started")
     for _ in range(2):
         assert script.main(given) == 0
     assert Program.started == [[f"resume={jobs[-1].folder}"]]
