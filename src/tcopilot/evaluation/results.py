@@ -12,6 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import pandas as pd
 from rich.table import Table
 
 from tcopilot.data.metrics import SHARE, Metric, show, show_difference
@@ -145,6 +146,13 @@ class Results:
         """Return the row of this benchmark, metric, split and λ, or None."""
         key = (benchmark, metric, split, weight)
         return next((row for row in self.rows if (row.benchmark, row.metric, row.split, row.weight) == key), None)
+
+    def table(self) -> pd.DataFrame:
+        """Return the rows as a table, with `ci95_low` and `ci95_high` in place of `ci95`."""
+        rows = [asdict(row) for row in self.rows]
+        ends = [dict(zip(("ci95_low", "ci95_high"), row.pop("ci95"), strict=True)) for row in rows]
+        names = [*(f.name for f in fields(Row) if f.name != "ci95"), "ci95_low", "ci95_high"]
+        return pd.DataFrame([row | both for row, both in zip(rows, ends, strict=True)], columns=names)
 
     def row_wise(self) -> dict[str, Gain]:
         """Return for each benchmark the first gain whose metric scores every row by itself."""

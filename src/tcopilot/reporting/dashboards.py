@@ -43,11 +43,9 @@ def log_evaluation(loggers: Sequence[Logger], results: Results, run_dir: str | P
         if gain.fixed is not None:
             columns |= {"fixed": float(gain.fixed), "broken": float(gain.broken)}
         figures |= {f"eval/{gain.benchmark}/{gain.metric}/{name}": value for name, value in columns.items()}
-    weights = pd.DataFrame([
-        (row.benchmark, row.split, row.metric, row.weight, row.value, *row.ci95, row.n,
-         row.weight == results.weight_of(row.benchmark))
-        for row in results.rows
-    ], columns=WEIGHT_COLUMNS)  # fmt: skip
+    weights = results.table()
+    weights["selected"] = [row.weight == results.weight_of(row.benchmark) for row in results.rows]
+    weights = weights[WEIGHT_COLUMNS]
     generations = pd.DataFrame(side_by_side(results, run.predictions), columns=list(Answers._fields))
     for path, table in ((run.weights, weights), (run.generations, generations)):
         write_whole(path, table.to_csv(index=False, lineterminator="\r\n"))

@@ -1,8 +1,9 @@
 """Shares, drift and mistakes of a trace written by hand."""
 
+import pandas as pd
 import pytest
 
-from tcopilot.reporting.report.corrections import FEWEST, drift, frequent_mistakes, quantiles, share
+from tcopilot.reporting.report.corrections import FEWEST, drift, frequent_mistakes, magnitudes, share
 
 
 def position(token="a", said="a", after="a", shift=0.0, span=10.0, **feedback):
@@ -24,7 +25,7 @@ def test_the_share_is_the_mean_over_rows_of_the_mean_over_positions():
 def test_drift_has_means_and_intervals_for_each_feedback_and_leaves_rare_positions_out():
     row = {"gold": [position(observed=[1.0, 0.5], own=[2.0, -0.5]), position(observed=[3.0, 0.1], own=[0.0, 0.0])]}
     short = {"gold": [position(observed=[2.0, 0.5], own=[2.0, -0.5])]}
-    found = drift([row] * (FEWEST - 1) + [short])
+    found = list(drift([row] * (FEWEST - 1) + [short]).itertuples())
     assert [(p.feedback, p.position, p.tokens) for p in found] == [("observed", 1, FEWEST), ("own", 1, FEWEST)]
     observed = found[0]
     assert observed.norm == pytest.approx(1.1)
@@ -44,4 +45,5 @@ def test_mistakes_are_counted_by_benchmark_position_and_tokens():
 
 
 def test_quantiles_are_those_of_all_values():
-    assert quantiles(range(101), [0.1, 0.5]) == [10.0, 50.0]
+    found = magnitudes(pd.DataFrame({"domain": "a", "shift": range(101)})).set_index("share_of_tokens")["shift"]
+    assert found[[0.1, 0.5]].tolist() == [10.0, 50.0]

@@ -15,6 +15,7 @@ from tcopilot.evaluation.significance import Interval, mean_interval
 from tcopilot.reporting import published
 
 FEWEST = 10  # tokens at a position, below which its mean is not shown
+SHARES = [place / 20 for place in range(1, 20)]  # of tokens
 
 Row = dict[str, Any]
 
@@ -39,12 +40,13 @@ def domain(benchmark: str) -> str:
     return known.suite if known else benchmark
 
 
-def quantiles(values: Sequence[float], points: Sequence[float]) -> list[float]:
-    """Return the values below which such shares of all values lie."""
-    return [float(value) for value in np.quantile(np.asarray(values, dtype=float), points)]
+def magnitudes(shifts: pd.DataFrame) -> pd.DataFrame:
+    """Return `domain`, `share_of_tokens` and the `shift` below which such a share lies, in steps of 5 %."""
+    points = shifts.groupby("domain", sort=False)["shift"].quantile(SHARES)
+    return points.rename_axis(["domain", "share_of_tokens"]).reset_index()
 
 
-def drift(rows: Iterable[Row]) -> list[Any]:
+def drift(rows: Iterable[Row]) -> pd.DataFrame:
     """Mean ‖f^C‖ and cosine with ℓ at each target position, under each kind of feedback.
 
     Returns:
@@ -62,7 +64,7 @@ def drift(rows: Iterable[Row]) -> list[Any]:
     tokens = groups.size().rename("tokens")
     halves = 1.96 * groups.std(ddof=0).div(tokens**0.5, axis=0)
     found = groups.mean().join(halves, rsuffix="_half").join(tokens)
-    return list(found[found.tokens >= FEWEST].reset_index().itertuples(index=False, name="Drift"))
+    return found[found.tokens >= FEWEST].reset_index()
 
 
 def frequent_mistakes(rows: Mapping[str, Sequence[Row]], most: int) -> list[Any]:

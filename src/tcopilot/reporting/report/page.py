@@ -86,7 +86,7 @@ def write_report(run: FinishedRun, folder: Path, evidence: Markup | None = None)
     for plot in plots:
         png, svg = drawing.render(plot.draw)
         (figures / f"{plot.name}.png").write_bytes(png)
-        (figures / f"{plot.name}.csv").write_text(plot.csv(), encoding="utf-8")
+        plot.numbers.to_csv(figures / f"{plot.name}.csv", index=False)
         shown.setdefault(plot.section, []).append(_shown(plot, svg))
     for name, lines in tables.items():
         if lines:
@@ -154,11 +154,11 @@ def likelihood_lines(run: FinishedRun) -> list[dict[str, Any]]:
 def _shown(plot: Plot, svg: str) -> dict[str, Any]:
     """What the template needs of a plot."""
     title = html.escape(f"Plot: {plot.title}", quote=True)
-    rows = plot.rows if len(plot.rows) <= MOST_NUMBERS else []
-    return {key: getattr(plot, key) for key in ("name", "title", "note", "columns")} | {
-        "svg": Markup(drawing.inline_svg(svg, plot.name, title)),
+    rows = plot.numbers.to_numpy(dtype=object).tolist() if len(plot.numbers) <= MOST_NUMBERS else []
+    return {key: getattr(plot, key) for key in ("name", "title", "note")} | {
+        "svg": Markup(drawing.inline_svg(svg, plot.name, title)), "columns": list(plot.numbers.columns),
         "rows": [[_number(value) for value in row] for row in rows],
-    }
+    }  # fmt: skip
 
 
 def _page(
@@ -195,8 +195,10 @@ def _number(value: Any) -> str:
     """A number as a table shows it: whole numbers whole, others with four significant digits; of a mapping, each."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_number(one)}" for name, one in value.items())
+    if value is None or value != value:  # pandas has nan where there is no number
+        return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return "" if value is None else str(value)
+        return str(value)
     return f"{int(value):,}" if value == int(value) and abs(value) >= 1 else f"{value:.4g}"
 
 

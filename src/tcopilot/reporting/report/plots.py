@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 
 from tcopilot.data.metrics import NLL, printed_unit, scale
-from tcopilot.evaluation.results import Row
 from tcopilot.models.gates import GATES
 from tcopilot.reporting.finished_runs import FinishedRun, Trace
 from tcopilot.reporting.report import corrections, drawing, overhead
 from tcopilot.reporting.report.calibration import calibration_error, reliability
 from tcopilot.reporting.report.drawing import Mark, Series
 
-DECILES = [place / 20 for place in range(1, 20)]
 MODELS = ("Pilot", "Pilot + Copilot")
 
 
@@ -30,13 +27,8 @@ class Plot:
     section: str  # of the page
     title: str  # what it shows, with the unit
     note: str  # one or two sentences on how to read it
-    columns: Sequence[str]
-    rows: list[Sequence[Any]] = field(repr=False)  # its numbers
+    numbers: pd.DataFrame = field(repr=False)
     draw: Callable[[Axes], None] = field(repr=False)  # puts the plot on axes
-
-    def csv(self) -> str:
-        """Return the numbers as CSV text."""
-        return pd.DataFrame(self.rows, columns=list(self.columns), dtype=object).to_csv(index=False)
 
 
 def all_plots(run: FinishedRun) -> list[Plot]:
@@ -49,30 +41,27 @@ def all_plots(run: FinishedRun) -> list[Plot]:
 
 def weight_curves(run: FinishedRun) -> Iterator[Plot]:
     """The deciding metric of each benchmark, and the likelihood, over λ."""
-    results, first = run.results, {gain.benchmark: gain.metric for gain in reversed(run.results.gain)}
+    table, first = run.results.table(), {gain.benchmark: gain.metric for gain in reversed(run.results.gain)}
     for benchmark, metric in [*((name, first[name]) for name in run.benchmarks), ("all", NLL.name)]:
-        rows = [row for row in results.rows if (row.benchmark, row.metric) == (benchmark, metric)]
-        if len({row.weight for row in rows}) < 2:
+        rows = table[(table.benchmark == benchmark) & (table.metric == metric)]
+        if rows.weight.nunique() < 2:
             continue
-        unit = f" ({printed_unit(rows[0].unit)})" if rows[0].unit else ""
-        splits = dict.fromkeys(row.split for row in rows)
-        series = [_curve(split, [row for row in rows if row.split == split]) for split in splits]
+        unit = f" ({printed_unit(rows.unit.iloc[0])})" if rows.unit.iloc[0] else ""
+        series = [_curve(split, some.sort_values("weight")) for split, some in rows.groupby("split", sort=False)]
         where = "all benchmarks" if benchmark == "all" else benchmark
         yield Plot(
             f"weight_{benchmark}_{metric}", "weights", f"{where}: {metric} over λ{unit}",
             "λ = 0 is the Pilot. Bars are 95 % intervals. λ* has the least squared error; where the theorem's λ₀ is "
             "known, every λ in the shade is promised a squared error below the Pilot's. That is not this metric.",
-            ("split", "weight", "value", "ci95_low", "ci95_high", "n"),
-            [(row.split, row.weight, row.value, *row.ci95, row.n) for row in rows],
+            rows[["split", "weight", "value", "ci95_low", "ci95_high", "n"]],
             drawing.lines(series, "λ", f"{metric}{unit}", _weight_marks(run, benchmark)),
         )  # fmt: skip
 
 
-def _curve(split: str, rows: Sequence[Row]) -> Series:
-    ordered = sorted(rows, key=lambda row: row.weight)
-    below, above = ([scale(row.unit) * abs(row.value - row.ci95[end]) for row in ordered] for end in (0, 1))
-    values = [scale(row.unit) * row.value for row in ordered]
-    return Series(split, [row.weight for row in ordered], values, (below, above))
+def _curve(split: str, rows: pd.DataFrame) -> Series:
+    factor = scale(rows.unit.iloc[0])
+    errors = [(factor * (rows.value - rows[end]).abs()).tolist() for end in ("ci95_low", "ci95_high")]
+    return Series(split, rows.weight.tolist(), (factor * rows.value).tolist(), errors)
 
 
 def _weight_marks(run: FinishedRun, benchmark: str) -> list[Mark]:
@@ -114,8 +103,10 @@ def calibration_plots(trace: Trace) -> Iterator[Plot]:
             f"reliability_{name.replace(' ', '_')}", "calibration", f"{name}: reliability",
             f"Share of tokens whose likeliest candidate is right, over the confidence in it; {len(tokens):,} tokens "
             f"of right answers in bins of 0.1. Below the diagonal a model is too sure.",
-            ("model", "low", "high", "tokens", "confidence", "accuracy", "ci95_low", "ci95_high"),
-            [(model, *b[:5], *b.ci95) for model, some in zip(MODELS, bins, strict=True) for b in some],
+            pd.DataFrame(
+                [(model, *b[:5], *b.ci95) for model, some in zip(MODELS, bins, strict=True) for b in some],
+                columns=["model", "low", "high", "tokens", "confidence", "accuracy", "ci95_low", "ci95_high"],
+            ),
             drawing.lines(series, "confidence", "share right", diagonal=True),
         )  # fmt: skip
 
@@ -128,20 +119,25 @@ def correction_plots(trace: Trace) -> Iterator[Plot]:
     yield Plot(
         "correction_share", "corrections", "Correction beside the Pilot's logit range (%)",
         "Mean logit shift over max − min of the Pilot's logits, with 95 % intervals over rows.",
-        ("benchmark", "share", "ci95_low", "ci95_high", "rows"),
-        [(name, mean, *ends, len(trace.rows[name])) for name, mean, ends in shares],
+        pd.DataFrame(
+            [(name, mean, *ends, len(trace.rows[name])) for name, mean, ends in shares],
+            columns=["benchmark", "share", "ci95_low", "ci95_high", "rows"],
+        ),
         drawing.bars([name for name, _, _ in shares], [Series("share", [], heights, errors)], "share of range (%)"),
     )  # fmt: skip
-    domains: dict[str, list[float]] = {}
-    for name in trace.rows:
-        domains.setdefault(corrections.domain(name), []).extend(token["shift"] for token in trace.gold(name))
-    points = {name: corrections.quantiles(shifts, DECILES) for name, shifts in domains.items()}
-    series = [Series(name, values, [100 * d for d in DECILES]) for name, values in points.items()]
+    shifts = pd.DataFrame(
+        [(corrections.domain(name), token["shift"]) for name in trace.rows for token in trace.gold(name)],
+        columns=["domain", "shift"],
+    )
+    points = corrections.magnitudes(shifts)
+    series = [
+        Series(name, some["shift"].tolist(), (100 * some.share_of_tokens).tolist())
+        for name, some in points.groupby("domain", sort=False)
+    ]
     yield Plot(
         "correction_magnitude", "corrections", "Correction magnitudes by domain (nats)",
         "Share of target tokens whose logit shift is below the value: a line further right has larger corrections.",
-        ("domain", "share_of_tokens", "shift"),
-        [(name, share, value) for name, some in points.items() for share, value in zip(DECILES, some, strict=True)],
+        points,
         drawing.lines(series, "mean logit shift of a token (nats)", "tokens below (%)", log_x=True),
     )  # fmt: skip
 
@@ -150,23 +146,21 @@ def drift_plots(trace: Trace) -> Iterator[Plot]:
     """‖f^C‖ and its cosine with ℓ over the target position, under observed and own feedback."""
     for name, rows in trace.rows.items():
         found = corrections.drift(rows)
-        if len({point.position for point in found}) < 2:
+        if found.position.nunique() < 2:
             continue
         for what, label in (("norm", f"‖f^C‖ ({trace.meta['correction_unit']})"), ("cosine", "cosine of f^C with ℓ")):
+            points = found[["feedback", "position", "tokens", what, f"{what}_half"]]
+            points = points.set_axis(["feedback", "position", "tokens", "mean", "ci95_half_width"], axis=1)
             series = [
                 Series(
-                    f"{feedback} feedback",
-                    *([getattr(p, key) for p in found if p.feedback == feedback] for key in ("position", what)),
-                    [getattr(p, f"{what}_half") for p in found if p.feedback == feedback],
+                    f"{feedback} feedback", *(some[key].tolist() for key in ("position", "mean", "ci95_half_width"))
                 )
-                for feedback in dict.fromkeys(point.feedback for point in found)
+                for feedback, some in points.groupby("feedback")
             ]
             yield Plot(
                 f"drift_{what}_{name}", "drift", f"{name}: {label} over position",
                 "Mean over rows that reach the position, along right answers; bars are 95 % intervals.",
-                ("feedback", "position", "tokens", "mean", "ci95_half_width"),
-                [(p.feedback, p.position, p.tokens, getattr(p, what), getattr(p, f"{what}_half")) for p in found],
-                drawing.lines(series, "target position", label, whole_x=True),
+                points, drawing.lines(series, "target position", label, whole_x=True),
             )  # fmt: skip
 
 
@@ -197,9 +191,10 @@ def training_curves(run: FinishedRun) -> Iterator[Plot]:
         seen = {label: _over_rounds(run.metrics, metric) for label, metric in wanted.items()}
         series = [Series(label, *zip(*points, strict=True)) for label, points in seen.items() if len(points) > 1]
         if series:
+            points = [(one.label, x, y) for one in series for x, y in zip(one.x, one.y, strict=True)]
             yield Plot(
-                f"training_{name}", "training", title, note, ("series", "round", "value"),
-                [(one.label, x, y) for one in series for x, y in zip(one.x, one.y, strict=True)],
+                f"training_{name}", "training", title, note,
+                pd.DataFrame(points, columns=["series", "round", "value"]),
                 drawing.lines(series, "round", y_label, whole_x=True),
             )  # fmt: skip
 
@@ -223,7 +218,7 @@ def overhead_plots(run: FinishedRun) -> Iterator[Plot]:
             "efficiency", "efficiency", "Time with the Copilot over time of the Pilot alone",
             "Training: seconds inside training steps. Decoding: seconds per row, batch after batch in one process. "
             "Floor: the ratio of multiplications by weights or, where smaller, of weights read.",
-            ("what", "pilot_seconds", "both_seconds", "ratio", "floor"), [tuple(cost) for cost in costs],
+            pd.DataFrame(costs).set_axis(["what", "pilot_seconds", "both_seconds", "ratio", "floor"], axis=1),
             drawing.bars([cost.what for cost in costs], groups, "ratio", base=1.0),
         )  # fmt: skip
 
