@@ -224,8 +224,24 @@ def ndcg_at_k(ranks: Sequence[int | None], k: int) -> list[float]:
     return [1 / log2(rank + 1) if rank and rank <= k else 0.0 for rank in ranks]
 
 
-def consistency_problems(figures: Mapping[str, float], tolerance: float = 1e-9) -> list[str]:
-    """Say which figures cannot belong together, with one relevant item a row; empty if all can.
+class RankingStep(NamedTuple):
+    """From one cutoff to the next larger one: how much hit and NDCG rise, and the range that hit leaves to NDCG."""
+
+    first: int  # 0 where there is no smaller cutoff
+    last: int
+    hit: float
+    ndcg: float
+    low: float
+    high: float
+
+    @property
+    def metrics(self) -> list[str]:
+        """The NDCG at both cutoffs, the larger one first."""
+        return [f"ndcg@{cutoff}" for cutoff in (self.last, self.first) if cutoff]
+
+
+def impossible_steps(figures: Mapping[str, float], tolerance: float = 1e-9) -> list[RankingStep]:
+    """Return the steps between cutoffs whose figures cannot belong together, with one relevant item a row.
 
     Between neighbouring cutoffs k1 < k2 every further hit adds 1/log2(rank + 1) with k1 < rank ≤ k2, hence
     ΔHit/log2(k2 + 1) ≤ ΔNDCG ≤ ΔHit/log2(k1 + 2). The first cutoff counts from 0. Figures that break this come from
@@ -235,26 +251,37 @@ def consistency_problems(figures: Mapping[str, float], tolerance: float = 1e-9) 
         figures: ``hit@K`` and ``ndcg@K``, means over the same rows, as shares or all in per cent; others are ignored,
             and so is a cutoff that has only one of the two.
         tolerance: How far each figure may be off, such as half a unit of its last digit, in the figures' unit.
+    """
+    cutoffs = sorted(
+        int(name.removeprefix("hit@")) for name in figures if name.startswith("hit@") and f"ndcg@{name[4:]}" in figures
+    )
+    points = [(0, 0.0, 0.0), *((k, figures[f"hit@{k}"], figures[f"ndcg@{k}"]) for k in cutoffs)]
+    steps = []
+    for (k1, hit1, ndcg1), (k2, hit2, ndcg2) in pairwise(points):
+        off = tolerance if k1 == 0 else 2 * tolerance  # nothing is off at 0
+        hits, gain = hit2 - hit1, ndcg2 - ndcg1
+        low, high = hits / log2(k2 + 1), hits / log2(k1 + 2)
+        possible = low - off - off / log2(k2 + 1) <= gain <= high + off + off / log2(k1 + 2)
+        if hits < -off or not possible:
+            steps.append(RankingStep(k1, k2, hits, gain, low, high))
+    return steps
+
+
+def consistency_problems(figures: Mapping[str, float], tolerance: float = 1e-9) -> list[str]:
+    """Say which figures cannot belong together; see `impossible_steps`.
 
     >>> consistency_problems({"hit@5": 0.3, "ndcg@5": 0.2, "hit@10": 0.4, "ndcg@10": 0.23})
     []
     >>> consistency_problems({"hit@1": 0.3, "ndcg@1": 0.2})
     ['from 0 to 1: hit rises by 0.3, so ndcg must rise by 0.3 to 0.3; it rises by 0.2']
     """
-    cutoffs = sorted(
-        int(name.removeprefix("hit@")) for name in figures if name.startswith("hit@") and f"ndcg@{name[4:]}" in figures
-    )
-    points = [(0, 0.0, 0.0), *((k, figures[f"hit@{k}"], figures[f"ndcg@{k}"]) for k in cutoffs)]
-    problems = []
-    for (k1, hit1, ndcg1), (k2, hit2, ndcg2) in pairwise(points):
-        off = tolerance if k1 == 0 else 2 * tolerance  # nothing is off at 0
-        hits, gain = hit2 - hit1, ndcg2 - ndcg1
-        low, high = hits / log2(k2 + 1), hits / log2(k1 + 2)
-        if hits < -off:
-            problems.append(f"from {k1} to {k2}: hit falls by {-hits:.4g}, and it can only rise")
-        elif not low - off - off / log2(k2 + 1) <= gain <= high + off + off / log2(k1 + 2):
-            problems.append(
-                f"from {k1} to {k2}: hit rises by {hits:.4g}, so ndcg must rise by {low:.4g} to {high:.4g}; "
-                f"it rises by {gain:.4g}"
-            )
-    return problems
+    return [
+        f"from {step.first} to {step.last}: "
+        + (
+            f"hit falls by {-step.hit:.4g}, and it can only rise"
+            if step.hit < 0
+            else f"hit rises by {step.hit:.4g}, so ndcg must rise by {step.low:.4g} to {step.high:.4g}; "
+            f"it rises by {step.ndcg:.4g}"
+        )
+        for step in impossible_steps(figures, tolerance)
+    ]

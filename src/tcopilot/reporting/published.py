@@ -3,14 +3,14 @@
 Figures are in percent, as printed, and rounded to 0.1. The paper gives means of three runs without a spread.
 """
 
-import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
-from math import log2
 from typing import NamedTuple
 
 import pandas as pd
+
+from tcopilot.data.metrics import RankingStep, impossible_steps
 
 REASONING = ("commonsense", "arithmetic")  # suites that the paper averages
 ROUNDING = 0.05  # points by which a published figure may be off
@@ -23,20 +23,6 @@ class Benchmark(NamedTuple):
     label: str
     suite: str
     rows: int
-
-
-class Impossible(NamedTuple):
-    """A published step from NDCG@K to a larger K that the published hits rule out, all in points."""
-
-    metric: str
-    before: str | None
-    step: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        name = f"{self.metric} - {self.before}" if self.before else self.metric
-        return f"{name} = {self.step:.1f}, the published hits allow {self.low:.2f} to {self.high:.2f}"
 
 
 @cache
@@ -105,30 +91,13 @@ def figures(pilot: str | None, copilot: str | None = None) -> dict[tuple[str, st
     return found
 
 
-def impossible_ndcg(found: Mapping[str, float], rounding: float = ROUNDING) -> list[Impossible]:
-    """Return the steps of a published NDCG that contradict the hits published beside it.
-
-    With one right item for each user, a hit that is new between K1 and K2 lies on a rank from K1 + 1 to K2 and adds
-    1 / log2(rank + 1). So ΔHit / log2(K2 + 1) ≤ ΔNDCG ≤ ΔHit / log2(K1 + 2), and the same holds from K1 = 0.
+def impossible_ndcg(found: Mapping[str, float]) -> list[RankingStep]:
+    """Return the steps of a published NDCG that contradict the hits published beside it, whatever was rounded.
 
     Args:
         found: Figures of one row in points, by metric: `hit@5`, `ndcg@5` and so on.
-        rounding: Points by which every figure may be off.
-
-    Example:
-        >>> [str(step) for step in impossible_ndcg({"hit@10": 2.9, "hit@20": 5.4, "ndcg@10": 1.4, "ndcg@20": 3.5})]
-        ['ndcg@20 - ndcg@10 = 2.1, the published hits allow 0.57 to 0.70']
     """
-    cuts = sorted(int(name[5:]) for name in found if re.fullmatch(r"ndcg@\d+", name) and f"hit@{name[5:]}" in found)
-    steps = []
-    for first, last in zip([0, *cuts], cuts, strict=False):
-        hit = found[f"hit@{last}"] - found.get(f"hit@{first}", 0.0)
-        step = found[f"ndcg@{last}"] - found.get(f"ndcg@{first}", 0.0)
-        slack = rounding * (2 if first else 1) + 1e-9
-        low, high = hit / log2(last + 1), hit / log2(first + 2)
-        if not low - slack / log2(last + 1) - slack <= step <= high + slack / log2(first + 2) + slack:
-            steps.append(Impossible(f"ndcg@{last}", f"ndcg@{first}" if first else None, step, low, high))
-    return steps
+    return impossible_steps(found, ROUNDING + 1e-9)
 
 
 def _model(path: str | None) -> pd.Series | None:

@@ -242,10 +242,12 @@ def _publish(summary: Summary) -> None:
     for side, models, figures in (("pilot", pilot, alone), ("fused", f"{pilot} + Copilot", fused)):
         for name in dict.fromkeys(line.benchmark for line in summary.lines):
             for step in published.impossible_ndcg({m: value for (b, m), value in figures.items() if b == name}):
-                for line in filter(None, (summary.line(name, metric) for metric in (step.before, step.metric))):
+                for line in filter(None, (summary.line(name, metric) for metric in step.metrics)):
                     line.impossible.add(side)
-                    what = f"{IMPOSSIBLE} published NDCG here is arithmetically impossible"
-                    summary.notes.append(f"{what}: {models} on {name}, {step}")
+                    what = f"{IMPOSSIBLE} published NDCG here is arithmetically impossible: {models} on {name}"
+                    rise = f"{' - '.join(step.metrics)} = {step.ndcg:.1f}"
+                    allowed = f"the published hits allow {step.low:.2f} to {step.high:.2f}"
+                    summary.notes.append(f"{what}, {rise}, {allowed}")
     summary.notes = list(dict.fromkeys(summary.notes))
 
 
