@@ -16,6 +16,7 @@ from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.results import Gain
 from tcopilot.evaluation.significance import Comparison, compare, direction, over_seeds, p_text
 from tcopilot.reporting.finished_runs import FinishedRun
+from tcopilot.reporting.tables import markdown_table
 from tcopilot.run_directory import RunDirectory
 
 DEFAULT = "default"
@@ -146,7 +147,7 @@ def _overview(tasks: Sequence[TaskEvidence]) -> str:
         title = name if _is_control(name) else f"`{name}`"
         cells = [_glance(line.against, task.unit) if line else "" for line, task in zip(lines, tasks, strict=True)]
         rows.append((f"{title} − `{DEFAULT}`", *cells))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(rows)
 
 
 def _glance(found: Comparison, unit: str) -> str:
@@ -266,8 +267,7 @@ def _verdict(found: Comparison) -> str:
 
 
 def _table(task: TaskEvidence) -> str:
-    rows = [HEAD, ("---",) * len(HEAD), *(_cells(line, task.unit) for line in task.lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table([HEAD, ("---",) * len(HEAD), *(_cells(line, task.unit) for line in task.lines)])
 
 
 def _cells(line: Line, unit: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +86,16 @@ def as_markdown(summaries: Sequence[Summary], found: Found) -> str:
     for sheet in lay_out(summaries):
         rule = ["---" if head in LEFT else "---:" for head in sheet.head]
         rows = [sheet.head, rule, *filter(None, sheet.rows)]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-        parts.append("\n".join([f"### {sheet.title}", "", *lines, "", *(f"- {note}" for note in sheet.notes)]))
+        notes = "\n".join(f"- {note}" for note in sheet.notes)
+        parts.append(f"### {sheet.title}\n\n{markdown_table(rows)}\n\n{notes}")
     if problems := found.problems():
         parts.append("\n".join(["### Left out", "", *(f"- {problem}" for problem in problems)]))
     return "\n\n".join(parts) + "\n"
+
+
+def markdown_table(rows: Iterable[Sequence[str]]) -> str:
+    """Write rows of cells, the head and its rule among them, as the lines of a Markdown table."""
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def as_csv(summaries: Sequence[Summary], _: Found) -> str:

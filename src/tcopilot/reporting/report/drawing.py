@@ -31,19 +31,10 @@ PAINTS = {  # to CSS, so that the page's dark scheme can brighten them
 }  # fmt: skip
 
 
-class Look(NamedTuple):
-    """How a series is drawn."""
-
-    colour: str
-    marker: str
-    line: str
-
-
-LOOKS = [
-    Look("#0072b2", "o", "-"), Look("#d55e00", "s", "--"), Look("#009e73", "^", "-."), Look("#cc79a7", "D", ":"),
-    Look("#e69f00", "v", (0, (5, 1))), Look("#56b4e9", "P", (0, (3, 1, 1, 1))),
+LOOKS = [  # colour, marker and line of a series
+    ("#0072b2", "o", "-"), ("#d55e00", "s", "--"), ("#009e73", "^", "-."), ("#cc79a7", "D", ":"),
+    ("#e69f00", "v", (0, (5, 1))), ("#56b4e9", "P", (0, (3, 1, 1, 1))),
 ]  # fmt: skip
-PILOT, FUSED, THIRD = LOOKS[:3]
 
 
 @dataclass
@@ -89,12 +80,11 @@ def lines(
         if diagonal:
             axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":", label="as often right as sure")
         for place, one in enumerate(series):
-            look = LOOKS[place % len(LOOKS)]
-            crowded = len(one.x) > 25
+            colour, marker, line = LOOKS[place % len(LOOKS)]
+            every = len(one.x) // 12 if len(one.x) > 25 else 1  # a crowded line has a marker on some points only
             axes.errorbar(
-                one.x, one.y, yerr=one.errors, label=one.label, color=look.colour, linestyle=look.line,
-                marker=look.marker, markevery=max(1, len(one.x) // 12) if crowded else None, capsize=2.5,
-                elinewidth=0.9, errorevery=max(1, len(one.x) // 12) if crowded else 1,
+                one.x, one.y, yerr=one.errors, label=one.label, color=colour, linestyle=line, marker=marker,
+                markevery=every, errorevery=every, capsize=2.5, elinewidth=0.9,
             )  # fmt: skip
         for mark in marks:
             if mark.line is None:
@@ -122,7 +112,7 @@ def bars(
             at = [x - 0.4 + width * (place + 0.5) for x in range(len(labels))]
             axes.bar(
                 at, group.y, width * 0.92, yerr=group.errors, label=group.label, capsize=3,
-                color=LOOKS[place].colour if place == 0 else "none", edgecolor=LOOKS[place].colour,
+                color="none" if place else LOOKS[0][0], edgecolor=LOOKS[place][0],
                 hatch=hatches[place % len(hatches)], error_kw={"ecolor": INK, "elinewidth": 1},
             )  # fmt: skip
         if base is not None:
