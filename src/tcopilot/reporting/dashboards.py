@@ -82,19 +82,15 @@ def _even(rows: Sequence[Answers], room: int) -> list[Answers]:
 def _show_on_wandb(logger: WandbLogger, results: Results, weights: pd.DataFrame, generations: pd.DataFrame) -> None:
     import wandb
 
-    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    for row in results.rows:
-        lines = curves.setdefault(f"eval/curve/{row.benchmark}/{row.metric}", {})
-        lines.setdefault(row.split, []).append((row.weight, row.value))
     shown: dict[str, Any] = {
         "eval/weights": wandb.Table(dataframe=weights),
         "eval/generations": wandb.Table(dataframe=generations),
     }
-    for name, lines in curves.items():
-        points = [list(zip(*line, strict=True)) for line in lines.values()]
-        xs, ys = ([list(axes[i]) for axes in points] for i in (0, 1))
-        title = name.removeprefix("eval/curve/")
-        shown[name] = wandb.plot.line_series(xs=xs, ys=ys, keys=list(lines), title=title, xname="λ")
+    for (benchmark, metric), rows in results.table().groupby(["benchmark", "metric"], sort=False):
+        lines = dict(list(rows.groupby("split", sort=False)))
+        xs, ys = ([line[axis].tolist() for line in lines.values()] for axis in ("weight", "value"))
+        title = f"{benchmark}/{metric}"
+        shown[f"eval/curve/{title}"] = wandb.plot.line_series(xs=xs, ys=ys, keys=list(lines), title=title, xname="λ")
     logger.log_metrics({"round": results.rounds, **shown})
 
 
