@@ -82,9 +82,10 @@ def _even(rows: Sequence[Answers], room: int) -> list[Answers]:
 def _show_on_wandb(logger: WandbLogger, results: Results, weights: pd.DataFrame, generations: pd.DataFrame) -> None:
     import wandb
 
+    tables = {"eval/weights": weights, "eval/generations": generations}
     shown: dict[str, Any] = {
-        "eval/weights": wandb.Table(dataframe=weights),
-        "eval/generations": wandb.Table(dataframe=generations),
+        name: wandb.Table(columns=list(table), data=[list(row) for row in table.itertuples(index=False)])
+        for name, table in tables.items()
     }
     for (benchmark, metric), rows in results.table().groupby(["benchmark", "metric"], sort=False):
         lines = dict(list(rows.groupby("split", sort=False)))
