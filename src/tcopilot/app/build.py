@@ -35,6 +35,7 @@ from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.processes import is_first
+from tcopilot.run_directory import RunDirectory
 from tcopilot.training.module import Learner, TCopilotModule
 from tcopilot.version import version_problem
 
@@ -106,7 +107,7 @@ def read_export(run_dir: Path) -> tuple[TCopilotConfig, PreTrainedTokenizerBase]
     Raises:
         ModelSourceError: if one of them cannot be read, or the export is of another kind.
     """
-    source = ModelSource(str(run_dir / "export"), key="run")
+    source = ModelSource(str(RunDirectory(run_dir).export), key="run")
     config = source.stored_config
     if not isinstance(config, TCopilotConfig) or config.pilot is None:
         raise ModelSourceError(
@@ -121,7 +122,7 @@ def load_export(run_dir: Path, config: TCopilotConfig) -> TCopilotModel:
     Raises:
         ModelSourceError: if weights are missing, of other shapes than the config says, or not finite.
     """
-    source = ModelSource(str(run_dir / "export"), key="run")
+    source = ModelSource(str(RunDirectory(run_dir).export), key="run")
     return source.whole_model(fused_class(config.is_encoder_decoder), torch.float32)
 
 
