@@ -186,9 +186,17 @@ class Benchmark(ABC):
         """Tell whether a generated text gives the gold answer."""
         return self.extract(prediction) == answer
 
-    def _paths(self) -> Sequence[str]:
-        """Name the columns read besides those of the templates; ``a.b`` is key b of column a."""
-        return ()
+    def _paths(self) -> Iterator[str]:
+        """Name the columns read besides those of the templates; ``a.b`` is key b of column a.
+
+        They are the values of all attributes that are called ``…_column`` or ``…_columns``.
+        """
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name.endswith("_column") and value:
+                yield value
+            elif item.name.endswith("_columns"):
+                yield from value
 
     def _wrong_values(self) -> Iterator[str]:
         """Say which attributes are of another type than the class asks for, or cannot be used in file names."""
@@ -260,9 +268,6 @@ class ExactMatch(Benchmark):
     def extract(self, text: str) -> str | None:
         """Return the text with white space collapsed; None if it is blank."""
         return tidy(text)
-
-    def _paths(self) -> Sequence[str]:
-        return self.prompt_column, self.target_column
 
 
 def is_finite(value: Any) -> bool:

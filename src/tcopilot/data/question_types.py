@@ -105,8 +105,8 @@ class MultipleChoice(NamedAnswer):
     Further template word: ``options``, a line ``answer1: …`` for each.
 
     Attributes:
-        question_column: Column of the question, or a path such as ``question.stem``.
         heading_column: Column of a heading that is put before the question with a colon; left out where it is empty.
+        question_column: Column of the question, or a path such as ``question.stem``.
         option_columns: Columns or paths, each of one option or of a list of them, in order.
         option_name: Name of an option without its number.
         option_count: Options that each row must have; None takes what the row has.
@@ -118,8 +118,8 @@ class MultipleChoice(NamedAnswer):
 
     prompt: str = "Question: {question}\n{options}\nReply with one of {names}.\nReply:"
     target: str = " the correct answer is {answer}"
-    question_column: str
     heading_column: str | None = None
+    question_column: str
     option_columns: list[str]
     option_name: str = "answer"
     option_count: int | None = None
@@ -160,10 +160,6 @@ class MultipleChoice(NamedAnswer):
         if self.option_count is None:
             return rf"{name}\d+"
         return "|".join(f"{name}{number}" for number in range(self.option_count, 0, -1))  # 12 before 1
-
-    def _paths(self) -> Sequence[str]:
-        heading = [self.heading_column] if self.heading_column else []
-        return *heading, self.question_column, *self.option_columns, self.label_column
 
     def _index(self, label: Any, options: int) -> int:
         text = str(label).strip()
@@ -208,9 +204,6 @@ class YesNo(NamedAnswer):
     @property
     def _pattern(self) -> str:
         return "true|false"
-
-    def _paths(self) -> Sequence[str]:
-        return self.question_column, self.label_column
 
 
 @dataclass(kw_only=True)
@@ -267,9 +260,6 @@ class NumberAnswer(TwoReadings):
     def same(self, found: str | None, answer: str) -> bool:
         """Compare two numbers with a tolerance of 0.001."""
         return close(found, answer)
-
-    def _paths(self) -> Sequence[str]:
-        return (self.answer_column,)
 
 
 @dataclass(kw_only=True)
@@ -339,10 +329,6 @@ class LetteredOptions(TwoReadings):
     @property
     def _letters(self) -> str:
         return ascii_uppercase[: self.option_count]
-
-    def _paths(self) -> Sequence[str]:
-        reasoning = [self.reasoning_column] if self.reasoning_column else []
-        return self.question_column, self.options_column, self.label_column, *reasoning
 
 
 def _options(row: Row, paths: Sequence[str], count: int | None) -> list[str]:
