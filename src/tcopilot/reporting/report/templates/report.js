@@ -73,7 +73,7 @@
   function sums() {
     const lines = data.benchmarks.map((name) => {
       const found = counts(data.examples.filter((example) => example[BENCHMARK] === name));
-      const gain = data.gain.find((line) => line.benchmark === name);
+      const gain = data.gain.find((line) => line.benchmark === name && line.fixed !== null);
       const equal = found.fixed === gain.fixed && found.broken === gain.broken;
       const points = (value) => `${value < 0 ? "−" : "+"}${Math.abs(100 * value).toFixed(2)} points`;
       const here = gain.adds_up === null ? "" : ` = ${points((found.fixed - found.broken) / found.all)}`;
