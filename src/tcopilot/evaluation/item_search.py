@@ -105,18 +105,8 @@ def rank_by_beams(
     while an open beam is better than the worst finished one. It is exact once `num_beams` reaches the number of unseen
     items; below that, an item is lost if its beginning falls behind, as in any beam search.
 
-    Args:
-        model: the fused model; it may lack a Copilot.
-        batch: prompts; targets are not read.
-        trie: the catalogue.
-        seen: places in the catalogue that each user has, left out of the ranking.
-        keep: K, the largest cutoff.
-        weights: the λ, searched side by side.
-        num_beams: beams of each user at each λ; memory and time grow with them.
-        end_id: the end token, with which every item ends.
-
-    Returns:
-        The ranking at each λ; equal scores are in the catalogue's order.
+    What is returned, and the arguments, are those of `rank_exhaustively`. Besides, `num_beams` is the number of beams
+    of each user at each λ, and `end_id` the token with which every item ends. All λ are searched side by side.
 
     Raises:
         ValueError: if `keep` exceeds `num_beams` or a user's unseen items.

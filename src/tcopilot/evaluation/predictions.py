@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tcopilot.processes import barrier, is_first, rank
+from tcopilot.run_directory import write_whole
 
 Prediction = dict[str, Any]
 """One row at one λ: its `id`, what was said, and `scores`, a value for each metric."""
@@ -67,10 +68,8 @@ class PredictionFiles:
         barrier()
         if is_first():
             for weight, file in self._files.items():
-                joined = file.with_name(f".{file.name}")
-                text = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in ordered[weight])
-                joined.write_text(text, encoding="utf-8")
-                joined.replace(file)
+                lines = (json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in ordered[weight])
+                write_whole(file, "".join(lines))
                 for part in _parts(file):
                     part.unlink()
         barrier()
