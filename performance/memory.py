@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from tcopilot.app.memory.footprint import Load, measure
-from tcopilot.app.memory.live_tensors import LiveMemory
+from tcopilot.app.memory.dry_run import Load, measure
+from tcopilot.app.memory.live_memory import LiveMemory
 from tcopilot.functional import token_errors
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.storage import DenseStorage, FrozenHeadStorage, TopKStorage

@@ -22,7 +22,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tcopilot.app.memory.footprint import Load, measure
+from tcopilot.app.memory.dry_run import Load, measure
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models import chunked
 from tcopilot.models.states import StatePooler, trace_pilot

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,6 +98,22 @@ def process_count(cfg: DictConfig) -> int:
     if str(devices).isdigit():
         return max(1, int(devices)) * nodes
     return (max(1, torch.cuda.device_count()) if cfg.trainer.accelerator in ("gpu", "cuda", "auto") else 1) * nodes
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Let Lightning say nothing of a trainer that is built on trial, or of a training that is none."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def make_callbacks(cfg: DictConfig) -> list[Callback]:

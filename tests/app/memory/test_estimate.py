@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from tcopilot.app import build
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.memory import estimate as memory_check
+from tcopilot.app.memory.dry_run import Footprint, Load, measure
 from tcopilot.app.memory.estimate import Budget, budget
-from tcopilot.app.memory.footprint import Footprint, Load, measure
-from tcopilot.app.memory.live_tensors import LiveMemory
+from tcopilot.app.memory.live_memory import LiveMemory
 from tcopilot.data import byte_tokenizer
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.processes import rank
@@ -143,7 +143,7 @@ def test_what_may_not_fit_is_said_and_not_refused(training, decoding, mend, capl
 def test_a_run_that_cannot_fit_stops_before_weights_load(tmp_path, monkeypatch):
     cfg, ready = prepared(tmp_path)
     needed = budget(cfg, ready)
-    free = needed.log + needed.needed.certain // 2
+    free = needed.log + needed.needed.parameters
     monkeypatch.setattr(memory_check.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     monkeypatch.setattr(build.ModelSource, "load", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match="the largest part is"):

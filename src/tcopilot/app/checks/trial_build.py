@@ -5,7 +5,6 @@ They belong to other libraries or to users, so their constructors alone know whi
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from tcopilot.app.checks.problems import refusal
-from tcopilot.app.trainer import FIXED, make_callbacks
+from tcopilot.app.trainer import FIXED, make_callbacks, quiet_lightning
 
 
 def trial_problems(cfg: DictConfig) -> list[str]:
@@ -53,13 +52,11 @@ def _refused(key: str, node: DictConfig | None, use: Callable[[Any], Any] | None
     """Build a part and use it; a refusal is reported with the values given."""
     if node is None:
         return []
-    hints = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = hints.level
-    hints.setLevel(logging.ERROR)  # Lightning gives its hints again when the real trainer is built
     try:
-        made = instantiate(node, _convert_="all", **more)
-        if use is not None:
-            use(made)
+        with quiet_lightning():  # it gives its hints again when the real trainer is built
+            made = instantiate(node, _convert_="all", **more)
+            if use is not None:
+                use(made)
     except Exception as error:
         reason = refusal(error)
         values = OmegaConf.to_container(node, resolve=True)
@@ -70,6 +67,4 @@ def _refused(key: str, node: DictConfig | None, use: Callable[[Any], Any] | None
             f"{name}={value}" for name, value in values.items() if name not in ("_partial_", "_convert_")
         )
         return [f"{key} does not take {given}: {reason}"]
-    finally:
-        hints.setLevel(level)
     return []

@@ -15,7 +15,7 @@ from tcopilot.app import build
 from tcopilot.app.build import Prepared
 from tcopilot.app.checks.data import log_bytes
 from tcopilot.app.checks.problems import ConfigError
-from tcopilot.app.memory.footprint import Footprint, Load, measure
+from tcopilot.app.memory.dry_run import Footprint, Load, measure
 from tcopilot.app.trainer import process_count
 from tcopilot.models.pilot import ModelSource
 from tcopilot.processes import gather
@@ -50,24 +50,11 @@ class Budget:
     device: str
 
     def __str__(self) -> str:
-        parts = {
-            "parameters": self.needed.parameters, "gradients": self.needed.gradients,
-            "optimiser": self.needed.optimizer, "activations": self.needed.activations,
-            "logits": self.needed.logits, "log": self.log_here, "caches": self.needed.caches,
-        }  # fmt: skip
-        shown = ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items() if size)
-        peaks = f"training {bytes_text(self.training)}, decoding {bytes_text(self.needed.decoding)}"
-        return f"{shown}; at its peak {peaks}, of {bytes_text(self.free)} free on the {self.device}"
-
-    @property
-    def log_here(self) -> int:
-        """The log's bytes on the training device."""
-        return self.log if self.device == "CPU" else 0
-
-    @property
-    def training(self) -> int:
-        """The peak of training with a full log."""
-        return self.needed.training + self.log_here
+        needed = self.needed
+        parts = self._certain() | {"activations": needed.activations, "logits": needed.logits, "caches": needed.caches}
+        training, decoding = (bytes_text(size) for size in self._peaks().values())
+        free = f"{bytes_text(self.free)} free on the {self.device}"
+        return f"{_listed(parts)}; at its peak training {training}, decoding {decoding}, of {free}"
 
     def check(self) -> None:
         """Refuse what cannot fit, and warn of what probably will not.
@@ -75,29 +62,35 @@ class Budget:
         Raises:
             ConfigError: if parameters, gradients, optimiser state and log alone need more than is free.
         """
-        needed = self.needed
-        certain = {
-            "parameters": needed.parameters, "gradients": needed.gradients, "optimiser": needed.optimizer,
-            "log": self.log_here,
-        }  # fmt: skip
+        certain, free = self._certain(), f"{bytes_text(self.free)} are free on the {self.device}"
         if (total := sum(certain.values())) > self.free:
             largest = max(certain, key=certain.__getitem__)
-            shown = ", ".join(f"{name} {bytes_text(size)}" for name, size in certain.items() if size)
             raise ConfigError(
                 [
-                    f"{shown} need {bytes_text(total)} and {bytes_text(self.free)} are free on the {self.device}; "
+                    f"{_listed(certain)} need {bytes_text(total)} and {free}; "
                     f"the largest part is {largest}: {MENDS[largest]}"
                 ]
             )
-        if self.training > self.free:
-            parts = {"activations": needed.activations, "logits": needed.logits}
-            self._warn("training", self.training, MENDS[max(parts, key=parts.__getitem__)])
-        if needed.decoding + self.log_here > self.free:
-            self._warn("decoding", needed.decoding + self.log_here, MENDS["decoding"])
+        larger = "activations" if self.needed.activations > self.needed.logits else "logits"
+        mends = {"training": MENDS[larger], "decoding": MENDS["decoding"]}
+        for what, size in self._peaks().items():
+            if size > self.free:
+                log.warning("%s may need %s and %s: %s", what, bytes_text(size), free, mends[what])
 
-    def _warn(self, what: str, size: int, mend: str) -> None:
-        needed, free = bytes_text(size), bytes_text(self.free)
-        log.warning("%s may need %s and %s are free on the %s: %s", what, needed, free, self.device, mend)
+    def _certain(self) -> dict[str, int]:
+        """What any round needs at its end, whatever its rows."""
+        needed, log_here = self.needed, self.log if self.device == "CPU" else 0
+        sizes = (needed.parameters, needed.gradients, needed.optimizer, log_here)
+        return dict(zip(("parameters", "gradients", "optimiser", "log"), sizes, strict=True))
+
+    def _peaks(self) -> dict[str, int]:
+        """The peaks of training and of decoding with a full log."""
+        log_here = self._certain()["log"]
+        return {"training": self.needed.training + log_here, "decoding": self.needed.decoding + log_here}
+
+
+def _listed(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {bytes_text(size)}" for name, size in parts.items() if size)
 
 
 def budget(cfg: DictConfig, prepared: Prepared) -> Budget | None:

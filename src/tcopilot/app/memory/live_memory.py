@@ -1,4 +1,4 @@
-"""Count the bytes of tensors as they come and go: torch has no such count for the CPU, and `tracemalloc` sees none."""
+"""Count the bytes of live tensors: torch has no such count for the CPU, and `tracemalloc` does not see them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """Within it, every storage that an operation returns is counted until it is freed.
+    """While active, counts every storage that an operation returns until it is freed.
 
-    The count is the same on every machine and in every run. What a kernel takes and gives back before it returns is
-    not seen, nor is memory that the allocator keeps for later. Tensors with shapes only (torch's `FakeTensorMode`)
-    count with the bytes that they stand for.
+    The count is the same on every machine and in every run. It does not see what a kernel takes and frees before it
+    returns, nor memory that the allocator keeps for later. Tensors of `FakeTensorMode` count with the bytes that they
+    stand for.
 
     Args:
-        label: names the kind of a tensor when its storage comes.
+        label: names the kind of a tensor when its storage is first seen.
 
     Attributes:
         live: bytes now.
@@ -50,14 +50,13 @@ class LiveMemory(TorchDispatchMode):
         """Count a tensor that was made before."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._storages:
-            return
-        kind = self._label(tensor)
-        self._storages[key] = weakref.ref(storage, lambda _: self._forget(key, size, kind))
-        self.live += size
-        self._kinds[kind] += size
-        if self.live > self.peak:
-            self.reset_peak()
+        if key not in self._storages:
+            kind = self._label(tensor)
+            self._storages[key] = weakref.ref(storage, lambda _: self._forget(key, size, kind))
+            self.live += size
+            self._kinds[kind] += size
+            if self.live > self.peak:
+                self.reset_peak()
 
     def _forget(self, key: int, size: int, kind: str) -> None:
         del self._storages[key]

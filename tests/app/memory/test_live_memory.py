@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_training import FAMILIES, random_batch, small_module, tiny_model, train_on
 
-from tcopilot.app.memory.live_tensors import LiveMemory
+from tcopilot.app.memory.live_memory import LiveMemory
 from tcopilot.mistake_log.log import MistakeLog
 
 MIB = 2**20

@@ -1,0 +1,220 @@
+"""Measure a run's memory before weights load: rounds, validation and decoding on tensors that have shapes only.
+
+There are no formulas, so the measure follows whatever models, losses and optimisers do.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import DataLoader
+
+from tcopilot.app.memory.live_memory import LiveMemory
+from tcopilot.app.trainer import FIXED, quiet_lightning
+from tcopilot.data.batch import Batch
+from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.mistake_log.rounds import ABOUT_RECORD, LoggedRecords, LoggedRound
+from tcopilot.models.caches import LEAST_ROOM
+from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.training.callbacks import MistakeLogCallback
+from tcopilot.training.module import TCopilotModule
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Load:
+    """The largest shapes that pass through the models of one process.
+
+    Attributes:
+        rows: of one forward pass of the Pilot in training.
+        source: longest prompt, in tokens.
+        target: longest target.
+        parts: micro-batches of a round.
+        validation_rows: of one validation batch; 0 for none.
+        prompts: of one decoding pass.
+        copies: of each prompt in it: number of λ times beams.
+        answer: longest answer; 0 if nothing is decoded.
+    """
+
+    rows: int
+    source: int
+    target: int
+    parts: int = 1
+    validation_rows: int = 0
+    prompts: int = 1
+    copies: int = 1
+    answer: int = 0
+
+
+@dataclass
+class Footprint:
+    """Bytes on the device that trains, without the Mistake Log.
+
+    Attributes:
+        parameters: of both models, buffers included.
+        gradients: of all that is trained.
+        optimizer: state of both optimisers.
+        logits: tensors over the vocabulary at the peak of training, those of the records drawn included.
+        training: the peak of training.
+        caches: keys and values of both models for the longest answer, with what else a step carries.
+        decoding: the peak of decoding, parameters included.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    logits: int
+    training: int
+    caches: int
+    decoding: int
+
+    @property
+    def activations(self) -> int:
+        """The rest of training's peak: activations, and gradients as far as they have come."""
+        return max(0, self.training - self.parameters - self.optimizer - self.logits)
+
+
+def measure(
+    make: Callable[[], TCopilotModule],
+    load: Load,
+    log: MistakeLog | None,
+    precision: str = "32-true",
+    on_gpu: bool = False,
+    tied: bool = True,
+) -> Footprint:
+    """Run two rounds, a validation batch and a decoding step without memory, and count what they would take.
+
+    Args:
+        make: builds the module that would be trained.
+        load: the shapes.
+        log: the run's log, of which storage and types are taken; it stays empty. None without a Copilot.
+        precision: the Trainer's.
+        on_gpu: count as on a GPU, where optimisers update all parameters at once.
+        tied: whether input and output embeddings are one, which tensors without values cannot tell.
+    """
+    with FakeTensorMode(), _ShapesOnly(tied) as memory:
+        module = make()
+        memory.vocab = module.model.pilot.config.vocab_size
+        parameters = memory.live
+        gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
+        memory.reset_peak()
+        trainer, held = _fit(module, load, log, precision, on_gpu)
+        training, logits = memory.peak - held, memory.at_peak["logits"]
+        states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
+        optimizer = sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
+        decoding, caches = _decoding(module.model, load, memory) if load.answer else (0, 0)
+    return Footprint(parameters, gradients, optimizer, logits, training, caches, parameters + decoding)
+
+
+class _ShapesOnly(LiveMemory):
+    """Counts tensors without values, and answers the questions about values that code asks on its way."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__(lambda tensor: "logits" if tensor.shape[-1:] == (self.vocab,) else "others")
+        self.vocab, self._tied = -1, tied
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten._local_scalar_dense.default:
+            return 1  # finite, true, a first row: nothing that is counted depends on it
+        if func is aten.equal.default:
+            return self._tied
+        if func is aten.nonzero.default:
+            func, args = aten.zeros.default, ([args[0].numel(), args[0].dim()],)  # all rows are as long as the longest
+            kwargs = {"dtype": torch.int64, "device": "cpu"}
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class _LongestRecord(LoggedRound):
+    def record(self, row: int) -> dict[str, Tensor]:
+        return {name: rows[0] for name, rows in self.tensors.items() if name not in ABOUT_RECORD}
+
+
+class _FullLog(MistakeLog):
+    """A log of one round whose records are all as long as the longest."""
+
+    @property
+    def held(self) -> LoggedRecords:
+        held = super().held
+        held.find = lambda index: (_LongestRecord(held.rounds[-1].tensors, 0), 0)
+        return held
+
+
+def _fit(
+    module: TCopilotModule, load: Load, log: MistakeLog | None, precision: str, on_gpu: bool
+) -> tuple[Trainer, int]:
+    """Train two rounds, the second with the optimisers' states from its start; return the bytes of the log too."""
+    module.steps_per_round = 1  # further steps take less
+    module.compile_backend = None  # what torch refuses to compile here it would never compile again
+    module.log = module.log_dict = module.on_validation_epoch_end = lambda *_, **__: None  # no figures to report
+    module._apply = lambda *_: module  # tensors without memory cannot be moved, as Lightning would
+    module._sum_over_ranks = lambda value: value  # every process makes its own estimate
+    module.micro_batch_size = load.rows
+
+    def update_as_on_gpu(trainer: Trainer, _: Any) -> None:
+        for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            if on_gpu and group.get("foreach", False) is None:
+                group["foreach"] = True  # torch's choice where parameters lie on a GPU
+
+    callbacks = [LambdaCallback(on_train_start=update_as_on_gpu)]
+    if log is not None:
+        log = _FullLog(1, storage=copy.deepcopy(log.storage), dtype=log.dtype)
+        callbacks.append(MistakeLogCallback(log))
+    with quiet_lightning():
+        trainer = Trainer(
+            accelerator="cpu", devices=1, precision=precision, callbacks=callbacks, **FIXED, logger=False,
+            limit_val_batches=int(load.validation_rows > 0), num_sanity_val_steps=0, enable_model_summary=False,
+            enable_progress_bar=False,
+        )  # fmt: skip
+        # A third part of a round would be like the second, which is read while gradients of the first are held.
+        rows = load.rows * min(2, load.parts)
+        trainer.fit(
+            module,
+            DataLoader([_batch(rows, load)] * 2, batch_size=None),
+            DataLoader([_batch(load.validation_rows, load)], batch_size=None),
+        )
+    return trainer, 0 if log is None else log.nbytes
+
+
+def _batch(rows: int, load: Load) -> Batch:
+    source, target = torch.zeros(rows, load.source).long(), torch.zeros(rows, load.target).long()
+    ids = torch.zeros(rows).long()
+    return Batch(source, source == 0, target, target == 0, ids, ids)
+
+
+@torch.no_grad()
+def _decoding(model: TCopilotModel, load: Load, memory: LiveMemory) -> tuple[int, int]:
+    """The peak of reading the prompts and of one step, beyond what is held now, and the caches after it.
+
+    The step makes room for the columns to come. Where an answer is longer than that room, what is read is longer by
+    as much.
+    """
+    model.eval()
+    held = memory.live
+    memory.reset_peak()
+    prompts = torch.zeros(load.prompts * load.copies, load.source).long()
+    known = prompts.new_zeros(len(prompts), max(0, load.answer - LEAST_ROOM))
+    token, mask = prompts[:, :1], torch.ones_like(prompts)
+    if model.config.is_encoder_decoder:
+        start = torch.cat([token, known], dim=1)
+        found = model(prompts, mask, decoder_input_ids=start, use_cache=True, copies=load.copies)
+        encoded = found.encoder_last_hidden_state.repeat_interleave(load.copies, dim=0)
+        step: dict[str, Any] = {"decoder_input_ids": token, "encoder_outputs": (encoded,), "attention_mask": mask}
+    else:
+        ids = torch.cat([prompts, known], dim=1)
+        seen = torch.ones_like(ids)
+        start = {"target_start": prompts.shape[1], "logits_to_keep": 1}
+        found = model(ids, seen, use_cache=True, copies=load.copies, **start)
+        step = {"input_ids": token, "attention_mask": torch.cat([seen, token], dim=1)}
+    cache = found.past_key_values
+    del found
+    model(**step, past_key_values=cache, use_cache=True)
+    return memory.peak - held, memory.live - held
