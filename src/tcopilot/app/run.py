@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -27,7 +28,7 @@ from tcopilot.app.memory.estimate import budget
 from tcopilot.app.trainer import make_callbacks, make_trainer
 from tcopilot.data.benchmarks import DataError
 from tcopilot.evaluation.evaluate import Evaluator
-from tcopilot.evaluation.results import Control, Results, git_revision
+from tcopilot.evaluation.results import Results, git_revision
 from tcopilot.evaluation.trace import trace_problems, write_trace
 from tcopilot.models.adapters import merge_adapters
 from tcopilot.models.fused_model import TCopilotModel
@@ -35,7 +36,7 @@ from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.models.transfer import put_on, transfer_problems
 from tcopilot.processes import DisagreementError, LostProcessError, agree_on, is_first, is_lost_process, rank
 from tcopilot.reporting.dashboards import log_evaluation
-from tcopilot.run_directory import RunDirectory, flatten
+from tcopilot.run_directory import RunDirectory, flatten, write_whole
 from tcopilot.training.callbacks import FlopCount, GracefulStop, RoundCheckpoint, SameSettings
 from tcopilot.training.checkpoints import CheckpointError, checkpoints, newest_good, round_of
 from tcopilot.training.loggers import closing_wandb
@@ -64,24 +65,10 @@ def train(cfg: DictConfig) -> float | None:
     return None
 
 
-def evaluate(cfg: DictConfig) -> float | None:
-    """Evaluate an exported run, at any λ and on any data, without training.
-
-    Args:
-        cfg: composed from `configs/eval.yaml`; `run` names the run directory.
-
-    Returns:
-        The gain on validation in the first benchmark's metric; None for a job of a sweep that failed.
-    """
-    with _errors_for_people(cfg):
-        return sweep.job(cfg, _evaluate)
-    return None
-
-
 def _train(cfg: DictConfig) -> float:
-    run_dir = _shared_run_dir(cfg)
+    run_dir = _join_processes(cfg)
     quiet_libraries()
-    if checkpoints(run_dir / "checkpoints") and not cfg.get("resume"):
+    if checkpoints(run_dir.checkpoints) and not cfg.get("resume"):
         mend = f"continue it with resume={run_dir}, or choose another folder"
         raise ConfigError([f"paths.run_dir={run_dir}: holds the checkpoints of an earlier run; {mend}"])
     prepared = build.prepare(cfg)
@@ -89,96 +76,61 @@ def _train(cfg: DictConfig) -> float:
     if memory is not None:
         memory.check()
     _save_config(cfg, run_dir)
+
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = build.fused_model(cfg, prepared)
-    rounds = prepared.data.total_rounds
-    module = build.training_module(cfg, model, rounds)
+    module = build.training_module(cfg, model, prepared.data.total_rounds)
     params = build.parameter_counts(model)  # now that a frozen Pilot is frozen
     if rank():
-        seed_everything(cfg.seed + rank(), workers=True, verbose=False)  # dropout of its own
-    show_summary(cfg, prepared, model, params, rounds, memory)
+        seed_everything(cfg.seed + rank(), workers=True, verbose=False)  # every process draws its own dropout
+    show_summary(cfg, prepared, model, params, module.rounds, memory)
     _fit(cfg, prepared, module)
 
     model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
     merge_adapters(model)
-    build.export(model, prepared.tokenizer, run_dir / "export")
-    results = _evaluated(cfg, model, prepared, run_dir)
+    build.export(model, prepared.tokenizer, run_dir.export)
+    results = _run_evaluator(cfg, model, prepared, run_dir)
     if is_first():
-        model.config.save_pretrained(run_dir / "export")  # now with the selected λ
+        model.config.save_pretrained(run_dir.export)  # now with the selected λ
     results.params, results.rounds = params, module.round
     results.train_seconds = agree_on(round(sum(module.seconds.values()), 2))
     counts = (callback for callback in module.trainer.callbacks if isinstance(callback, FlopCount))
     results.train_flops = next((count.total() for count in counts), None)
-    results.controls = _controls_before(cfg, run_dir)
+    trained_before = cfg.get("resume") and run_dir.results.exists()  # controls, before the run was stopped
+    results.controls = agree_on(_results_of(run_dir).controls if trained_before else [])
     _save_results(results, run_dir)
-    log_evaluation(module.trainer.loggers, results, run_dir)
-    for found in train_controls(JointRun(cfg, prepared, model, results), RunDirectory(run_dir)):
+    log_evaluation(module.trainer.loggers, results, run_dir.folder)
+    for found in train_controls(JointRun(cfg, prepared, model, results), run_dir):
         results.controls += found
         _save_results(results, run_dir)
-    results.notes += agree_on(against_controls(results, RunDirectory(run_dir)) if is_first() else [])
-    _save_results(results, run_dir)
-    show_results(results, run_dir / "results.json")
-    return sweep.validation_gain(results)
+    results.notes += agree_on(against_controls(results, run_dir) if is_first() else [])
+    return _finish(results, run_dir)
 
 
-def _evaluate(cfg: DictConfig) -> float:
-    quiet_libraries()
-    refuse_missing(cfg)
-    source = _trained_run(cfg)
-    trained = build.read_config(source / "config.yaml", f"run={source}")
-    for key in ("data", "evaluation"):
-        if cfg.get(key) is not None:
-            trained[key] = cfg[key]
-    for key, value in cfg.fusion.items():
-        if value is not None:
-            trained.fusion[key] = value
-    run_dir = _shared_run_dir(cfg)
-    trained.paths.run_dir = cfg.paths.run_dir
-    trained.control = None
-
-    if problems := [*evaluation_problems(trained), *trace_problems(cfg, trained)]:
-        raise ConfigError(problems)
-
-    config, tokenizer = build.read_export(source)
-    other = ModelSource(cfg.pilot.path) if cfg.pilot.path else None
-    if other is not None:
-        trained.name, trained.pilot.path, trained.copilot.path = "transfer", cfg.pilot.path, str(source / "export")
-        if problems := transfer_problems(other, config, tokenizer):
-            raise ConfigError(problems)
-    data = build.prepare_data(trained, tokenizer, config.pilot)
-    model = build.load_export(source, config)
-    if other is None:
-        model.pilot.to(getattr(torch, trained.pilot.dtype))  # as it answered when it was trained; the export has these
-    else:
-        model = put_on(other, model, tokenizer)
-    model.set_fusion(build.fusion_rule(trained.fusion))
-    model.config.feedback = trained.fusion.feedback
-    _save_config(trained, run_dir)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    prepared = Prepared(build.model_source(trained.pilot, "pilot"), None, tokenizer, data, None)
-    results = _evaluated(trained, model, prepared, run_dir)
-    if cfg.trace and is_first():
-        decoding = replace(build.decoding(trained.evaluation), decoding="dynamic")  # timed, so nothing may compile
-        evaluator = Evaluator(model, tokenizer, data, run_dir / "predictions", decoding)
-        weights = {name: results.weight_of(name) for name in data.benchmark_names}
-        write_trace(evaluator, trained.evaluation.report_on, RunDirectory(run_dir), cfg.trace_rows, source, weights)
-    results.params = build.parameter_counts(model)
-    _add_training(results, cfg, source)
-    if other is not None:
-        results.notes.insert(0, f"the Copilot of {source} on a Pilot that it was not trained with: {cfg.pilot.path}")
-    _save_results(results, run_dir)
-    show_results(results, run_dir / "results.json")
-    return sweep.validation_gain(results)
+def _resumed(cfg: DictConfig) -> DictConfig:
+    """The config of the run to resume, or else the config given."""
+    if not cfg.get("resume"):
+        return cfg
+    path = RunDirectory(str(cfg.resume)).config
+    if not path.exists():
+        raise ConfigError([f"resume={cfg.resume}: no config.yaml there; give the folder of a run that was started"])
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    if ignored := [override for override in given if not override.startswith(("resume=", "paths."))]:
+        log.warning("resume=%s goes on with that run's own config; not used: %s", cfg.resume, ", ".join(ignored))
+    before = build.read_config(path, f"resume={cfg.resume}")
+    before.resume, before.paths.run_dir = cfg.resume, cfg.resume
+    return before
 
 
 def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
-    callbacks = [SameSettings(_settings(cfg, prepared)), *make_callbacks(cfg)]
+    shared = {"data": prepared.data.fingerprint()} | flatten(OmegaConf.to_container(cfg, resolve=True))
+    callbacks = [SameSettings(shared), *make_callbacks(cfg)]
     trainer = make_trainer(cfg, callbacks, prepared.log, module.rounds)
     stop = next((c for c in callbacks if isinstance(c, GracefulStop)), None)
     saver = next((c for c in callbacks if isinstance(c, RoundCheckpoint)), None)
     start = _newest_checkpoint(cfg, trainer.world_size)
     if start is not None:
-        _keep_metrics(trainer, Path(cfg.paths.run_dir) / "metrics.csv", round_of(start))
+        _keep_metrics(trainer, RunDirectory(cfg.paths.run_dir).metrics, round_of(start))
     try:
         trainer.fit(module, datamodule=prepared.data, ckpt_path=start, weights_only=True)
     except TrainingDivergedError as error:
@@ -197,123 +149,10 @@ def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
         sys.exit(STOPPED)
 
 
-def _evaluated(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_dir: Path) -> Results:
-    decoding = build.decoding(cfg.evaluation)
-    evaluator = Evaluator(
-        model, prepared.tokenizer, prepared.data, run_dir / "predictions", decoding, cfg.fusion.get("per", "all")
-    )
-    splits = ("validation", cfg.evaluation.report_on)
-    found = evaluator.run(build.evaluation_weights(cfg.fusion.weight), splits)
-    notes = list(found.verdicts)
-    if model.fusion.has_closed_form:
-        notes.insert(0, f"λ* in closed form on {splits[0]}: {found.best_weight:.3f}")
-    if splits[0] == splits[1]:
-        notes.append(f"λ was chosen on the very rows reported ({splits[0]}): the gain is optimistic")
-    notes += [
-        f"{name}: {len(rows)} rows could not be read and were left out (data.on_error=skip)"
-        for name, rows in prepared.data.skipped.items()
-        if rows
-    ]
-    results = Results(
-        seed=cfg.seed, git=git_revision(), config="config.yaml", params={}, rounds=0, train_seconds=0.0,
-        selected_weight=found.selected_weight, selected_on=splits[0], reported_on=splits[1],
-        rows=found.rows, gain=found.gain, notes=notes,
-        best_weight=found.best_weight if model.fusion.has_closed_form else None,
-    )  # fmt: skip
-    return results
-
-
-def _trained_run(cfg: DictConfig) -> Path:
-    """The finished run whose export is evaluated: `run`, or the one that `copilot.path` belongs to."""
-    if bool(cfg.run) == bool(cfg.copilot.path):
-        transfer = "pilot.path=<model> copilot.path=<run dir>/export for its Copilot on another Pilot"
-        raise ConfigError([f"give run=<run dir> to evaluate a run, or {transfer}"])
-    source = Path(str(cfg.run)) if cfg.run else Path(str(cfg.copilot.path)).resolve().parent
-    if not (source / "export" / "config.json").exists() or not (source / "config.yaml").exists():
-        key = f"run={cfg.run}" if cfg.run else f"copilot.path={cfg.copilot.path}"
-        what = "export/config.json" if cfg.run else "config.yaml beside the export"
-        raise ConfigError([f"{key}: no {what} there; give the folder of a finished training run"])
-    return source
-
-
-def _add_training(results: Results, cfg: DictConfig, source: Path) -> None:
-    """Add what the training run noted of its cost, and its controls if they answered these rows in this way."""
-    if not (source / "results.json").exists():
-        return
-    before = _results_of(source)
-    results.rounds, results.train_seconds = before.rounds, before.train_seconds
-    results.train_flops = before.train_flops
-    if not cfg.pilot.path:
-        results.params = before.params
-        if cfg.get("data") is None and cfg.get("evaluation") is None:
-            results.controls = before.controls
-
-
-def _results_of(run_dir: Path) -> Results:
-    try:
-        return Results.load(run_dir / "results.json")
-    except ValueError as error:
-        raise ConfigError([f"{error}; remove that file, or evaluate another run"]) from error
-
-
-def _controls_before(cfg: DictConfig, run_dir: Path) -> list[Control]:
-    """The controls that a resumed run had trained when it was stopped; results are written after training only."""
-    there = cfg.get("resume") and (run_dir / "results.json").exists()
-    return agree_on(_results_of(run_dir).controls if there else [])
-
-
-def _shared_run_dir(cfg: DictConfig) -> Path:
-    """Join the processes of the job, and let all write to the first one's run directory."""
-    folder = cfg.paths.run_dir
-    if not isinstance(folder, str) or not folder:
-        raise ConfigError([f"paths.run_dir={folder}: give the folder that the run writes to"])
-    processes.start()
-    cfg.paths.run_dir = agree_on(folder)
-    return Path(cfg.paths.run_dir)
-
-
-def _save_config(cfg: DictConfig, run_dir: Path) -> None:
-    OmegaConf.update(cfg, "version", __version__, force_add=True)
-    if not is_first():
-        return
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-    except OSError as error:
-        raise ConfigError(
-            [f"paths.run_dir={run_dir}: {error.strerror}; choose a folder that can be written"]
-        ) from error
-
-
-def _save_results(results: Results, run_dir: Path) -> None:
-    if is_first():
-        results.save(run_dir / "results.json")
-
-
-def _settings(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
-    """What all processes of a job must have in common: each key of the config, and the rows."""
-    return {"data": prepared.data.fingerprint()} | flatten(OmegaConf.to_container(cfg, resolve=True))
-
-
-def _resumed(cfg: DictConfig) -> DictConfig:
-    """The config of the run to resume, or else the config given."""
-    if not cfg.get("resume"):
-        return cfg
-    path = Path(str(cfg.resume)) / "config.yaml"
-    if not path.exists():
-        raise ConfigError([f"resume={cfg.resume}: no config.yaml there; give the folder of a run that was started"])
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    if ignored := [override for override in given if not override.startswith(("resume=", "paths."))]:
-        log.warning("resume=%s goes on with that run's own config; not used: %s", cfg.resume, ", ".join(ignored))
-    before = build.read_config(path, f"resume={cfg.resume}")
-    before.resume, before.paths.run_dir = cfg.resume, cfg.resume
-    return before
-
-
 def _newest_checkpoint(cfg: DictConfig, world_size: int) -> Path | None:
     if not cfg.get("resume"):
         return None
-    newest = newest_good(Path(cfg.resume) / "checkpoints", world_size)
+    newest = newest_good(RunDirectory(cfg.resume).checkpoints, world_size)
     if newest is None:
         raise ConfigError([f"resume={cfg.resume}: no checkpoint in {cfg.resume}/checkpoints; start the run anew"])
     return newest
@@ -332,31 +171,187 @@ def _keep_metrics(trainer: Trainer, path: Path, rounds: int) -> None:
             logger.experiment.save()
 
 
-class _errors_for_people:
+def evaluate(cfg: DictConfig) -> float | None:
+    """Evaluate an exported run, at any λ and on any data, without training.
+
+    Args:
+        cfg: composed from `configs/eval.yaml`; `run` names the run directory.
+
+    Returns:
+        The gain on validation in the first benchmark's metric; None for a job of a sweep that failed.
+    """
+    with _errors_for_people(cfg):
+        return sweep.job(cfg, _evaluate)
+    return None
+
+
+def _evaluate(cfg: DictConfig) -> float:
+    quiet_libraries()
+    refuse_missing(cfg)
+    source = _run_to_evaluate(cfg)
+    trained = build.read_config(source.config, f"run={source}")
+    run_dir = _join_processes(cfg)
+    _override(trained, cfg)
+    if problems := [*evaluation_problems(trained), *trace_problems(cfg, trained)]:
+        raise ConfigError(problems)
+
+    config, tokenizer = build.read_export(source.folder)
+    other = ModelSource(cfg.pilot.path) if cfg.pilot.path else None
+    if other is not None:
+        trained.name, trained.pilot.path, trained.copilot.path = "transfer", cfg.pilot.path, str(source.export)
+        if problems := transfer_problems(other, config, tokenizer):
+            raise ConfigError(problems)
+    data = build.prepare_data(trained, tokenizer, config.pilot)
+    model = build.load_export(source.folder, config)
+    if other is None:
+        model.pilot.to(getattr(torch, trained.pilot.dtype))  # as it answered when it was trained; the export has these
+    else:
+        model = put_on(other, model, tokenizer)
+    model.set_fusion(build.fusion_rule(trained.fusion))
+    model.config.feedback = trained.fusion.feedback
+    _save_config(trained, run_dir)
+
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    prepared = Prepared(build.model_source(trained.pilot, "pilot"), None, tokenizer, data, None)
+    results = _run_evaluator(trained, model, prepared, run_dir)
+    if cfg.trace and is_first():
+        decoding = replace(build.decoding(trained.evaluation), decoding="dynamic")  # timed, so nothing may compile
+        evaluator = Evaluator(model, tokenizer, data, run_dir.predictions, decoding)
+        weights = {name: results.weight_of(name) for name in data.benchmark_names}
+        write_trace(evaluator, trained.evaluation.report_on, run_dir, cfg.trace_rows, source.folder, weights)
+    results.params = build.parameter_counts(model)
+    _add_training(results, cfg, source)
+    if other is not None:
+        results.notes.insert(0, f"the Copilot of {source} on a Pilot that it was not trained with: {cfg.pilot.path}")
+    return _finish(results, run_dir)
+
+
+def _override(trained: DictConfig, cfg: DictConfig) -> None:
+    """Put what an evaluation asks for in place of the training run's own settings."""
+    for key in ("data", "evaluation"):
+        if cfg.get(key) is not None:
+            trained[key] = cfg[key]
+    for key, value in cfg.fusion.items():
+        if value is not None:
+            trained.fusion[key] = value
+    trained.paths.run_dir, trained.control = cfg.paths.run_dir, None
+
+
+def _run_to_evaluate(cfg: DictConfig) -> RunDirectory:
+    """The finished run whose export is evaluated: `run`, or the one that `copilot.path` belongs to."""
+    if bool(cfg.run) == bool(cfg.copilot.path):
+        transfer = "pilot.path=<model> copilot.path=<run dir>/export for its Copilot on another Pilot"
+        raise ConfigError([f"give run=<run dir> to evaluate a run, or {transfer}"])
+    source = RunDirectory(str(cfg.run) if cfg.run else Path(str(cfg.copilot.path)).resolve().parent)
+    if not (source.export / "config.json").exists() or not source.config.exists():
+        key = f"run={cfg.run}" if cfg.run else f"copilot.path={cfg.copilot.path}"
+        what = "export/config.json" if cfg.run else "config.yaml beside the export"
+        raise ConfigError([f"{key}: no {what} there; give the folder of a finished training run"])
+    return source
+
+
+def _add_training(results: Results, cfg: DictConfig, source: RunDirectory) -> None:
+    """Add what the training run noted of its cost, and its controls if they answered these rows in this way."""
+    if not source.results.exists():
+        return
+    before = _results_of(source)
+    results.rounds, results.train_seconds = before.rounds, before.train_seconds
+    results.train_flops = before.train_flops
+    if not cfg.pilot.path:
+        results.params = before.params
+        if cfg.get("data") is None and cfg.get("evaluation") is None:
+            results.controls = before.controls
+
+
+def _run_evaluator(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_dir: RunDirectory) -> Results:
+    decoding = build.decoding(cfg.evaluation)
+    where, per = run_dir.predictions, cfg.fusion.per
+    evaluator = Evaluator(model, prepared.tokenizer, prepared.data, where, decoding, per)
+    splits = ("validation", cfg.evaluation.report_on)
+    found = evaluator.run(build.evaluation_weights(cfg.fusion.weight), splits)
+    notes = list(found.verdicts)
+    if model.fusion.has_closed_form:
+        notes.insert(0, f"λ* in closed form on {splits[0]}: {found.best_weight:.3f}")
+    if splits[0] == splits[1]:
+        notes.append(f"λ was chosen on the very rows reported ({splits[0]}): the gain is optimistic")
+    notes += [
+        f"{name}: {len(rows)} rows could not be read and were left out (data.on_error=skip)"
+        for name, rows in prepared.data.skipped.items()
+        if rows
+    ]
+    return Results(
+        seed=cfg.seed, git=git_revision(), config=RunDirectory.config.name, params={}, rounds=0, train_seconds=0.0,
+        selected_weight=found.selected_weight, selected_on=splits[0], reported_on=splits[1],
+        rows=found.rows, gain=found.gain, notes=notes,
+        best_weight=found.best_weight if model.fusion.has_closed_form else None,
+    )  # fmt: skip
+
+
+def _join_processes(cfg: DictConfig) -> RunDirectory:
+    """Join the processes of the job, and let all write to the first one's run directory."""
+    folder = cfg.paths.run_dir
+    if not isinstance(folder, str) or not folder:
+        raise ConfigError([f"paths.run_dir={folder}: give the folder that the run writes to"])
+    processes.start()
+    cfg.paths.run_dir = agree_on(folder)
+    return RunDirectory(cfg.paths.run_dir)
+
+
+def _save_config(cfg: DictConfig, run_dir: RunDirectory) -> None:
+    OmegaConf.update(cfg, "version", __version__, force_add=True)
+    if not is_first():
+        return
+    try:
+        write_whole(run_dir.config, OmegaConf.to_yaml(cfg, resolve=True))
+    except OSError as error:
+        mend = "choose a folder that can be written"
+        raise ConfigError([f"paths.run_dir={run_dir}: {error.strerror}; {mend}"]) from error
+
+
+def _save_results(results: Results, run_dir: RunDirectory) -> None:
+    if is_first():
+        results.save(run_dir.results)
+
+
+def _results_of(run_dir: RunDirectory) -> Results:
+    try:
+        return Results.load(run_dir.results)
+    except ValueError as error:
+        raise ConfigError([f"{error}; remove that file, or evaluate another run"]) from error
+
+
+def _finish(results: Results, run_dir: RunDirectory) -> float:
+    """Write and print the figures; return the gain on validation."""
+    _save_results(results, run_dir)
+    show_results(results, run_dir.results)
+    return sweep.validation_gain(results)
+
+
+@contextmanager
+def _errors_for_people(cfg: DictConfig) -> Iterator[None]:
     """Print an error that the user can mend as one message and exit with status 1, unless `traceback=true`.
 
     In a sweep an error ends its own job only; Ctrl-C ends the sweep.
     """
-
-    def __init__(self, cfg: DictConfig) -> None:
-        self.off = cfg.get("traceback", False)
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
-        explained = isinstance(error, USER_ERRORS) and not self.off
+    try:
+        yield
+    except BaseException as error:
+        explained = isinstance(error, USER_ERRORS) and not cfg.get("traceback", False)
         if sweep.in_multirun() and isinstance(error, Exception):
+<<<<<<< HEAD
             sweep.report_failure(error, explained)
             return True
         if sweep.in_multirun() and error is not None:
+=======
+            sweep.note_failure(error, explained)
+            return
+        message = f"error: {error}" if explained else None
+        if sweep.in_multirun():
+>>>>>>> 3d9e37e (run: read as two programs, name files through RunDirectory)
             print(sweep.how_to_restart(HydraConfig.get().sweep.dir), file=sys.stderr, flush=True)
         if isinstance(error, KeyboardInterrupt):
-            print(
-                "stopped; predictions and states written so far are in the run directory", file=sys.stderr, flush=True
-            )
-            sys.exit(STOPPED)
-        if explained:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(1)
-        return False
+            message = "stopped; predictions and states written so far are in the run directory"
+        if message is None:
+            raise
+        print(message, file=sys.stderr, flush=True)
+        sys.exit(STOPPED if isinstance(error, KeyboardInterrupt) else 1)

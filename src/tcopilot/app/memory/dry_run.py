@@ -32,50 +32,29 @@ aten = torch.ops.aten
 
 @dataclass
 class Load:
-    """The largest shapes that pass through the models of one process.
+    """The largest shapes that pass through the models of one process."""
 
-    Attributes:
-        rows: of one forward pass of the Pilot in training.
-        source: longest prompt, in tokens.
-        target: longest target.
-        parts: micro-batches of a round.
-        validation_rows: of one validation batch; 0 for none.
-        prompts: of one decoding pass.
-        copies: of each prompt in it: number of λ times beams.
-        answer: longest answer; 0 if nothing is decoded.
-    """
-
-    rows: int
-    source: int
-    target: int
-    parts: int = 1
-    validation_rows: int = 0
-    prompts: int = 1
-    copies: int = 1
-    answer: int = 0
+    rows: int  # of one forward pass of the Pilot in training
+    source: int  # tokens of the longest prompt
+    target: int  # tokens of the longest target
+    parts: int = 1  # micro-batches of a round
+    validation_rows: int = 0  # of one validation batch; 0 for none
+    prompts: int = 1  # of one decoding pass
+    copies: int = 1  # of each prompt in it: number of λ times beams
+    answer: int = 0  # tokens of the longest answer; 0 if nothing is decoded
 
 
 @dataclass
 class Footprint:
-    """Bytes on the device that trains, without the Mistake Log.
+    """Bytes on the device that trains, without the Mistake Log."""
 
-    Attributes:
-        parameters: of both models, buffers included.
-        gradients: of all that is trained.
-        optimizer: state of both optimisers.
-        logits: tensors over the vocabulary at the peak of training, those of the records drawn included.
-        training: the peak of training.
-        caches: keys and values of both models for the longest answer, with what else a step carries.
-        decoding: the peak of decoding, parameters included.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    logits: int
-    training: int
-    caches: int
-    decoding: int
+    parameters: int  # of both models, buffers included
+    gradients: int  # of all that is trained
+    optimizer: int  # state of both optimisers
+    logits: int  # tensors over the vocabulary at the peak of training, those of the records drawn included
+    training: int  # the peak of training
+    caches: int  # keys and values of both models for the longest answer, with what else a step carries
+    decoding: int  # the peak of decoding, parameters included
 
     @property
     def activations(self) -> int:
@@ -203,18 +182,17 @@ def _decoding(model: TCopilotModel, load: Load, memory: LiveMemory) -> tuple[int
     prompts = torch.zeros(load.prompts * load.copies, load.source).long()
     known = prompts.new_zeros(len(prompts), max(0, load.answer - LEAST_ROOM))
     token, mask = prompts[:, :1], torch.ones_like(prompts)
+    cached: dict[str, Any] = {"use_cache": True, "copies": load.copies}
     if model.config.is_encoder_decoder:
-        start = torch.cat([token, known], dim=1)
-        found = model(prompts, mask, decoder_input_ids=start, use_cache=True, copies=load.copies)
+        found = model(prompts, mask, decoder_input_ids=torch.cat([token, known], dim=1), **cached)
         encoded = found.encoder_last_hidden_state.repeat_interleave(load.copies, dim=0)
         step: dict[str, Any] = {"decoder_input_ids": token, "encoder_outputs": (encoded,), "attention_mask": mask}
     else:
+        seen = torch.cat([mask, torch.ones_like(known)], dim=1)
         ids = torch.cat([prompts, known], dim=1)
-        seen = torch.ones_like(ids)
-        start = {"target_start": prompts.shape[1], "logits_to_keep": 1}
-        found = model(ids, seen, use_cache=True, copies=load.copies, **start)
+        found = model(ids, seen, target_start=prompts.shape[1], logits_to_keep=1, **cached)
         step = {"input_ids": token, "attention_mask": torch.cat([seen, token], dim=1)}
-    cache = found.past_key_values
+    step["past_key_values"] = found.past_key_values
     del found
-    model(**step, past_key_values=cache, use_cache=True)
+    model(**step, use_cache=True)
     return memory.peak - held, memory.live - held

@@ -35,19 +35,12 @@ MENDS = {
 
 @dataclass
 class Budget:
-    """What a run needs and what is free, in bytes.
+    """What a run needs and what is free, in bytes."""
 
-    Attributes:
-        needed: the models' part, on the training device.
-        log: a full Mistake Log, in the host's memory; 0 where it is spilled to a disk.
-        free: on the training device.
-        device: `GPU` or `CPU`.
-    """
-
-    needed: Footprint
-    log: int
-    free: int
-    device: str
+    needed: Footprint  # the models' part, on the training device
+    log: int  # a full Mistake Log, in the host's memory; 0 where it is spilled to a disk
+    free: int  # on the training device
+    device: str  # `GPU` or `CPU`
 
     def __str__(self) -> str:
         needed = self.needed
