@@ -21,7 +21,7 @@ from tcopilot.app.memory.live_memory import LiveMemory
 from tcopilot.app.trainer import FIXED, quiet_lightning
 from tcopilot.data.batch import Batch
 from tcopilot.mistake_log.log import MistakeLog
-from tcopilot.mistake_log.rounds import ABOUT_RECORD, LoggedRecords, LoggedRound
+from tcopilot.mistake_log.rounds import ABOUT_RECORD
 from tcopilot.models.caches import LEAST_ROOM
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.training.callbacks import MistakeLogCallback
@@ -112,19 +112,11 @@ class _ShapesOnly(LiveMemory):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-class _LongestRecord(LoggedRound):
-    def record(self, row: int) -> dict[str, Tensor]:
-        return {name: rows[0] for name, rows in self.tensors.items() if name not in ABOUT_RECORD}
-
-
 class _FullLog(MistakeLog):
-    """A log of one round whose records are all as long as the longest."""
+    """A log whose records are all as long as the longest."""
 
-    @property
-    def held(self) -> LoggedRecords:
-        held = super().held
-        held.find = lambda index: (_LongestRecord(held.rounds[-1].tensors, 0), 0)
-        return held
+    def _record(self, index: int) -> dict[str, Tensor]:
+        return {name: rows[0] for name, rows in self.rounds[-1].tensors.items() if name not in ABOUT_RECORD}
 
 
 def _fit(
