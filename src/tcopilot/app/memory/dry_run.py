@@ -1,4 +1,4 @@
-"""Measure a run's memory before weights load: rounds, validation and decoding on tensors that have shapes only.
+"""Measure a run's memory before weights load: a round, validation and decoding on tensors that have shapes only.
 
 There are no formulas, so the measure follows whatever models, losses and optimisers do.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
@@ -70,23 +70,23 @@ def measure(
     on_gpu: bool = False,
     tied: bool = True,
 ) -> Footprint:
-    """Run two rounds, a validation batch and a decoding step without memory, and count what they would take.
+    """Run a round, a validation batch and a decoding step without memory, and count what they would take.
 
     Args:
-        make: builds the module that would be trained.
+        make: builds the module that would be trained; called where torch puts tensors on its meta device.
         load: the shapes.
         log: the run's log, of which storage and types are taken; it stays empty. None without a Copilot.
         precision: the Trainer's.
         on_gpu: count as on a GPU, where optimisers update all parameters at once.
         tied: whether input and output embeddings are one, which tensors without values cannot tell.
     """
-    with FakeTensorMode(), _ShapesOnly(tied) as memory:
+    with _ShapesOnly(tied), torch.device("meta"):
         module = make()
-        memory.vocab = module.model.pilot.config.vocab_size
+    with FakeTensorMode(), _ShapesOnly(tied, module.model.pilot.config.vocab_size) as memory:
+        _take_off_meta(module)
         parameters = memory.live
         gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
-        memory.reset_peak()
-        trainer, held = _fit(module, load, log, precision, on_gpu)
+        trainer, held = _fit(module, load, log, precision, on_gpu, memory)
         training, logits = memory.peak - held, memory.at_peak["logits"]
         states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
         optimizer = sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
@@ -94,12 +94,26 @@ def measure(
     return Footprint(parameters, gradients, optimizer, logits, training, caches, parameters + decoding)
 
 
+def _take_off_meta(module: nn.Module) -> None:
+    """Give parameters and buffers the CPU as their place, so that operations choose the kernels that they would there.
+
+    Models are built on the meta device first, since adapters move what they wrap, which `FakeTensorMode` cannot.
+    """
+    made: dict[Tensor, Tensor] = {}
+    for tensors in (tensors for part in module.modules() for tensors in (part._parameters, part._buffers)):
+        for name, old in tensors.items():
+            if old is not None and old not in made:
+                new = torch.empty(old.shape, dtype=old.dtype)
+                made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+            tensors[name] = made.get(old)
+
+
 class _ShapesOnly(LiveMemory):
     """Counts tensors without values, and answers the questions about values that code asks on its way."""
 
-    def __init__(self, tied: bool) -> None:
-        super().__init__(lambda tensor: "logits" if tensor.shape[-1:] == (self.vocab,) else "others")
-        self.vocab, self._tied = -1, tied
+    def __init__(self, tied: bool, vocab: int = -1) -> None:
+        super().__init__(lambda tensor: "logits" if tensor.shape[-1:] == (vocab,) else "others")
+        self._tied = tied
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default:
@@ -109,6 +123,8 @@ class _ShapesOnly(LiveMemory):
         if func is aten.nonzero.default:
             func, args = aten.zeros.default, ([args[0].numel(), args[0].dim()],)  # all rows are as long as the longest
             kwargs = {"dtype": torch.int64, "device": "cpu"}
+        if func is aten.index.Tensor and args[1][-1].dtype == torch.bool:
+            func, args = aten.clone.default, args[:1]  # cutting off padding that is not there
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -120,9 +136,9 @@ class _FullLog(MistakeLog):
 
 
 def _fit(
-    module: TCopilotModule, load: Load, log: MistakeLog | None, precision: str, on_gpu: bool
+    module: TCopilotModule, load: Load, log: MistakeLog | None, precision: str, on_gpu: bool, memory: LiveMemory
 ) -> tuple[Trainer, int]:
-    """Train two rounds, the second with the optimisers' states from its start; return the bytes of the log too."""
+    """Train one round and validate; return the bytes of the log too."""
     module.steps_per_round = 1  # further steps take less
     module.compile_backend = None  # what torch refuses to compile here it would never compile again
     module.log = module.log_dict = module.on_validation_epoch_end = lambda *_, **__: None  # no figures to report
@@ -130,12 +146,19 @@ def _fit(
     module._sum_over_ranks = lambda value: value  # every process makes its own estimate
     module.micro_batch_size = load.rows
 
-    def update_as_on_gpu(trainer: Trainer, _: Any) -> None:
-        for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
-            if on_gpu and group.get("foreach", False) is None:
-                group["foreach"] = True  # torch's choice where parameters lie on a GPU
+    def give_optimizers_state(trainer: Trainer, _: Any) -> None:
+        """Later rounds have it from their start."""
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                if on_gpu and group.get("foreach", False) is None:
+                    group["foreach"] = True  # torch's choice where parameters lie on a GPU
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
+        memory.reset_peak()
 
-    callbacks = [LambdaCallback(on_train_start=update_as_on_gpu)]
+    callbacks: list[Callback] = [LambdaCallback(on_train_start=give_optimizers_state)]
     if log is not None:
         log = _FullLog(1, storage=copy.deepcopy(log.storage), dtype=log.dtype)
         callbacks.append(MistakeLogCallback(log))
@@ -149,7 +172,7 @@ def _fit(
         rows = load.rows * min(2, load.parts)
         trainer.fit(
             module,
-            DataLoader([_batch(rows, load)] * 2, batch_size=None),
+            DataLoader([_batch(rows, load)], batch_size=None),
             DataLoader([_batch(load.validation_rows, load)], batch_size=None),
         )
     return trainer, 0 if log is None else log.nbytes
