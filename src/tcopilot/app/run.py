@@ -338,16 +338,10 @@ def _errors_for_people(cfg: DictConfig) -> Iterator[None]:
     except BaseException as error:
         explained = isinstance(error, USER_ERRORS) and not cfg.get("traceback", False)
         if sweep.in_multirun() and isinstance(error, Exception):
-<<<<<<< HEAD
             sweep.report_failure(error, explained)
-            return True
-        if sweep.in_multirun() and error is not None:
-=======
-            sweep.note_failure(error, explained)
             return
         message = f"error: {error}" if explained else None
         if sweep.in_multirun():
->>>>>>> 3d9e37e (run: read as two programs, name files through RunDirectory)
             print(sweep.how_to_restart(HydraConfig.get().sweep.dir), file=sys.stderr, flush=True)
         if isinstance(error, KeyboardInterrupt):
             message = "stopped; predictions and states written so far are in the run directory"
