@@ -7,7 +7,7 @@ import torch
 from tcopilot import Copilot
 from tcopilot.functional import token_errors
 from tcopilot.mistake_log.log import MistakeRecord
-from tcopilot.models import chunked
+from tcopilot.training import chunked_loss
 from tcopilot.training.objectives import (
     CrossEntropy,
     KullbackLeibler,
@@ -99,7 +99,7 @@ def naive_loss(objective, copilot, record, hidden):
 def test_the_chunked_loss_equals_the_naive_one_in_value_and_gradients(
     case, monkeypatch, objective, head, rows_per_chunk
 ):
-    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", rows_per_chunk * 56)
+    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", rows_per_chunk * 56)
     copilot, record, hidden = case(head)
     wanted = [hidden, *copilot.head.parameters()]
     expected = naive_loss(objective(), copilot, record, hidden)
@@ -165,6 +165,6 @@ def test_no_second_tensor_of_rows_times_vocabulary_is_kept(case, monkeypatch, ob
         corrections = copilot.correct(hidden[mask], record.probs_BNV[mask].log())
         return objective().row_losses(corrections, record.probs_BNV[mask], record.targets_BN[mask]).sum()
 
-    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 2 * 56)
+    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", 2 * 56)
     assert saved_rows(plain)[1] >= mask.sum()
     assert saved_rows(lambda: objective_sum(objective(), copilot, record, hidden)) == (2, 0)

@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tcopilot.app.memory.dry_run import Load, measure
 from tcopilot.mistake_log.log import MistakeLog
-from tcopilot.models import chunked
+from tcopilot.models import error_input
 from tcopilot.models.states import StatePooler, trace_pilot
+from tcopilot.training import chunked_loss
 from tcopilot.training.callbacks import FlopCount
 from tcopilot.training.objectives import RootMeanSquaredError, objective_sum
 from tcopilot.training.serialization import pack, unpack
@@ -166,7 +167,8 @@ def test_an_update_of_the_copilot_holds_one_tensor_of_tokens_times_vocabulary(fa
     model = tiny_model(family, head_std=0.1, head=head, vocab=vocab)
     log = MistakeLog(policy=InOrder())
     log.append(trace_pilot(model.pilot, random_batch(family, rows, targets=[length] * rows), StatePooler()))
-    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", length * vocab)
+    for module in (error_input, chunked_loss):
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", length * vocab)
     record = log.sample(rows)
     with LargeTensors(least=rows * (length - 1) * vocab) as large:
         inputs = model.copilot.taught_inputs(record.probs_BNV, record.targets_BN)

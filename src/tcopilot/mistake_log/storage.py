@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tcopilot.models.chunked import CHUNK_ELEMENTS
+from tcopilot.models.error_input import CHUNK_ELEMENTS
 from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.states import PilotStates
 from tcopilot.settings import DTYPE, require, whole

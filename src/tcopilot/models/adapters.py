@@ -40,9 +40,8 @@ class Lora:
                 f"targets={list(self.targets)}: no linear layer is called {', '.join(missing)}; "
                 f"there are {', '.join(sorted(names))}"
             )
-        whole = type(self.r) is int
-        numbers = all(type(value) in (int, float) for value in (self.alpha, self.dropout))
-        if not whole or self.r < 1 or not numbers or not self.alpha > 0 or not 0 <= self.dropout < 1:
+        numbers = type(self.r) is int and all(type(value) in (int, float) for value in (self.alpha, self.dropout))
+        if not numbers or self.r < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
             raise ValueError(
                 f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}: r must be a whole number, at least 1, "
                 f"alpha above 0 and dropout in [0, 1)"

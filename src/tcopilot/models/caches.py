@@ -6,6 +6,7 @@ width, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -239,24 +240,21 @@ class TCopilotCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the surviving beams, in both models."""
-        self.pilot.reorder_cache(beam_idx)
-        if self.copilot is not None:
-            self.copilot.cache.reorder_cache(beam_idx)
-            self.copilot.apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._in_both("reorder_cache", beam_idx, lambda one: one.index_select(0, beam_idx.to(one.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, in both models."""
-        self.pilot.batch_repeat_interleave(repeats)
-        if self.copilot is not None:
-            self.copilot.cache.batch_repeat_interleave(repeats)
-            self.copilot.apply(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._in_both("batch_repeat_interleave", repeats, lambda one: one.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows, in both models."""
-        self.pilot.batch_select_indices(indices)
+        self._in_both("batch_select_indices", indices, lambda one: one[indices])
+
+    def _in_both(self, method: str, argument: Any, rearrange: Callable[[Tensor], Tensor]) -> None:
+        getattr(self.pilot, method)(argument)
         if self.copilot is not None:
-            self.copilot.cache.batch_select_indices(indices)
-            self.copilot.apply(lambda tensor: tensor[indices])
+            getattr(self.copilot.cache, method)(argument)
+            self.copilot.apply(rearrange)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse: assisted and prompt-lookup decoding would need to undo Copilot steps."""

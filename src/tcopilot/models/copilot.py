@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from tcopilot.functional import POOLINGS, shift_right
 from tcopilot.models import families
 from tcopilot.models.caches import CopilotState
-from tcopilot.models.chunked import project_errors
+from tcopilot.models.error_input import project_errors
 from tcopilot.models.gates import Gate, build_gate
 from tcopilot.models.heads import HEADS
 from tcopilot.models.log_attention import CONTEXTS, additive, causal_mask, log_mask, log_positions
@@ -200,17 +200,10 @@ class Copilot(nn.Module):
     def forward(
         self, inputs_BNC: Tensor, source_BMP: Tensor, source_mask_BM: Tensor, states_BNP: Tensor, keep: bool = False
     ) -> tuple[Tensor, CopilotState | None]:
-        """Run all N targets at once, from their inputs and the log.
-
-        Args:
-            inputs_BNC: from `inputs`; teacher-forced in training, observed or own errors in inference.
-            source_BMP: X̃.
-            source_mask_BM: True on prompt tokens.
-            states_BNP: h̄ of the N targets.
-            keep: also return the state from which `step` goes on.
+        """Run all N targets at once, from their `inputs` and the log: X̃ of the prompt and h̄ of the targets.
 
         Returns:
-            Hidden states [B, N, C] for `correct`, and the state (None unless `keep`).
+            Hidden states [B, N, C] for `correct`, and the state from which `step` goes on (None unless `keep`).
         """
         targets = inputs_BNC.shape[1]
         readable = states_BNP[:, :-1] if self.is_strict else states_BNP
@@ -219,47 +212,39 @@ class Copilot(nn.Module):
         rows = log_BSC.shape[1]
         log_at_BS, targets_at_BN = log_positions(source_mask_BM, targets)
         visible_BNS = log_mask(source_mask_BM, targets, self.config.context)[..., :rows]
-        visible_BNS = self._shown(visible_BNS, source_mask_BM.shape[1])
+        first_state = 1 + source_mask_BM.shape[1]
+        for name, hidden in (("source", slice(1, first_state)), ("states", slice(first_state, None))):
+            if name not in self.config.reads:
+                visible_BNS[..., hidden] = False
         cache = families.new_cache(self.body) if keep else None
-        hidden_BNC = families.run_body(
-            self.body,
-            inputs_BNC,
-            additive(causal_mask(targets, inputs_BNC.device), inputs_BNC.dtype),
-            self._positions(targets_at_BN),
-            log_BSC,
-            additive(visible_BNS, inputs_BNC.dtype),
-            self._positions(log_at_BS[:, :rows]),
-            cache,
-        )
+        past_B1NN = additive(causal_mask(targets, inputs_BNC.device), inputs_BNC.dtype)
+        log = (log_BSC, additive(visible_BNS, inputs_BNC.dtype), self._positions(log_at_BS[:, :rows]))
+        hidden_BNC = families.run_body(self.body, inputs_BNC, past_B1NN, self._positions(targets_at_BN), *log, cache)
         if not keep:
             return hidden_BNC, None
-        log_mask_B11S = additive(visible_BNS[:, -1:], inputs_BNC.dtype)
-        next_mask = 0.0 if "states" in self.config.reads else torch.finfo(inputs_BNC.dtype).min
-        position_B1, pending_B1P = targets_at_BN[:, -1:] + 1, states_BNP[:, -1:]
-        target_B1 = torch.full_like(position_B1, targets)
-        return hidden_BNC, CopilotState(cache, log_mask_B11S, rows, next_mask, position_B1, target_B1, pending_B1P)
+        position_B1 = targets_at_BN[:, -1:] + 1
+        return hidden_BNC, CopilotState(
+            cache,
+            log_mask_B11S=additive(visible_BNS[:, -1:], inputs_BNC.dtype),
+            rows=rows,
+            next_mask=0.0 if "states" in self.config.reads else torch.finfo(inputs_BNC.dtype).min,
+            position_B1=position_B1,
+            target_B1=torch.full_like(position_B1, targets),
+            pending_B1P=states_BNP[:, -1:],
+        )
 
     def step(self, inputs_B1C: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:
-        """Run the body for one more target; the state's cache moves on in place.
+        """Run the body for one more target, from the embedded error of the target before; the state moves on.
 
-        Args:
-            inputs_B1C: the embedded error of the target before.
-            row_B1P: the h̄ that joins the log: of the target before in strict context, of this one in inclusive.
-            state: from `forward` or the step before.
+        The h̄ that joins the log is that of the target before in strict context, of this one in inclusive.
 
         Returns:
             Hidden states [B, 1, C] for `correct`.
         """
         self_mask_111K, log_mask_B11S = state.grow()
+        log = (self.states_in(row_B1P), log_mask_B11S, self._positions(state.position_B1 - int(self.is_strict)))
         hidden_B1C = families.run_body(
-            self.body,
-            inputs_B1C,
-            self_mask_111K,
-            self._positions(state.position_B1),
-            self.states_in(row_B1P),
-            log_mask_B11S,
-            self._positions(state.position_B1 - int(self.is_strict)),
-            state.cache,
+            self.body, inputs_B1C, self_mask_111K, self._positions(state.position_B1), *log, state.cache
         )
         state.position_B1 += 1
         state.target_B1 += 1
@@ -274,13 +259,7 @@ class Copilot(nn.Module):
         self.gate, self.config.gate = gate, None if gate is None else gate.settings()
 
     def gated(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, positions_BN: Tensor | None = None) -> Tensor:
-        """Return g f^C; f^C itself without a gate.
-
-        Args:
-            log_probs_BNV: log p̂, float32.
-            corrections_BNV: from `correct`.
-            positions_BN: places of the targets, from 0; None for all of a text.
-        """
+        """Return g f^C, or f^C itself without a gate. Positions are counted from 0; None stands for all of a text."""
         if self.gate is None:
             return corrections_BNV
         if positions_BN is None:
@@ -293,14 +272,6 @@ class Copilot(nn.Module):
         if self.config.head != "soft":
             return None
         return self.error_in if self.config.tied else self.unembedding
-
-    def _shown(self, visible_BNS: Tensor, source_length: int) -> Tensor:
-        """Mask the rows of the log that an ablated Copilot must not read."""
-        first_state = 1 + source_length
-        for name, rows in (("source", slice(1, first_state)), ("states", slice(first_state, None))):
-            if name not in self.config.reads:
-                visible_BNS[..., rows] = False
-        return visible_BNS
 
     def _positions(self, positions: Tensor) -> Tensor:
         return torch.zeros_like(positions) if self.config.positions == "none" else positions

@@ -60,19 +60,9 @@ def correct_text(
     With observed feedback this is one parallel pass, since the errors follow from p̂ and the tokens. With own feedback
     each correction is an input of the next, so the targets are visited in order.
 
-    Args:
-        copilot: the Copilot.
-        feedback: `observed` or `own`.
-        log_probs_BNV: log p̂ of the N targets, float32.
-        tokens_BK: the tokens at targets 0 … N − 2.
-        source_BMP: X̃.
-        source_mask_BM: True on prompt tokens.
-        states_BNP: h̄ of the N targets.
-        keep: also return the state from which `correct_next` goes on.
-
     Returns:
-        Corrections f^C [B, N, V], float32, scaled by the Copilot's gate if it has one, and the state (None unless
-        `keep`).
+        Corrections f^C [B, N, V], float32, scaled by the Copilot's gate if it has one, and the state from which
+        `correct_next` goes on (None unless `keep`).
     """
     if feedback == "observed":
         errors_BKV = token_errors(log_probs_BNV[:, :-1].exp(), tokens_BK)
@@ -87,34 +77,24 @@ def correct_text(
     first_B1V = copilot.correct(hidden, log_probs_BNV[:, :1])
     corrections, state.feedback_BV = [copilot.gated(log_probs_BNV[:, :1], first_B1V)], first_B1V[:, 0]
     for i in range(1, log_probs_BNV.shape[1]):
-        here = slice(i, i + 1)
-        token_B1 = tokens_BK[:, i - 1 : i]
-        corrections.append(
-            correct_next(copilot, feedback, log_probs_BNV[:, here], token_B1, states_BNP[:, here], state)
-        )
+        here = (log_probs_BNV[:, i : i + 1], tokens_BK[:, i - 1 : i], states_BNP[:, i : i + 1])
+        corrections.append(correct_next(copilot, feedback, *here, state))
     return torch.cat(corrections, dim=1), state if keep else None
 
 
 def correct_next(
     copilot: Copilot, feedback: str, log_probs_B1V: Tensor, token_B1: Tensor, states_B1P: Tensor, state: CopilotState
 ) -> Tensor:
-    """Correct the next target, after `token_B1` was emitted at the last one; the state moves on in place.
-
-    Returns:
-        Correction f^C [B, 1, V], float32.
-    """
+    """Return f^C [B, 1, V] of the next target, after `token_B1` was emitted at the last one; the state moves on."""
     hidden_B1C = advance(copilot, feedback, token_B1, state.pending_B1P if copilot.is_strict else states_B1P, state)
     return conclude(copilot, feedback, hidden_B1C, log_probs_B1V, states_B1P, state)
 
 
 def advance(copilot: Copilot, feedback: str, token_B1: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:
-    """The part of a step before the head: embed the last target's error and run the body.
+    """Embed the last target's error and run the body, the part of a step before the head; returns [B, 1, C].
 
-    In strict context the row that joins the log is the last target's h̄, `state.pending_B1P`. Then nothing here
-    depends on the Pilot's present step.
-
-    Returns:
-        The body's hidden states [B, 1, C].
+    In strict context the row that joins the log is the last target's h̄, `state.pending_B1P`, so nothing here depends
+    on the Pilot's present step.
     """
     error_B1V = state.feedback_BV[:, None]
     if feedback == "observed":
@@ -125,7 +105,7 @@ def advance(copilot: Copilot, feedback: str, token_B1: Tensor, row_B1P: Tensor, 
 def conclude(
     copilot: Copilot, feedback: str, hidden_B1C: Tensor, log_probs_B1V: Tensor, states_B1P: Tensor, state: CopilotState
 ) -> Tensor:
-    """The part of a step that needs the Pilot's output: run the head, and keep what the next step needs.
+    """Run the head, once the Pilot's p̂ is there, and keep what the next step needs of this one.
 
     Returns:
         Correction f^C [B, 1, V], float32, scaled by the Copilot's gate if it has one. Feedback is never scaled.

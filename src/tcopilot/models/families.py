@@ -6,7 +6,7 @@ gets its self-attention wrapped by `LogAttention`, which uses the family's own p
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -59,16 +59,14 @@ def _try_log_attention(config: PreTrainedConfig) -> None:
     Raises:
         Exception: of any kind, where the small model cannot be built or a layer cannot take the log.
     """
-    small, heads, tokens, depth = copy.deepcopy(config), 4, 6, min(decoder_depth(config), 8)
+    small, heads, tokens = decoder_config(config, min(decoder_depth(config), 8)), 4, 6
     grouped = getattr(config, "num_key_value_heads", None) != getattr(config, "num_attention_heads", None)
     sizes = {
-        "hidden_size": 8 * heads, "intermediate_size": 32, "num_hidden_layers": depth, "num_attention_heads": heads,
-        "num_key_value_heads": heads // 2 if grouped else heads, "head_dim": 8, "vocab_size": 16, "pad_token_id": 0,
+        "hidden_size": 8 * heads, "intermediate_size": 32, "num_attention_heads": heads, "head_dim": 8,
+        "num_key_value_heads": heads // 2 if grouped else heads, "vocab_size": 16, "pad_token_id": 0,
     }  # fmt: skip
     for name in sizes.keys() & vars(small).keys():
         setattr(small, name, sizes[name])
-    if getattr(small, "layer_types", None):
-        small.layer_types = list(small.layer_types[:depth])
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
         body = model.get_decoder()
@@ -248,16 +246,9 @@ def input_embeddings(model: PreTrainedModel) -> Tensor:
 
 
 def logits_from_head_input(model: PreTrainedModel, head_input_BNP: Tensor) -> Tensor:
-    """The model's logits from what its language-model head reads: the decoder's output after the final norm.
+    """Logits [B, N, V] from the last of the decoder's hidden states, as the model's own forward pass computes them.
 
     A tied T5 scales that output down, BART adds a bias to the logits, Granite scales them, Gemma2 caps them.
-
-    Args:
-        model: of a supported family, adapters or not.
-        head_input_BNP: the last of its decoder's hidden states.
-
-    Returns:
-        Logits [B, N, V], as the model's own forward pass computes them.
     """
     config = model.config
     if config.model_type == "t5" and getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
@@ -273,24 +264,13 @@ def logits_from_head_input(model: PreTrainedModel, head_input_BNP: Tensor) -> Te
 
 
 def logit_lens(model: PreTrainedModel, layer_BNP: Tensor) -> Tensor:
-    """Read a layer's output as if it were the decoder's last: final norm, then head.
-
-    Args:
-        model: of a supported family.
-        layer_BNP: the output of a decoder layer before the final norm.
-
-    Returns:
-        Logits [B, N, V].
-    """
+    """Logits [B, N, V] of a layer's output, read as if it were the decoder's last: final norm, then head."""
     return logits_from_head_input(model, final_norm(model.get_decoder())(layer_BNP))
 
 
 def final_norm(decoder: nn.Module) -> nn.Module:
     """The norm between a decoder's last layer and the head; BART, whose layers end in one, has none."""
-    for name in ("norm", "final_layer_norm"):
-        if hasattr(decoder, name):
-            return getattr(decoder, name)
-    return nn.Identity()
+    return getattr(decoder, "norm", None) or getattr(decoder, "final_layer_norm", None) or nn.Identity()
 
 
 @contextmanager
@@ -305,12 +285,10 @@ def layer_outputs(decoder: nn.Module) -> Iterator[list[list[Tensor]]]:
 
         return hook
 
-    hooks = [layer.register_forward_hook(keep(index)) for index, layer in enumerate(layers)]
-    try:
+    with ExitStack() as hooks:
+        for index, layer in enumerate(layers):
+            hooks.callback(layer.register_forward_hook(keep(index)).remove)
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:

@@ -126,15 +126,9 @@ class TCopilotModel(PreTrainedModel):
         """Leave weights as Pilot and Copilot initialise themselves."""
 
     def fuse(self, log_probs_BNV: Tensor, corrections_BNV: Tensor | None, weight: float | Tensor) -> Tensor:
-        """Return log p̃ by the fusion rule at one λ, or at one λ per row.
+        """Return log p̃ by the fusion rule, from log p̂ and f^C, at one λ or at one λ per row [B].
 
-        Args:
-            log_probs_BNV: log p̂, float32.
-            corrections_BNV: f^C; None where there is no Copilot.
-            weight: λ, or λ [B].
-
-        Returns:
-            log p̃ [B, N, V]; where λ is 0, log p̂ itself.
+        Where λ is 0, or where there is no Copilot and so no f^C, this is log p̂ itself.
         """
         if corrections_BNV is None or (not isinstance(weight, Tensor) and weight == 0):
             return log_probs_BNV
@@ -144,13 +138,9 @@ class TCopilotModel(PreTrainedModel):
         return self.fusion(log_probs_BNV, corrections_BNV, weight)
 
     def next_logits(self, given: dict[str, Any], token_B1: Tensor, cache: Cache, weights_B: Tensor) -> Tensor:
-        """Logits [B, 1, V] of the next target, as `forward` returns them after a filled cache.
+        """Logits [B, 1, V] of the target after `token_B1`, as `forward` returns them after a filled cache.
 
-        Args:
-            given: arguments of the Pilot but for its cache.
-            token_B1: the newest token.
-            cache: of both models, or of the Pilot where it is alone.
-            weights_B: λ of each row.
+        The cache is that of both models, or the Pilot's where it is alone; `given` are the Pilot's other arguments.
         """
         fused = isinstance(cache, TCopilotCache)
 

@@ -4,16 +4,15 @@ A gate scales the correction and is fitted on validation rows, after training, s
 expected squared error E‖p − p̂ − g f^C‖² that a gate of its kind can give (Theorem 4.1, beyond one λ). λ scales what is
 left as it scales f^C without a gate: λ = 0 is the Pilot, exactly. Gates are not in the paper.
 
-Adding a gate is one class here and an entry in `GATES`.
-
 Shapes: B batch, N targets, V vocabulary, T target tokens of a data set, F features.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,31 +24,37 @@ EDGES = (1, 2, 4, 8, 16, 32, 64)
 LEAST_TOKENS = 30
 """A bucket with fewer validation tokens takes the g of all tokens."""
 DIGITS = 4
-"""Fitted values are rounded, as an evaluation that is started again keeps its answers if the gate is the same."""
+"""Fitted values are rounded, so that an evaluation that is started again finds the same gate and keeps its answers."""
 LARGEST = 2.0
 """g of a token lies between 0 and this; a gate that learned nothing gives 1."""
 PENALTY = 1e-4
 """Weight of the squared coefficients beside the relative squared error."""
 
 
-class Gate(Protocol):
-    """How strongly each correction counts."""
+class Gate(ABC):
+    """How strongly each correction counts. A gate is a dataclass whose fields are its fitted values."""
 
+    per: ClassVar[str]
+
+    @abstractmethod
     def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, positions_BN: Tensor) -> Tensor:
         """Return g [B, N, 1], float32, from log p̂, f^C and the targets' positions, counted from 0."""
 
-    def settings(self) -> dict[str, Any]:
-        """What `build_gate` builds this gate from, in plain values."""
-
     @classmethod
+    @abstractmethod
     def fit(cls, seen: Observations) -> Gate:
         """Choose the gate with the least squared error on what was seen."""
 
+    def settings(self) -> dict[str, Any]:
+        """What `build_gate` builds this gate from, in plain values for `config.json`."""
+        return {"per": self.per, **asdict(self)}
+
 
 @dataclass(frozen=True)
-class PositionGate:
+class PositionGate(Gate):
     """One g for each bucket of positions 0, 1, 2–3, 4–7, …: λ* in closed form of that bucket's tokens."""
 
+    per = "position"
     values: list[float]
 
     def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, positions_BN: Tensor) -> Tensor:
@@ -58,10 +63,6 @@ class PositionGate:
         for edge, value in zip(EDGES, self.values[1:], strict=True):  # no tensor comes from the host
             gate_BN = torch.where(positions_BN >= edge, value, gate_BN)
         return gate_BN.unsqueeze(-1)
-
-    def settings(self) -> dict[str, Any]:
-        """Plain values for `config.json`."""
-        return {"per": "position", "values": self.values}
 
     @classmethod
     def fit(cls, seen: Observations) -> PositionGate:
@@ -76,9 +77,10 @@ class PositionGate:
 
 
 @dataclass(frozen=True)
-class TokenGate:
+class TokenGate(Gate):
     """g = 2 σ(c · x), x = (1, max p̂, entropy of p̂, ‖f^C‖): trust a correction by what both models show."""
 
+    per = "token"
     coefficients: list[float]
 
     def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, positions_BN: Tensor) -> Tensor:
@@ -86,10 +88,6 @@ class TokenGate:
         features = _features(log_probs_BNV, corrections_BNV).unbind(-1)
         score_BN = sum(c * feature_BN for c, feature_BN in zip(self.coefficients, features, strict=True))
         return LARGEST * torch.sigmoid(score_BN).unsqueeze(-1)
-
-    def settings(self) -> dict[str, Any]:
-        """Plain values for `config.json`."""
-        return {"per": "token", "coefficients": self.coefficients}
 
     @classmethod
     def fit(cls, seen: Observations) -> TokenGate:
@@ -111,7 +109,7 @@ class TokenGate:
         return cls([round(value, DIGITS) for value in coefficients_F.tolist()])
 
 
-GATES: dict[str, type[Gate]] = {"position": PositionGate, "token": TokenGate}
+GATES: dict[str, type[Gate]] = {gate.per: gate for gate in (PositionGate, TokenGate)}
 
 
 def build_gate(settings: Mapping[str, Any] | None) -> Gate | None:
@@ -146,14 +144,7 @@ class Observations:
 
     @classmethod
     def of(cls, log_probs_BNV: Tensor, corrections_BNV: Tensor, targets_BN: Tensor, mask_BN: Tensor) -> Observations:
-        """Observe a batch of targets, teacher-forced.
-
-        Args:
-            log_probs_BNV: log p̂, float32.
-            corrections_BNV: f^C without a gate.
-            targets_BN: target token ids.
-            mask_BN: True on targets; padding is left out.
-        """
+        """Observe a batch of targets, teacher-forced, by f^C without a gate; padding is left out."""
         errors_BNV = token_errors(log_probs_BNV.exp(), targets_BN)
         positions_BN = torch.arange(targets_BN.shape[1], device=targets_BN.device).expand_as(targets_BN)
         parts = (
@@ -167,8 +158,7 @@ class Observations:
     @classmethod
     def joined(cls, parts: list[Observations]) -> Observations:
         """Put the observations of many batches together."""
-        columns = zip(*((one.inner_T, one.energy_T, one.positions_T, one.features_TF) for one in parts), strict=True)
-        return cls(*(torch.cat(column) for column in columns))
+        return cls(*(torch.cat(columns) for columns in zip(*(vars(one).values() for one in parts), strict=True)))
 
 
 def _buckets(positions: Tensor) -> Tensor:

@@ -62,38 +62,25 @@ class LogAttention(nn.Module):
         return stock.o_proj(output_BNHD.flatten(2)), weights
 
 
-def log_positions(source_mask_BM: Tensor, states: int) -> tuple[Tensor, Tensor]:
-    """Return the positions of the log's rows and of the target positions: the Pilot's own.
+def log_positions(source_mask_BM: Tensor, targets: int) -> tuple[Tensor, Tensor]:
+    """Return the positions [B, 1 + M + N] of null row, X̃ and h, and those of the N targets [B, N]: the Pilot's own.
 
     Prompt token j of a row stands at its index among the real tokens; h_i and the query of target i stand where the
     Pilot predicted target i, at the prompt's length − 1 + i.
-
-    Args:
-        source_mask_BM: True on prompt tokens.
-        states: number N of target positions.
-
-    Returns:
-        Positions [B, 1 + M + N] of null row, X̃ and h, and positions [B, N] of the targets.
 
     >>> log_positions(torch.tensor([[False, True, True]]), 2)
     (tensor([[0, 0, 0, 1, 1, 2]]), tensor([[1, 2]]))
     """
     source_BM = (source_mask_BM.long().cumsum(-1) - 1).clamp_min(0)
     first_B1 = (source_mask_BM.long().sum(-1, keepdim=True) - 1).clamp_min(0)
-    targets_BN = first_B1 + torch.arange(states, device=source_mask_BM.device)
+    targets_BN = first_B1 + torch.arange(targets, device=source_mask_BM.device)
     return torch.cat([torch.zeros_like(first_B1), source_BM, targets_BN], dim=1), targets_BN
 
 
 def log_mask(source_mask_BM: Tensor, targets: int, context: str) -> Tensor:
-    """Return which rows of the log each target position may read (Eq. 5).
+    """Return which rows of the log each of N targets may read (Eq. 5), a boolean mask [B, N, 1 + M + N].
 
-    Args:
-        source_mask_BM: True on prompt tokens.
-        targets: number N of target positions.
-        context: `strict` (the paper's: i reads h_{<i}) or `inclusive` (i reads h_{≤i}).
-
-    Returns:
-        Boolean mask [B, N, 1 + M + N]; the null row is open to every query.
+    The null row is open to every query. In `strict` context (the paper's) i reads h_{<i}, in `inclusive` h_{≤i}.
 
     >>> log_mask(torch.tensor([[True]]), 2, "strict").int().tolist()
     [[[1, 1, 0, 0], [1, 1, 1, 0]]]

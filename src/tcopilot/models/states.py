@@ -29,10 +29,9 @@ class StatePooler:
     layer_range: str = "all"
 
     def __post_init__(self) -> None:
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling={self.pooling!r} is not one of {', '.join(POOLINGS)}")
-        if self.layer_range not in LAYER_RANGES:
-            raise ValueError(f"layer_range={self.layer_range!r} is not one of {', '.join(LAYER_RANGES)}")
+        for name, allowed in (("pooling", POOLINGS), ("layer_range", LAYER_RANGES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
 
     @torch.no_grad()
     def __call__(self, hidden_states: tuple[Tensor, ...], positions: slice = slice(None)) -> Tensor:
@@ -80,28 +79,22 @@ class PilotStates:
 def trace_pilot(pilot: PreTrainedModel, batch: Batch, pooler: StatePooler) -> PilotStates:
     """Run the Pilot on a batch and keep X̃, h̄ and the logits of the target positions (Section 2.1).
 
-    Args:
-        pilot: any causal or sequence-to-sequence language model of transformers.
-        batch: prompts and targets, see `Batch`.
-        pooler: the pooling of h over layers.
-
-    Returns:
-        The states; all are detached but `logits_BNV`.
+    All states are detached but `logits_BNV`.
     """
-    trace = _trace_encoder_decoder if pilot.config.is_encoder_decoder else _trace_decoder_only
-    logits_BNV, source_BMP, states_BNP, head_input_BNP = trace(pilot, batch, pooler)
+    run = _run_encoder_decoder if pilot.config.is_encoder_decoder else _run_decoder_only
+    logits_BNV, source_BMP, hidden_states, predicting = run(pilot, batch)
     return PilotStates(
         logits_BNV,
         source_BMP.detach(),
         batch.source_mask_BM,
-        states_BNP,
+        pooler(hidden_states, predicting),
         batch.target_ids_BN,
         batch.target_mask_BN,
         batch.ids_B,
         batch.benchmark_B,
-        None if pilot.config.is_encoder_decoder else batch.source_ids_BM,
-        head_input_BNP.detach(),
-        pilot,
+        source_ids_BM=None if pilot.config.is_encoder_decoder else batch.source_ids_BM,
+        head_input_BNP=hidden_states[-1][:, predicting].detach(),
+        pilot=pilot,
     )
 
 
@@ -114,7 +107,8 @@ def position_ids(mask_BM: Tensor) -> Tensor:
     return (mask_BM.long().cumsum(-1) - 1).clamp_min(0)
 
 
-def _trace_decoder_only(pilot, batch, pooler):
+def _run_decoder_only(pilot, batch):
+    """Logits of the targets, X̃, hidden states, and the positions among these that predict a target."""
     prompt, length = batch.source_ids_BM.shape[1], batch.target_ids_BN.shape[1]
     mask = torch.cat([batch.source_mask_BM, batch.target_mask_BN], dim=1)
     out = pilot(
@@ -125,12 +119,10 @@ def _trace_decoder_only(pilot, batch, pooler):
         use_cache=False,
         logits_to_keep=torch.arange(prompt - 1, prompt - 1 + length, device=mask.device),
     )
-    predicting = slice(prompt - 1, prompt - 1 + length)
-    hidden = out.hidden_states
-    return out.logits, hidden[0][:, :prompt], pooler(hidden, predicting), hidden[-1][:, predicting]
+    return out.logits, out.hidden_states[0][:, :prompt], out.hidden_states, slice(prompt - 1, prompt - 1 + length)
 
 
-def _trace_encoder_decoder(pilot, batch, pooler):
+def _run_encoder_decoder(pilot, batch):
     start = batch.target_ids_BN.new_full((len(batch), 1), pilot.config.decoder_start_token_id)
     out = pilot(
         input_ids=batch.source_ids_BM,
@@ -139,5 +131,4 @@ def _trace_encoder_decoder(pilot, batch, pooler):
         output_hidden_states=True,
         use_cache=False,
     )
-    hidden = out.decoder_hidden_states
-    return out.logits, out.encoder_last_hidden_state, pooler(hidden), hidden[-1]
+    return out.logits, out.encoder_last_hidden_state, out.decoder_hidden_states, slice(None)

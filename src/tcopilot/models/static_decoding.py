@@ -177,15 +177,7 @@ def sample(
     generation_config: GenerationConfig,
     **model_kwargs: Any,
 ) -> Any:
-    """Greedy decoding or sampling as transformers does it, by static caches.
-
-    Args:
-        model: the fused model.
-        input_ids: prompts, or start tokens with an encoder.
-        logits_processor: changes the scores before a token is chosen.
-        stopping_criteria: tell which rows have ended.
-        generation_config: settings of `generate`.
-        **model_kwargs: arguments of the model's forward pass.
+    """Decode greedily or by sampling with static caches; arguments are those of transformers' `_sample`.
 
     Returns:
         What `generate` returns without static caches, but for hidden states, attentions and caches.
@@ -205,7 +197,10 @@ def sample(
         for name, values_BV in (("scores", scores_BV), ("logits", logits_BV)):
             if getattr(generation_config, f"output_{name}"):
                 kept[name].append(values_BV.clone())
-        token_B = _choose(scores_BV, generation_config.do_sample)
+        if generation_config.do_sample:
+            token_B = torch.multinomial(scores_BV.softmax(-1), 1)[:, 0]
+        else:
+            token_B = scores_BV.argmax(-1)
         if can_end:
             token_B = torch.where(open_B > 0, token_B, generation_config._pad_token_tensor)
         tokens_BT[:, at] = token_B
@@ -221,10 +216,6 @@ def sample(
         return sequences
     found = GenerateEncoderDecoderOutput if model.config.is_encoder_decoder else GenerateDecoderOnlyOutput
     return found(sequences=sequences, **{name: tuple(values[:taken]) or None for name, values in kept.items()})
-
-
-def _choose(scores_BV: Tensor, do_sample: bool) -> Tensor:
-    return torch.multinomial(scores_BV.softmax(-1), 1)[:, 0] if do_sample else scores_BV.argmax(-1)
 
 
 def _patience(tokens: Tensor) -> int:

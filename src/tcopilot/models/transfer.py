@@ -6,17 +6,13 @@ from transformers import PreTrainedTokenizerBase
 
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.fused_model import TCopilotModel
-from tcopilot.models.modeling import fused_class
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 
 
 def transfer_problems(pilot: ModelSource, trained: TCopilotConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What keeps a Copilot from reading another Pilot: family, tokenizer, vocabulary or width. No weights are loaded.
+    """What keeps the Copilot of an export from reading another Pilot; no weights are loaded.
 
-    Args:
-        pilot: the other Pilot.
-        trained: config of the export whose Copilot is to be used.
-        tokenizer: the one it was trained with.
+    Both Pilots must have the same family, width and vocabulary, and the same tokenizer.
     """
     if trained.copilot is None:
         return ["copilot.path: this export has no Copilot (copilot=none), so there is nothing to put on another Pilot"]
@@ -42,7 +38,6 @@ def transfer_problems(pilot: ModelSource, trained: TCopilotConfig, tokenizer: Pr
 
 def put_on(pilot: ModelSource, trained: TCopilotModel, tokenizer: PreTrainedTokenizerBase) -> TCopilotModel:
     """Return a fused model of another Pilot and the Copilot of a trained model, which is left without one."""
-    other, config = pilot.load(tokenizer), trained.config
-    cls = fused_class(config.is_encoder_decoder)
-    fusion = {"fusion": config.fusion, "weight": config.weight, "feedback": config.feedback}
-    return cls.from_pilot(other, trained.detach_copilot(), **fusion)
+    config = trained.config
+    options = {"fusion": trained.fusion, "weight": config.weight, "feedback": config.feedback}
+    return type(trained).from_pilot(pilot.load(tokenizer), trained.detach_copilot(), **options)

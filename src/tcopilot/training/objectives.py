@@ -1,7 +1,7 @@
 """What the Copilot is trained to do: the paper's RMSE on ℓ (Eq. 7) and the losses of its ablation (Section F.4).
 
 Adding an objective is one class here and one YAML in `configs/objective`. Each gives a loss per target token, which is
-summed in chunks (`chunked.py`), and a reduction of sum and count over the whole batch, all ranks included.
+summed in chunks (`chunked_loss.py`), and a reduction of sum and count over the whole batch, all ranks included.
 
 Shapes: R target tokens, V vocabulary.
 """
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tcopilot.functional import fuse_probabilities, root_mean_square, token_errors
 from tcopilot.mistake_log.log import MistakeRecord
-from tcopilot.models.chunked import chunked_sum
 from tcopilot.models.copilot import Copilot
+from tcopilot.training.chunked_loss import chunked_sum
 
 
 class Objective(Protocol):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tcopilot.data.batch import Batch
 from tcopilot.functional import fuse_probabilities, token_errors
-from tcopilot.models.chunked import CHUNK_ELEMENTS
+from tcopilot.models.error_input import CHUNK_ELEMENTS
 from tcopilot.reporting.theorem.parabola import (
     EntrySums,
     Floats,
