@@ -261,11 +261,6 @@ class TCopilotCache(Cache):
         raise ValueError(CANNOT_UNDO)
 
 
-def is_repeatable(cache: Cache | None) -> bool:
-    """Whether rows of a cache can be repeated after it was filled; static caches have their rows from the start."""
-    return isinstance(of_pilot(cache), DynamicCache | EncoderDecoderCache)
-
-
 def of_pilot(cache: Cache | None) -> Cache | None:
     """The Pilot's part of a cache, which may be the whole of it."""
     return cache.pilot if isinstance(cache, TCopilotCache) else cache

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import ModelOutput
 
-from tcopilot.models.caches import TCopilotCache, is_repeatable, of_pilot, with_room
+from tcopilot.models.caches import TCopilotCache, of_pilot, with_room
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.copilot import Copilot, CopilotConfig
 from tcopilot.models.decoding import Beside, advance, conclude, correct_text
@@ -174,7 +174,8 @@ class TCopilotModel(PreTrainedModel):
         if cache is None and use_cache and not self._is_pilot_only(weights_B):
             cache = TCopilotCache(self._new_pilot_cache())
         past = 0 if cache is None else cache.get_seq_length()
-        return cache, past, 1 if past or not is_repeatable(cache) else copies
+        can_repeat_rows = isinstance(of_pilot(cache), DynamicCache | EncoderDecoderCache)  # a static cache cannot
+        return cache, past, copies if can_repeat_rows and not past else 1
 
     def _pooled(self, out: ModelOutput, positions: slice = slice(None)) -> Tensor | None:
         """h̄ of the targets; None without a Copilot to read it."""
