@@ -92,7 +92,7 @@ def _with_room(held_RHSD: Tensor, columns: int) -> Tensor:
 
 
 def let_go(tensor: Tensor) -> None:
-    """Keep a tensor's memory until the present stream is done with it, whichever stream it was made on."""
+    """Before a tensor is dropped, tell CUDA to keep its memory until the work queued on this stream is done."""
     if tensor.is_cuda:
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
@@ -198,7 +198,7 @@ class CopilotState:
                 setattr(self, name, rearrange(getattr(self, name)))
 
     def grow(self) -> tuple[Tensor, Tensor]:
-        """Make place for a row of the log.
+        """Make room for one more row of the log.
 
         Returns:
             The additive masks of the next target, over the errors [1, 1, 1, K] and over the log [B, 1, 1, S].
