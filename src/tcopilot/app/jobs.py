@@ -33,12 +33,7 @@ SHOWN = 8  # keys that differ, in a message
 
 
 class JobFolder:
-    """The folder of a job, which is also its run directory.
-
-    Args:
-        folder: where it is.
-        settings: all that decides what the job finds; nested dictionaries of plain values.
-    """
+    """The folder of a job, which is also its run directory; `settings` are all that decides what the job finds."""
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
         self.run, self.settings = RunDirectory(folder), settings

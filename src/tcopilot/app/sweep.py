@@ -65,11 +65,7 @@ def in_multirun() -> bool:
 
 
 def job(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float:
-    """Run a config. As a job of a sweep: only if it is not done yet, and from its newest checkpoint.
-
-    Args:
-        cfg: the composed config.
-        run: trains or evaluates it and returns its `validation_gain`.
+    """Run a config and return its `validation_gain`; a job of a sweep is done once, and goes on where it was left.
 
     Raises:
         ConfigError: if the folder holds a job of another config, or the sweep cannot work.
@@ -101,8 +97,8 @@ def job(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float:
 def validation_gain(results: Results) -> float:
     """The figure that sweepers maximise: the gain in the first benchmark's metric on the rows that λ was chosen on.
 
-    Not the gain reported, which is of test rows: a sweep that saw it would choose on test. Where lower is better the
-    sign is turned.
+    It is not the reported gain, since a sweep that maximised that one would select on test rows. The sign is turned
+    where lower is better.
     """
     if not results.gain:
         return 0.0
@@ -113,19 +109,14 @@ def validation_gain(results: Results) -> float:
 
 
 def report_failure(error: Exception, explained: bool) -> None:
-    """Print what ended a job and leave it in the job's folder; the sweep goes on.
-
-    Args:
-        error: what was raised.
-        explained: whether its message says all that a user needs, so that no traceback is printed.
-    """
+    """Print the error that ended a job and note it in the job's folder; no traceback if its message explains it."""
     trace = "".join(traceback.format_exception(error))
     print(f"error: {error}" if explained else trace, file=sys.stderr, flush=True)
     note_failure(_output_dir(), str(error) if explained else f"{type(error).__name__}: {error}", trace)
 
 
 def how_to_restart(sweep_dir: str) -> str:
-    """What to do about a sweep that did not finish."""
+    """Say how to go on with a sweep that did not finish."""
     return (
         f"Start the sweep again with the same command and hydra.sweep.dir={sweep_dir}: finished jobs are skipped, "
         f"others go on from their newest checkpoint"
@@ -133,12 +124,7 @@ def how_to_restart(sweep_dir: str) -> str:
 
 
 def sweep_problems(cfg: DictConfig, hydra: DictConfig) -> list[str]:
-    """What makes a sweep, or a job of it, impossible or wasteful.
-
-    Args:
-        cfg: the composed config, of the sweep or of a job.
-        hydra: Hydra's own part of it.
-    """
+    """Say what makes a sweep, or a job of it, impossible or wasteful; `hydra` is Hydra's own part of the config."""
     overrides, problems = _overrides(hydra), []
     for override in overrides:
         if override.key_or_group == "fusion.weight" and override.is_sweep_override() and "run" not in cfg:
@@ -170,15 +156,15 @@ def sweep_problems(cfg: DictConfig, hydra: DictConfig) -> list[str]:
 
 
 class SweepCallback(Callback):
-    """Hydra's callback around a whole multirun: refuses it, names its folders, and ends it with the right status."""
+    """Hydra's callback around a whole sweep: refuses what cannot work, names the folders, and sets the exit status."""
 
     def __init__(self) -> None:
         self.before: dict[Path, int] = {}
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Refuse what cannot work before any job starts; settle the folders.
+        """Refuse what cannot work before any job starts, and fix the folders.
 
-        All jobs share one sweep folder, also if their names differ, and their own are named by what they do not share.
+        Jobs with different `name` still share one sweep folder, and each job's own is named by what is swept.
         """
         if problems := sweep_problems(config, config.hydra):
             print(f"error: {ConfigError(problems)}", file=sys.stderr, flush=True)
@@ -208,7 +194,7 @@ class SweepCallback(Callback):
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved config without what does not change the result, wherever its folder lies."""
+    """The resolved config without what does not change the result: some keys, and where the folder lies."""
     text = OmegaConf.to_yaml(cfg, resolve=True).replace(str(cfg.paths.run_dir), "<run_dir>")
     settings = OmegaConf.to_container(OmegaConf.create(text))
     return {key: value for key, value in settings.items() if key not in NOT_COMPARED}
@@ -237,14 +223,14 @@ def _isolated() -> Iterator[None]:
 
 
 def _overrides(hydra: DictConfig) -> list[Override]:
-    """Overrides of the command line and of the sweeper's config."""
+    """Overrides from the command line and from the sweeper's config."""
     params = OmegaConf.select(hydra, "sweeper.params") or {}
     given = [*(f"{key}={value}" for key, value in params.items()), *hydra.overrides.task]
     return OverridesParser.create().parse_overrides(given)
 
 
 def _single_runs(hydra: DictConfig, overrides: list[Override]) -> list[str]:
-    """The command of every job by itself; what only a sweeper can expand stays as it is."""
+    """The command that runs each job by itself; values that only a sweeper can expand stay as they are."""
     values: dict[str, list[str]] = {}
     for override in overrides:
         if override.is_choice_sweep() or override.is_range_sweep():
@@ -257,11 +243,11 @@ def _single_runs(hydra: DictConfig, overrides: list[Override]) -> list[str]:
 
 
 def _output_dir() -> Path:
-    """Where Hydra puts this job; a job with `resume=…` goes on in another folder."""
+    """The folder that Hydra gave this job; one with `resume=…` writes to the folder of the run that it resumes."""
     return Path(HydraConfig.get().runtime.output_dir)
 
 
 def _failures(config: DictConfig) -> dict[Path, int]:
-    """Notes of failed jobs in the sweep's folder, also of earlier starts, and when each was written."""
+    """The notes of failed jobs in the sweep's folder, also from earlier starts, and when each was written."""
     found = sorted(Path(config.hydra.sweep.dir).glob(f"*/{RunDirectory.failed.name}"))
     return {path: path.stat().st_mtime_ns for path in found}
