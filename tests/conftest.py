@@ -1,118 +1,62 @@
+"""Fixtures for tests of models: functions of `helpers/family_models.py`.
+
+Nothing large is imported here, since the process that hands tests to the workers of xdist reads this file before it
+starts them.
+"""
+
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from tcopilot.data.batch import Batch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
-import pytest
-import torch
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    BartConfig,
-    Gemma2Config,
-    GemmaConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-    T5Config,
-    logging,
-)
 
-from tcopilot.data.batch import Batch
+def pytest_collection_finish() -> None:
+    """One thread for each process, and no warnings of transformers among what tests read."""
+    import torch
+    from transformers import logging
 
-torch.set_num_threads(1)
-logging.set_verbosity_error()
-logging.disable_progress_bar()
-
-VOCAB = 56
-_TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-_DECODER_ONLY = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "gemma": GemmaConfig,
-    "gemma2": Gemma2Config,
-}
-
-
-def _config(family: str, width: int, layers: int, changes: dict):
-    if family == "t5":
-        shape = {"d_model": width, "d_kv": 8, "num_heads": 4, "d_ff": 64}
-        depth = {"num_layers": layers, "num_decoder_layers": layers}
-        return T5Config(**_TOKENS | shape | depth | {"decoder_start_token_id": 0} | changes)
-    if family == "bart":
-        shape = {"d_model": width, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 128}
-        depth = {"encoder_layers": 2, "decoder_layers": layers}
-        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-        rest = {"decoder_start_token_id": 2, "forced_eos_token_id": None}
-        return BartConfig(**_TOKENS | shape | depth | heads | rest | changes)
-    shape = {"hidden_size": width, "intermediate_size": 64, "head_dim": 8, "max_position_embeddings": 128}
-    depth = {"num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return _DECODER_ONLY[family](**_TOKENS | shape | depth | changes)
-
-
-def _perturb(module: nn.Module, scale: float, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=generator)
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 @pytest.fixture
-def tiny_pilot() -> Callable[..., PreTrainedModel]:
-    """Build a tiny Pilot of a family from a config, perturbed so that its outputs depend on everything."""
+def tiny_pilot() -> "Callable[..., PreTrainedModel]":
+    """Build a tiny Pilot of a family."""
+    from family_models import tiny_pilot
 
-    def build(family: str = "llama", *, width: int = 32, layers: int = 4, seed: int = 0, **changes) -> PreTrainedModel:
-        torch.manual_seed(seed)
-        auto = AutoModelForSeq2SeqLM if family in ("t5", "bart") else AutoModelForCausalLM
-        pilot = auto.from_config(_config(family, width, layers, changes))
-        _perturb(pilot, 0.15, seed)
-        return pilot.eval()
-
-    return build
+    return tiny_pilot
 
 
 @pytest.fixture
-def randomise() -> Callable[..., nn.Module]:
+def randomise() -> "Callable[..., nn.Module]":
     """Move every parameter of a Copilot, so that its corrections are not zero."""
+    from family_models import perturb
 
-    def move(copilot: nn.Module, scale: float = 0.2, seed: int = 1) -> nn.Module:
-        _perturb(copilot, scale, seed)
-        return copilot
-
-    return move
+    return perturb
 
 
 @pytest.fixture
-def prompts() -> Callable[..., dict[str, torch.Tensor]]:
-    """Three prompts of 7 tokens, or of 5, 3 and 7 tokens padded on the family's side."""
+def prompts() -> "Callable[..., dict[str, torch.Tensor]]":
+    """Make three prompts for a Pilot, of different lengths if asked."""
+    from family_models import prompts
 
-    def make(pilot: PreTrainedModel, padded: bool = False) -> dict[str, torch.Tensor]:
-        ids = torch.randint(3, VOCAB, (3, 7), generator=torch.Generator().manual_seed(3))
-        mask = torch.ones_like(ids)
-        if padded and pilot.config.is_encoder_decoder:
-            mask[0, 5:] = mask[1, 3:] = 0
-        elif padded:
-            mask[0, :2] = mask[1, :4] = 0
-        return {"input_ids": ids * mask, "attention_mask": mask}
-
-    return make
+    return prompts
 
 
 @pytest.fixture
-def make_batch(prompts) -> Callable[..., Batch]:
-    """The three prompts with targets of 5, 3 and 4 tokens, right-padded."""
+def make_batch() -> "Callable[..., Batch]":
+    """Make a batch of three rows for a Pilot."""
+    from family_models import make_batch
 
-    def make(pilot: PreTrainedModel, padded: bool = True) -> Batch:
-        tokens = prompts(pilot, padded)
-        targets = torch.randint(3, VOCAB, (3, 5), generator=torch.Generator().manual_seed(4))
-        lengths = torch.tensor([5, 3, 4])
-        mask = torch.arange(5) < lengths[:, None]
-        source = (tokens["input_ids"], tokens["attention_mask"].bool())
-        return Batch(*source, targets * mask, mask, torch.arange(3), torch.zeros(3, dtype=torch.long))
-
-    return make
+    return make_batch

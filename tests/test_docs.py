@@ -332,6 +332,7 @@ def test_a_fusion_rule_is_added_by_a_class_and_a_yaml(extended, tmp_path, monkey
     assert any(isinstance(weight, torch.Tensor) and weight.max() == 4 for weight in asked)
 
 
+@pytest.mark.slow
 def test_the_programs_find_classes_beside_them(extended, tmp_path):
     """A new process knows of the rule from the config of the run alone."""
     command = [*documented("train", "mistake_log"), "fusion=unsure"]

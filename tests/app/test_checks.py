@@ -319,7 +319,7 @@ def test_a_refusal_is_one_message_and_status_1(tmp_path, capsys):
 
 
 def test_the_program_refuses_without_a_traceback(tmp_path):
-    done = composed.program("train.py", *composed.SMALL, "fusion.weight=-1", f"hydra.run.dir={tmp_path}/run")
+    done = composed.forked("train.py", *composed.SMALL, "fusion.weight=-1", f"hydra.run.dir={tmp_path}/run")
     assert done.returncode == 1
     assert "fusion.weight=-1: λ must be 0" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout

@@ -2,14 +2,12 @@
 
 import re
 import shlex
-from functools import cache
 from pathlib import Path
 
 import composed
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -38,16 +36,9 @@ CHANGES = [*files("experiment", "control"), *ABLATIONS, *files("experiment", "va
 ROWS = [name for name in files("experiment") if "/" in name and name not in CHANGES]  # the paper's
 
 
-@cache
-def with_hydra(*overrides: str) -> DictConfig:
-    """A composed config with Hydra's own settings; read it only."""
-    with initialize_config_dir(str(composed.CONFIGS), version_base="1.3"):
-        return compose("train", list(overrides), return_hydra_config=True)
-
-
-def choices(*overrides: str) -> dict[str, str]:
-    """The value of every config group."""
-    return OmegaConf.to_container(with_hydra(*overrides).hydra.runtime.choices)
+def own(group: str, name: str) -> dict:
+    """What a config's file says itself, without what it inherits."""
+    return yaml.safe_load((composed.CONFIGS / group / f"{name}.yaml").read_text()) or {}
 
 
 def leaves(node: dict, prefix: str = "") -> dict[str, object]:
@@ -83,7 +74,7 @@ def test_every_experiment_gives_parts_that_can_be_built(name, tmp_path):
 @pytest.mark.parametrize("name", files("experiment"))
 def test_an_experiment_sets_only_keys_that_exist_without_it(name):
     """Hydra merges a config group's unknown keys in silence, so a misspelt one would be lost."""
-    given = choices(f"experiment={name}")
+    given = composed.choices(f"experiment={name}")
     kept = [f"{key}={value}" for key, value in given.items() if value and not key.startswith(("hydra", "experiment"))]
     plain = composed.compose_config(*kept)
     values = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text())
@@ -165,9 +156,7 @@ def test_a_pilot_is_trained_as_in_the_paper(name):
         assert re.fullmatch(r"[\w-]+/[\w.-]+", cfg.path)
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in files("copilot") if composed.compose_config(f"copilot={name}").copilot.path]
-)
+@pytest.mark.parametrize("name", [name for name in files("copilot") if own("copilot", name).get("path")])
 def test_a_copilot_has_a_head_that_its_training_allows(name):
     cfg = composed.compose_config(f"copilot={name}").copilot
     if "t5" in name:
@@ -177,7 +166,7 @@ def test_a_copilot_has_a_head_that_its_training_allows(name):
 
 
 def test_the_command_line_wins_over_an_experiment():
-    given = choices("experiment=llama_3_2_3b/arithmetic", "copilot=llama_3_2_3b", "data=gsm8k")
+    given = composed.choices("experiment=llama_3_2_3b/arithmetic", "copilot=llama_3_2_3b", "data=gsm8k")
     assert (given["pilot"], given["copilot"], given["data"]) == ("llama_3_2_3b", "llama_3_2_3b", "gsm8k")
     kept = composed.compose_config("experiment=llama_3_2_3b/arithmetic", "copilot=llama_3_2_3b").copilot
     assert (kept.path, kept.optimizer.lr) == ("meta-llama/Llama-3.2-3B", 3e-4)  # Table 6 stays in force
@@ -193,7 +182,9 @@ def test_the_command_line_wins_over_an_experiment():
     ],
 )
 def test_an_ablation_brings_its_sweep(name, key, values):
-    sweep = OmegaConf.to_container(with_hydra(f"experiment=ablation/{name}").hydra.sweeper.params)
+    sweep = OmegaConf.to_container(
+        composed.compose_whole(f"experiment=ablation/{name}", with_hydra=True).hydra.sweeper.params
+    )
     assert {k: str(v).split(",") for k, v in sweep.items()} == {key: values}
     for value in values:
         assert (
@@ -204,7 +195,7 @@ def test_an_ablation_brings_its_sweep(name, key, values):
 def test_an_ablation_and_a_row_combine():
     both = ("experiment=[ablation/pattern,llama_3_2_1b/arithmetic]", "copilot.pattern=2")
     cfg = composed.compose_config(*both)
-    assert choices(*both)["data"] == "arithmetic"
+    assert composed.choices(both[0])["data"] == "arithmetic"
     assert (cfg.copilot.pattern, cfg.pilot.optimizer.lr, cfg.evaluation.max_new_tokens) == (2, 2e-4, 256)
 
 
@@ -254,13 +245,13 @@ def commands() -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize("overrides", commands(), ids=" ".join)
 def test_every_documented_command_composes(overrides):
-    assert config_problems(with_hydra(*overrides, ON_A_CPU)) == []
+    assert config_problems(composed.compose_config(*overrides, ON_A_CPU)) == []
 
 
 def test_every_row_and_every_model_is_documented():
     rows = {name for part in sum(commands(), ()) if part.startswith("experiment=") for name in NAME.findall(part)}
     assert set(ROWS) - set(files("experiment", "paper")) <= rows
-    given = [choices(*overrides, ON_A_CPU) for overrides in commands()]
+    given = [composed.choices(*overrides, ON_A_CPU) for overrides in commands()]
     for group, others in (("pilot", ("tiny", "smollm2", "lora")), ("copilot", ("equal", "half", "lora"))):
         used = {choice[group] for choice in given}
         assert {name for name in files(group) if not name.startswith(others)} <= used

@@ -85,9 +85,9 @@ def fits(monkeypatch) -> list[int]:
 def swept(tmp_path_factory) -> SimpleNamespace:
     """Three jobs, the one in the middle impossible; then the same sweep again with a fourth."""
     folder = tmp_path_factory.mktemp("sweep") / "jobs"
-    first = composed.program("train.py", "-m", *SHORT, "copilot.layers=1,99,2", f"hydra.sweep.dir={folder}")
+    first = composed.forked("train.py", "-m", *SHORT, "copilot.layers=1,99,2", f"hydra.sweep.dir={folder}")
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/results.json")}
-    again = composed.program("train.py", "-m", *SHORT, "copilot.layers=1,99,2,0.5", f"hydra.sweep.dir={folder}")
+    again = composed.forked("train.py", "-m", *SHORT, "copilot.layers=1,99,2,0.5", f"hydra.sweep.dir={folder}")
     return SimpleNamespace(folder=folder, first=first, again=again, times=times)
 
 
@@ -123,7 +123,7 @@ def test_a_sweep_started_again_trains_only_what_is_missing(swept):
 
 def test_a_sweep_on_two_devices_is_refused_with_the_commands_to_use(tmp_path):
     two = ["trainer=two_ranks"]
-    done = composed.program("train.py", "-m", *two, "seed=0,1", "data.path=a b", f"hydra.sweep.dir={tmp_path}/jobs")
+    done = composed.forked("train.py", "-m", *two, "seed=0,1", "data.path=a b", f"hydra.sweep.dir={tmp_path}/jobs")
     assert done.returncode == 1
     assert not (tmp_path / "jobs").exists()
     for line in (

@@ -964,7 +964,7 @@ def test_a_traceback_is_there_for_whoever_asks(capsys, tmp_path):
     ids=["unknown key", "unknown group", "two problems", "reference to nothing", "no data", "no run"],
 )
 def test_the_programs_say_it_without_a_traceback(script, overrides, says, tmp_path):
-    done = composed.program(script, *overrides, f"hydra.run.dir={tmp_path}/run")
+    done = composed.forked(script, *overrides, f"hydra.run.dir={tmp_path}/run")
     assert done.returncode == 1
     assert says in done.stderr
     assert "Traceback" not in done.stderr + done.stdout

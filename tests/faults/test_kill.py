@@ -41,15 +41,14 @@ def figures(folder: Path) -> list[dict[str, str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_killed_ten_times_ends_as_if_nothing_had_happened(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(composed.__file__).parent))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    ran = composed.program("train.py", *SETTINGS, f"hydra.run.dir={whole}")
+    ran = composed.forked("train.py", *SETTINGS, f"hydra.run.dir={whole}")
     assert ran.returncode == 0, ran.stderr
 
     def go_on():
         if any((killed / "checkpoints").glob("round=*")):
-            return composed.program("train.py", f"resume={killed}", f"hydra.run.dir={tmp_path}/hydra")
-        return composed.program("train.py", *SETTINGS, f"hydra.run.dir={killed}")
+            return composed.forked("train.py", f"resume={killed}", f"hydra.run.dir={tmp_path}/hydra")
+        return composed.forked("train.py", *SETTINGS, f"hydra.run.dir={killed}")
 
     assert len(kills()) == 10
     for kill in kills():

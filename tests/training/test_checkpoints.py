@@ -5,9 +5,9 @@ import logging
 import os
 import pickle
 import random
+import resource
 import shutil
-import subprocess
-import sys
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +15,10 @@ import composed
 import pytest
 import torch
 from omegaconf import OmegaConf
-from processes import run_in_processes
+from processes import Forked, run_in_processes
 from resumable_run import ROUNDS, Run, assert_equal, assert_same_end
 from safetensors import SafetensorError
+from small_training import EachRound
 from torch import distributed
 
 import tcopilot
@@ -483,23 +484,19 @@ def test_the_first_save_that_fails_says_to_start_anew(tmp_path):
 
 def test_a_full_disk_ends_the_run_with_one_clear_error_and_leaves_the_last_checkpoint(tmp_path):
     """Where the disk is full is simulated by a limit on the size of files, which grows too small with the log."""
-    program = f"""
-import resource, signal, sys
-sys.path[:0] = {sys.path!r}
-from resumable_run import Run
-from small_training import EachRound
-from tcopilot.training.checkpoints import CheckpointError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-def fill(trainer, module):
-    if module.round == 6:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-    Run("llama", {str(tmp_path / "checkpoints")!r}, every=3, callbacks=[EachRound(fill)]).fit()
-except CheckpointError as error:
-    print("error:", error)
-"""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200)
+
+    def fill(trainer, module):
+        if module.round == 6:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    def fit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            Run("llama", tmp_path / "checkpoints", every=3, callbacks=[EachRound(fill)]).fit()
+        except CheckpointError as error:
+            print("error:", error)
+
+    ran = Forked(fit).wait(timeout=200)
     assert ran.returncode == 0, ran.stderr
     (said,) = [line for line in ran.stdout.splitlines() if line.startswith("error:")]
     assert f"{tmp_path}/checkpoints/round=9 could not be saved: " in said
@@ -689,21 +686,22 @@ def test_when_one_process_cannot_write_none_is_left_waiting(tmp_path):
 
 def _train(folder):
     """Train, stop by a signal that only the second process gets, resume, and compare with a run in one go."""
-    import signal
-
     from tcopilot.training.callbacks import GracefulStop
     from tcopilot.training.callbacks.graceful_stop import SIGNALS
 
     rank = distributed.get_rank()
     strategy = {"strategy": "ddp", "devices": 2, "num_nodes": 1}
     os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": "29999", "TORCHELASTIC_RUN_ID": "test", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    os.environ |= {
+        "MASTER_PORT": str(30500 + os.getppid() % 1000),
+        "TORCHELASTIC_RUN_ID": "test",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "0",
+    }
 
     def press(trainer, module):
         if module.round == 3 and rank == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-
-    from small_training import EachRound
 
     whole = Run("t5", folder / "whole", every=4, trainer=strategy).fit()
     cut = Run("t5", folder / "cut", every=2, trainer=strategy, callbacks=[EachRound(press)]).fit()
