@@ -419,13 +419,21 @@ KINDS = {
     "Tensorboard": ["logger=tensorboard"],
     "Llama": LLAMA,
 }
+FAST = (
+    *("top-k log", "balanced", "soft head", "own feedback", "logits", "beam search", "micro batches", "stream"),
+    *("passes instead of rounds", "linear schedule", "Llama"),
+)  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
+)
 def test_every_kind_of_run_trains_evaluates_and_exports(kind, tmp_path):
     budget = ["+unused=0"] if kind == "passes instead of rounds" else []
     warm = ["copilot.scheduler.num_warmup_steps=0"]
+    if kind == "Tensorboard":
+        pytest.importorskip("tensorboard")
     folder = composed.train(tmp_path / "run", *SHORT, *warm, *KINDS[kind], *budget)
     found = composed.results(folder)
     assert found["rounds"] == (2 if budget else 4)
