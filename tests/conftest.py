@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from tests that need none: they are the same everywhere, and a process that used one cannot be forked."""
+    if "not gpu" in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_finish() -> None:
     """One thread for each process, and no warnings of transformers among what tests read."""
     import torch
