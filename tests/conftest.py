@@ -21,7 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide GPUs from tests that need none: they are the same everywhere, and a process that used one cannot be forked."""
+    """Hide GPUs from tests that need none: they are alike everywhere, and a process that used one cannot be forked."""
     if "not gpu" in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
