@@ -160,6 +160,23 @@ def test_two_metrics_of_one_name_are_refused():
         ExactMatch(name="count", more_metrics=[Metric("accuracy")])
     with pytest.raises(DataError, match="metric=7: expected a text or a metric"):
         ExactMatch(name="count", metric=7)
+    with pytest.raises(DataError, match=r"more_metrics=.*: expected a list of metrics with their _target_"):
+        ExactMatch(name="count", more_metrics=["macro_f1"])
+    with pytest.raises(DataError, match="more_metrics=5: expected a list of metrics with their _target_"):
+        ExactMatch(name="count", more_metrics=5)
+
+
+@dataclass(frozen=True)
+class Broken(Metric):
+    name: str = "broken"
+
+    def score(self, answer: Answer) -> float:
+        return float("nan")
+
+
+def test_a_score_that_is_no_finite_number_is_refused_at_the_first_row():
+    with pytest.raises(DataError, match=r"the metric broken gave nan .*'four'; a score must be a finite number"):
+        ExactMatch(name="count", metric=Broken()).score("four", "4")
 
 
 def test_macro_f1_weighs_classes_alike():

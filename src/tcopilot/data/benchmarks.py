@@ -163,8 +163,19 @@ class Benchmark(ABC):
         return self.judge(self.read(prediction, answer))
 
     def judge(self, answer: Answer) -> dict[str, float]:
-        """Score an answer by each metric that is a mean over rows."""
-        return {metric.name: metric.score(answer) for metric in self.metrics if not isinstance(metric, CorpusMetric)}
+        """Score an answer by each metric that is a mean over rows.
+
+        Raises:
+            DataError: If a score is not a finite number.
+        """
+        scores = {metric.name: metric.score(answer) for metric in self.metrics if not isinstance(metric, CorpusMetric)}
+        for name, score in scores.items():
+            if not isinstance(score, int | float) or not math.isfinite(score):
+                raise DataError(
+                    f"{self.name}: the metric {name} gave {score!r} for the answer {answer.text!r:.80}; a score must "
+                    "be a finite number"
+                )
+        return scores
 
     def impossible(self, figures: Mapping[str, float]) -> list[str]:
         """Say which figures of the benchmark's metrics contradict each other; most metrics never do."""
@@ -212,8 +223,8 @@ class Benchmark(ABC):
                 f"data.benchmarks: {self.name!r} becomes part of file names; give a name of letters, digits and "
                 f"_ . + -, at most {LONGEST_NAME}"
             )
-        own = [*([self.metric] if isinstance(self.metric, Metric) else []), *self.more_metrics]
-        names = [metric.name for metric in self.metrics] if own else []
+        own = isinstance(self.metric, Metric) or self.more_metrics
+        names = [metric.name for metric in self.metrics] if own and _is_of(self.more_metrics, "list[Metric]") else []
         if twice := next((name for name in names if names.count(name) > 1), None):
             yield f"data.benchmarks.{self.name}: two metrics are called {twice!r}; give one of them another name"
         if isinstance(self.folder, str) and (
