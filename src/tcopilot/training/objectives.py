@@ -1,6 +1,6 @@
 """What the Copilot is trained to do: the paper's RMSE on ℓ (Eq. 7) and the losses of its ablation (Section F.4).
 
-Adding an objective is one class here and one YAML in `configs/objective`. Each gives a loss per target token, which is
+An objective of your own is one class and one YAML (docs/extending.md). Each gives a loss per target token, which is
 summed in chunks (`chunked_loss.py`), and a reduction of sum and count over the whole batch, all ranks included.
 
 Shapes: R target tokens, V vocabulary.
