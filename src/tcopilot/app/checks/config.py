@@ -215,7 +215,8 @@ def _groups(node: Any, key: str = "") -> Iterator[tuple[str, DictConfig]]:
     if isinstance(node, DictConfig):
         yield key, node
         for name in node:
-            if not OmegaConf.is_interpolation(node, name):  # such as Hydra's own folder, before Hydra has one
+            # Hydra's own part has both: its folder before there is one, and values that only Hydra fills in.
+            if not OmegaConf.is_interpolation(node, name) and not OmegaConf.is_missing(node, name):
                 yield from _groups(node[name], f"{key}.{name}" if key else str(name))
 
 

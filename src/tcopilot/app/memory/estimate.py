@@ -71,7 +71,7 @@ class Budget:
                 log.warning("%s may need %s and %s: %s", what, bytes_text(size), free, mends[what])
 
     def _certain(self) -> dict[str, int]:
-        """What any round needs at its end, whatever its rows."""
+        """What every round needs at its end, however many rows it has."""
         needed, log_here = self.needed, self.log if self.device == "CPU" else 0
         sizes = (needed.parameters, needed.gradients, needed.optimizer, log_here)
         return dict(zip(("parameters", "gradients", "optimiser", "log"), sizes, strict=True))
