@@ -1,4 +1,4 @@
-"""Alarms for a Copilot that trains without learning anything that helps."""
+"""Warnings about a Copilot that trains without learning anything useful."""
 
 from typing import Any
 

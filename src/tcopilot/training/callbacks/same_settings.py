@@ -1,4 +1,4 @@
-"""All processes of a job train the same thing, or none starts."""
+"""Stops a job whose processes were started with different settings."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from tcopilot.processes import refuse_differences
 
 
 class SameSettings(Callback):
-    """Compares what the processes were given, as soon as they have joined.
+    """Checks that all processes were given the same settings, as soon as they have joined.
 
-    Gradients of different jobs would average without complaint, and every figure would be wrong.
+    DDP would average the gradients of different configs or data without complaint, and every figure would be wrong.
 
     Args:
         settings: name to value: the resolved config by key, the data's fingerprint.
