@@ -1,4 +1,4 @@
-"""The processes of a distributed job: rank, barrier, broadcast, gather, sum. A single process may call all of it."""
+"""The processes of one job, or the only one: who am I, wait, agree, add up."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class LostProcessError(RuntimeError):
 
 
 def is_lost_process(error: RuntimeError) -> bool:
-    """Tell whether an error is what gloo and NCCL raise when another process no longer answers."""
+    """Tell whether an error is what gloo and NCCL raise when another process does not answer any more."""
     signs = ("Connection closed", "Connection reset", "Broken pipe", "Read error", "Timed out", "timeout", "NCCL")
     return world_size() > 1 and any(sign in str(error) for sign in signs)
 
 
 def start() -> None:
-    """Join the processes that `torchrun` has started, so that they can communicate before training sets anything up.
+    """Join the processes that `torchrun` has started, so that they can agree before training sets anything up.
 
     Processes that Lightning starts itself join when training begins, and a single process never does.
     """
@@ -38,7 +38,7 @@ def start() -> None:
 
 
 def rank() -> int:
-    """Number of this process, from 0. Before the processes have joined, the environment of their launcher tells it."""
+    """Number of this process, from 0; before the processes have joined, by what their starter says."""
     if _on():
         return distributed.get_rank()
     return next((int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), 0)
@@ -60,8 +60,8 @@ def barrier() -> None:
         distributed.barrier()
 
 
-def broadcast(value: T) -> T:
-    """Return the first process's value, on all processes."""
+def agree_on(value: T) -> T:
+    """Return the first process's value, on all of them."""
     if not _on():
         return value
     values = [value]

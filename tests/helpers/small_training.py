@@ -116,11 +116,6 @@ class InOrder(Fifo):
         return torch.arange(min(records, len(log)))
 
 
-def column(log: MistakeLog, name: str) -> Tensor:
-    """One value per record held, oldest first: `energy`, `repeated` or `benchmark`."""
-    return torch.cat([logged.tensors[name] for logged in log.rounds])
-
-
 class Losses(Callback):
     """Keeps both losses of every round."""
 

@@ -13,7 +13,6 @@ from small_training import (
     VOCAB,
     EachRound,
     InOrder,
-    column,
     learner,
     random_batch,
     small_module,
@@ -156,7 +155,7 @@ def test_appending_piece_by_piece_gives_the_same_log():
         logs[-1].append(states, rows_per_piece=rows)
     for log in logs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(all_records(logs[0]), all_records(log), strict=True))
-        assert torch.equal(column(log, "energy"), column(logs[0], "energy"))
+        assert torch.equal(log.concatenated("energy"), logs[0].concatenated("energy"))
 
 
 def test_the_log_never_holds_more_rounds_than_its_capacity():
@@ -282,7 +281,7 @@ def test_the_reported_error_energy_is_the_mean_over_records_of_their_mean_square
     for row in range(3):
         _, _, probs, targets = alone(family, tiny_pilot(family), batch, row)
         expected.append((torch.nn.functional.one_hot(targets, VOCAB) - probs).square().sum(-1).mean().item())
-    assert column(log, "energy").tolist() == pytest.approx(expected, abs=1e-5)
+    assert log.concatenated("energy").tolist() == pytest.approx(expected, abs=1e-5)
     assert log.statistics()["error_energy"] == pytest.approx(sum(expected) / 3, abs=1e-5)
 
 

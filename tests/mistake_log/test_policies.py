@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from scipy.stats import binom, chisquare
-from small_training import column, learner, random_batch, small_module, tiny_model, train_on
+from small_training import learner, random_batch, small_module, tiny_model, train_on
 
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.policies import Balanced, Fifo, Latest, Prioritised, Reservoir, _without_replacement
@@ -166,10 +166,10 @@ def test_weighted_draws_stay_right_after_rounds_have_left_the_middle(policy):
     log = filled(policy(), rows=(3, 2, 4, 1), benchmarks=[[0, 0, 1], [2, 2], [0, 1, 1, 3], [1]])
     log.held.pop(1)
     if policy is Balanced:  # benchmark 2 is gone
-        kinds = column(log, "benchmark").tolist()
+        kinds = log.concatenated("benchmark").tolist()
         expected = [1 / kinds.count(kind) for kind in kinds]
     else:
-        expected = column(log, "energy").sqrt()
+        expected = log.concatenated("energy").sqrt()
     assert follows(counts(log, draws=3 * DRAWS), expected)
 
 

@@ -15,7 +15,7 @@ from processes import run_in_processes
 from safetensors.torch import load_file
 
 from tcopilot.app.checks.config import config_problems
-from tcopilot.processes import DisagreementError, broadcast, rank, refuse_differences
+from tcopilot.processes import DisagreementError, agree_on, rank, refuse_differences
 
 SMALL = [
     *(f"data.benchmarks.word_problems.{name}" for name in ("train=400", "validation=24", "test=20")),
@@ -102,7 +102,7 @@ def test_two_processes_train_what_one_trains(variant, tmp_path):
 
 
 def differences_job(folder: Path) -> None:
-    assert broadcast(rank()) == 0
+    assert agree_on(rank()) == 0
     refuse_differences({"seed": 1, "data": "same"})
     with pytest.raises(DisagreementError, match=r"seed: 1, 2\. Start all") as error:
         refuse_differences({"seed": 1 + rank(), "data": "same"})

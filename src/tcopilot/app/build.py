@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tcopilot.app.checks.models import (
     tokenizer_problems,
 )
 from tcopilot.app.checks.problems import ConfigError, attempt
+from tcopilot.app.checks.targets import target_problems
 from tcopilot.app.checks.trial_build import trial_problems
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.modes import Decoding
@@ -126,14 +128,21 @@ def load_export(run_dir: Path, config: TCopilotConfig) -> TCopilotModel:
     return source.whole_model(fused_class(config.is_encoder_decoder), torch.float32)
 
 
-def read_config(file: Path, key: str) -> DictConfig:
+def read_config(file: Path, key: str, trusted: Collection[str] = ()) -> DictConfig:
     """The config of an earlier run.
 
+    Args:
+        file: its `config.yaml`.
+        key: what the user gave, for messages.
+        trusted: modules whose classes it may name, see `target_problems`.
+
     Raises:
-        ConfigError: if the file is no mapping in YAML, or of a run that another version made.
+        ConfigError: if the file is no mapping in YAML, of a run that another version made, or names a class that a
+            config from disk may not name.
     """
     try:
         config = OmegaConf.load(file)
+        OmegaConf.resolve(config)  # so that what is checked below is what will be built
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
         raise ConfigError([f"{key}: {file} cannot be read ({reason}); give the folder of another run"]) from error
@@ -141,6 +150,8 @@ def read_config(file: Path, key: str) -> DictConfig:
         raise ConfigError([f"{key}: {file} is not the config of a run; give the folder of another run"])
     if problem := version_problem(config):
         raise ConfigError([f"{key}: {problem}"])
+    if hostile := target_problems(config, trusted):
+        raise ConfigError([f"{key}: {problem}" for problem in hostile])
     if OmegaConf.select(config, "fusion.rule") is not None:
         fusion_rule(config.fusion)  # imports the user's own class, which the export names but may not import
     return config

@@ -34,7 +34,7 @@ from tcopilot.models.adapters import merge_adapters
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.models.transfer import put_on, transfer_problems
-from tcopilot.processes import DisagreementError, LostProcessError, broadcast, is_first, is_lost_process, rank
+from tcopilot.processes import DisagreementError, LostProcessError, agree_on, is_first, is_lost_process, rank
 from tcopilot.reporting.dashboards import log_evaluation
 from tcopilot.run_directory import RunDirectory, flatten, write_whole
 from tcopilot.training.callbacks import FlopCount, GracefulStop, RoundCheckpoint, SameSettings
@@ -93,17 +93,17 @@ def _train(cfg: DictConfig) -> float:
     if is_first():
         model.config.save_pretrained(run_dir.export)  # now with the selected λ
     results.params, results.rounds = params, module.round
-    results.train_seconds = broadcast(round(sum(module.seconds.values()), 2))
+    results.train_seconds = agree_on(round(sum(module.seconds.values()), 2))
     counts = (callback for callback in module.trainer.callbacks if isinstance(callback, FlopCount))
     results.train_flops = next((count.total() for count in counts), None)
     trained_before = cfg.get("resume") and run_dir.results.exists()  # controls, before the run was stopped
-    results.controls = broadcast(_results_of(run_dir).controls if trained_before else [])
+    results.controls = agree_on(_results_of(run_dir).controls if trained_before else [])
     _save_results(results, run_dir)
     log_evaluation(module.trainer.loggers, results, run_dir.folder)
     for found in train_controls(JointRun(cfg, prepared, model, results), run_dir):
         results.controls += found
         _save_results(results, run_dir)
-    results.notes += broadcast(against_controls(results, run_dir) if is_first() else [])
+    results.notes += agree_on(against_controls(results, run_dir) if is_first() else [])
     return _finish(results, run_dir)
 
 
@@ -115,9 +115,9 @@ def _resumed(cfg: DictConfig) -> DictConfig:
     if not path.exists():
         raise ConfigError([f"resume={cfg.resume}: no config.yaml there; give the folder of a run that was started"])
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    if ignored := [override for override in given if not override.startswith(("resume=", "paths."))]:
+    if ignored := [override for override in given if not override.startswith(("resume=", "trust=", "paths."))]:
         log.warning("resume=%s goes on with that run's own config; not used: %s", cfg.resume, ", ".join(ignored))
-    before = build.read_config(path, f"resume={cfg.resume}")
+    before = build.read_config(path, f"resume={cfg.resume}", cfg.trust)
     before.resume, before.paths.run_dir = cfg.resume, cfg.resume
     return before
 
@@ -189,7 +189,7 @@ def _evaluate(cfg: DictConfig) -> float:
     quiet_libraries()
     refuse_missing(cfg)
     source = _run_to_evaluate(cfg)
-    trained = build.read_config(source.config, f"run={source}")
+    trained = build.read_config(source.config, f"run={source}", cfg.trust)
     run_dir = _join_processes(cfg)
     _override(trained, cfg)
     if problems := [*evaluation_problems(trained), *trace_problems(cfg, trained)]:
@@ -293,7 +293,7 @@ def _join_processes(cfg: DictConfig) -> RunDirectory:
     if not isinstance(folder, str) or not folder:
         raise ConfigError([f"paths.run_dir={folder}: give the folder that the run writes to"])
     processes.start()
-    cfg.paths.run_dir = broadcast(folder)
+    cfg.paths.run_dir = agree_on(folder)
     return RunDirectory(cfg.paths.run_dir)
 
 

@@ -49,8 +49,8 @@ class TrainedRun:
     model: TCopilotModel
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str) -> TrainedRun:
-        """Read a run, ready to score its data.
+    def load(cls, folder: Path, device: torch.device | str, trusted: Sequence[str] = ()) -> TrainedRun:
+        """Read a run, ready to score its data; `trusted` are modules whose classes its config may name.
 
         Raises:
             ConfigError: if it is no finished run or has no Copilot, or with what is wrong with its data.
@@ -61,7 +61,7 @@ class TrainedRun:
             if not needed.exists():
                 missing = needed.relative_to(folder)
                 raise ConfigError([f"{folder}: no {missing} there; give the directory of a finished training run"])
-        config = build.read_config(run.config, str(folder))
+        config = build.read_config(run.config, str(folder), trusted)
         export, tokenizer = build.read_export(folder)
         if export.copilot is None:
             raise ConfigError([f"{folder}: this run has no Copilot (copilot=none); the theorem is about one"])
@@ -172,6 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", default="test", choices=("validation", "test"), help="rows to measure on")
     parser.add_argument("--dropout-passes", type=int, default=0, metavar="K", help="variance of one Pilot by dropout")
     parser.add_argument(
+        "--trust", nargs="+", default=[], metavar="MODULE", help="modules of your own that the runs' configs may name"
+    )
+    parser.add_argument(
         "--json", metavar="FILE", help="also write the figures here; - is stdout, and nothing else there"
     )
     asked = parser.parse_args(arguments)
@@ -180,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        runs = [TrainedRun.load(folder, device) for folder in asked.runs]
+        runs = [TrainedRun.load(folder, device, asked.trust) for folder in asked.runs]
         refuse_other_kinds(runs, asked.split)
         found = estimate(runs, asked.split, asked.dropout_passes)
         text = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -30,7 +30,7 @@ from tcopilot.evaluation.results import Gain, Row, direction_and_unit
 from tcopilot.evaluation.significance import compare_by, interval_of
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.gates import GATES, Observations, build_gate
-from tcopilot.processes import broadcast, gather, is_first, rank, sum_over_processes, world_size
+from tcopilot.processes import agree_on, gather, is_first, rank, sum_over_processes, world_size
 from tcopilot.settings import Rule, is_number, one_of
 from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 
@@ -149,7 +149,7 @@ class Evaluator:
         self.model.set_gate(None)
         if self.per in GATES:
             fitted = GATES[self.per].fit(self._observations(split))
-            self.model.set_gate(build_gate(broadcast(fitted.settings())))
+            self.model.set_gate(build_gate(agree_on(fitted.settings())))
 
     def scores(self, split: str, benchmark: str, weights: Sequence[float]) -> dict[float, Scores]:
         """Answer every row of a benchmark's split in every mode.
@@ -180,7 +180,7 @@ class Evaluator:
         """Answer this process's share of what is not answered yet; rows of similar length together."""
         done = files.done()
         unanswered = [row["id"] for row in rows if any(row["id"] not in done[weight] for weight in weights)]
-        unanswered = set(broadcast(unanswered))  # no process may see what a faster one has answered meanwhile
+        unanswered = set(agree_on(unanswered))  # no process may see what a faster one has answered meanwhile
         open_rows = [row for row in rows if row["id"] in unanswered]
         ordered = sorted(open_rows, key=lambda row: len(row["source_ids"]))[rank() :: world_size()]
         size = mode.rows_at_once(len(weights))

@@ -1,1 +1,1 @@
-"""The Mistake Log: what the Pilot read (X̃), its hidden states (h) and its errors (ℓ), round by round."""
+"""The Mistake Log: what the Pilot read, thought and got wrong, round after round."""

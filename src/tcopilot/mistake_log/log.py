@@ -269,6 +269,10 @@ class MistakeLog:
         source_BMP = embed(source_ids_BM.to(next(embed.parameters()).device)).to(source_ids_BM.device)
         return source_BMP.masked_fill(~source_mask_BM.unsqueeze(-1), 0)
 
+    def concatenated(self, name: str) -> Tensor:
+        """One value per record held, in log order: `energy`, `repeated` or `benchmark`."""
+        return torch.cat([logged.tensors[name] for logged in self.rounds])
+
     def statistics(self) -> dict[str, float]:
         """Size, bytes, age and composition of the log, for dashboards and alarms.
 
@@ -282,7 +286,7 @@ class MistakeLog:
             "records": float(records),
             "rounds": float(len(rounds)),
             "bytes": float(self.nbytes),
-            "age_rounds": self._newest - sum(logged.records * logged.round for logged in rounds) / records,
+            "age_rounds": self._newest - sum(len(logged) * logged.round for logged in rounds) / records,
             "error_energy": sum(logged.energy for logged in rounds) / records,
             "repeated_share": sum(logged.repeated for logged in rounds) / records,
             **self.storage.statistics(),

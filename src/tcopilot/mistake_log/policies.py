@@ -4,8 +4,7 @@ Adding a policy is one class, here or in a file of your own, and one YAML in `co
 walk over the log in a draw: weighted draws go through the log's running sums of `weights`.
 """
 
-from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -15,24 +14,29 @@ from tcopilot.mistake_log.rounds import LoggedRecords, LoggedRound
 WEIGHT_UNIT = 2**32  # a weight of 1.0 as a whole number
 
 
-class SamplingPolicy(ABC):
-    """What the log asks of a policy; unless told otherwise the oldest round leaves and all records weigh the same."""
+class SamplingPolicy(Protocol):
+    """What the log asks of a policy."""
 
     def evict(self, rounds: int, seen: int, generator: Generator) -> int:
         """Index, among the `rounds` held, oldest first, of the round that leaves; `seen` rounds were appended."""
-        return 0
 
     def weights(self, logged: LoggedRound) -> dict[Any, Tensor]:
         """Whole-number weights [B] of a round's records by group, summed up by the log; {} if draws need none."""
-        return {}
 
-    @abstractmethod
     def draw(self, log: LoggedRecords, records: int, generator: Generator) -> Tensor:
         """Indices of the records drawn, counted over the log oldest first."""
 
 
-class Fifo(SamplingPolicy):
+class Fifo:
     """The newest rounds, drawn uniformly without replacement: the paper's buffer (Section A.3)."""
+
+    def evict(self, rounds: int, seen: int, generator: Generator) -> int:
+        """The oldest round leaves."""
+        return 0
+
+    def weights(self, logged: LoggedRound) -> dict[Any, Tensor]:
+        """None: all records are alike."""
+        return {}
 
     def draw(self, log: LoggedRecords, records: int, generator: Generator) -> Tensor:
         """Uniform over all records; each at most once in a draw."""
@@ -58,10 +62,10 @@ class Reservoir(Fifo):
 
 
 class Prioritised(Fifo):
-    """The newest rounds, each record drawn in proportion to √(mean ‖ℓ‖²) over its tokens, with replacement."""
+    """The newest rounds, each record drawn in proportion to the root of its mean ‖ℓ‖², with replacement."""
 
     def weights(self, logged: LoggedRound) -> dict[Any, Tensor]:
-        """√energy. A NaN, which the loss will report, counts as 1; ‖ℓ‖² is at most 2."""
+        """√energy, a NaN counting as 1 (the loss reports it); ‖ℓ‖² is at most 2."""
         energy_B = logged.tensors["energy"].double().nan_to_num(nan=1.0).clamp(1e-12, 2.0)
         return {"error": (energy_B.sqrt() * WEIGHT_UNIT).long()}
 

@@ -33,11 +33,6 @@ class LoggedRound:
     spilled: bool = False
 
     @cached_property
-    def records(self) -> int:
-        """Number of its records."""
-        return len(self.tensors["energy"])
-
-    @cached_property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -64,7 +59,7 @@ class LoggedRound:
         }
 
     def __len__(self) -> int:
-        return self.records
+        return len(self.tensors["energy"])
 
 
 class LoggedRecords:
@@ -102,8 +97,8 @@ class LoggedRecords:
         """Take a round out."""
         index %= len(self.rounds)
         for group, sums in self._sums.items():
-            sums[index + 1 : -1] = sums[index + 2 :] - (sums[index + 1] - sums[index])
-            self._sums[group] = sums[:-1]
+            weight = sums[index + 1] - sums[index]
+            self._sums[group] = np.append(sums[: index + 1], sums[index + 2 :] - weight)
         logged = self.rounds.pop(index)
         self.nbytes -= logged.nbytes
         return logged
@@ -147,9 +142,5 @@ def join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def _cat(tensors: list[Tensor]) -> Tensor:
     if tensors[0].dim() > 1:
         width = max(tensor.shape[1] for tensor in tensors)
-        tensors = [t if t.shape[1] == width else _widened(t, width) for t in tensors]
+        tensors = [nn.functional.pad(t, (*(0, 0) * (t.dim() - 2), 0, width - t.shape[1])) for t in tensors]
     return torch.cat(tensors)
-
-
-def _widened(tensor: Tensor, width: int) -> Tensor:
-    return nn.functional.pad(tensor, (*(0, 0) * (tensor.dim() - 2), 0, width - tensor.shape[1]))

@@ -1,8 +1,7 @@
 """Keeps a Mistake Log that is larger than the memory in memory-mapped files.
 
 A spilled tensor is a tensor like any other; its pages come from the file when they are read and may leave the memory
-again. A file is deleted when no tensor in it is in use any more, so whatever still holds one, a state dict for
-example, stays valid.
+again. A file goes when the last tensor in it goes, so whatever still holds one, a state dict for example, stays valid.
 """
 
 import contextlib
@@ -28,7 +27,7 @@ class Spill:
     What a killed process leaves behind is a folder `mistake_log-…`, which may be deleted.
 
     Args:
-        folder: in which this folder is made, when the first tensor comes.
+        folder: in which the own folder is made, when the first tensor comes.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -81,7 +80,7 @@ def _aligned(size: int) -> int:
 
 
 def _give_back_freed_memory() -> None:
-    """Make glibc return freed memory: it would keep what the moved rounds have left free between small blocks."""
+    """Make glibc return what was freed: between small blocks it would keep all that the moved rounds have taken."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 

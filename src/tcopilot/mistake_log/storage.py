@@ -79,7 +79,7 @@ class DenseStorage(Storage):
         return packed["probs"].float()
 
     def bytes_per_token(self, vocab_size: int, width: int, dtype: torch.dtype) -> int:
-        """Return the bytes of V entries."""
+        """V entries."""
         return vocab_size * self.dtype.itemsize
 
 
@@ -147,7 +147,7 @@ class TopKStorage(Storage):
         return {"truncation_error": (self._lost / self._total) ** 0.5} if self._total else {}
 
     def state_dict(self) -> dict[str, Any]:
-        """V, which cannot be told from packed tensors, and the sums behind `truncation_error`."""
+        """V, which packed tokens do not tell, and the sums behind `truncation_error`."""
         return {"vocab_size": self._vocab_size, "lost": self._lost, "total": self._total}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -156,11 +156,11 @@ class TopKStorage(Storage):
 
 
 class FrozenHeadStorage(Storage):
-    """The input of the Pilot's head, from which the frozen head rebuilds p̂ when a record is drawn: P numbers, not V.
+    """What the Pilot's head reads, from which the frozen head rebuilds p̂ when a record is drawn: P numbers, not V.
 
-    This is exact up to the rounding of one matrix product for as long as the head does not change: with LoRA elsewhere
-    or a frozen Pilot. The input is kept in the type in which the head reads it (bfloat16 in bf16-mixed training). That
-    loses nothing, except with a tied T5 in bf16-mixed training, whose scaling then rounds once more.
+    Exact up to the rounding of one matrix product, for as long as the head does not change: with LoRA elsewhere or a
+    frozen Pilot. The numbers are kept in the type in which the head reads them (bfloat16 in bf16-mixed training), so
+    keeping them loses nothing (but for a tied T5 in bf16-mixed: its scaling then rounds once more).
     """
 
     names = ("head_input",)
@@ -207,7 +207,7 @@ class FrozenHeadStorage(Storage):
         return probs_BNV
 
     def bytes_per_token(self, vocab_size: int, width: int, dtype: torch.dtype) -> int:
-        """Return the bytes of P numbers."""
+        """P numbers."""
         return width * dtype.itemsize
 
 

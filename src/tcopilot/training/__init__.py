@@ -1,1 +1,1 @@
-"""Algorithm 1: the joint round of Pilot and Copilot, its objectives, checkpoints and callbacks."""
+"""Algorithm 1: the joint round of Pilot and Copilot, its objectives, states and callbacks."""

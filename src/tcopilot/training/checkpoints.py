@@ -1,42 +1,38 @@
 """Checkpoints of tensors and plain values, complete or absent, verified before use. Nothing in them can be executed.
 
 A checkpoint is a folder `round=<n>`. `main` is what all processes share, `rank<r>` what belongs to process r alone;
-each is a `.safetensors` file of the tensors and a `.json` file of the structure around them. `manifest.json` holds the
-format's version, and size and SHA-256 of each file. The folder gets its name when all is on disk, so that a crash
-leaves either nothing or a whole checkpoint.
+each is a `.safetensors` file of the tensors and a `.json` file of the structure around them. `manifest.json` holds
+size and SHA-256 of each. The folder gets its name when all is on disk: a crash leaves nothing or a whole checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import torch
 from lightning.pytorch.plugins import CheckpointIO
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tcopilot import processes
 from tcopilot.training.serialization import CheckpointError, pack, unpack
 
 log = logging.getLogger(__name__)
-FORMAT, VERSION = "tcopilot checkpoint", 2  # raise the version when a state's content or a callback's name changes
+FORMAT, VERSION = "tcopilot checkpoint", 1
 PER_RANK = "per_rank"  # key of the state that belongs to one process; `save` puts it into that process's files
 MANIFEST = "manifest.json"
 KINDS = ("json", "safetensors")
-T = TypeVar("T")
-
-
-class OtherVersionError(CheckpointError):
-    """A checkpoint is whole, but of another version of the format."""
 
 
 # Names --------------------------------------------------------------------------------------------------------------
@@ -48,7 +44,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
     >>> checkpoints("no such folder")
     []
     """
-    return sorted((path for path in Path(folder).glob("round=*") if _is_name(path)), key=round_of)
+    return sorted((path for path in Path(folder).glob("round=*") if _round(path) is not None), key=round_of)
 
 
 def round_of(path: str | Path) -> int:
@@ -60,8 +56,8 @@ def round_of(path: str | Path) -> int:
     return int(Path(path).name.split("=")[1])
 
 
-def _is_name(path: Path) -> bool:
-    return re.fullmatch(r"round=\d+", path.name) is not None
+def _round(path: Path) -> int | None:
+    return round_of(path) if re.fullmatch(r"round=\d+", path.name) else None
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
@@ -81,24 +77,34 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     world_size = processes.world_size()
     rank = processes.rank() if world_size > 1 else 0
     draft = path.with_name(f".{path.name}.tmp")
+    sums = torch.zeros(world_size + 1, len(KINDS), 1 + 32, dtype=torch.int64)  # size and SHA-256 of the parts' files
 
     def begin() -> None:
         if rank == 0:
             remove_leftovers(path.parent)
             draft.mkdir(parents=True, exist_ok=True)
 
-    def write() -> dict[str, Any]:
-        files = _write(draft, f"rank{rank}", {PER_RANK: checkpoint.get(PER_RANK, {})})
+    def write() -> None:
+        own = {PER_RANK: checkpoint.get(PER_RANK, {})}
+        sums[1 + rank] = _write(draft, f"rank{rank}", own)
         if rank == 0:
-            files |= _write(draft, "main", {key: value for key, value in checkpoint.items() if key != PER_RANK})
-        return files
+            sums[0] = _write(draft, "main", {key: value for key, value in checkpoint.items() if key != PER_RANK})
 
     def finish() -> None:
         if rank == 0:
-            files = {name: entry for part in written for name, entry in part.items()}
-            saved_round = round_of(path) if _is_name(path) else None
-            body = {"format": FORMAT, "version": VERSION, "round": saved_round, "world_size": world_size}
-            (draft / MANIFEST).write_text(_sealed({**body, "files": files}), encoding="utf-8")
+            names = [f"{part}.{kind}" for part in _parts(world_size) for kind in KINDS]
+            files = {
+                name: {"bytes": size, "sha256": bytes(digest).hex()}
+                for name, (size, *digest) in zip(names, everyones.flatten(0, 1).tolist(), strict=True)
+            }
+            body = {
+                "format": FORMAT,
+                "version": VERSION,
+                "round": _round(path),
+                "world_size": world_size,
+                "files": files,
+            }
+            (draft / MANIFEST).write_text(_sealed(body), encoding="utf-8")
             _flush(draft / MANIFEST)
             _flush(draft)
             discard(path)
@@ -107,20 +113,24 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
 
     try:
         _together(begin)
-        written = _together(write)
+        _together(write)
+        everyones = processes.sum_over_processes(sums)
         _together(finish)
-    except (CheckpointError, OSError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         if rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(_not_saved(path, error)) from error
+    except CheckpointError:
+        if rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
 
 
 def discard(path: Path) -> None:
     """Remove a checkpoint, if there is one, in such a way that a crash meanwhile does not leave half of it."""
     if path.exists():
-        trash = path.with_name(f".{path.name}.old{time.time_ns()}.tmp")
+        names = (path.with_name(f".{path.name}.old{number}.tmp") for number in itertools.count())
+        trash = next(name for name in names if not name.exists())
         path.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
 
@@ -131,34 +141,30 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _together(action: Callable[[], T]) -> list[T]:
-    """Do this process's part, wait for the others, and return what each of them gave.
-
-    If one fails all of them raise, for none may go on alone.
-    """
-    result = problem = None
+def _together(action: Callable[[], None]) -> None:
+    """Do this process's part and wait for the others; raise on all of them if one fails, for none may go on alone."""
+    problem = None
     try:
-        result = action()
+        action()
     except Exception as error:
         problem = error
-    everyone = processes.gather([(result, problem is None)])
+    failed = processes.sum_over_processes(torch.tensor(float(problem is not None)))
     if problem is not None:
         raise problem
-    if not all(succeeded for _, succeeded in everyone):
+    if failed:
         raise OSError("another process of this job could not write its part, and says why itself")
-    return [given for given, _ in everyone]
 
 
-def _write(folder: Path, part: str, value: Any) -> dict[str, Any]:
-    """Write a part's files and return their entries in the manifest."""
+def _write(folder: Path, part: str, value: Any) -> Tensor:
     structure, tensors = pack(value)
     save_file(tensors, folder / f"{part}.safetensors")
     (folder / f"{part}.json").write_text(json.dumps(structure), encoding="utf-8")
-    entries = {}
-    for path in (folder / f"{part}.{kind}" for kind in KINDS):
+    sums = []
+    for kind in KINDS:
+        path = folder / f"{part}.{kind}"
         _flush(path)
-        entries[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    return entries
+        sums.append([path.stat().st_size, *bytes.fromhex(_sha256(path))])
+    return torch.tensor(sums)
 
 
 def _flush(path: Path) -> None:
@@ -177,7 +183,7 @@ def _sha256(path: Path) -> str:
 
 
 def _sealed(body: dict[str, Any]) -> str:
-    """The manifest's text, with a checksum of the manifest itself."""
+    """The manifest's text, with a checksum of itself."""
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps({**body, "sha256": digest}, sort_keys=True, indent=1) + "\n"
 
@@ -207,20 +213,15 @@ def verify(path: str | Path, world_size: int | None = None) -> str | None:
         path: its folder.
         world_size: number of processes of this job; None accepts any.
     """
+    path = Path(path)
     try:
-        manifest = _intact(Path(path))
+        manifest = _manifest(path)
+        _check_files(path, manifest, _parts(manifest["world_size"]))
         if world_size is not None:
-            _check_world_size(Path(path), manifest, world_size)
+            _check_world_size(path, manifest, world_size)
     except CheckpointError as problem:
         return str(problem)
     return None
-
-
-def _intact(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint all of whose files are as they were saved."""
-    manifest = _manifest(path)
-    _check_files(path, manifest, _parts(manifest["world_size"]))
-    return manifest
 
 
 def newest_good(folder: str | Path, world_size: int) -> Path | None:
@@ -231,24 +232,18 @@ def newest_good(folder: str | Path, world_size: int) -> Path | None:
         world_size: number of processes of this job.
 
     Raises:
-        CheckpointError: if none is intact, or if the newest intact one is of another version of the format or of
-            another number of processes.
+        CheckpointError: if none is intact, or if the newest intact one is of another number of processes.
     """
     for old in sorted(Path(folder).glob("*.ckpt")):
         _say(f"{old} is not used: it is a pickle file, which can execute code when it is loaded")
     problems = []
     for path in reversed(checkpoints(folder)):
-        try:
-            manifest = _intact(path)
-        except OtherVersionError:
-            raise
-        except CheckpointError as problem:
-            problems.append(str(problem))
-        else:
+        if (problem := verify(path)) is None:
             for found in problems:
                 _say(f"{found}. The one before it is used: {path}")
-            _check_world_size(path, manifest, world_size)
+            _check_world_size(path, _manifest(path), world_size)
             return path
+        problems.append(problem)
     if problems:
         raise CheckpointError(f"{folder}: no checkpoint is intact, start the run anew. " + ". ".join(problems))
     return None
@@ -300,13 +295,10 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path / MANIFEST} does not describe a checkpoint")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(f"{path} has format version {manifest.get('version')}; this program reads {VERSION}")
     if text != _sealed({key: value for key, value in manifest.items() if key != "sha256"}):
         raise CheckpointError(f"{path / MANIFEST} has been changed: its own checksum does not fit")
-    if (version := manifest.get("version")) != VERSION:
-        raise OtherVersionError(
-            f"{path} has checkpoint format version {version}; this program reads {VERSION}. Go on with the version of "
-            f"tcopilot that saved it, or start the run anew"
-        )
     _check_manifest(path, manifest)
     return manifest
 
@@ -323,7 +315,7 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
             raise CheckpointError(f"{path / MANIFEST} names {name!r}, which is no file of a checkpoint")
         if not isinstance(entry, dict) or entry.keys() != {"bytes", "sha256"}:
             raise CheckpointError(f"{path / MANIFEST} does not describe {name}")
-    if _is_name(path) and round_of(path) != rounds:
+    if _round(path) not in (None, rounds):
         raise CheckpointError(f"{path} was saved after round {rounds}: it has been renamed")
 
 

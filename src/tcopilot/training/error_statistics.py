@@ -1,6 +1,6 @@
-"""How well f^C estimates ℓ on held-out rows: error ratio, λ*, cosine, norms, fused likelihood.
+"""Does f^C estimate ℓ on rows that neither model was trained on? Error ratio, λ*, cosine, sizes, fused likelihood.
 
-A Copilot that has collapsed to 0, or has memorised its log, looks fine by its training loss, but not by these figures.
+A Copilot that has collapsed to 0, or has memorised its log, looks fine on its training loss, but not here.
 
 Shapes: B batch, N target length, V vocabulary.
 """

@@ -14,13 +14,13 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from tcopilot.data.batch import Batch
-from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.mistake_log.log import MistakeLog, MistakeRecord
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
 from tcopilot.processes import sum_over_processes
 from tcopilot.settings import POSITIVE, Rule, is_number, whole
 from tcopilot.training.error_statistics import ErrorStatistics
-from tcopilot.training.objectives import Objective, RootMeanSquaredError, objective_sum, safe_log
+from tcopilot.training.objectives import Objective, RootMeanSquaredError, objective_sum
 
 
 class TrainingDivergedError(RuntimeError):
@@ -52,10 +52,10 @@ def _are_probabilities(given: Any) -> bool:
 class TCopilotModule(LightningModule):
     """Pilot and Copilot in one LightningModule with two optimisers, stepped by hand.
 
-    The log is detached, so the sum of both losses gives each model exactly the gradient of its own loss. With several
-    processes the Pilot's update and the Copilot's first update of a round share one backward pass, since DDP reduces
-    gradients once a round. A single process runs the Pilot's backward pass first, which frees its activations and
-    gives the log's copies time to arrive. `MistakeLogCallback` puts the log into `mistake_log`.
+    The log is detached, so the sum of both losses gives each model exactly its own gradient. With several processes
+    the Pilot's update and the Copilot's first update of a round share one backward pass, for DDP reduces gradients
+    once; one process runs the Pilot's first, which frees its activations and hides the log's copies.
+    `MistakeLogCallback` puts the log into `mistake_log`.
 
     Args:
         model: the fused model. Without a Copilot this is plain fine-tuning.
@@ -96,8 +96,7 @@ class TCopilotModule(LightningModule):
         self.automatic_optimization = False
         self.strict_loading = False  # frozen pretrained weights are not in the checkpoint
         self.model = model
-        learners = {"pilot": pilot, "copilot": copilot if model.copilot is not None else None}
-        self.learners = {name: learner for name, learner in learners.items() if learner is not None}
+        self.learners = {"pilot": pilot, "copilot": copilot if model.copilot is not None else None}
         self.rounds = rounds
         self.objective = RootMeanSquaredError() if objective is None else objective
         self.micro_batch_size = micro_batch_size
@@ -120,12 +119,12 @@ class TCopilotModule(LightningModule):
     @property
     def copilot_learns(self) -> bool:
         """Whether rounds record errors and update a Copilot."""
-        return "copilot" in self.learners and not self.copilot_stopped
+        return self.learners["copilot"] is not None and not self.copilot_stopped
 
     def configure_optimizers(self) -> tuple[list, list]:
         """Build the optimisers and schedules of the models that learn, the Pilot's first."""
         optimizers, schedulers = [], []
-        for name, learner in self.learners.items():
+        for name, learner in self._active():
             parameters = [p for p in getattr(self.model, name).parameters() if p.requires_grad]
             optimizers.append(learner.optimizer(parameters))
             schedulers.append(learner.scheduler(optimizer=optimizers[-1], num_training_steps=self.rounds))
@@ -134,64 +133,58 @@ class TCopilotModule(LightningModule):
     def on_train_start(self) -> None:
         """Set training mode: Lightning keeps the mode of each submodule, and `from_pretrained` gives eval mode."""
         self.model.train()
-        if "pilot" not in self.learners:
+        if self.learners["pilot"] is None:
             self.model.pilot.eval()
-        for part in self._compiled_parts():  # `torch.compile(part)` would wrap it and so rename the weights
+        for part in self._compiled_parts():  # in place of the method: a wrapper would rename the weights
             part.forward = torch.compile(part.forward, backend=self.compile_backend, dynamic=True)
 
     def on_train_end(self) -> None:
-        """Undo the compilation: decoding calls the models with other shapes and caches."""
+        """Leave the models as they were: decoding runs them in other ways."""
         for part in self._compiled_parts():
             del part.forward
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """One round of Algorithm 1. The comments number its steps as `docs/algorithm.md` does; 1 drew the batch."""
-        alone = self.trainer.world_size == 1
+        """One round of Algorithm 1; comments number its steps as `docs/algorithm.md` does. Step 1 drew the batch."""
         with self._timed("copilot"):
             self._log_held_out(batch.held_out)
-        # Steps 2 to 6: run the Pilot and add (X̃, h, ℓ) to the Mistake Log.
-        with self._timed("pilot"):
+        with self._timed("pilot"):  # 2 to 6: run the Pilot and add (X̃, h, ℓ) to the Mistake Log
             pilot_loss, loss, tokens = self._run_pilot(batch)
-        # Steps 8 and 9: draw records from the log and run the Copilot on ℓ_{<i}, X̃ and h_{<i}.
         copilot_loss = None
-        with self._timed("copilot"):
+        with self._timed("copilot"):  # 8 and 9: draw from the log and run the Copilot on what was drawn
             if self.copilot_learns:
-                copilot_loss = self._copilot_loss()
+                copilot_loss = self._copilot_loss(self._draw())
                 loss = loss + copilot_loss * self.trainer.world_size
-            elif self.copilot_stopped and not alone:
+            elif self.copilot_stopped and self.trainer.world_size > 1:
                 loss = loss + self._no_copilot_loss()
-        with self._timed("copilot" if alone else "pilot"):
+        with self._timed("copilot" if self.trainer.world_size == 1 else "pilot"):
             self._backward(loss)
-        # Steps 7 and 10: update the Pilot with η_P and the Copilot with η_C, each with the gradient of its own loss.
         with self._timed("pilot"):
             pilot_loss = self._sum_over_ranks(pilot_loss / self.trainer.world_size)
             self._check(pilot_loss, copilot_loss)  # waits for a GPU, so it comes when all its work is launched
-            for name in self.learners:
-                self._step(name)
-        # Steps 8 to 10 again, on fresh draws.
+            self._update_both()  # 7 and 10: update the Pilot and the Copilot, each on its own loss
         with self._timed("copilot"):
             for _ in range(self.steps_per_round - 1 if self.copilot_learns else 0):
-                self._update_copilot_again(pilot_loss)
-        for scheduler in self._by_name(self.lr_schedulers()).values():
+                self._update_copilot_again(pilot_loss)  # 8 to 10 again, on fresh draws
+        for scheduler in self._as_list(self.lr_schedulers()):
             scheduler.step()
         self._log_round(pilot_loss, copilot_loss, tokens)
 
     def _run_pilot(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Run steps 2 to 6 in micro-batches, and add up the gradients of the Pilot's cross-entropy for step 7.
+        """Steps 2 to 6, in micro-batches: run the Pilot and add (X̃, h, ℓ) to the log, before any update.
 
-        With several processes the last micro-batch's backward pass is left to the caller, who runs it together with
-        the Copilot's.
+        Gradients of the cross-entropy (step 7) are added up on the way. The last micro-batch's stay to be computed
+        where several processes reduce them, together with the Copilot's.
 
         Returns:
-            This rank's share of the Pilot's loss, times the number of ranks, over which DDP averages; the last
-            micro-batch's share of it, with its graph if the backward pass is still to come; the round's target tokens.
+            This rank's share of the Pilot's loss, times the number of ranks, over which DDP averages; the loss whose
+            backward pass is still to come; the round's target tokens.
         """
         alone = self.trainer.world_size == 1
         is_logged = self.copilot_learns and batch.held_out is None
         tokens = self._sum_over_ranks(batch.tokens.float())
         *earlier, last = batch.split(self.micro_batch_size or len(batch))
         pilot_loss = torch.zeros((), device=self.device)
-        with self._without_reduction():
+        with self._without_reduction(True):
             for i, micro_batch in enumerate(earlier):
                 pilot_loss += self._backward(self._logged_loss(micro_batch, tokens, is_logged, extend=i > 0))
         loss = self._logged_loss(last, tokens, is_logged, extend=bool(earlier))
@@ -234,12 +227,15 @@ class TCopilotModule(LightningModule):
         self.seconds = dict(checkpoint["seconds"])
 
     def _compiled_parts(self) -> list[nn.Module]:
-        parts = (self.model.pilot, self.model.copilot)
-        return [part for part in parts if part is not None and self.compile_backend is not None]
+        parts = (self.model.pilot, self.model.copilot) if self.compile_backend is not None else ()
+        return [part for part in parts if part is not None]
+
+    def _active(self) -> Iterator[tuple[str, Learner]]:
+        return ((name, learner) for name, learner in self.learners.items() if learner is not None)
 
     def _trace(self, batch: Batch) -> PilotStates:
         pooler = StatePooler() if self.model.copilot is None else self.model.copilot.pooler
-        with nullcontext() if "pilot" in self.learners else torch.no_grad():
+        with nullcontext() if self.learners["pilot"] is not None else torch.no_grad():
             return trace_pilot(self.model.pilot, batch, pooler)
 
     def _logged_loss(self, batch: Batch, tokens: Tensor, is_logged: bool, extend: bool) -> Tensor:
@@ -272,10 +268,12 @@ class TCopilotModule(LightningModule):
             states.logits_BNV.flatten(0, 1).float(), targets_BN.flatten(), reduction="sum"
         )
 
-    def _copilot_loss(self) -> Tensor:
-        """The objective over the records that all ranks draw; its gradient here is this rank's share of it."""
+    def _draw(self) -> MistakeRecord:
+        return self.mistake_log.sample(self.copilot_batch_size // self.trainer.world_size, self.device)
+
+    def _copilot_loss(self, record: MistakeRecord) -> Tensor:
+        """The objective over the records of all ranks; its gradient here is this rank's share of it."""
         copilot = self.model.copilot
-        record = self.mistake_log.sample(self.copilot_batch_size // self.trainer.world_size, self.device)  # step 8
         inputs_BNC = copilot.taught_inputs(record.probs_BNV, record.targets_BN)
         memory = (record.source_BMP, record.source_mask_BM, record.states_BNP)
         first, last = self.own_feedback
@@ -283,38 +281,43 @@ class TCopilotModule(LightningModule):
         if own_share > 0:
             with torch.no_grad():
                 hidden, _ = copilot(inputs_BNC, *memory)
-                own_BNV = copilot.correct(hidden, safe_log(record.probs_BNV))[:, :-1]
+                log_probs = record.probs_BNV.clamp_min(torch.finfo(torch.float32).tiny).log()
+                own_BNV = copilot.correct(hidden, log_probs)[:, :-1]
             use_own_B11 = torch.rand(len(own_BNV), 1, 1, device=own_BNV.device) < own_share
             inputs_BNC = torch.where(use_own_B11, copilot.inputs(own_BNV), inputs_BNC)
-        hidden_BNC, _ = copilot(inputs_BNC, *memory)  # step 9
+        hidden_BNC, _ = copilot(inputs_BNC, *memory)
         total = objective_sum(self.objective, copilot, record, hidden_BNC)
         tokens = self._sum_over_ranks(record.target_mask_BN.sum().float())
         others = self._sum_over_ranks(total.detach()) - total.detach()
         return self.objective.reduce(total + others, tokens)
 
     def _no_copilot_loss(self) -> Tensor:
-        """0, with a gradient for every weight of a Copilot that has stopped: DDP waits for all of them."""
+        """0, through every weight of a Copilot that has stopped: DDP waits for a gradient of each."""
         return sum(0 * parameter.sum() for parameter in self.model.copilot.parameters() if parameter.requires_grad)
 
+    def _update_both(self) -> None:
+        for (name, learner), optimizer in zip(self._active(), self._as_list(self.optimizers()), strict=True):
+            if name == "copilot" and self.copilot_stopped:
+                optimizer.zero_grad()
+            else:
+                self._step(name, learner, optimizer)
+
     def _update_copilot_again(self, pilot_loss: Tensor) -> None:
-        with self._without_reduction():  # the reducer is armed once a round, for the joint backward pass
-            loss = self._copilot_loss()
+        with self._without_reduction(True):  # the reducer is armed once a round, for the joint backward
+            loss = self._copilot_loss(self._draw())
             self.manual_backward(loss)
             self._check(pilot_loss, loss)
         self._add_gradients_over_ranks(self.model.copilot)
-        self._step("copilot")
+        self._step("copilot", self.learners["copilot"], self._as_list(self.optimizers())[-1])
 
-    def _step(self, name: str) -> None:
-        """Update a model with the gradients at hand; a Copilot that has stopped only drops them."""
-        optimizer, clip = self._by_name(self.optimizers())[name], self.learners[name].clip
-        if name == "pilot" or not self.copilot_stopped:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            if clip is None:
-                norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            else:
-                norm = nn.utils.clip_grad_norm_(parameters, clip)
-            self.gradient_norms.setdefault(name, []).append(norm)  # before clipping; a tensor, so nothing waits for it
-            optimizer.step()
+    def _step(self, name: str, learner: Learner, optimizer: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if learner.clip is None:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        else:
+            norm = nn.utils.clip_grad_norm_(parameters, learner.clip)
+        self.gradient_norms.setdefault(name, []).append(norm)  # before clipping; a tensor, so nothing waits for it
+        optimizer.step()
         optimizer.zero_grad()
 
     def _check(self, pilot_loss: Tensor, copilot_loss: Tensor | None) -> None:
@@ -332,10 +335,12 @@ class TCopilotModule(LightningModule):
         values = {"train/pilot_loss": pilot_loss, "train/target_tokens": tokens, "round": float(self.round + 1)}
         if copilot_loss is not None:
             values["train/copilot_loss"] = copilot_loss.detach()
-        for name, scheduler in self._by_name(self.lr_schedulers()).items():
+        for (name, _), scheduler in zip(self._active(), self._as_list(self.lr_schedulers()), strict=True):
             values[f"lr/{name}"] = scheduler.get_last_lr()[0]
-        values |= {f"time/{name}_seconds": seconds for name, seconds in self.seconds.items()}
-        values |= {f"train/{n}_gradient_norm": torch.stack(norms).mean() for n, norms in self.gradient_norms.items()}
+        for name, seconds in self.seconds.items():
+            values[f"time/{name}_seconds"] = seconds
+        for name, norms in self.gradient_norms.items():
+            values[f"train/{name}_gradient_norm"] = torch.stack(norms).mean()
         self.gradient_norms.clear()
         self.log_dict(values, on_step=True)
         self.log("pilot", pilot_loss, prog_bar=True, logger=False)
@@ -348,8 +353,9 @@ class TCopilotModule(LightningModule):
         yield
         self.seconds[name] += time.perf_counter() - began
 
-    def _without_reduction(self) -> AbstractContextManager:
-        return getattr(self.trainer.strategy, "block_backward_sync", nullcontext)()
+    def _without_reduction(self, active: bool) -> AbstractContextManager:
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return block() if active and block is not None else nullcontext()
 
     def _sum_over_ranks(self, value: Tensor) -> Tensor:
         return sum_over_processes(value)
@@ -362,7 +368,6 @@ class TCopilotModule(LightningModule):
         for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(piece.view_as(gradient))
 
-    def _by_name(self, given: Any) -> dict[str, Any]:
-        """What Lightning gives of the models that learn, by model: a list, or the only one itself."""
-        given = given if isinstance(given, list) else [given] if self.learners else []
-        return dict(zip(self.learners, given, strict=True))
+    @staticmethod
+    def _as_list(value: Any) -> list:
+        return value if isinstance(value, list) else [] if value is None else [value]

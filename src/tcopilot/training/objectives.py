@@ -6,7 +6,7 @@ summed in chunks (`chunked_loss.py`), and a reduction of sum and count over the 
 Shapes: R target tokens, V vocabulary.
 """
 
-from abc import ABC, abstractmethod
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +17,27 @@ from tcopilot.models.copilot import Copilot
 from tcopilot.training.chunked_loss import chunked_sum
 
 
-class Objective(ABC):
+class Objective(Protocol):
     """What training asks of an objective."""
 
-    @abstractmethod
     def row_losses(self, corrections_RV: Tensor, probs_RV: Tensor, targets_R: Tensor) -> Tensor:
         """Loss of each target token, [R], float32."""
 
     def reduce(self, total: Tensor, tokens: Tensor | float) -> Tensor:
-        """The loss from the sum over tokens and their number: the mean, unless an objective says otherwise."""
-        return total / tokens
+        """The loss from the sum over tokens and their number."""
 
 
-class MeanSquaredError(Objective):
+class MeanSquaredError:
     """E‖f^C − ℓ‖², the square of the paper's loss."""
 
     def row_losses(self, corrections_RV: Tensor, probs_RV: Tensor, targets_R: Tensor) -> Tensor:
         """‖f^C − ℓ‖² of each token."""
         errors_RV = token_errors(probs_RV, targets_R)
         return nn.functional.mse_loss(corrections_RV, errors_RV, reduction="none").sum(-1)
+
+    def reduce(self, total: Tensor, tokens: Tensor | float) -> Tensor:
+        """Mean over tokens."""
+        return total / tokens
 
 
 class RootMeanSquaredError(MeanSquaredError):
@@ -46,7 +48,7 @@ class RootMeanSquaredError(MeanSquaredError):
         return root_mean_square(total, tokens)
 
 
-class KullbackLeibler(Objective):
+class KullbackLeibler(MeanSquaredError):
     """KL(softmax ℓ ‖ softmax f^C): both sides need a softmax, since ℓ sums to 0 (Section A.4)."""
 
     def row_losses(self, corrections_RV: Tensor, probs_RV: Tensor, targets_R: Tensor) -> Tensor:
@@ -56,12 +58,12 @@ class KullbackLeibler(Objective):
         return (log_target.exp() * (log_target - log_estimate)).sum(-1)
 
 
-class CrossEntropy(Objective):
+class CrossEntropy(MeanSquaredError):
     """−log p̃_y of the distribution fused at λ = 1 (Eq. 8): it does not estimate ℓ."""
 
     def row_losses(self, corrections_RV: Tensor, probs_RV: Tensor, targets_R: Tensor) -> Tensor:
         """Negative log-likelihood of each target token, in nats."""
-        fused_RV = fuse_probabilities(safe_log(probs_RV), corrections_RV, 1.0)
+        fused_RV = fuse_probabilities(_log(probs_RV), corrections_RV, 1.0)
         return -fused_RV.gather(-1, targets_R.unsqueeze(-1)).squeeze(-1)
 
 
@@ -86,13 +88,12 @@ def objective_sum(objective: Objective, copilot: Copilot, record: MistakeRecord,
     def row_losses(hidden_rC: Tensor, chunk: slice) -> Tensor:
         here = tokens_R[chunk] if padded else chunk  # without padding no row of p̂ is copied
         probs_rV = probs_RV[here]
-        corrections_rV = copilot.correct(hidden_rC, safe_log(probs_rV) if copilot.head.reads_pilot else None)
+        corrections_rV = copilot.correct(hidden_rC, _log(probs_rV) if copilot.head.reads_pilot else None)
         return objective.row_losses(corrections_rV, probs_rV, targets_R[here])
 
     hidden_RC = hidden_RC[tokens_R] if padded else hidden_RC
     return chunked_sum(row_losses, hidden_RC, list(copilot.head.parameters()), probs_RV.shape[-1])
 
 
-def safe_log(probs: Tensor) -> Tensor:
-    """Log of probabilities, of which those of 0 count as the smallest normal float32."""
+def _log(probs: Tensor) -> Tensor:
     return probs.clamp_min(torch.finfo(torch.float32).tiny).log()

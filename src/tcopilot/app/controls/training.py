@@ -28,7 +28,7 @@ from tcopilot.evaluation.results import Control, Results
 from tcopilot.evaluation.significance import compare
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.fused_model import TCopilotModel
-from tcopilot.processes import broadcast, rank
+from tcopilot.processes import agree_on, rank
 from tcopilot.run_directory import RunDirectory
 from tcopilot.training.callbacks import FlopCount
 
@@ -65,7 +65,7 @@ def equal_time(joint: JointRun) -> Trained:
     train_pilot(joint, WARM_UP_ROUNDS)
     trial = train_pilot(joint, _trial_rounds(joint))
     fitting = round(joint.results.train_seconds / (trial.seconds / trial.rounds))
-    return train_pilot(joint, broadcast(max(joint.results.rounds, fitting)))
+    return train_pilot(joint, agree_on(max(joint.results.rounds, fitting)))
 
 
 def equal_flops(joint: JointRun) -> Trained:
@@ -128,7 +128,7 @@ def train_pilot(joint: JointRun, rounds: int, seed: int | None = None, count_eve
     data.rounds, data.seed, data.held_out = rounds, data.seed + cfg.seed - joint.cfg.seed, 0.0
     make_trainer(cfg, [count], None, rounds).fit(module, datamodule=data)
     model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
-    return Trained(model, rounds, round(broadcast(module.seconds["pilot"]), 2), count.total())
+    return Trained(model, rounds, round(agree_on(module.seconds["pilot"]), 2), count.total())
 
 
 def against_controls(results: Results, run: RunDirectory) -> list[str]:

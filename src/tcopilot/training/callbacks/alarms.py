@@ -1,4 +1,4 @@
-"""Warnings about a Copilot that trains without learning anything useful."""
+"""Alarms for a Copilot that trains without learning anything that helps."""
 
 from typing import Any
 

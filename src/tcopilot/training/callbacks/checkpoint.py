@@ -1,4 +1,4 @@
-"""When checkpoints are saved, what goes into them, and how many are kept."""
+"""When checkpoints are saved, what goes into them, and how many stay."""
 
 from __future__ import annotations
 

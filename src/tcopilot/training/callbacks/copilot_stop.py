@@ -1,4 +1,4 @@
-"""Early stopping of the Copilot by its error ratio on validation rows, and which Copilot is kept in the end."""
+"""Early stopping of the Copilot by its error ratio on validation rows, and the choice of the Copilot that is kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from tcopilot.models.copilot import Copilot
-from tcopilot.processes import broadcast, sum_over_processes
+from tcopilot.processes import agree_on, sum_over_processes
 from tcopilot.training.error_statistics import ErrorStatistics
 
 log = logging.getLogger(__name__)
@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 class CopilotStop(Callback):
     """Stops updating the Copilot once validation finds no better one; the Pilot is trained on.
 
-    A Copilot is judged by its error ratio E‖f^C − ℓ‖² / E‖ℓ‖² on validation rows, with the Pilot of that moment. Since
-    the Pilot keeps changing, the Copilot that was best then need not be the best for the final Pilot. When training
-    ends, the best and the last one are therefore judged again with the final Pilot, and the better one is kept.
+    A Copilot is judged by E‖f^C − ℓ‖² / E‖ℓ‖² on validation rows, with the Pilot of that moment. The Pilot moves on,
+    so that a Copilot that was best then need not be best for the Pilot that is kept: when training ends both the best
+    and the last one are judged with the final Pilot, and the better one stays.
 
     Args:
         patience: validations without a better ratio after which it stops.
@@ -38,14 +38,14 @@ class CopilotStop(Callback):
         self._state: dict[str, Any] = {"best": math.inf, "round": 0, "waited": 0, "weights": {}}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave a Copilot stopped that was stopped before the run was resumed."""
+        """A resumed run goes on as it was."""
         pl_module.copilot_stopped = self._state["waited"] >= self.patience
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the current Copilot."""
         if trainer.sanity_checking or not pl_module.copilot_learns:
             return
-        ratio = broadcast(_reported(trainer))
+        ratio = agree_on(_reported(trainer))
         if ratio < self._state["best"]:
             weights = {name: weight.cpu().clone() for name, weight in _trained(pl_module.model.copilot).items()}
             self._state.update(best=ratio, round=pl_module.round, waited=0, weights=weights)

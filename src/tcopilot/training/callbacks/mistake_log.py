@@ -35,13 +35,19 @@ class MistakeLogCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log error energy over that of validation: well below 1, the log no longer shows present errors."""
         held_out = trainer.callback_metrics.get("val/error_energy")
-        if held_out is None or trainer.logger is None or trainer.sanity_checking or not len(self.mistake_log):
-            return
-        energy = self.mistake_log.statistics()["error_energy"]
-        ratio = energy / max(float(held_out), 1e-12)
-        for logger in trainer.loggers:  # at the step of all lines of this round
-            figures = {"log/error_energy": energy, "log/energy_ratio_to_validation": ratio}
-            logger.log_metrics(figures, step=pl_module.round - 1)
+        if (
+            len(self.mistake_log)
+            and held_out is not None
+            and trainer.logger is not None
+            and not trainer.sanity_checking
+        ):
+            energy = self.mistake_log.statistics()["error_energy"]
+            figures = {
+                "log/error_energy": energy,
+                "log/energy_ratio_to_validation": energy / max(float(held_out), 1e-12),
+            }
+            for logger in trainer.loggers:
+                logger.log_metrics(figures, step=pl_module.round - 1)  # as all lines of this round
 
     def state_dict(self) -> dict[str, Any]:
         """The log, as tensors and plain values."""

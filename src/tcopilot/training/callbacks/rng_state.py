@@ -1,4 +1,4 @@
-"""Random states in checkpoints, so that a resumed run drops the same units as one that was never stopped."""
+"""Random numbers that survive a resume: a resumed run drops the same units as one that was never stopped."""
 
 import random
 from typing import Any

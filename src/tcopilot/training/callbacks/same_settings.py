@@ -1,4 +1,4 @@
-"""Stops a job whose processes were started with different settings."""
+"""All processes of a job train the same thing, or none starts."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from tcopilot.processes import refuse_differences
 
 
 class SameSettings(Callback):
-    """Checks that all processes were given the same settings, as soon as they have joined.
+    """Compares what the processes were given, as soon as they have joined.
 
-    DDP would average the gradients of different configs or data without complaint, and every figure would be wrong.
+    Gradients of different jobs would average without complaint, and every figure would be wrong.
 
     Args:
         settings: name to value: the resolved config by key, the data's fingerprint.
