@@ -340,7 +340,7 @@ def test_the_programs_find_classes_beside_them(extended, tmp_path):
     done = composed.program(str(extended.root / "train.py"), *given)
     assert done.returncode == 0, done.stderr
     assert "newer_half.NewerHalf" in (tmp_path / "run" / "config.yaml").read_text()
-    given = [f"run={tmp_path / 'run'}", f"paths.run_dir={tmp_path / 'eval'}"]
+    given = [f"run={tmp_path / 'run'}", f"paths.run_dir={tmp_path / 'eval'}", "trust=[newer_half,unsure]"]
     done = composed.program(str(extended.root / "eval.py"), *given)
     assert done.returncode == 0, done.stderr
     assert composed.results(tmp_path / "eval")["rows"] == composed.results(tmp_path / "run")["rows"]
