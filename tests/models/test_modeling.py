@@ -395,7 +395,7 @@ def test_fused_logits_are_the_pilots_corrected_by_what_training_sees(fuse, make_
         fused = model(**given).logits[:, predicting]
         states = trace_pilot(model.pilot, batch, StatePooler("sum", "second_half"))
         log_probs, corrections = corrections_by_hand(model, states)
-    rule = fuse_probabilities if fusion == "probability" else fuse_logits
+    rule = {ProbabilityFusion: fuse_probabilities, LogitFusion: fuse_logits}[type(fusion)]
     assert fused.dtype == torch.float32
     torch.testing.assert_close(fused[mask], rule(log_probs, corrections, 0.7)[mask], atol=1e-3, rtol=1e-3)
     assert (fused - log_probs)[mask].abs().max() > 1e-2
