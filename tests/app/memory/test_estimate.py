@@ -147,7 +147,7 @@ def test_a_run_that_cannot_fit_stops_before_weights_load(tmp_path, monkeypatch):
     monkeypatch.setattr(memory_check.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     monkeypatch.setattr(build.ModelSource, "load", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match="the largest part is"):
-        composed.train(tmp_path / "run", *composed.SMALL)
+        composed.train(tmp_path / "run", *composed.SMALL, estimate=True)
 
 
 def test_parts_that_need_real_numbers_do_not_keep_a_run_from_starting(tmp_path, monkeypatch, caplog):
