@@ -115,6 +115,7 @@ def test_processes_agree_and_every_one_is_told_of_a_difference(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_a_job_whose_processes_differ_does_not_start(tmp_path):
     for process in job_of_two(f"paths.run_dir={tmp_path}", of_rank="seed"):
         text = process.stdout + process.stderr
