@@ -17,7 +17,7 @@ GROUPS = {  # where train.yaml puts a group; others stand at their own name
     "optimizer": ("optimizer@pilot.optimizer", "optimizer@copilot.optimizer"),
     "scheduler": ("scheduler@pilot.scheduler", "scheduler@copilot.scheduler"),
 }
-SMALL_FOLDERS = ("", "paper", "control")  # of experiments that are not one model on one domain
+SMALL_FOLDERS = ("", "paper", "control", "ablation", "variant")  # of experiments that are not one model on one domain
 ON_A_CPU = ("trainer=cpu", "trainer.devices=1", "trainer.strategy=auto", "logger=csv")
 
 
@@ -121,7 +121,7 @@ def finished(tmp_path_factory):
 
 
 RECIPES = [name for name in names_in("experiment") if name.rpartition("/")[0] in SMALL_FOLDERS]
-FAST = ("demo_decoder_only", "control/offline")
+FAST = ("demo_decoder_only", "variant/offline")
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES])
