@@ -24,6 +24,7 @@ from transformers import (
 
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.data.generated_tasks import GeneratedTask
+from tcopilot.data.metrics import Metric
 from tcopilot.data.tokenizers import word_tokenizer
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.results import Results
@@ -32,6 +33,7 @@ from tcopilot.version import __version__
 
 DATA = composed.ROOT.parent / "shared" / "data"
 TASKS = {"t5": "word_problems", "llama": "multiple_choice"}
+ACCURACY = Metric("accuracy")
 SHORT = [*composed.SMALL, "fusion.weight=[0,1]"]
 LLAMA = ["pilot=tiny_llama"]
 LORA = [
@@ -134,7 +136,7 @@ def test_results_keep_to_their_contract(finished):
         "gain": list,
     }
     assert {key: type(found[key]) for key in kinds} == kinds
-    assert (found["version"], found["seed"], found["rounds"], found["selected_on"]) == (1, 1, 120, "validation")
+    assert (found["version"], found["seed"], found["rounds"], found["selected_on"]) == (2, 1, 120, "validation")
     assert (finished.folder / found["config"]).is_file()
     assert found["train_seconds"] > 0
     assert set(found["params"]) >= {"pilot", "copilot", "pilot_trainable", "copilot_trainable"}
@@ -271,8 +273,8 @@ def test_the_choice_of_the_weight_does_not_see_the_test_rows(finished, tmp_path,
 
         def scores(self, split, name, weights, favoured=favoured):
             found = judge(self, split, name, weights)
-            rows = len(found[0.0]["accuracy"])
-            return found if split == "validation" else {w: {"accuracy": [float(w == favoured)] * rows} for w in found}
+            rows = len(found[0.0][ACCURACY])
+            return found if split == "validation" else {w: {ACCURACY: [float(w == favoured)] * rows} for w in found}
 
         monkeypatch.setattr(Evaluator, "scores", scores)
         found = composed.results(composed.evaluate(finished.folder, tmp_path / str(favoured)))
@@ -584,7 +586,7 @@ def test_the_returned_gain_is_what_a_sweep_maximises(tmp_path, monkeypatch):
     right = {("validation", 0): 2, ("validation", 1): 8, ("test", 0): 1, ("test", 1): 10}
 
     def scores(self, split, name, weights):
-        return {w: {"accuracy": [float(i < right[split, int(w)]) for i in range(10)]} for w in weights}
+        return {w: {ACCURACY: [float(i < right[split, int(w)]) for i in range(10)]} for w in weights}
 
     monkeypatch.setattr(Evaluator, "scores", scores)
     small = composed.compose_config(*composed.QUIET, *SHORT, f"paths.run_dir={tmp_path}")
@@ -608,7 +610,7 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_like_any_other(tmp_path):
         before = [line["train/pilot_loss"] for line in csv.DictReader(file) if line["train/pilot_loss"]]
     assert len(before) == 2
 
-    composed.run.train(composed.compose_config(f"resume={folder}", "traceback=true"))
+    composed.run.train(composed.compose_config(f"resume={folder}", "trust=[composed]", "traceback=true"))
     found = composed.results(folder)
     assert found["rounds"] == 4
     with (folder / "metrics.csv").open() as file:

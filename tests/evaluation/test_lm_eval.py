@@ -291,7 +291,7 @@ def test_a_bare_pilot_has_no_weight(tmp_path):
     model.detach_copilot()
     model.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"weight=0\.3: this export is a bare Pilot"):
+    with pytest.raises(ValueError, match=r"weight=0\.3: this export has no Copilot"):
         TCopilotLM(tmp_path, weight=0.3)
     assert len(score(TCopilotLM(tmp_path, device="cpu"))) == len(TEXTS)
 

@@ -47,7 +47,7 @@ def test_a_run_killed_ten_times_ends_as_if_nothing_had_happened(tmp_path, monkey
 
     def go_on():
         if any((killed / "checkpoints").glob("round=*")):
-            return composed.forked("train.py", f"resume={killed}", f"hydra.run.dir={tmp_path}/hydra")
+            return composed.forked("train.py", f"resume={killed}", "trust=[killer]", f"hydra.run.dir={tmp_path}/hydra")
         return composed.forked("train.py", *SETTINGS, f"hydra.run.dir={killed}")
 
     assert len(kills()) == 10

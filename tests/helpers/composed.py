@@ -154,7 +154,7 @@ def results(folder: Path) -> dict[str, Any]:
 def predictions(folder: Path, split: str, weight: float, benchmark: str = "word_problems") -> list[dict[str, Any]]:
     """The predictions of one split at one λ, by row id."""
     text = (folder / "predictions" / f"{split}-{benchmark}-weight={weight:g}.jsonl").read_text()
-    return sorted((json.loads(line) for line in text.splitlines()), key=lambda row: row["id"])
+    return sorted((json.loads(line) for line in text.split("\n") if line), key=lambda row: row["id"])
 
 
 def value(found: dict[str, Any], split: str, metric: str, weight: float, benchmark: str = "word_problems") -> float:

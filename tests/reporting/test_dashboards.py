@@ -325,7 +325,7 @@ def test_a_resumed_run_goes_on_with_its_id_and_drops_no_point(tmp_path):
         composed.train(folder, *SHORT, *STOP)
     assert wandb.run is None
     identity = json.loads((folder / "wandb.json").read_text())
-    composed.run.train(composed.compose_config(f"resume={folder}", "traceback=true"))
+    composed.run.train(composed.compose_config(f"resume={folder}", "trust=[composed]", "traceback=true"))
     assert json.loads((folder / "wandb.json").read_text()) == identity
     parts = wandb_parts(folder)
     assert [exit_code(part) for part in parts] == [0, 0]  # a clean stop is no failure

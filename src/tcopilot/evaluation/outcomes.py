@@ -20,7 +20,8 @@ def read_predictions(results: Results, folder: Path, benchmark: str, weight: flo
     for suffix in (Generation.suffix, Likelihood.suffix):
         file = folder / f"{results.reported_on}-{benchmark}{suffix}-weight={weight:g}.jsonl"
         if file.exists():
-            found = {line["id"]: line for line in map(json.loads, file.read_text(encoding="utf-8").splitlines())}
+            with file.open(encoding="utf-8") as lines:  # `splitlines` would also cut at U+2028, which JSON may hold
+                found = {prediction["id"]: prediction for prediction in map(json.loads, lines)}
             if gain is None or all(gain.metric in prediction["scores"] for prediction in found.values()):
                 return found
     return {}

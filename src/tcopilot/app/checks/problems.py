@@ -42,7 +42,7 @@ def attempt(problems: list[str], make: Callable[[], Any], key: str | None = None
     try:
         return make()
     except (DataError, ModelSourceError) as error:
-        problems += str(error).splitlines()
+        problems += str(error).split("\n")  # a row that is quoted may hold other line separators
     except Exception as error:
         by_hydra = isinstance(error, InstantiationException)
         reason = refusal(error) if by_hydra or key else None
