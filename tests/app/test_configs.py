@@ -121,6 +121,7 @@ def finished(tmp_path_factory):
 
 
 RECIPES = [name for name in names_in("experiment") if name.rpartition("/")[0] in SMALL_FOLDERS]
+RECIPES.remove("ablation/joint")  # starts from a finished run of LLaMA, whose Copilot has more layers than a tiny one
 FAST = ("demo_decoder_only", "variant/offline")
 
 
