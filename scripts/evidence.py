@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(", ".join(counts), f"of {len(jobs)}: {asked.page}")
     failed = [job for job, outcome in outcomes.items() if outcome == "failed"]
     for job in failed:
-        print(f"  - {job.folder}: see its output.txt", file=sys.stderr)
+        print(f"  - {job.folder}: see its {job.notes.run.output.name}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -45,6 +45,7 @@ class RunDirectory:
     job = _Entry("job.yaml")  # what a job of a sweep was asked to do
     done = _Entry("done.json")  # that it has done it
     failed = _Entry("failed.json")  # or why it could not
+    output = _Entry("output.txt")  # what the job printed, where it ran in a process of its own
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)

@@ -9,7 +9,9 @@ from omegaconf import OmegaConf
 from small_training import random_batch, tiny_model, tiny_pilot
 from transformers import AutoConfig
 
+from tcopilot.app.checks import config as checks
 from tcopilot.app.checks.config import config_problems
+from tcopilot.app.controls import training as controls
 from tcopilot.app.controls.averaged import AveragedPilots
 from tcopilot.app.controls.widths import widened
 from tcopilot.models import families
@@ -154,6 +156,10 @@ def test_all_controls_stand_beside_the_gain_with_what_they_cost(tmp_path):
     assert cost["equal_flops"]["train_flops"] == pytest.approx(found["train_flops"], rel=0.25)
     assert cost["equal_flops"]["rounds"] > found["rounds"]
     assert found["train_flops"] > cost["averaged"]["train_flops"] / 2 > 0
+
+
+def test_the_checks_know_every_control_by_name():
+    assert tuple(controls.CONTROLS) == checks.CONTROLS
 
 
 def test_the_second_pilot_is_another_one(tmp_path):

@@ -83,7 +83,7 @@ def fingerprint(settings: dict[str, Any]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A program with its overrides, to be run in a process of its own; its output goes to `output.txt`."""
+    """A program with its overrides, to be run in a process of its own; its output goes to `RunDirectory.output`."""
 
     folder: Path
     overrides: tuple[str, ...]
@@ -109,7 +109,7 @@ class Job:
         notes.start()
         given = [f"resume={self.folder}"] if state == "started" else [*self.overrides, f"paths.run_dir={self.folder}"]
         command = [sys.executable, self.program, *given]
-        with (self.folder / "output.txt").open("a") as output:
+        with notes.run.output.open("a") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, **options)
             try:
                 process.wait(None if deadline == FOREVER else max(1.0, deadline - time.monotonic()))
@@ -119,7 +119,7 @@ class Job:
         if process.returncode == STOPPED:
             return "stopped"
         if process.returncode:
-            note_failure(self.folder, f"exit status {process.returncode}, see output.txt")
+            note_failure(self.folder, f"exit status {process.returncode}, see {notes.run.output.name}")
             return "failed"
         notes.finish()
         return "finished"
