@@ -7,10 +7,14 @@ from omegaconf import OmegaConf
 from tcopilot.data.metrics import NLL
 from tcopilot.evaluation.results import Gain, Results, Row, direction_and_unit
 from tcopilot.reporting import published
+from tcopilot.reporting.finished_runs import find_runs
+from tcopilot.reporting.seed_groups import group_runs
+from tcopilot.reporting.summaries import Summary, summarise
 from tcopilot.version import __version__
 
 REASONING = ("piqa", "winogrande", "hellaswag", "boolq", "siqa", "openbookqa")
 ARITHMETIC = ("aqua", "gsm8k", "mawps", "svamp")
+CUTS = (5, 10, 20, 100)  # of hit@K and NDCG@K
 
 
 def config_of(seed: int, folder: Path, **changes) -> dict:
@@ -75,3 +79,8 @@ def published_run(folder: Path, benchmarks=REASONING + ARITHMETIC, shift: float 
         for name in benchmarks
     }
     return write_run(folder, figures, pilot__path="meta-llama/Llama-3.2-1B", **changes)
+
+
+def summaries_of(*folders: Path, metric: str | None = None) -> list[Summary]:
+    """Summarise the groups of all runs below the folders."""
+    return [summarise(group, metric) for group in group_runs(find_runs(folders).runs)]

@@ -4,16 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from written_runs import write_run, write_three_seeds
+from written_runs import write_run
 
 from tcopilot.reporting import published
 from tcopilot.reporting.finished_runs import find_runs
 from tcopilot.reporting.seed_groups import group_runs
-
-
-@pytest.fixture
-def three_seeds(tmp_path) -> Path:
-    return write_three_seeds(tmp_path)
 
 
 def groups_of(*folders: Path):

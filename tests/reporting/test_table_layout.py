@@ -6,23 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from written_runs import published_run, write_run, write_three_seeds
+from written_runs import CUTS, published_run, summaries_of, write_run
 
-from tcopilot.reporting.finished_runs import find_runs
-from tcopilot.reporting.seed_groups import group_runs
-from tcopilot.reporting.summaries import summarise
 from tcopilot.reporting.tables import lay_out, main
-
-CUTS = (5, 10, 20, 100)
-
-
-@pytest.fixture
-def three_seeds(tmp_path) -> Path:
-    return write_three_seeds(tmp_path)
-
-
-def summaries_of(*folders: Path, metric: str | None = None):
-    return [summarise(group, metric) for group in group_runs(find_runs(folders).runs)]
 
 
 def test_an_average_without_all_members_is_not_printed_but_the_missing_are(tmp_path):

@@ -3,10 +3,9 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from written_runs import ARITHMETIC, REASONING, published_run, write_run, write_three_seeds
+from written_runs import ARITHMETIC, CUTS, REASONING, published_run, summaries_of, write_run
 
 from tcopilot.evaluation.results import Control, Results
 from tcopilot.reporting import published
@@ -14,17 +13,6 @@ from tcopilot.reporting.finished_runs import find_runs
 from tcopilot.reporting.seed_groups import group_runs
 from tcopilot.reporting.summaries import Seen, join_benchmarks, line_over_seeds, summarise
 from tcopilot.reporting.tables import lay_out, main
-
-CUTS = (5, 10, 20, 100)
-
-
-@pytest.fixture
-def three_seeds(tmp_path) -> Path:
-    return write_three_seeds(tmp_path)
-
-
-def summaries_of(*folders: Path, metric: str | None = None):
-    return [summarise(group, metric) for group in group_runs(find_runs(folders).runs)]
 
 
 def test_runs_that_differ_in_seed_are_one_group_with_mean_and_deviation(three_seeds):
