@@ -235,6 +235,18 @@ def test_weight_table_marks_each_benchmark(results):
     assert column_of(table, "(gsm8k)") == column_of(table, "45.34 %") == column_of(table, "λ = 0.5")
 
 
+def test_a_weight_table_of_many_weights_keeps_names_and_figures_whole(results):
+    weights = (0.0, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0)
+    nll = [Row("all", "test", "nll", w, 0.5029, 9000, (0.4, 0.6), False, "nats") for w in weights]
+    results.rows = [Row("word_problems", "test", "accuracy", w, 0.8685, 2000, (0.8, 0.9)) for w in weights] + nll
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(weight_table(results))
+    printed = console.export_text()
+    assert "word_problems" in printed
+    assert printed.count("86.85 %") == printed.count("0.5029") == len(weights)
+    assert "nll, nats" in printed
+
+
 @pytest.fixture
 def fake_git(tmp_path, monkeypatch):
     """Put a `git` first on the path that knows one commit and prints the given changes."""

@@ -248,8 +248,11 @@ def weight_table(results: Results) -> Table:
     for weight in weights:
         table.add_column(f"λ = {weight:g}{_mark(results.selected_weight, weight)}", justify="right")
     for (benchmark, split, metric), curve in curves.items():
-        cells = [show(curve[weight].value, curve[weight].unit) if weight in curve else "" for weight in weights]
-        table.add_row(benchmark, split, metric, *cells)
+        unit = next(iter(curve.values())).unit
+        # The unit stands once in the line, since a table of many λ has no room for it in every cell.
+        named, of_cells = (metric, unit) if unit in ("", SHARE) else (f"{metric}, {unit}", "")
+        cells = [show(curve[weight].value, of_cells) if weight in curve else "" for weight in weights]
+        table.add_row(benchmark, split, named, *cells)
     return table
 
 
