@@ -20,7 +20,7 @@ def prepare(side="left", tokenizer=None, rows=ROWS, training=True, **limits):
     preparer = RowPreparer(tokenizer or word_tokenizer(["a", "b", "c", "d"]), side, **limits)
     complaints = []
     prepared = list(preparer(rows, BENCHMARK, 1, 2, training, complaints.append))
-    return [(row["source_ids"], row["target_ids"]) for row in prepared], complaints, preparer.dropped
+    return [(row["source_ids"], row["target_ids"]) for row in prepared], complaints, preparer.counts["dropped"]
 
 
 def test_targets_end_with_the_end_token_and_prompts_do_not():

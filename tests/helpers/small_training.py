@@ -116,6 +116,11 @@ class InOrder(Fifo):
         return torch.arange(min(records, len(log)))
 
 
+def of_records(log: MistakeLog, name: str) -> Tensor:
+    """One value per record held, in log order: `energy`, `repeated` or `benchmark`."""
+    return torch.cat([logged.tensors[name] for logged in log.rounds])
+
+
 class Losses(Callback):
     """Keeps both losses of every round."""
 

@@ -21,7 +21,7 @@ from small_training import (
 from tcopilot.app.checks.config import config_problems
 from tcopilot.data import DataError, GeneratedTask, TCopilotDataModule
 from tcopilot.mistake_log.log import MistakeLog
-from tcopilot.mistake_log.seen_rows import SeenRows
+from tcopilot.mistake_log.rounds import SeenRows
 from tcopilot.models.states import StatePooler, trace_pilot
 from tcopilot.processes import rank
 
@@ -91,6 +91,7 @@ def test_a_row_that_another_process_trained_on_is_no_first_visit(tmp_path):
     run_in_processes(visits_job, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_passes_logs_one(tmp_path):
     given = [*composed.SMALL, "data.max_train_rows=32", "mistake_log.log.rows=first_visit", "fusion.weight=[0,1]"]
     folder = composed.train(tmp_path / "run", *given, "trainer.val_check_interval=4", "mistake_log.every_n_rounds=4")

@@ -1,4 +1,4 @@
-"""How often each policy draws which record, against theory, on logs filled by real rounds of training."""
+"""How often each policy draws which record, against theory, on logs of what a Pilot really makes of rows."""
 
 import math
 from collections import Counter
@@ -6,25 +6,23 @@ from collections import Counter
 import pytest
 import torch
 from scipy.stats import binom, chisquare
-from small_training import learner, random_batch, small_module, tiny_model, train_on
+from small_training import learner, of_records, random_batch, small_module, tiny_model, tiny_pilot, train_on
 
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.policies import Balanced, Fifo, Latest, Prioritised, Reservoir, _without_replacement
-from tcopilot.models.states import PilotStates
+from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
 
 DRAWS = 4000
 UNLIKELY = 1e-4
 
 
 def filled(policy, rows=(3, 4, 2), benchmarks=None, seed=0, **options):
-    """A log after one round of training per entry of `rows`."""
-    log = MistakeLog(policy=policy, seed=seed, **options)
+    """A log of one round per entry of `rows`."""
+    log, pilot = MistakeLog(policy=policy, seed=seed, **options), tiny_pilot("llama")
     benchmarks = [None] * len(rows) if benchmarks is None else benchmarks
-    batches = [
-        random_batch("llama", rows=n, seed=s, benchmarks=kinds)
-        for s, (n, kinds) in enumerate(zip(rows, benchmarks, strict=True))
-    ]
-    train_on(small_module(tiny_model("llama"), len(rows)), batches, log)
+    for s, (n, kinds) in enumerate(zip(rows, benchmarks, strict=True)):
+        batch = random_batch("llama", rows=n, seed=s, benchmarks=kinds)
+        log.append(trace_pilot(pilot, batch, StatePooler()))
     return log
 
 
@@ -85,7 +83,7 @@ def test_prioritised_draws_in_proportion_to_the_length_of_the_error():
         errors = torch.nn.functional.one_hot(targets, probs.shape[-1]) - probs
         energies += [(e.square().sum(-1)[m]).mean().item() for e, m in zip(errors, mask, strict=True)]
     lengths = torch.tensor(energies).sqrt()
-    observed = counts(log, draws=6 * DRAWS)
+    observed = counts(log, records=6 * DRAWS, draws=1)  # all are independent
     assert follows(observed, lengths)
     assert not follows(observed, [1] * 8)  # the errors differ enough for the test to see it
 
@@ -114,7 +112,7 @@ def test_balanced_draws_every_benchmark_equally_often_and_its_records_alike():
 
 
 def test_reservoir_keeps_every_round_with_the_same_probability():
-    rounds, capacity, logs = 8, 3, 1200
+    rounds, capacity, logs = 8, 3, 500
     one = torch.zeros(1, 1, dtype=torch.long)
     mask = one == 0
     states = PilotStates(
@@ -166,10 +164,10 @@ def test_weighted_draws_stay_right_after_rounds_have_left_the_middle(policy):
     log = filled(policy(), rows=(3, 2, 4, 1), benchmarks=[[0, 0, 1], [2, 2], [0, 1, 1, 3], [1]])
     log.held.pop(1)
     if policy is Balanced:  # benchmark 2 is gone
-        kinds = log.concatenated("benchmark").tolist()
+        kinds = of_records(log, "benchmark").tolist()
         expected = [1 / kinds.count(kind) for kind in kinds]
     else:
-        expected = log.concatenated("energy").sqrt()
+        expected = of_records(log, "energy").sqrt()
     assert follows(counts(log, draws=3 * DRAWS), expected)
 
 

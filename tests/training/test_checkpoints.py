@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from processes import Forked, run_in_processes
 from resumable_run import ROUNDS, Run, assert_equal, assert_same_end
 from safetensors import SafetensorError
-from small_training import EachRound
+from small_training import EachRound, of_records
 from torch import distributed
 
 import tcopilot
@@ -713,7 +713,7 @@ def _train(folder):
     assert found == folder / "cut" / f"round={cut.module.round}"
     resumed = Run("t5", folder / "cut", seed=99, trainer=strategy).fit(found)
     assert_same_end(whole, resumed, cut.module.round)
-    torch.save(resumed.log.concatenated("energy"), folder / f"log{rank}.pt")
+    torch.save(of_records(resumed.log, "energy"), folder / f"log{rank}.pt")
 
 
 def test_two_processes_stop_together_and_resume_each_with_its_own_log(tmp_path):

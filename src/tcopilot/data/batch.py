@@ -6,7 +6,8 @@ Shape letters: ``B`` batch, ``M`` source length, ``N`` target length.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,20 +47,16 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch on ``device``."""
-        return self._moved(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory; the data loader calls this."""
-        return self._moved(Tensor.pin_memory)
+        return self._map(lambda part: part.pin_memory())
 
     def split(self, rows: int) -> list[Batch]:
-        """Cut the batch into consecutive parts for gradient accumulation.
+        """Cut the batch into consecutive parts of at most ``rows`` rows for gradient accumulation.
 
-        Args:
-            rows: Largest number of rows of a part.
-
-        Returns:
-            Parts in order, each without the columns that are padding in all of its rows.
+        Each part comes without the columns that are padding in all of its rows, and without ``held_out``.
 
         Raises:
             ValueError: If ``rows`` is below 1.
@@ -68,24 +65,22 @@ class Batch:
             raise ValueError(f"a part needs at least 1 row, got rows={rows}")
         if rows >= len(self):
             return [self]
-        cuts = range(0, len(self), rows)
-        return [self._map(lambda tensor, start=start: tensor[start : start + rows])._trimmed() for start in cuts]
+        parts = []
+        for start in range(0, len(self), rows):
+            part = slice(start, start + rows)
+            source, target = self.source_mask_BM[part].any(0), self.target_mask_BN[part].any(0)
+            parts.append(
+                Batch(
+                    self.source_ids_BM[part, source],
+                    self.source_mask_BM[part, source],
+                    self.target_ids_BN[part, target],
+                    self.target_mask_BN[part, target],
+                    self.ids_B[part],
+                    self.benchmark_B[part],
+                )
+            )
+        return parts
 
-    def _trimmed(self) -> Batch:
-        source, target = self.source_mask_BM.any(0), self.target_mask_BN.any(0)
-        return Batch(
-            source_ids_BM=self.source_ids_BM[:, source],
-            source_mask_BM=self.source_mask_BM[:, source],
-            target_ids_BN=self.target_ids_BN[:, target],
-            target_mask_BN=self.target_mask_BN[:, target],
-            ids_B=self.ids_B,
-            benchmark_B=self.benchmark_B,
-        )
-
-    def _moved(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(self._map(change), held_out=None if self.held_out is None else self.held_out._map(change))
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """Change the tensors of the batch's own rows."""
-        names = [field.name for field in fields(self) if field.name != "held_out"]
-        return Batch(**{name: change(getattr(self, name)) for name in names})
+    def _map(self, change: Callable[[Any], Any]) -> Batch:
+        """Change all tensors, and ``held_out`` likewise."""
+        return Batch(*(value if value is None else change(value) for value in vars(self).values()))

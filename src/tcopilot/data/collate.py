@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tcopilot.data.batch import Batch
 
@@ -58,14 +59,12 @@ class PromptTargetCollator:
 
     def _pad(self, sequences: Sequence[Sequence[int]], side: Side) -> tuple[Tensor, Tensor]:
         """Return ids and mask, both [rows, longest]; the mask comes from the lengths."""
-        longest = max(map(len, sequences))
-        ids = torch.full((len(sequences), longest), self.pad_token_id, dtype=torch.int64)
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        for row, sequence in enumerate(sequences):
-            start = longest - len(sequence) if side == "left" else 0
-            ids[row, start : start + len(sequence)] = torch.as_tensor(sequence, dtype=torch.int64)
-            mask[row, start : start + len(sequence)] = True
-        return ids, mask
+        ids = [torch.as_tensor(sequence, dtype=torch.int64) for sequence in sequences]
+        real = [torch.ones_like(row, dtype=torch.bool) for row in ids]
+        return (
+            pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id, padding_side=side),
+            pad_sequence(real, batch_first=True, padding_side=side),
+        )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,9 +23,14 @@ from tcopilot.data.prepare import Overflow, RowPreparer
 from tcopilot.data.samplers import HeldOutSampler, RoundSampler, StreamRounds
 from tcopilot.data.sources import as_stream, mixture
 from tcopilot.data.splits import SplitReader
-from tcopilot.settings import FLAG, POSITIVE, SEED, is_number, whole
+from tcopilot.settings import FLAG, POSITIVE, SEED, Rule, is_number, problems, whole
 
 log = logging.getLogger(__name__)
+SHARES = {
+    "validation_size": Rule(is_number, "give a share of the train rows, such as 0.1, or a number of them"),
+    "held_out": Rule(lambda v: is_number(v) and 0 <= v < 1, "give a share of the train rows in [0, 1), such as 0.1"),
+}
+WEIGHT = Rule(POSITIVE.allows, "must be a number above 0; leave out a benchmark to drop it")
 SHOWN = 3  # complaints about one split that are printed in full
 
 PreparedRow = dict[str, Any]
@@ -36,33 +40,19 @@ class TCopilotDataModule(LightningDataModule):
     """Serve a mixture of benchmarks: one Lightning epoch is the whole budget of rounds.
 
     Call ``prepare`` before anything else. Give the Trainer ``use_distributed_sampler=False``: the batches are divided
-    among ranks here.
+    among ranks here. ``configs/data/base.yaml`` says what each argument does; here is what it leaves out.
 
     Args:
         benchmarks: Name to benchmark, in the order in which ``Batch.benchmark_B`` counts them.
-        path: Folder with local copies; None reads the Hub. Built-in tasks ignore it.
-        weights: Benchmark name to relative frequency in training; None takes every row once a pass.
-        streaming: Read training rows while they are used. Evaluation rows are always kept in memory.
-        batch_size: Training rows of a round, over all processes.
-        eval_batch_size: Validation rows of a batch, per process.
-        rounds: Training budget in batches; wins over ``epochs``.
-        epochs: Training budget in passes over the training rows; a pass is rounded up to whole rounds.
-        validation_size: Where a benchmark has no validation split: share (float) or number (int) of its train rows
-            that become one. A stream gives its first rows, so it needs a number.
-        held_out: Share of the train rows that are never trained on. Each round then brings as many of them as rows to
-            train on, as ``Batch.held_out``. 0 holds none out; not for streams.
-        max_train_rows: Seeded subsample of each benchmark's train rows; of a stream, its first rows. None is all.
-        max_eval_rows: Seeded subsample of each benchmark's validation and of its test rows. None is all.
-        max_source_length: Longest prompt in tokens; None is no limit.
-        max_target_length: Longest target in tokens, end token included; None is no limit.
-        overflow: ``error``, ``drop`` or ``truncate``; see :class:`RowPreparer`.
-        on_error: What happens to a row that cannot be rendered or tokenised. ``stop`` refuses the data; ``skip``
-            leaves the row out, counted in ``summary`` and named in the log and in ``skipped``. A file that cannot be
-            read, or whose rows lack a column, is refused either way.
-        group_by_length: Batch rows of similar length. Not for streams.
-        num_workers: Loader processes; a stream uses one at most, which keeps its order.
-        shuffle_buffer: Rows among which a stream draws the next one.
-        seed: Seed of the order, the mixture, the carved validation split and the subsamples.
+        path: Built-in tasks ignore it.
+        streaming: Evaluation rows are kept in memory all the same.
+        epochs: A pass is rounded up to whole rounds.
+        validation_size: A stream gives its first rows, so it needs a number.
+        held_out: Each round then brings as many rows held out as rows to train on, as ``Batch.held_out``.
+        max_train_rows: Of a stream, its first rows.
+        on_error: With ``skip``, rows left out are counted in ``summary`` and named in the log and in ``skipped``. A
+            file that cannot be read, or whose rows lack a column, is refused either way.
+        num_workers: A stream uses one at most, which keeps its order.
 
     Attributes:
         skipped: Benchmark name to a complaint for each row that was skipped; of a streamed train, in the log only.
@@ -120,8 +110,6 @@ class TCopilotDataModule(LightningDataModule):
         self._summary: dict[str, dict[str, float]] = {}
         self.skipped: dict[str, list[str]] = {}
 
-    # What is known before the tokenizer is -------------------------------------------------------------------------
-
     @property
     def benchmark_names(self) -> list[str]:
         """List the benchmarks in the order of ``Batch.benchmark_B``."""
@@ -132,8 +120,6 @@ class TCopilotDataModule(LightningDataModule):
         """List the words of all tasks, each once; None unless every benchmark has a closed vocabulary."""
         words = [getattr(benchmark, "vocabulary", None) for benchmark in self.benchmarks.values()]
         return None if None in words else list(dict.fromkeys(word for part in words for word in part))
-
-    # Preparation ---------------------------------------------------------------------------------------------------
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, source_side: Side) -> None:
         """Load, render, tokenise and check all rows; needs no model. A stream's rows are checked as they are read.
@@ -151,41 +137,37 @@ class TCopilotDataModule(LightningDataModule):
         self._evaluation, self._summary, self._digest = {}, {}, hashlib.sha256()
         self.skipped = {name: [] for name in self.benchmarks}
         train: list[datasets.Dataset | datasets.IterableDataset] = []
-        problems: list[str] = []
+        complaints: list[str] = []
         for index, (name, benchmark) in enumerate(self.benchmarks.items()):
             splits, found = self._reader(benchmark)
-            problems += found
+            complaints += found
             for split, part in splits.items():
-                training, skips = split == "train", self.on_error == "skip"
-                place = f"{name}, {part.where}, "
+                training, skips, place = split == "train", self.on_error == "skip", f"{name}, {part.where}, "
                 prepare = partial(preparer, part.rows, benchmark, index, len(self.benchmarks), training)
                 if training and self.streaming:
                     skip = _LogFirst(place) if skips else None
                     train.append(as_stream(partial(prepare, partial(_complain, place), skip)))
                     continue
-                preparer.dropped = 0
-                complaints: list[str] = []
+                refused: list[str] = []
                 skipped: list[str] = []
-                rows = list(prepare(complaints.append, skipped.append if skips else None))
-                problems += [place + text for text in _shortened(complaints, skipped, rows)]
-                self.skipped[name] += [place + text for text in skipped]
-                self._note(name, split, rows, preparer.dropped, skipped)
+                preparer.counts.clear()
+                rows = list(prepare(refused.append, skipped.append if skips else None))
+                complaints += [place + text for text in _shortened(refused, skipped, rows)]
+                self._note(name, split, rows, preparer.counts["dropped"], [place + text for text in skipped])
                 if training:
                     train.append(datasets.Dataset.from_list(rows))
                 else:
                     self._evaluation[split, name] = rows
-        if problems:
-            raise DataError("\n".join(dict.fromkeys(problems)))
+        if complaints:
+            raise DataError("\n".join(dict.fromkeys(complaints)))
         weights = None if self.weights is None else [self.weights[name] for name in self.benchmarks]
         self._train = mixture(train, weights, self.seed)
-        self._lengths = None if self.streaming or not self.group_by_length else self._train["length"][:]
+        self._lengths = None if self.streaming or not self.group_by_length else np.asarray(self._train["length"][:])
 
     def setup(self, stage: str | None = None) -> None:
         """Check that ``prepare`` was called; Lightning calls this."""
         if self._train is None:
             raise DataError("call prepare(tokenizer, source_side) first: the rows depend on the Pilot's tokenizer")
-
-    # What is known after it ------------------------------------------------------------------------------------------
 
     @property
     def train_rows(self) -> int | None:
@@ -226,18 +208,18 @@ class TCopilotDataModule(LightningDataModule):
             rounds = StreamRounds(stream, self.batch_size, self.total_rounds, rank, world_size)
             return StatefulDataLoader(rounds, batch_size=None, num_workers=min(self.num_workers, 1), **shared)
 
-        def sampler(rows: int, lengths: Sequence[int] | None) -> RoundSampler:
-            return RoundSampler(rows, self.batch_size, self.total_rounds, self.seed, lengths, rank, world_size)
+        def order_of(rows: np.ndarray) -> RoundSampler:
+            lengths = None if self._lengths is None else self._lengths[rows]
+            return RoundSampler(len(rows), self.batch_size, self.total_rounds, self.seed, lengths, rank, world_size)
 
         kept, held_out = self._divided()
+        order = order_of(kept)
         if len(held_out):
             if len(held_out) < self.batch_size:
                 short = "data.held_out=%s holds out %d rows, fewer than a batch of %d; a round repeats some: raise it"
                 log.warning(short, self.held_out, len(held_out), self.batch_size)
-            order = HeldOutSampler(kept, held_out, sampler, self._lengths)
+            order = HeldOutSampler((kept, order), (held_out, order_of(held_out)))
             shared["collate_fn"] = HeldOutCollator(self._collate)
-        else:
-            order = sampler(len(kept), self._lengths)
         return StatefulDataLoader(self._train, batch_sampler=order, num_workers=self.num_workers, **shared)
 
     def val_dataloader(self) -> StatefulDataLoader:
@@ -248,14 +230,7 @@ class TCopilotDataModule(LightningDataModule):
         return StatefulDataLoader(rows[rank::world_size], batch_size=self.eval_batch_size, collate_fn=self._collate)
 
     def evaluation_rows(self, split: str, benchmark_name: str) -> list[PreparedRow]:
-        """Return the rows to score.
-
-        Their keys are ``source_ids``, ``target_ids``, ``id``, ``benchmark``, ``length``, ``prompt``, ``target``,
-        ``answer``, ``options`` and ``seen``, and ``option_ids`` where a row has options.
-
-        Args:
-            split: ``validation`` or ``test``.
-            benchmark_name: One of ``benchmark_names``.
+        """Return the rows of a split to score, with the keys that ``RowPreparer`` gives them.
 
         Raises:
             DataError: If there are none.
@@ -282,8 +257,6 @@ class TCopilotDataModule(LightningDataModule):
         """Return 16 hex digits that change whenever a prepared row does. A stream's train rows are not covered."""
         self.setup()
         return self._digest.hexdigest()[:16]
-
-    # Details -------------------------------------------------------------------------------------------------------
 
     @property
     def _place(self) -> tuple[int, int]:
@@ -312,45 +285,35 @@ class TCopilotDataModule(LightningDataModule):
                 raise DataError(f"data.benchmarks.{name}.name is {benchmark.name!r}; it must equal its key")
         if self.on_error not in ("stop", "skip"):
             raise DataError(f"data.on_error is stop or skip, got {self.on_error!r}")
+        weights = self.weights or {}
         if not isinstance(self.weights, dict | None):
             raise DataError(f"data.weights={self.weights}: give a mapping of benchmark names to numbers, or null")
-        if self.weights is not None and set(self.weights) != set(self.benchmarks):
-            raise DataError(f"data.weights names {sorted(self.weights)}, the benchmarks are {sorted(self.benchmarks)}")
-        for name, weight in (self.weights or {}).items():
-            if not is_number(weight) or weight <= 0:
-                raise DataError(
-                    f"data.weights.{name}={weight}: must be a number above 0; leave out a benchmark to drop it"
-                )
-        if not is_number(self._reader.validation_size):
-            raise DataError(
-                f"data.validation_size={self._reader.validation_size}: give a share of the train rows, such as 0.1, "
-                f"or a number of them"
-            )
+        if self.weights is not None and set(weights) != set(self.benchmarks):
+            raise DataError(f"data.weights names {sorted(weights)}, the benchmarks are {sorted(self.benchmarks)}")
+        given = {"validation_size": self._reader.validation_size, "held_out": self.held_out}
+        found = problems(SHARES, given, "data")
+        if found := found + problems(dict.fromkeys(weights, WEIGHT), weights, "data.weights"):
+            raise DataError("; ".join(found))
         if self.streaming and self.rounds is None and self.epochs is not None:
             raise DataError("data.epochs needs a known number of rows; give data.rounds when data.streaming=true")
-        self._check_held_out()
-
-    def _check_held_out(self) -> None:
-        if not is_number(self.held_out) or not 0 <= self.held_out < 1:
-            raise DataError(f"data.held_out={self.held_out}: give a share of the train rows in [0, 1), such as 0.1")
         if self.held_out and self.streaming:
             raise DataError("data.held_out needs all rows in memory; use data.streaming=false, or data.held_out=0")
 
     def _note(self, name: str, split: str, rows: list[PreparedRow], dropped: int, skipped: list[str]) -> None:
-        sources, targets = ([len(row[key]) for row in rows] for key in ("source_ids", "target_ids"))
-        self._summary[f"{name}/{split}"] = {"rows": len(rows), "dropped": dropped, "skipped": len(skipped)} | {
-            f"{what}_{kind}": value
-            for what, lengths in (("source", sources), ("target", targets))
-            for kind, value in (("mean", sum(lengths) / max(1, len(lengths))), ("max", max(lengths, default=0)))
-        }
+        self.skipped[name] += skipped
+        everything = len(rows) + dropped + len(skipped)
+        self._summary[f"{name}/{split}"] = {"rows": len(rows), "dropped": dropped, "skipped": len(skipped)}
+        for what in ("source", "target"):
+            lengths = [len(row[f"{what}_ids"]) for row in rows] or [0]
+            longest_and_mean = {f"{what}_mean": sum(lengths) / len(lengths), f"{what}_max": max(lengths)}
+            self._summary[f"{name}/{split}"] |= longest_and_mean
         for row in rows:
             texts = [row.get(key) for key in ("answer", "option_ids", "seen")]  # of evaluation rows
             self._digest.update(repr((name, split, row["id"], row["source_ids"], row["target_ids"], texts)).encode())
-        everything = len(rows) + dropped + len(skipped)
         if dropped:
             log.info("%s/%s: dropped %d of %d rows as too long", name, split, dropped, everything)
         if skipped:
-            shown = "\n".join(self.skipped[name][-len(skipped) :][:SHOWN])
+            shown = "\n".join(skipped[:SHOWN])
             log.warning("%s/%s: skipped %d of %d rows, such as\n%s", name, split, len(skipped), everything, shown)
 
 

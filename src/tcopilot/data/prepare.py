@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, Literal
@@ -32,6 +33,9 @@ class RowPreparer:
             ``dropped``, and refuses it elsewhere. ``truncate`` cuts a prompt's start and a target's end; the
             begin and end tokens stay. Targets that are one of a few options are never cut, but refused.
 
+    Attributes:
+        counts: What was ``dropped``; whoever wants other counts clears it.
+
     Raises:
         DataError: If ``overflow`` is none of these, or the tokenizer has no end token.
     """
@@ -48,10 +52,9 @@ class RowPreparer:
             raise DataError(f"data.overflow is error, drop or truncate, got {overflow!r}")
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end token, so targets could not end; set tokenizer.eos_token")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.overflow = tokenizer, overflow
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
-        self.overflow = overflow
-        self.dropped = 0
+        self.counts: Counter[str] = Counter()
         self._start, self._end = _frame(tokenizer)
         if source_side == "left":
             self._end = []
@@ -87,34 +90,27 @@ class RowPreparer:
             for number, example, source, target in self._tokenised(chunk, benchmark, skip):
                 try:
                     fitted = self._fit(source, target, bool(example.options), training)
-                    more = {} if training or fitted is None else self._texts(example)
+                    texts = {} if training or fitted is None else self._texts(example)
                 except _Empty as error:
                     skip(f"row {number + 1}: {error}")
                 except _TooLong as error:
                     for complaint in error.args:
                         report(f"row {number + 1}: {complaint}")
                 else:
-                    if fitted is None:
-                        continue
-                    source_ids, target_ids = fitted
-                    yield {
-                        "source_ids": source_ids,
-                        "target_ids": target_ids,
-                        "id": number * stride + index,
-                        "benchmark": index,
-                        "length": len(source_ids) + len(target_ids),
-                        **more,
-                    }
+                    if fitted is not None:
+                        ids = dict(zip(("source_ids", "target_ids"), fitted, strict=True))
+                        place = {"id": number * stride + index, "benchmark": index}
+                        yield ids | place | {"length": sum(map(len, fitted))} | texts
 
     def _tokenised(
         self, chunk: list[tuple[int, dict[str, Any]]], benchmark: Benchmark, skip: Report
     ) -> Iterator[tuple[int, Example, list[int], list[int]]]:
-        numbers, examples = [], []
+        examples: dict[int, Example] = {}
         for number, row in chunk:
             try:
                 example = benchmark.render(row)
-                for what, text in (("prompt", example.prompt), ("target", example.target)):
-                    if not text.strip():
+                for what in ("prompt", "target"):
+                    if not getattr(example, what).strip():
                         raise _Empty(f"the {what} is empty")
                 (example.prompt + example.target).encode()  # half a surrogate pair would stop the whole chunk
             except DataError as error:
@@ -122,12 +118,11 @@ class RowPreparer:
             except Exception as error:  # a template or a kind that did not expect such a value
                 skip(f"row {number + 1}: could not be rendered ({type(error).__name__}: {error}); mend or remove it")
             else:
-                examples.append(example)
-                numbers.append(number)
+                examples[number] = example
         if examples:
-            sources = self._ids([example.prompt for example in examples])
-            targets = self._ids([example.target for example in examples])
-            yield from zip(numbers, examples, sources, targets, strict=True)
+            sources = self._ids([example.prompt for example in examples.values()])
+            targets = self._ids([example.target for example in examples.values()])
+            yield from zip(examples, examples.values(), sources, targets, strict=True)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
@@ -147,11 +142,7 @@ class RowPreparer:
     ) -> tuple[list[int], list[int]] | None:
         """Add the special tokens and apply the limits; None if the row is dropped.
 
-        Args:
-            source: Tokens of the prompt.
-            target: Tokens of the target.
-            closed: Whether the target is one of a few options, so that cutting it would cut the answer.
-            training: Whether the row may be dropped.
+        A ``closed`` target is one of a few options, so that cutting it would cut the answer.
         """
         for what, ids in (("prompt", source), ("target", target)):
             if not ids:
@@ -163,7 +154,7 @@ class RowPreparer:
         )
         over = [item for item in lengths if item[3] is not None and item[1] > item[3]]
         if over and self.overflow == "drop" and training:
-            self.dropped += 1
+            self.counts["dropped"] += 1
             return None
         if over and (self.overflow != "truncate" or (closed and over[-1][0] == "target")):
             raise _TooLong(*(self._advice(closed, training, *item) for item in over))
@@ -177,8 +168,7 @@ class RowPreparer:
         return self._start + source + self._end, [*target, self.tokenizer.eos_token_id]
 
     def _advice(self, closed: bool, training: bool, what: str, length: int, key: str, limit: int) -> str:
-        ways = ["drop"] if training else []
-        ways += [] if closed and what == "target" else ["truncate"]
+        ways = ["drop"] * training + ["truncate"] * (not closed or what == "prompt")
         mend = f"raise it or set data.overflow={'|'.join(ways)}" if ways else "raise it: an option is never cut"
         return f"the {what} has {length} tokens, data.{key} is {limit}; {mend}"
 

@@ -20,20 +20,13 @@ MEGABATCH = 50  # batches whose rows are sorted by length together: similar leng
 
 
 class ResumableIterator(Iterator[Item]):
-    """Iterate with a state of one number: how many items were handed out.
-
-    Args:
-        begin: Returns an iterator that starts at the given item.
-    """
+    """Iterate with a state of one number: how many items were handed out; ``begin`` starts at the given item."""
 
     def __init__(self, begin: Callable[[int], Iterator[Item]]) -> None:
         self._begin = begin
-        self._items: Iterator[Item] | None = None
-        self._done = 0
+        self.load_state_dict({"done": 0})
 
     def __next__(self) -> Item:
-        if self._items is None:
-            self._items = self._begin(self._done)
         item = next(self._items)
         self._done += 1
         return item
@@ -44,10 +37,23 @@ class ResumableIterator(Iterator[Item]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on at the item after those."""
-        self._done, self._items = state["done"], None
+        self._done, self._items = state["done"], self._begin(state["done"])
 
 
-class RoundSampler(Sampler[list[int]]):
+class Resumable:
+    """Iterate over ``rounds`` items, resumed at any of them; ``_from`` starts at the given one."""
+
+    rounds: int
+    _from: Callable[[int], Iterator[Any]]
+
+    def __len__(self) -> int:
+        return self.rounds
+
+    def __iter__(self) -> ResumableIterator[Any]:
+        return ResumableIterator(self._from)
+
+
+class RoundSampler(Resumable, Sampler[list[int]]):
     """Yield the row indices of this rank's part of each round.
 
     A pass is a permutation of all rows by ``seed + pass``, filled up from its own start to whole batches. With
@@ -77,12 +83,6 @@ class RoundSampler(Sampler[list[int]]):
         self.lengths = None if lengths is None else np.asarray(lengths)
         self.part = rank_slice(batch_size, rank, world_size)
 
-    def __len__(self) -> int:
-        return self.rounds
-
-    def __iter__(self) -> ResumableIterator[list[int]]:
-        return ResumableIterator(self._from)
-
     def _from(self, start: int) -> Iterator[list[int]]:
         first, skip = divmod(start, -(-self.rows // self.batch_size))
         batches = (batch for number in count(first) for batch in self._pass(number))
@@ -101,51 +101,27 @@ class RoundSampler(Sampler[list[int]]):
         return random.permutation(order.reshape(batches, self.batch_size))
 
 
-class HeldOutSampler(Sampler[list[int]]):
+class HeldOutSampler(Resumable, Sampler[list[int]]):
     """Yield, for each round, the rows to train on and as many that are held out from training.
 
     Args:
-        kept: Numbers of the rows to train on, [rows].
-        held_out: Numbers of the others, [rows].
-        sampler: Makes a :class:`RoundSampler` of so many rows with these lengths.
-        lengths: Length of each row, those held out too; None leaves the order purely random.
+        parts: For both: the numbers of their rows, [rows], and the sampler of places among these.
     """
 
-    def __init__(
-        self,
-        kept: np.ndarray,
-        held_out: np.ndarray,
-        sampler: Callable[[int, Sequence[int] | None], RoundSampler],
-        lengths: Sequence[int] | None = None,
-    ) -> None:
-        self.rows = kept, held_out
-        self._samplers = [
-            sampler(len(rows), None if lengths is None else np.asarray(lengths)[rows]) for rows in self.rows
-        ]
-
-    def __len__(self) -> int:
-        return len(self._samplers[0])
-
-    def __iter__(self) -> ResumableIterator[list[int]]:
-        return ResumableIterator(self._from)
+    def __init__(self, *parts: tuple[np.ndarray, RoundSampler]) -> None:
+        self.parts, self.rounds = parts, len(parts[0][1])
 
     def _from(self, start: int) -> Iterator[list[int]]:
-        for places in zip(*(sampler._from(start) for sampler in self._samplers), strict=True):
-            yield [int(number) for rows, chosen in zip(self.rows, places, strict=True) for number in rows[chosen]]
+        for chosen in zip(*(sampler._from(start) for _, sampler in self.parts), strict=True):
+            pairs = zip(self.parts, chosen, strict=True)
+            yield [number for (rows, _), places in pairs for number in rows[places].tolist()]
 
 
-class StreamRounds(IterableDataset):
+class StreamRounds(Resumable, IterableDataset):
     """Yield this rank's rows of each round from a stream that is started again, reshuffled, when it ends.
 
     Resuming reads the stream again up to the round, which is exact; the shuffle buffer's own state is not.
-    Every rank reads the whole stream and a single reader keeps its order.
-
-    Args:
-        stream: Prepared rows; shuffled by its own buffer, if at all.
-        batch_size: Rows of a global batch.
-        rounds: Number of batches to yield.
-        rank: This process.
-        world_size: Number of processes; divides ``batch_size``.
+    Every rank reads the whole stream and a single reader keeps its order. ``batch_size`` is that of all ranks.
 
     Raises while iterating:
         DataError: If a whole pass gives no row.
@@ -156,12 +132,6 @@ class StreamRounds(IterableDataset):
     ) -> None:
         self.stream, self.batch_size, self.rounds = stream, batch_size, rounds
         self.part = rank_slice(batch_size, rank, world_size)
-
-    def __len__(self) -> int:
-        return self.rounds
-
-    def __iter__(self) -> ResumableIterator[list[dict[str, Any]]]:
-        return ResumableIterator(self._from)
 
     def _from(self, start: int) -> Iterator[list[dict[str, Any]]]:
         rows = islice(self._rows(), start * self.batch_size, None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,7 +33,7 @@ class Split:
     """Hold the raw rows of a split (a list; for a streamed train split ``NumberedRows``) and their place in words."""
 
     where: str
-    rows: Iterable[NumberedRow]
+    rows: list[NumberedRow] | NumberedRows
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ class SplitReader:
                     rows = NumberedRows(source)
                     splits[name] = Split(source.where, rows if streamed else list(rows))
             except DataError as error:
-                text = str(error)
-                problems.append(text if text.startswith(benchmark.name) else f"{benchmark.name}: {text}")
+                problems.append(str(error))
                 if isinstance(error, HubError):
                     break
         if not problems:
@@ -68,8 +68,9 @@ class SplitReader:
                     splits |= self._carve(splits["train"])
                 splits = {name: self._subsample(name, split) for name, split in splits.items()}
             except DataError as error:
-                problems.append(f"{benchmark.name}: {error}")
-        return splits, problems
+                problems.append(str(error))
+        name = benchmark.name
+        return splits, [text if text.startswith(name) else f"{name}: {text}" for text in problems]
 
     def _carve(self, train: Split) -> dict[str, Split]:
         """Divide train: a seeded draw of it becomes validation; of a stream, its first rows."""
@@ -77,9 +78,9 @@ class SplitReader:
             head = self._carved_rows(None)
             held, kept = list(NumberedRows(train.rows.source, 0, head)), NumberedRows(train.rows.source, head)
         else:
-            rows = list(train.rows)
-            chosen = {number for number, _ in Random(self.seed).sample(rows, self._carved_rows(len(rows)))}
-            held, kept = [row for row in rows if row[0] in chosen], [row for row in rows if row[0] not in chosen]
+            chosen = {number for number, _ in Random(self.seed).sample(train.rows, self._carved_rows(len(train.rows)))}
+            held = [row for row in train.rows if row[0] in chosen]
+            kept = [row for row in train.rows if row[0] not in chosen]
         return {"train": Split(train.where, kept), "validation": Split(train.where, held)}
 
     def _carved_rows(self, rows: int | None) -> int:
@@ -96,12 +97,9 @@ class SplitReader:
         return wanted
 
     def _subsample(self, name: str, split: Split) -> Split:
-        limit = self.max_train_rows if name == "train" else self.max_eval_rows
+        limit, rows = self.max_train_rows if name == "train" else self.max_eval_rows, split.rows
         if limit is None:
             return split
-        if isinstance(split.rows, NumberedRows):
-            return Split(split.where, NumberedRows(split.rows.source, split.rows.start, split.rows.start + limit))
-        rows = list(split.rows)
-        return Split(
-            split.where, sorted(Random(self.seed).sample(rows, min(limit, len(rows))), key=lambda row: row[0])
-        )
+        if isinstance(rows, NumberedRows):
+            return Split(split.where, NumberedRows(rows.source, rows.start, rows.start + limit))
+        return Split(split.where, sorted(Random(self.seed).sample(rows, min(limit, len(rows))), key=itemgetter(0)))

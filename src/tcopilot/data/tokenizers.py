@@ -16,9 +16,6 @@ def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     Ids 0, 1, 2 are pad, end and unknown; then the words in the given order, repeats left out. Decoding joins
     the words with single spaces.
 
-    Args:
-        words: The closed vocabulary.
-
     Raises:
         ValueError: If a word is empty, holds white space (it could never be matched) or is one of the special tokens.
     """

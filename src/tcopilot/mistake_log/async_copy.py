@@ -8,13 +8,10 @@ class AsyncHostCopies:
     """Copies to the host; those from a GPU run on a stream of their own, beside the kernels that are launched next.
 
     Read a copy only after `wait`. From the CPU a copy is made at once and there is nothing to wait for.
-
-    Attributes:
-        pending: whether copies were started that nothing has waited for yet.
     """
 
     def __init__(self) -> None:
-        self.pending = False
+        self.pending = False  # whether copies were started that nothing has waited for yet
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def copy(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:

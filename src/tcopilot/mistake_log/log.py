@@ -1,11 +1,8 @@
 """The Mistake Log (Section 2.2): what the Pilot read, how it represented it and where it went wrong, round by round.
 
-A record passes through four forms:
-
-1. `PilotStates`, a batch on the training device, goes into `MistakeLog.append`.
-2. `LoggedRound`, its tensors on the CPU, is what the log holds. All records of a round come and leave together.
-3. Single records, cut to their own length, are what `MistakeLog.sample` draws.
-4. `MistakeRecord`, drawn records padded to one shape on the training device, is what the Copilot learns from.
+`MistakeLog.append` takes the `PilotStates` of a batch and holds them on the CPU as a `LoggedRound`; all records of a
+round come and leave together. `MistakeLog.sample` draws single records, cut to their own length, and pads them to one
+shape on the training device: a `MistakeRecord`, from which the Copilot learns.
 
 Of X̃ an encoder-decoder Pilot's record keeps the encoder's output. A decoder-only Pilot's keeps the prompt's ids where
 the input embedding is frozen (LoRA, a frozen Pilot) and so gives X̃ exactly, else the embedded prompt. How p̂ is kept is
@@ -24,14 +21,13 @@ from transformers import PreTrainedModel
 from tcopilot.functional import token_errors
 from tcopilot.mistake_log.async_copy import AsyncHostCopies, owned_copy, to_device
 from tcopilot.mistake_log.policies import Fifo, SamplingPolicy
-from tcopilot.mistake_log.rounds import LoggedRecords, LoggedRound, join
-from tcopilot.mistake_log.seen_rows import SeenRows
+from tcopilot.mistake_log.rounds import LoggedRecords, LoggedRound, SeenRows, join
 from tcopilot.mistake_log.spill import Spill
 from tcopilot.mistake_log.storage import DenseStorage, Storage, dtype_name, is_frozen
 from tcopilot.models.states import PilotStates
 from tcopilot.settings import DTYPE, SEED, one_of, require, whole
 
-ROWS = ("all", "first_visit")
+ROWS_AT_ONCE = 64  # whose p̂ is formed together, which bounds the temporary memory of an append
 
 
 class MistakeRecord(NamedTuple):
@@ -65,17 +61,13 @@ class MistakeLog:
         storage: how p̂ is stored.
         dtype: type of X̃ and h̄ in the log.
         seed: of the draws.
-        spill: folder for memory-mapped files; all rounds but the newest go there. None keeps them in memory. The
-            draws are the same.
+        spill: folder for memory-mapped files, to which all rounds but the newest go; draws are the same.
         rows: `all`, or `first_visit` to log only errors from before the Pilot was ever trained on their row.
 
     Attributes:
         pilot: what rebuilds X̃ and p̂ from frozen parts: the Pilot of the last append. Set it to draw from a restored
             log before the first append.
         seen_rounds: rounds appended so far.
-
-    Raises:
-        ValueError: if the capacity is below one round, the byte limit is not positive or `rows` is unknown.
     """
 
     SETTINGS: ClassVar = {
@@ -83,7 +75,7 @@ class MistakeLog:
         "max_bytes": whole(mend="give a positive number of bytes, or null for no limit").or_null(),
         "dtype": DTYPE,
         "seed": SEED,
-        "rows": one_of(ROWS),
+        "rows": one_of(("all", "first_visit")),
     }
 
     def __init__(
@@ -99,10 +91,8 @@ class MistakeLog:
     ) -> None:
         given = {"capacity_rounds": capacity_rounds, "max_bytes": max_bytes, "rows": rows}
         require(self.SETTINGS, given, "mistake_log.log")
-        self.capacity_rounds = capacity_rounds
-        self.max_bytes = max_bytes
-        self.policy = Fifo() if policy is None else policy
-        self.storage = DenseStorage() if storage is None else storage
+        self.capacity_rounds, self.max_bytes = capacity_rounds, max_bytes
+        self.policy, self.storage = policy or Fifo(), storage or DenseStorage()
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.spill = None if spill is None else Spill(spill)
         self.pilot: PreTrainedModel | None = None
@@ -127,7 +117,7 @@ class MistakeLog:
 
     @property
     def rounds(self) -> list[LoggedRound]:
-        """The rounds held, oldest first, after waiting for the copies of the newest."""
+        """The rounds held, oldest first."""
         return self.held.rounds
 
     @property
@@ -136,17 +126,13 @@ class MistakeLog:
         return self.held.nbytes
 
     def describe(self, pilot: PreTrainedModel) -> str:
-        """Say what a record of this Pilot keeps, for people.
-
-        Raises:
-            ValueError: if the storage cannot keep this Pilot's p̂, see `FrozenHeadStorage`.
-        """
-        kept, name = _kept_of_source(pilot), dtype_name(self.dtype)
-        source = "prompt ids" if kept == "source_ids" else f"X̃ ({name})"
+        """Say what a record of this Pilot keeps; raise ValueError if the storage cannot keep this Pilot's p̂."""
+        name = dtype_name(self.dtype)
+        source = "prompt ids" if _kept_of_source(pilot) == "source_ids" else f"X̃ ({name})"
         return f"{source}, h̄ ({name}), {self.storage.describe(pilot)}"
 
     @torch.no_grad()
-    def append(self, states: PilotStates, extend: bool = False, rows_per_piece: int = 64) -> None:
+    def append(self, states: PilotStates, extend: bool = False) -> None:
         """Log one round, detached, before the Pilot's update (Algorithm 1).
 
         From a GPU this only starts the copies; whoever reads the log next waits for them.
@@ -154,7 +140,6 @@ class MistakeLog:
         Args:
             states: the Pilot's trace; nothing in it is kept alive or changed.
             extend: the records belong to the round appended last, of which this is a further micro-batch.
-            rows_per_piece: rows whose p̂ is formed at once, which bounds the temporary memory.
         """
         if not extend:
             self._admit()
@@ -169,8 +154,8 @@ class MistakeLog:
             return  # the policy did not admit this round
         self._begun = True
         self.pilot = states.pilot
-        for first in range(0, len(states.targets_BN), rows_per_piece):
-            self._arriving.append(self._on_host(states.rows(slice(first, first + rows_per_piece))))
+        for first in range(0, len(states.targets_BN), ROWS_AT_ONCE):
+            self._arriving.append(self._on_host(states.rows(slice(first, first + ROWS_AT_ONCE))))
         if not self._copies.pending:
             self._admit()
 
@@ -180,12 +165,18 @@ class MistakeLog:
 
     def _on_host(self, states: PilotStates) -> dict[str, Tensor]:
         """Start to copy what a record keeps."""
-        copy = self._copies.copy
+        copy, held = self._copies.copy, self._held.rounds
+        source = "source" if states.source_ids_BM is None else _kept_of_source(states.pilot)
+        if held and source not in held[-1].tensors:
+            raise ValueError(
+                "the Mistake Log holds rounds of a Pilot whose input embedding was "
+                f"{'trained' if source == 'source_ids' else 'frozen'} and now is not: start a new log"
+            )
         probs_BNV = torch.softmax(states.logits_BNV.float(), dim=-1)
         fresh = probs_BNV if probs_BNV.device.type == "cpu" else None  # made here, so that it needs no copy
         packed = self.storage.pack(states, probs_BNV)
         return {
-            **self._source_on_host(states),
+            source: copy(states.source_ids_BM) if source == "source_ids" else copy(states.source_BMP, self.dtype),
             "source_mask": copy(states.source_mask_BM),
             "states": copy(states.states_BNP, self.dtype),
             "targets": copy(states.targets_BN),
@@ -195,17 +186,6 @@ class MistakeLog:
             "ids": copy(states.ids_B),
             **{name: tensor if tensor is fresh else copy(tensor) for name, tensor in packed.items()},
         }
-
-    def _source_on_host(self, states: PilotStates) -> dict[str, Tensor]:
-        kept = "source" if states.source_ids_BM is None else _kept_of_source(states.pilot)
-        if self._held.rounds and kept not in self._held.rounds[-1].tensors:
-            raise ValueError(
-                "the Mistake Log holds rounds of a Pilot whose input embedding was "
-                f"{'trained' if kept == 'source_ids' else 'frozen'} and now is not: start a new log"
-            )
-        if kept == "source_ids":
-            return {kept: self._copies.copy(states.source_ids_BM)}
-        return {kept: self._copies.copy(states.source_BMP, self.dtype)}
 
     def _admit(self) -> None:
         """Take what is arriving, if anything, into the log; other rounds may leave."""
@@ -223,19 +203,15 @@ class MistakeLog:
             last = held.rounds[-1]
             last.tensors, last.spilled = self.spill.move(last.tensors), True
         held.append(LoggedRound(tensors, self._newest))
-        while len(held.rounds) > self.capacity_rounds or self._over_bytes():
+        limit = float("inf") if self.max_bytes is None else self.max_bytes
+        while len(held.rounds) > self.capacity_rounds or (len(held.rounds) > 1 and held.nbytes > limit):
             held.pop(self.policy.evict(len(held.rounds), self.seen_rounds, self._generator))
-
-    def _over_bytes(self) -> bool:
-        return self.max_bytes is not None and len(self._held.rounds) > 1 and self._held.nbytes > self.max_bytes
 
     @torch.no_grad()
     def sample(self, records: int, device: torch.device | str = "cpu") -> MistakeRecord:
-        """Draw records by the policy and pad them to one shape.
+        """Draw records by the policy and pad them to one shape on a device.
 
-        Args:
-            records: how many. Fewer come back only if the policy draws without replacement from a smaller log.
-            device: where they go.
+        Fewer records than asked for come back only if the policy draws without replacement from a smaller log.
 
         Raises:
             ValueError: if the log is empty.
@@ -243,7 +219,8 @@ class MistakeLog:
         held = self.held
         if not len(held):
             raise ValueError("the Mistake Log is empty: append a round before drawing from it")
-        drawn = [self._record(index) for index in self.policy.draw(held, records, self._generator).tolist()]
+        found = map(held.find, self.policy.draw(held, records, self._generator).tolist())
+        drawn = [logged.record(row) for logged, row in found]
         on_host = {name: pad_sequence([one[name] for one in drawn], batch_first=True) for name in drawn[0]}
         tokens_R = on_host["target_mask"].flatten().nonzero().squeeze(-1)
         padded = {name: to_device(tensor, device) for name, tensor in on_host.items()}
@@ -257,10 +234,6 @@ class MistakeLog:
             to_device(tokens_R, device),
         )
 
-    def _record(self, index: int) -> dict[str, Tensor]:
-        logged, row = self._held.find(index)
-        return logged.record(row)
-
     def _embedded(self, source_ids_BM: Tensor, source_mask_BM: Tensor) -> Tensor:
         """X̃ from the prompt's ids, through the Pilot's frozen embedding."""
         if self.pilot is None:
@@ -269,17 +242,11 @@ class MistakeLog:
         source_BMP = embed(source_ids_BM.to(next(embed.parameters()).device)).to(source_ids_BM.device)
         return source_BMP.masked_fill(~source_mask_BM.unsqueeze(-1), 0)
 
-    def concatenated(self, name: str) -> Tensor:
-        """One value per record held, in log order: `energy`, `repeated` or `benchmark`."""
-        return torch.cat([logged.tensors[name] for logged in self.rounds])
-
     def statistics(self) -> dict[str, float]:
-        """Size, bytes, age and composition of the log, for dashboards and alarms.
+        """Describe the log in figures, for dashboards and alarms.
 
-        Returns:
-            `records`, `rounds`, `bytes`, `age_rounds` (mean rounds since a record was logged), `error_energy` (mean
-            ‖ℓ‖² per target token), `repeated_share` (records of rows that had been logged before) and, for lossy
-            storage, `truncation_error` (relative, see `TopKStorage`).
+        `age_rounds` is the mean number of rounds since a record was logged, `error_energy` the mean ‖ℓ‖² per target
+        token, `repeated_share` that of records whose row had been logged before. Storages may add their own.
         """
         records, rounds = len(self), self.rounds
         return {
@@ -295,8 +262,7 @@ class MistakeLog:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next append and the next draw depend on: tensors and plain values only.
 
-        That holds for a spilled log too, so that a checkpoint needs no other file. Its tensors then lie in the files,
-        which stay for as long as they are used.
+        The tensors of a spilled log lie in its files, which stay for as long as they are used.
         """
         return {
             "rounds": [{"tensors": logged.tensors, "round": logged.round} for logged in self.rounds],
@@ -310,9 +276,10 @@ class MistakeLog:
         """Restore a log; the draws go on as if nothing had happened."""
         self._held, self._arriving = LoggedRecords(self.policy.weights), []
         for logged in state["rounds"]:
-            spilled = self.spill is not None and logged["round"] < state["seen_rounds"] - 1
-            own = self.spill.move if spilled else _owned  # what is given may lie in a checkpoint's file
-            self._held.append(LoggedRound(own(logged["tensors"]), logged["round"], spilled))
+            tensors, spilled = logged["tensors"], self.spill is not None and logged["round"] < state["seen_rounds"] - 1
+            # What is given may lie in a checkpoint's file.
+            own = self.spill.move(tensors) if spilled else {name: owned_copy(tensors[name]) for name in tensors}
+            self._held.append(LoggedRound(own, logged["round"], spilled))
         self.seen_rounds = state["seen_rounds"]
         self._seen_rows.ids = state["seen_ids"].tolist()
         self._generator.set_state(state["generator"].cpu())
@@ -323,10 +290,6 @@ def _kept_of_source(pilot: PreTrainedModel) -> str:
     """What the log keeps of X̃: `source_ids` where a frozen embedding rebuilds it, else `source`."""
     rebuilt = not pilot.config.is_encoder_decoder and is_frozen(pilot.get_input_embeddings())
     return "source_ids" if rebuilt else "source"
-
-
-def _owned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: owned_copy(tensor) for name, tensor in tensors.items()}
 
 
 def _mean_energy(probs_BNV: Tensor, targets_BN: Tensor, mask_BN: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Policies of the Mistake Log: which round leaves a full log, and how records are drawn from it.
 
-Adding a policy is one class, here or in a file of your own, and one YAML in `configs/mistake_log`. A policy should not
-walk over the log in a draw: weighted draws go through the log's running sums of `weights`.
+A policy should not walk over the log in a draw: weighted draws go through the log's running sums of `weights`.
 """
 
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -14,29 +14,24 @@ from tcopilot.mistake_log.rounds import LoggedRecords, LoggedRound
 WEIGHT_UNIT = 2**32  # a weight of 1.0 as a whole number
 
 
-class SamplingPolicy(Protocol):
-    """What the log asks of a policy."""
+class SamplingPolicy(ABC):
+    """What the log asks of a policy; unless it says otherwise the oldest round leaves and draws need no weights."""
 
     def evict(self, rounds: int, seen: int, generator: Generator) -> int:
         """Index, among the `rounds` held, oldest first, of the round that leaves; `seen` rounds were appended."""
+        return 0
 
     def weights(self, logged: LoggedRound) -> dict[Any, Tensor]:
-        """Whole-number weights [B] of a round's records by group, summed up by the log; {} if draws need none."""
+        """Whole-number weights [B] of a round's records by group, summed up by the log."""
+        return {}
 
+    @abstractmethod
     def draw(self, log: LoggedRecords, records: int, generator: Generator) -> Tensor:
         """Indices of the records drawn, counted over the log oldest first."""
 
 
-class Fifo:
+class Fifo(SamplingPolicy):
     """The newest rounds, drawn uniformly without replacement: the paper's buffer (Section A.3)."""
-
-    def evict(self, rounds: int, seen: int, generator: Generator) -> int:
-        """The oldest round leaves."""
-        return 0
-
-    def weights(self, logged: LoggedRound) -> dict[Any, Tensor]:
-        """None: all records are alike."""
-        return {}
 
     def draw(self, log: LoggedRecords, records: int, generator: Generator) -> Tensor:
         """Uniform over all records; each at most once in a draw."""
@@ -61,7 +56,7 @@ class Reservoir(Fifo):
         return slot if slot < rounds - 1 else rounds - 1
 
 
-class Prioritised(Fifo):
+class Prioritised(SamplingPolicy):
     """The newest rounds, each record drawn in proportion to the root of its mean ‖ℓ‖², with replacement."""
 
     def weights(self, logged: LoggedRound) -> dict[Any, Tensor]:
@@ -75,7 +70,7 @@ class Prioritised(Fifo):
         return torch.tensor([log.pick("error", place) for place in places])
 
 
-class Balanced(Fifo):
+class Balanced(SamplingPolicy):
     """The newest rounds, every benchmark of a mixture equally often, with replacement."""
 
     def weights(self, logged: LoggedRound) -> dict[Any, Tensor]:
@@ -93,12 +88,8 @@ class Balanced(Fifo):
 
 
 def _without_replacement(n: int, k: int, generator: Generator) -> Tensor:
-    """The first min(k, n) places of a random order of 0 … n − 1, in O(k): Fisher–Yates that keeps swapped places only.
-
-    Every ordered choice is equally likely, as in `torch.randperm(n)[:k]`, which takes O(n).
-    """
-    swapped: dict[int, int] = {}
-    drawn = []
+    """The first min(k, n) places of a random order of 0 … n − 1, in O(k): Fisher–Yates on the swapped places only."""
+    swapped, drawn = dict[int, int](), []
     for i, number in enumerate(_random_integers(min(k, n), generator)):
         j = i + number % (n - i)
         drawn.append(swapped.get(j, j))
@@ -107,5 +98,5 @@ def _without_replacement(n: int, k: int, generator: Generator) -> Tensor:
 
 
 def _random_integers(count: int, generator: Generator) -> list[int]:
-    """Uniform over 0 … 2⁶³ − 2, so that a remainder modulo n is uniform up to n / 2⁶³."""
+    """Draw from 0 … 2⁶³ − 2 uniformly, so that a remainder modulo n is uniform up to n / 2⁶³."""
     return torch.randint(2**63 - 1, (count,), generator=generator).tolist()

@@ -1,7 +1,4 @@
-"""The rounds that a Mistake Log holds, and how a single record is found among them.
-
-Shapes: B records.
-"""
+"""The rounds that a Mistake Log holds, and how a single record is found among them. Shapes: B records."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tcopilot.processes import gather
+
 ABOUT_RECORD = ("benchmark", "energy", "repeated")  # one value per record, read by policies and statistics
 ABOUT_SOURCE = ("source", "source_ids", "source_mask")
 RECORDS = "records"  # every record of this group has weight 1
@@ -21,16 +20,13 @@ RECORDS = "records"  # every record of this group has weight 1
 class LoggedRound:
     """The records of one round.
 
-    Attributes:
-        tensors: by name, each with the record as first dimension. `energy` is a record's mean ‖ℓ‖² over its target
-            tokens, `repeated` whether its row had been logged in an earlier round.
-        round: its number, from 0.
-        spilled: whether the tensors lie in a file.
+    The record is the first dimension of every tensor. `energy` is a record's mean ‖ℓ‖² over its target tokens,
+    `repeated` whether its row had been logged in an earlier round.
     """
 
     tensors: dict[str, Tensor]
-    round: int
-    spilled: bool = False
+    round: int  # from 0
+    spilled: bool = False  # whether the tensors lie in a file
 
     @cached_property
     def nbytes(self) -> int:
@@ -65,15 +61,8 @@ class LoggedRound:
 class LoggedRecords:
     """The records of the rounds held, oldest first; any round may leave.
 
-    For each group of weights an array holds the running sum before every round and after the last. Weights are whole
-    numbers, so that a sum does not depend on which rounds came and went.
-
-    Args:
-        weigh: a round's weights by group, see `SamplingPolicy.weights`.
-
-    Attributes:
-        rounds: to be read only.
-        nbytes: bytes of all tensors, in memory or in files.
+    For each group of weights (see `SamplingPolicy.weights`) an array holds the running sum before every round and
+    after the last. Weights are whole numbers, so that a sum does not depend on which rounds came and went.
     """
 
     def __init__(self, weigh: Callable[[LoggedRound], dict[Any, Tensor]]) -> None:
@@ -114,11 +103,9 @@ class LoggedRecords:
         return self.rounds[place], row
 
     def pick(self, group: Any, number: int) -> int:
-        """Return the index of the record that a number points to: uniform numbers find records by their weight.
+        """Return the index of the record that a number, modulo the group's total weight, points to.
 
-        Args:
-            group: of weights.
-            number: taken modulo the group's total weight.
+        Uniform numbers thus find records in proportion to their weight.
         """
         place, rest = self._place(group, number % int(self._sums[group][-1]))
         ends_B = self._weigh(self.rounds[place])[group].cumsum(0)
@@ -134,13 +121,39 @@ class LoggedRecords:
         return int(self._sums[RECORDS][-1])
 
 
+class SeenRows:
+    """Remembers in which round each row was logged first; rows are known by their ids.
+
+    With `of_all_processes` every process must call `new` for its part of each micro-batch.
+    """
+
+    def __init__(self, of_all_processes: bool = False) -> None:
+        self._gather = gather if of_all_processes else list
+        self._first: dict[int, int] = {}
+
+    def new(self, ids: list[int], round: int) -> list[bool]:
+        """Remember rows of a round, in however many micro-batches, and tell of each if it was in no earlier round."""
+        for number in self._gather(ids):
+            self._first.setdefault(number, round)
+        return [self._first[number] == round for number in ids]
+
+    @property
+    def ids(self) -> list[int]:
+        """All rows so far, in order; for a checkpoint, which is taken between rounds."""
+        return sorted(self._first)
+
+    @ids.setter
+    def ids(self, ids: list[int]) -> None:
+        self._first = dict.fromkeys(ids, -1)
+
+
 def join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Put the records of several parts of a round together, padded to one width."""
-    return parts[0] if len(parts) == 1 else {name: _cat([part[name] for part in parts]) for name in parts[0]}
 
+    def cat(tensors: list[Tensor]) -> Tensor:
+        if tensors[0].dim() > 1:
+            width = max(tensor.shape[1] for tensor in tensors)
+            tensors = [nn.functional.pad(t, (*(0, 0) * (t.dim() - 2), 0, width - t.shape[1])) for t in tensors]
+        return torch.cat(tensors)
 
-def _cat(tensors: list[Tensor]) -> Tensor:
-    if tensors[0].dim() > 1:
-        width = max(tensor.shape[1] for tensor in tensors)
-        tensors = [nn.functional.pad(t, (*(0, 0) * (t.dim() - 2), 0, width - t.shape[1])) for t in tensors]
-    return torch.cat(tensors)
+    return parts[0] if len(parts) == 1 else {name: cat([part[name] for part in parts]) for name in parts[0]}

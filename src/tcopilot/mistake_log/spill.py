@@ -4,13 +4,13 @@ A spilled tensor is a tensor like any other; its pages come from the file when t
 again. A file goes when the last tensor in it goes, so whatever still holds one, a state dict for example, stays valid.
 """
 
-import contextlib
 import ctypes
 import os
 import shutil
 import sys
 import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,9 @@ _ALIGNMENT = 64  # bytes
 
 
 class Spill:
-    """A folder of memory-mapped files that this process made for itself.
+    """A folder `mistake_log-…` of memory-mapped files, made inside another when the first tensor comes.
 
-    What a killed process leaves behind is a folder `mistake_log-…`, which may be deleted.
-
-    Args:
-        folder: in which the own folder is made, when the first tensor comes.
+    It goes with this object; what a killed process leaves behind may be deleted.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -42,25 +39,22 @@ class Spill:
         Raises:
             OSError: if the folder cannot be written or the disk is full; found here, not when a page is written.
         """
-        needed = sum(_aligned(tensor.nbytes) for tensor in tensors.values())
-        file = self._file()
+        sizes = {name: -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for name, tensor in tensors.items()}
+        needed, file, placed = sum(sizes.values()), self._file(), dict(tensors)
         if file is None or self._used + needed > len(file):
             file = self._open(max(needed, FILE_BYTES))
-        return {name: self._placed(tensor, file) for name, tensor in tensors.items()}
-
-    def _placed(self, tensor: Tensor, file: np.ndarray) -> Tensor:
-        if not tensor.numel():
-            return tensor
-        # A storage of its own for each tensor: whoever saves one must not save the file.
-        place = torch.frombuffer(file, dtype=tensor.dtype, count=tensor.numel(), offset=self._used)
-        self._used += _aligned(tensor.nbytes)
-        return place.view(tensor.shape).copy_(tensor)
+        for name, tensor in tensors.items():
+            if tensor.numel():  # a storage of its own for each tensor: whoever saves one must not save the file
+                place = torch.frombuffer(file, dtype=tensor.dtype, count=tensor.numel(), offset=self._used)
+                placed[name] = place.view(tensor.shape).copy_(tensor)
+                self._used += sizes[name]
+        return placed
 
     def _open(self, size: int) -> np.ndarray:
         if self.folder is None:
             self.parent.mkdir(parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(prefix="mistake_log-", dir=self.parent))
-            weakref.finalize(self, _remove, self.folder, os.getpid())
+            weakref.finalize(self, _if_owner, os.getpid(), shutil.rmtree, self.folder, True)
         path = self.folder / f"{self._files}.bin"
         with path.open("wb") as file:
             if hasattr(os, "posix_fallocate"):
@@ -68,28 +62,15 @@ class Spill:
             else:
                 file.truncate(size)
         storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=size)  # keeps no file open
-        _give_back_freed_memory()
+        # Between small blocks glibc would keep all the freed memory that the moved rounds have taken.
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)
         mapped = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-        weakref.finalize(mapped, _remove, path, os.getpid())
+        weakref.finalize(mapped, _if_owner, os.getpid(), Path.unlink, path, True)
         self._file, self._used, self._files = weakref.ref(mapped), 0, self._files + 1
         return mapped
 
 
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _give_back_freed_memory() -> None:
-    """Make glibc return what was freed: between small blocks it would keep all that the moved rounds have taken."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-
-
-def _remove(path: Path, process: int) -> None:
-    if os.getpid() != process:
-        return  # a forked data worker does not own the files
-    if path.suffix:
-        with contextlib.suppress(OSError):
-            path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
+def _if_owner(process: int, remove: Callable[[Path, bool], None], path: Path, quietly: bool) -> None:
+    if os.getpid() == process:  # a forked data worker does not own the files
+        remove(path, quietly)

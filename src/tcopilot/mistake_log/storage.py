@@ -17,11 +17,7 @@ from tcopilot.settings import DTYPE, require, whole
 
 
 class Storage(ABC):
-    """What the log asks of a storage.
-
-    Attributes:
-        names: of the tensors that `pack` returns.
-    """
+    """What the log asks of a storage; `names` are those of the tensors that `pack` returns."""
 
     names: tuple[str, ...]
 
@@ -54,11 +50,7 @@ class Storage(ABC):
 
 
 class DenseStorage(Storage):
-    """All of p̂: exact in float32, for small vocabularies.
-
-    Args:
-        dtype: `float32` (exact), `float16` or `bfloat16`.
-    """
+    """All of p̂: exact in float32, for small vocabularies."""
 
     SETTINGS: ClassVar = {"dtype": DTYPE}
     names = ("probs",)
@@ -89,10 +81,6 @@ class TopKStorage(Storage):
     With r the mass outside the k largest and p_k the smallest kept entry, a row's squared error is at most r · p_k.
     Its root mean square over target tokens, relative to ‖ℓ‖, is measured on every append and reported as
     `truncation_error`.
-
-    Args:
-        k: entries kept per target token.
-        dtype: of the kept entries.
     """
 
     SETTINGS: ClassVar = {"k": whole(mend="keep at least one entry of p̂; give a whole number"), "dtype": DTYPE}
@@ -100,8 +88,7 @@ class TopKStorage(Storage):
 
     def __init__(self, k: int = 256, dtype: str = "float32") -> None:
         require(self.SETTINGS, {"k": k}, "mistake_log.log.storage")
-        self.k = k
-        self.dtype = getattr(torch, dtype)
+        self.k, self.dtype = k, getattr(torch, dtype)
         self._vocab_size = 0
         self._lost = self._total = 0.0
 
@@ -115,11 +102,8 @@ class TopKStorage(Storage):
         self._vocab_size = probs_BNV.shape[-1]
         values_BNk, indices_BNk = probs_BNV.topk(min(self.k, self._vocab_size), dim=-1)
         target_BN1 = probs_BNV.gather(-1, targets_BN.unsqueeze(-1))
-        packed = {
-            "values": values_BNk.to(self.dtype),
-            "indices": indices_BNk.int(),
-            "target_prob": target_BN1.to(self.dtype),
-        }
+        kept = values_BNk.to(self.dtype), indices_BNk.int(), target_BN1.to(self.dtype)
+        packed = dict(zip(self.names, kept, strict=True))
         lost_BN = (self.unpack(packed, targets_BN) - probs_BNV).square().sum(-1)
         energy_BN = probs_BNV.square().sum(-1) - 2 * target_BN1.squeeze(-1) + 1
         self._lost += (lost_BN * mask_BN).sum().item()
@@ -159,20 +143,14 @@ class FrozenHeadStorage(Storage):
     """What the Pilot's head reads, from which the frozen head rebuilds p̂ when a record is drawn: P numbers, not V.
 
     Exact up to the rounding of one matrix product, for as long as the head does not change: with LoRA elsewhere or a
-    frozen Pilot. The numbers are kept in the type in which the head reads them (bfloat16 in bf16-mixed training), so
-    keeping them loses nothing (but for a tied T5 in bf16-mixed: its scaling then rounds once more).
+    frozen Pilot (but for a tied T5 in bf16-mixed: its scaling then rounds once more).
     """
 
     names = ("head_input",)
 
     def describe(self, pilot: PreTrainedModel) -> str:
-        """The head's input.
-
-        Raises:
-            ValueError: if the head is trained, for then an error of the past cannot be rebuilt.
-        """
-        head = pilot.get_output_embeddings()
-        if not is_frozen(head):
+        """The head's input; a head that is trained is refused, for then an error of the past cannot be rebuilt."""
+        if not is_frozen(pilot.get_output_embeddings()):
             raise ValueError(
                 "log_storage=frozen_head keeps what the Pilot's head reads and rebuilds p̂ through the head, but this "
                 "Pilot's head is trained, so that past errors could not be rebuilt. Freeze it "
@@ -182,13 +160,12 @@ class FrozenHeadStorage(Storage):
         return "the input of the frozen head"
 
     def pack(self, states: PilotStates, probs_BNV: Tensor) -> dict[str, Tensor]:
-        """Keep the head's input; p̂ is not needed.
-
-        Raises:
-            ValueError: see `describe`.
-        """
-        self.describe(states.pilot)
-        return {"head_input": states.head_input_BNP.to(_read_type(states.pilot.get_output_embeddings()))}
+        """Keep the head's input in the type to which the head rounds it: autocast's, if on, else its weights'."""
+        self.describe(states.pilot)  # raises where the head is trained
+        weight = next(states.pilot.get_output_embeddings().parameters())
+        kind = weight.device.type
+        read = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return {"head_input": states.head_input_BNP.to(read)}
 
     def unpack(self, packed: dict[str, Tensor], targets_BN: Tensor, pilot: PreTrainedModel | None = None) -> Tensor:
         """Run the head a few rows at a time, so that logits and p̂ of all rows are never in memory together."""
@@ -202,8 +179,7 @@ class FrozenHeadStorage(Storage):
         step = max(1, CHUNK_ELEMENTS // max(1, length * vocab_size))
         for first in range(0, rows, step):
             piece = packed["head_input"][first : first + step].to(weight.device, weight.dtype)
-            logits = logits_from_head_input(pilot, piece).float()
-            probs_BNV[first : first + step] = torch.softmax(logits, dim=-1)
+            probs_BNV[first : first + step] = logits_from_head_input(pilot, piece).float().softmax(dim=-1)
         return probs_BNV
 
     def bytes_per_token(self, vocab_size: int, width: int, dtype: torch.dtype) -> int:
@@ -214,13 +190,6 @@ class FrozenHeadStorage(Storage):
 def is_frozen(module: nn.Module) -> bool:
     """Whether training leaves all of a module as it is, adapters in it included."""
     return not any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _read_type(head: nn.Module) -> torch.dtype:
-    """The type to which the head rounds its input: autocast's where that is on, else that of its weights."""
-    weight = next(head.parameters())
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
