@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import (
@@ -24,6 +25,15 @@ from transformers import (
 )
 
 from tcopilot.data.batch import Batch
+from tcopilot.models.families import SUPPORTED
+
+FAST = ("t5", "llama")  # one family of each architecture
+
+
+def of_families(*families: str) -> list:
+    """Parameters for tests of several families: those in `FAST` in the fast suite, the others in the slow one."""
+    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in families or SUPPORTED]
+
 
 VOCAB = 56
 _TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
@@ -35,6 +45,7 @@ _DECODER_ONLY = {
     "gemma": GemmaConfig,
     "gemma2": Gemma2Config,
 }
+DECODER_ONLY = tuple(_DECODER_ONLY)
 _built: dict[str, tuple[nn.Module, torch.Tensor]] = {}
 
 

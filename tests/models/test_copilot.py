@@ -1,10 +1,11 @@
 import pytest
 import torch
+from family_models import of_families
 
 from tcopilot import Copilot, CopilotConfig
 from tcopilot.functional import token_errors
 from tcopilot.models.copilot import PATTERNS
-from tcopilot.models.families import SUPPORTED, input_embeddings
+from tcopilot.models.families import input_embeddings
 from tcopilot.models.log_attention import LogAttention
 from tcopilot.models.states import StatePooler, trace_pilot
 
@@ -25,7 +26,7 @@ def teacher_forced(make_batch):
 
 
 @pytest.mark.parametrize("head", ["linear", "soft"])
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_a_new_copilot_corrects_nothing(tiny_pilot, teacher_forced, family, head):
     pilot = tiny_pilot(family)
     _, corrections, _ = teacher_forced(pilot, Copilot.from_pilot(pilot, layers=2, head=head).eval())
@@ -43,7 +44,7 @@ def test_a_new_copilot_learns_from_its_first_gradient(tiny_pilot, teacher_forced
     assert parameter.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_the_body_starts_from_the_donors_first_layers_name_by_name(tiny_pilot, family):
     pilot, donor = tiny_pilot(family), tiny_pilot(family, seed=7)
     copilot = Copilot.from_pilot(pilot, layers=3, donor=donor, pattern=1)
@@ -76,7 +77,7 @@ def test_a_donor_with_other_padding_rows_reads_the_pilots_tokens(tiny_pilot, ran
             Copilot.from_pilot(pilot, layers=2, donor=donor, tokens=size)
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_the_copilots_weights_are_its_own(tiny_pilot, family):
     pilot = tiny_pilot(family)
     before = {name: value.clone() for name, value in pilot.state_dict().items()}
@@ -89,7 +90,7 @@ def test_the_copilots_weights_are_its_own(tiny_pilot, family):
 
 
 @pytest.mark.parametrize("layers", [2, 3, 4, None])
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_a_copilot_of_another_width_and_any_depth_reads_the_pilot(
     tiny_pilot, randomise, teacher_forced, family, layers
 ):
@@ -162,7 +163,7 @@ def test_an_unknown_start_of_the_error_input_is_refused(tiny_pilot):
         Copilot.from_pilot(tiny_pilot("llama"), error_input="zeros")
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "bart"])
+@pytest.mark.parametrize("family", of_families("llama", "gemma", "bart"))
 def test_errors_are_read_through_the_embedding_by_default(tiny_pilot, family):
     pilot = tiny_pilot(family)
     copilot = Copilot.from_pilot(pilot, layers=2)
@@ -208,7 +209,7 @@ def test_the_soft_head_reads_the_donors_unembedding(tiny_pilot):
 
 
 @pytest.mark.parametrize("scale", [False, True])
-@pytest.mark.parametrize("family", ["t5", "bart", "gemma"])
+@pytest.mark.parametrize("family", of_families("t5", "bart", "gemma"))
 def test_a_tied_unembedding_is_the_matrix_that_the_family_unembeds_with(tiny_pilot, family, scale):
     """Up to the constant by which Gemma and scaled BART multiply their input embeddings: it is M's to undo."""
     changes = {"scale_embedding": scale} if family == "bart" else {}
@@ -219,7 +220,7 @@ def test_a_tied_unembedding_is_the_matrix_that_the_family_unembeds_with(tiny_pil
 
 
 @pytest.mark.parametrize("head", ["linear", "soft"])
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_gradients_reach_every_trainable_parameter(tiny_pilot, randomise, teacher_forced, family, head):
     pilot = tiny_pilot(family)
     copilot = randomise(Copilot.from_pilot(pilot, layers=2, head=head))
@@ -231,7 +232,7 @@ def test_gradients_reach_every_trainable_parameter(tiny_pilot, randomise, teache
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_gradient_checkpointing_of_the_body_leaves_the_gradients_as_they_are(
     tiny_pilot, randomise, teacher_forced, family
 ):
@@ -260,7 +261,7 @@ def test_gradient_checkpointing_of_the_body_leaves_the_gradients_as_they_are(
 
 @pytest.mark.parametrize("context", ["strict", "inclusive"])
 @pytest.mark.parametrize("positions", ["pilot", "none"])
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_steps_through_the_state_equal_one_pass(tiny_pilot, randomise, family, positions, context):
     copilot = randomise(Copilot.from_pilot(tiny_pilot(family), layers=3, positions=positions, context=context)).eval()
     generator = torch.Generator().manual_seed(0)
@@ -297,7 +298,7 @@ def test_the_documented_patterns_are_those_of_the_paper():
     }
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "t5", "bart"])
+@pytest.mark.parametrize("family", of_families("llama", "gemma2", "t5", "bart"))
 def test_a_copilot_in_bfloat16_gives_float32_corrections(tiny_pilot, randomise, teacher_forced, family):
     pilot = tiny_pilot(family).bfloat16()
     copilot = randomise(Copilot.from_pilot(pilot, layers=2)).eval().bfloat16()

@@ -1,16 +1,17 @@
 import pytest
 import torch
+from family_models import DECODER_ONLY, of_families
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedConfig
 
 from tcopilot import Copilot
 from tcopilot.models import families
 from tcopilot.models.adapters import Lora
-from tcopilot.models.families import SUPPORTED, UnsupportedFamilyError
+from tcopilot.models.families import UnsupportedFamilyError
 from tcopilot.models.log_attention import LogAttention
 from tcopilot.models.states import StatePooler, trace_pilot
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_every_supported_family_passes_the_check(tiny_pilot, family):
     families.check_family(tiny_pilot(family).config)
 
@@ -29,7 +30,7 @@ def test_a_copilot_of_an_unsupported_pilot_is_refused():
 SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-@pytest.mark.parametrize("family", [name for name in SUPPORTED if name not in families.ENCODER_DECODERS])
+@pytest.mark.parametrize("family", of_families(*DECODER_ONLY))
 def test_the_families_that_are_tested_would_pass_the_trial(tiny_pilot, family):
     families._try_log_attention(tiny_pilot(family).config)
 
@@ -67,7 +68,7 @@ def test_a_clipped_projection_is_noticed():
         families.check_family(config)
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 @pytest.mark.parametrize("layers", [1, 2, 4])
 def test_the_decoder_config_builds_a_decoder_of_the_wanted_depth(tiny_pilot, family, layers):
     config = families.decoder_config(tiny_pilot(family).config, layers)
@@ -77,7 +78,7 @@ def test_the_decoder_config_builds_a_decoder_of_the_wanted_depth(tiny_pilot, fam
     assert body.embed_tokens is None
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_the_decoder_config_is_a_copy(tiny_pilot, family):
     pilot = tiny_pilot(family)
     before = pilot.config.to_dict()
@@ -86,19 +87,19 @@ def test_the_decoder_config_is_a_copy(tiny_pilot, family):
     assert pilot.config._attn_implementation is not None
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_depth_counts_decoder_layers_only(tiny_pilot, family):
     assert families.decoder_depth(tiny_pilot(family, layers=4).config) == 4
 
 
 @pytest.mark.parametrize("layers", [0, 5])
-@pytest.mark.parametrize("family", ["llama", "t5", "bart"])
+@pytest.mark.parametrize("family", of_families("llama", "t5", "bart"))
 def test_a_depth_that_the_decoder_does_not_have_is_refused(tiny_pilot, family, layers):
     with pytest.raises(ValueError, match=rf"copilot layers={layers}: the {family} decoder has 4; choose 1 to 4"):
         families.decoder_config(tiny_pilot(family).config, layers)
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_a_decoder_config_survives_its_dictionary(tiny_pilot, family):
     config = families.decoder_config(tiny_pilot(family).config, 2)
     values = {**config.to_dict(), "model_type": config.model_type}
@@ -107,7 +108,7 @@ def test_a_decoder_config_survives_its_dictionary(tiny_pilot, family):
     assert {name: tensor.shape for name, tensor in rebuilt.state_dict().items()} == shapes
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_the_body_takes_the_first_layers_of_the_donor(tiny_pilot, family):
     donor = tiny_pilot(family)
     body = families.build_body(families.decoder_config(donor.config, 2))
@@ -125,7 +126,7 @@ def test_a_donor_with_adapters_is_refused(tiny_pilot):
         Copilot.from_pilot(donor, layers=2)
 
 
-@pytest.mark.parametrize("family", [name for name in SUPPORTED if name not in ("t5", "bart")])
+@pytest.mark.parametrize("family", of_families(*DECODER_ONLY))
 def test_log_attention_replaces_the_chosen_layers_and_keeps_their_weights(tiny_pilot, family):
     body = tiny_pilot(family).get_decoder()
     stock = [layer.self_attn for layer in body.layers]
@@ -141,7 +142,7 @@ def test_a_layer_with_fused_projections_is_refused(tiny_pilot):
         families.install_log_attention(body, [1])
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_input_embeddings_are_what_the_first_layer_reads(tiny_pilot, family):
     pilot = tiny_pilot(family, **({"scale_embedding": True} if family == "bart" else {}))
     matrix = families.input_embeddings(pilot)
@@ -206,7 +207,7 @@ def test_logits_from_the_heads_input_are_those_of_the_models_own_forward(tiny_pi
     torch.testing.assert_close(logits, states.logits_BNV, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["t5", "bart", "gemma2"])
+@pytest.mark.parametrize("family", of_families("t5", "bart", "gemma2"))
 def test_the_plain_head_alone_would_not_give_the_logits_of_every_family(tiny_pilot, make_batch, family):
     pilot = tiny_pilot(family, **({"final_logit_softcapping": 0.5} if family == "gemma2" else {}))
     if family == "bart":

@@ -5,6 +5,7 @@ import json
 import composed
 import pytest
 import torch
+from family_models import of_families
 
 from tcopilot.app.checks.config import config_problems
 from tcopilot.evaluation.evaluate import PER
@@ -16,7 +17,7 @@ SETTINGS = {
     "position": {"per": "position", "values": [0.5, 1.5, 0.25, 1.0, 2.0, 1.0, 1.0, 1.0]},
     "token": {"per": "token", "coefficients": [0.5, -1.0, 0.3, 2.0]},
 }
-FAMILIES = ("t5", "bart", "llama", "qwen2")
+FAMILIES = of_families("t5", "bart", "llama", "qwen2")
 STATIC = {"cache_implementation": "static", "disable_compile": True}
 
 
@@ -167,7 +168,7 @@ def test_a_gate_that_cannot_be_fitted_is_refused_with_the_way_out(overrides, wor
     assert all(word in problem for word in words)
 
 
-@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_a_run_fits_its_gate_and_exports_it(family, tmp_path):
     overrides = [*composed.SMALL, "fusion.weight=[0,1]", "fusion.per=token"]
     overrides += ["experiment=demo_decoder_only"] if family == "llama" else []

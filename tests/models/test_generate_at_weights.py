@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from family_models import FAST, of_families
 
-from tcopilot.models.families import SUPPORTED
 from tcopilot.models.fusion import LogitFusion, ProbabilityFusion
 from tcopilot.models.modeling import fused_class
 
@@ -62,7 +62,7 @@ def test_every_weight_gets_the_tokens_it_has_alone(fuse, prompts, family, feedba
     assert len({str(text) for text in texts}) > 1, "the weights must not all decode alike"
 
 
-@pytest.mark.parametrize("family", [family for family in SUPPORTED if family not in ("t5", "llama")])
+@pytest.mark.parametrize("family", [family for family in of_families() if family not in FAST])
 def test_other_families_sweep_too(fuse, prompts, family):
     model = fuse(family)
     tokens, options = prompts(model.pilot, padded=True), {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}

@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
+from family_models import of_families
 
 from tcopilot import Copilot
-from tcopilot.models.families import SUPPORTED
 from tcopilot.models.log_attention import additive, causal_mask, log_mask, log_positions
 
 SOURCE_MASK = torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()
@@ -84,7 +84,7 @@ def perturbed(tensor, *where):
 
 @pytest.mark.parametrize("position", range(5))
 @pytest.mark.parametrize("context", ["strict", "inclusive"])
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_a_state_changes_only_the_corrections_that_may_read_it(case, family, context, position):
     copilot, log = case(family, context=context)
     states = perturbed(log["states_BNP"], slice(None), position)
@@ -95,7 +95,7 @@ def test_a_state_changes_only_the_corrections_that_may_read_it(case, family, con
 
 @pytest.mark.parametrize("pattern", [1, 2, 3, 4])
 @pytest.mark.parametrize("positions", ["pilot", "none"])
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_an_input_changes_only_its_own_and_later_corrections(case, family, positions, pattern):
     copilot, log = case(family, positions=positions, pattern=pattern)
     inputs = perturbed(log["inputs_BNC"], slice(None), 2)
@@ -104,7 +104,7 @@ def test_an_input_changes_only_its_own_and_later_corrections(case, family, posit
     assert moved == [False, False, True, reads_the_past, reads_the_past]
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_an_error_changes_only_later_corrections(case, family):
     copilot, log = case(family)
     errors = torch.randn(3, 4, 56, generator=torch.Generator().manual_seed(5))
@@ -113,7 +113,7 @@ def test_an_error_changes_only_later_corrections(case, family):
     assert changed_targets(before, after) == [False, False, True, True, True]
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_the_prompt_reaches_every_target_and_its_padding_none(case, family):
     copilot, log = case(family)
     before = run(copilot, log)
@@ -125,7 +125,7 @@ def test_the_prompt_reaches_every_target_and_its_padding_none(case, family):
     )
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_a_padded_row_equals_the_row_alone(case, family):
     copilot, log = case(family)
     together = run(copilot, log)
@@ -133,7 +133,7 @@ def test_a_padded_row_equals_the_row_alone(case, family):
     torch.testing.assert_close(run(copilot, alone), together[:1], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_the_first_target_of_a_strict_copilot_reads_the_prompt_alone(case, family):
     copilot, log = case(family)
     before = run(copilot, log)[:, :1]
@@ -142,7 +142,7 @@ def test_the_first_target_of_a_strict_copilot_reads_the_prompt_alone(case, famil
     torch.testing.assert_close(run(copilot, log, **others)[:, :1], before, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("family", of_families("llama", "gemma2", "qwen3"))
 def test_positions_of_the_pilot_matter_and_none_forgets_them(case, family):
     """Reversing the prompt rows changes the log's order; without positions attention cannot see it."""
     for positions in ("pilot", "none"):
@@ -153,7 +153,9 @@ def test_positions_of_the_pilot_matter_and_none_forgets_them(case, family):
         assert torch.allclose(before, after, atol=1e-4) == (positions == "none")
 
 
-@pytest.mark.parametrize("family", [name for name in SUPPORTED if name != "gemma2"])  # gemma2 has no sdpa
+@pytest.mark.parametrize(
+    "family", of_families("t5", "bart", "llama", "mistral", "qwen2", "qwen3", "gemma")
+)  # gemma2 has no sdpa
 def test_eager_and_sdpa_attention_agree(case, family):
     copilot, log = case(family)
     assert copilot.body.config._attn_implementation == "sdpa"

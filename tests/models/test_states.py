@@ -1,7 +1,7 @@
 import pytest
 import torch
+from family_models import of_families
 
-from tcopilot.models.families import SUPPORTED
 from tcopilot.models.states import StatePooler, position_ids, trace_pilot
 
 
@@ -22,7 +22,7 @@ def forward_alone(pilot, source, target, **options):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_traced_logits_are_those_of_the_models_own_forward_on_the_text_alone(tiny_pilot, make_batch, family, padded):
     pilot = tiny_pilot(family)
     batch = make_batch(pilot, padded)
@@ -35,7 +35,7 @@ def test_traced_logits_are_those_of_the_models_own_forward_on_the_text_alone(tin
         torch.testing.assert_close(traced, alone.logits[0, predicting], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_the_source_is_the_embedded_prompt_or_the_encoders_output(tiny_pilot, make_batch, family):
     pilot = tiny_pilot(family)
     batch = make_batch(pilot)
@@ -51,7 +51,7 @@ def test_the_source_is_the_embedded_prompt_or_the_encoders_output(tiny_pilot, ma
         torch.testing.assert_close(traced, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 @pytest.mark.parametrize(("pooling", "layer_range"), [("mean", "all"), ("max", "first_half"), ("sum", "second_half")])
 def test_traced_states_pool_the_decoder_layers_that_predict_each_target(
     tiny_pilot, make_batch, family, pooling, layer_range
@@ -95,7 +95,7 @@ def test_only_the_logits_carry_a_gradient(tiny_pilot, make_batch, family):
     assert not states.states_BNP.requires_grad
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "t5", "bart"])
+@pytest.mark.parametrize("family", of_families("llama", "gemma2", "t5", "bart"))
 def test_what_stands_in_the_padding_changes_nothing(tiny_pilot, make_batch, family):
     pilot = tiny_pilot(family)
     batch = make_batch(pilot)

@@ -3,6 +3,7 @@
 import composed
 import pytest
 import torch
+from family_models import of_families
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import CompileConfig
 
@@ -42,7 +43,7 @@ def decode(model, tokens, length=7, **options):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant)))
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", of_families())
 def test_static_caches_give_the_tokens_of_dynamic_ones(fuse, prompts, family, variant):
     context, feedback, head, pattern, positions = variant
     options = {"context": context, "feedback": feedback, "head": head, "pattern": pattern, "positions": positions}
@@ -55,17 +56,14 @@ def test_static_caches_give_the_tokens_of_dynamic_ones(fuse, prompts, family, va
     assert torch.equal(decode(model, tokens, **STATIC), decode(model.pilot, tokens))
 
 
-@pytest.mark.parametrize(
-    "family",
-    [family if family in ("t5", "llama") else pytest.param(family, marks=pytest.mark.slow) for family in SUPPORTED],
-)
+@pytest.mark.parametrize("family", [f if f == "t5" else pytest.param(f, marks=pytest.mark.slow) for f in SUPPORTED])
 def test_the_step_compiles_as_one_graph_and_gives_the_same_tokens(fuse, prompts, family):
     model = fuse(family)
     tokens = prompts(model.pilot, padded=True)
     assert torch.equal(decode(model, tokens, **COMPILED), decode(model, tokens))
 
 
-@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_one_compilation_serves_every_weight_and_texts_of_similar_length(fuse, prompts, family):
     model = fuse(family)
     tokens = prompts(model.pilot, padded=True)
@@ -101,7 +99,7 @@ def test_cuda_graphs_give_the_same_tokens(fuse, prompts, family):
         assert torch.equal(decode(model, tokens, length, cache_implementation="static"), expected)
 
 
-@pytest.mark.parametrize("family", ["t5", "llama", "mistral", "bart"])
+@pytest.mark.parametrize("family", of_families("t5", "llama", "mistral", "bart"))
 def test_several_weights_decode_at_once(fuse, prompts, family):
     model = fuse(family)
     tokens, weights = prompts(model.pilot, padded=True), [0.0, 0.4, 1.0]
@@ -126,7 +124,7 @@ def test_rows_end_at_their_own_step_however_seldom_one_looks(fuse, prompts, monk
     assert torch.equal(decode(model, tokens, 12, **options, **STATIC), expected)
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen3"])
+@pytest.mark.parametrize("family", ["mistral", *of_families("gemma2", "qwen3")])
 def test_a_sliding_window_shorter_than_the_text_is_kept(fuse, tiny_pilot, prompts, family):
     sliding = {"sliding_window": 4}
     if family == "qwen3":

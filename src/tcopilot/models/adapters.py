@@ -11,13 +11,9 @@ from torch import nn
 
 @dataclass
 class Lora:
-    """Low-rank adapters on the projections named by `targets`; everything else of the given module is frozen.
+    """Low-rank adapters on the projections whose names end in one of `targets`; everything else is frozen.
 
-    Attributes:
-        r: rank.
-        alpha: scale numerator; updates are scaled by alpha / r.
-        dropout: on the adapters' input.
-        targets: suffixes of the module names that get an adapter.
+    Updates are scaled by alpha / r. Dropout acts on the adapters' input.
     """
 
     r: int = 32
@@ -26,11 +22,7 @@ class Lora:
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
     def check(self, module: nn.Module) -> None:
-        """Refuse adapters that cannot be injected into a module. The module may lie on the meta device.
-
-        Raises:
-            ValueError: if a target names no linear layer, or a figure is out of range.
-        """
+        """Raise a ValueError if the adapters do not fit a module, which may lie on the meta device."""
         if isinstance(self.targets, str) or not all(isinstance(name, str) for name in self.targets or ()):
             raise ValueError(f"targets={self.targets}: give a list of names, such as [q_proj, v_proj]")
         self.targets = tuple(self.targets or ())
@@ -48,16 +40,10 @@ class Lora:
             )
 
     def __call__(self, module: nn.Module) -> None:
-        """Inject the adapters in place, in float32 whatever the type of the frozen weights.
-
-        Raises:
-            ValueError: see `check`.
-        """
+        """Inject the adapters in place, in float32 whatever the type of the frozen weights."""
         self.check(module)
-        config = LoraConfig(
-            r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=list(self.targets)
-        )
-        inject_adapter_in_model(config, module)
+        options = {"lora_alpha": self.alpha, "lora_dropout": self.dropout, "target_modules": list(self.targets)}
+        inject_adapter_in_model(LoraConfig(r=self.r, **options), module)
         for parameter in module.parameters():
             if parameter.requires_grad:  # peft gives adapters the frozen weights' type; optimisers need float32
                 parameter.data = parameter.data.float()

@@ -19,12 +19,10 @@ CANNOT_UNDO = "a fused model cannot undo decoding steps; use greedy, sampling or
 class RoomyLayer(DynamicLayer):
     """A dynamic layer with room for columns to come.
 
-    The stock layer copies all keys and values at each step to append one column, and all of them again when beams are
-    reordered. This one keeps free columns behind them, at least a quarter of what it holds, so that a step writes its
-    own column only. `keys` and `values` are views of what is filled.
-
-    What `batch_repeat_interleave` repeats is equal in all copies of a row. From then on `reorder_cache` moves the
-    columns that came later, and expects rows to stay among the copies of their row, as beams do.
+    The stock layer copies all keys and values at each step, and again when beams are reordered. This one keeps free
+    columns behind them, so that a step writes its own column only; `keys` and `values` are views of what is filled.
+    What `batch_repeat_interleave` repeats is equal in all copies of a row, so from then on `reorder_cache` moves later
+    columns only, and expects rows to stay among the copies of their row, as beams do.
     """
 
     def __init__(self) -> None:
@@ -39,16 +37,15 @@ class RoomyLayer(DynamicLayer):
             return super().update(key_states, value_states)  # what a backward pass reads must stay as it is
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        seen, new = self.get_seq_length(), key_states.shape[-2]
+        seen, columns = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
         if seen == 0:
             self.keys, self.values = key_states, value_states
             return self.keys, self.values
-        if self._stores is None or self._stores[0].shape[-2] < seen + new:
-            self._stores = _with_room(self.keys, seen + new), _with_room(self.values, seen + new)
-        keys, values = self._stores
-        keys.narrow(2, seen, new).copy_(key_states)
-        values.narrow(2, seen, new).copy_(value_states)
-        self.keys, self.values = keys.narrow(2, 0, seen + new), values.narrow(2, 0, seen + new)
+        if self._stores is None or self._stores[0].shape[-2] < columns:
+            self._stores = _with_room(self.keys, columns), _with_room(self.values, columns)
+        for store, new in zip(self._stores, (key_states, value_states), strict=True):
+            store[:, :, seen:columns] = new
+        self.keys, self.values = (store[:, :, :columns] for store in self._stores)
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -112,20 +109,16 @@ def with_room(cache: Cache) -> Cache:
 def static_cache(cache: Cache, room: int, memory_room: int, block: int) -> Cache:
     """An empty cache of fixed size and place for what a filled one holds and for what is to come.
 
-    Args:
-        cache: the filled one; sliding windows must not have dropped anything.
-        room: columns to come in the self-attention; in a decoder-only Copilot also rows of the log.
-        memory_room: columns to come in the cross-attention: rows of the log in a Copilot, none in a Pilot.
-        block: sizes are rounded up to a multiple of it.
+    Sliding windows must not have dropped anything. There is room for as many more columns in the self-attention (in a
+    decoder-only Copilot also rows of the log) and in the cross-attention; sizes are multiples of a block.
     """
     if isinstance(cache, EncoderDecoderCache):
         parts = (cache.self_attention_cache, room), (cache.cross_attention_cache, memory_room)
         return EncoderDecoderCache(*(static_cache(part, columns, 0, block) for part, columns in parts))
-    layers = []
-    for layer in cache.layers:
-        layers.append(StaticLayer(max_cache_len=rounded(layer.get_seq_length() + room, block)))
-        layers[-1].lazy_initialization(layer.keys, layer.values)
-    return Cache(layers=layers)
+    static = Cache([StaticLayer(rounded(layer.get_seq_length() + room, block)) for layer in cache.layers])
+    for place, layer in zip(static.layers, cache.layers, strict=True):
+        place.lazy_initialization(layer.keys, layer.values)
+    return static
 
 
 def static_sizes(cache: Cache, room: int, memory_room: int, block: int) -> list[tuple]:
@@ -174,7 +167,6 @@ class CopilotState:
     Attributes:
         cache: keys and values of errors and log.
         log_mask_B11S: additive mask over the rows of the log, with room for rows to come.
-        rows: how many rows the log has.
         next_mask: what that mask says of rows to come: 0, or closed for a Copilot that is not shown them.
         position_B1: position of the next target.
         target_B1: how many targets come before the next one.
@@ -192,17 +184,13 @@ class CopilotState:
     feedback_BV: Tensor | None = None
 
     def apply(self, rearrange: Callable[[Tensor], Tensor]) -> None:
-        """Apply a function to every batch-first tensor outside the cache."""
-        for name in ("log_mask_B11S", "position_B1", "target_B1", "pending_B1P", "feedback_BV"):
-            if getattr(self, name) is not None:
-                setattr(self, name, rearrange(getattr(self, name)))
+        """Apply a function to every tensor outside the cache."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, rearrange(value))
 
     def grow(self) -> tuple[Tensor, Tensor]:
-        """Make room for one more row of the log.
-
-        Returns:
-            The additive masks of the next target, over the errors [1, 1, 1, K] and over the log [B, 1, 1, S].
-        """
+        """Add a row to the log; returns the next target's masks over errors [1, 1, 1, K] and log [B, 1, 1, S]."""
         self.rows += 1
         if self.rows > self.log_mask_B11S.shape[-1]:
             let_go(self.log_mask_B11S)
@@ -250,15 +238,15 @@ class TCopilotCache(Cache):
         """Keep some rows, in both models."""
         self._in_both("batch_select_indices", indices, lambda one: one[indices])
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: assisted and prompt-lookup decoding would need to undo Copilot steps."""
+        raise ValueError(CANNOT_UNDO)
+
     def _in_both(self, method: str, argument: Any, rearrange: Callable[[Tensor], Tensor]) -> None:
         getattr(self.pilot, method)(argument)
         if self.copilot is not None:
             getattr(self.copilot.cache, method)(argument)
             self.copilot.apply(rearrange)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: assisted and prompt-lookup decoding would need to undo Copilot steps."""
-        raise ValueError(CANNOT_UNDO)
 
 
 def of_pilot(cache: Cache | None) -> Cache | None:

@@ -9,18 +9,13 @@ from tcopilot.models.copilot import CopilotConfig
 from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fusion import FusionRule, ProbabilityFusion, build_fusion
 
-_SHARED_SETTINGS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "is_encoder_decoder")
-
 
 class TCopilotConfig(PreTrainedConfig):
     """Config of a fused model: the Pilot's own config, the Copilot's architecture and how both are fused.
 
-    Args:
-        pilot: the Pilot's config, or its dictionary.
-        copilot: a `CopilotConfig`, its dictionary, or None for a bare Pilot.
-        fusion: a `FusionRule` or its settings, the dotted path of its class among them; None is Eq. 8.
-        weight: λ ≥ 0; 0 is the Pilot, exactly.
-        feedback: `observed` or `own` (Algorithm 2 as written).
+    Pilot and Copilot may be configs or their dictionaries; no Copilot is a bare Pilot. `fusion` is a rule or its
+    settings, the dotted path of its class among them; None is Eq. 8. λ = 0 is the Pilot, exactly. Feedback is
+    `observed`, or `own` (Algorithm 2 as written).
 
     Raises:
         ValueError: if λ is negative, the feedback is unknown, or the fusion rule is none or is not imported.
@@ -46,9 +41,9 @@ class TCopilotConfig(PreTrainedConfig):
         if not 0 <= weight < math.inf:
             raise ValueError(f"fusion.weight={weight}: λ must be 0 (the Pilot) or positive")
         if pilot is not None:
-            for name in _SHARED_SETTINGS:
-                kwargs.setdefault(name, getattr(pilot, name, None))
-            kwargs.setdefault("tie_word_embeddings", False)
+            tokens = [f"{name}_token_id" for name in ("pad", "bos", "eos", "decoder_start")]
+            shared = {name: getattr(pilot, name, None) for name in (*tokens, "is_encoder_decoder")}
+            kwargs = {**shared, "tie_word_embeddings": False, **kwargs}
         self.pilot = pilot
         self.copilot = copilot
         self.weight = float(weight)

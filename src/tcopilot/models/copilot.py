@@ -36,10 +36,8 @@ class CopilotConfig:
     Attributes:
         body: config of the family's decoder, as a dictionary.
         pilot_width: P, width of the Pilot that it reads.
-        vocab_size: V, shared by Pilot and Copilot.
-        head: `linear` (the paper's) or `soft`.
-        pattern: insertion pattern 1 to 4 of the paper.
-        pooling: `mean`, `max` or `sum` over the Pilot's layers.
+        pattern: insertion pattern of the paper, see `PATTERNS`.
+        pooling: of h over the Pilot's layers.
         context: `strict` (target i reads h_{<i}, the paper's) or `inclusive` (h_{≤i}).
         positions: `none` (the paper's) or `pilot` (the Pilot's own positions).
         tied: the soft head reads the error input's matrix as its unembedding.
@@ -115,16 +113,10 @@ class Copilot(nn.Module):
 
     @classmethod
     def from_pilot(
-        cls,
-        pilot: PreTrainedModel,
-        layers: int | None = None,
-        donor: PreTrainedModel | None = None,
-        error_input: str = "embedding",
-        train_error_input: bool = True,
-        tokens: int | None = None,
-        dropout: float | None = None,
-        **options: Any,
-    ) -> "Copilot":
+        cls, pilot: PreTrainedModel, layers: int | None = None, donor: PreTrainedModel | None = None,
+        error_input: str = "embedding", train_error_input: bool = True, tokens: int | None = None,
+        dropout: float | None = None, **options: Any,
+    ) -> "Copilot":  # fmt: skip
         """Build a Copilot for a Pilot, from the Pilot's own decoder or from another checkpoint of its family.
 
         Args:
@@ -157,7 +149,9 @@ class Copilot(nn.Module):
         if dropout is not None:
             families.set_dropout(body_config, dropout)
         matrices = (families.input_embeddings(donor), donor.get_output_embeddings().weight)
-        embeddings_VC, output_VC = (_with_rows(matrix.detach(), vocab) for matrix in matrices)
+        embeddings_VC, output_VC = (  # cut padding rows off, or add rows of zeros
+            nn.functional.pad(matrix.detach()[:vocab], (0, 0, 0, max(0, vocab - len(matrix)))) for matrix in matrices
+        )
         frozen = error_input == "embedding" and not train_error_input
         config = CopilotConfig(
             body={**body_config.to_dict(), "model_type": body_config.model_type},
@@ -187,23 +181,20 @@ class Copilot(nn.Module):
         """Embed past errors as Eᵀℓ and shift them right: the inputs [B, K + 1, C] of targets 0 … K."""
         if "errors" not in self.config.reads:
             return self.start.expand(past_errors_BKV.shape[0], past_errors_BKV.shape[1] + 1, -1)
-        past_BKC = past_errors_BKV.to(self.error_in.dtype) @ self.error_in
-        return shift_right(past_BKC, self.start)
+        return shift_right(past_errors_BKV.to(self.error_in.dtype) @ self.error_in, self.start)
 
     def taught_inputs(self, probs_BNV: Tensor, targets_BN: Tensor) -> Tensor:
         """The inputs [B, N, C] of all N targets from the Pilot's own p̂: `inputs` of ℓ_{<i}, without ℓ in memory."""
         if "errors" not in self.config.reads:
             return self.inputs(probs_BNV[:, :-1])
-        past_BKC = project_errors(probs_BNV[:, :-1], targets_BN[:, :-1], self.error_in)
-        return shift_right(past_BKC, self.start)
+        return shift_right(project_errors(probs_BNV[:, :-1], targets_BN[:, :-1], self.error_in), self.start)
 
     def forward(
         self, inputs_BNC: Tensor, source_BMP: Tensor, source_mask_BM: Tensor, states_BNP: Tensor, keep: bool = False
     ) -> tuple[Tensor, CopilotState | None]:
         """Run all N targets at once, from their `inputs` and the log: X̃ of the prompt and h̄ of the targets.
 
-        Returns:
-            Hidden states [B, N, C] for `correct`, and the state from which `step` goes on (None unless `keep`).
+        Returns hidden states [B, N, C] for `correct`, and the state from which `step` goes on (None unless `keep`).
         """
         targets = inputs_BNC.shape[1]
         readable = states_BNP[:, :-1] if self.is_strict else states_BNP
@@ -237,15 +228,11 @@ class Copilot(nn.Module):
         """Run the body for one more target, from the embedded error of the target before; the state moves on.
 
         The h̄ that joins the log is that of the target before in strict context, of this one in inclusive.
-
-        Returns:
-            Hidden states [B, 1, C] for `correct`.
         """
         self_mask_111K, log_mask_B11S = state.grow()
         log = (self.states_in(row_B1P), log_mask_B11S, self._positions(state.position_B1 - int(self.is_strict)))
-        hidden_B1C = families.run_body(
-            self.body, inputs_B1C, self_mask_111K, self._positions(state.position_B1), *log, state.cache
-        )
+        query = (inputs_B1C, self_mask_111K, self._positions(state.position_B1))
+        hidden_B1C = families.run_body(self.body, *query, *log, state.cache)
         state.position_B1 += 1
         state.target_B1 += 1
         return hidden_B1C
@@ -255,11 +242,11 @@ class Copilot(nn.Module):
         return self.head(hidden_BNC, log_probs_BNV, self.unembedding_VC)
 
     def set_gate(self, gate: Gate | None) -> None:
-        """Scale corrections by a gate from now on; None removes the gate."""
+        """Scale corrections by a gate from now on; None takes it away."""
         self.gate, self.config.gate = gate, None if gate is None else gate.settings()
 
     def gated(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, positions_BN: Tensor | None = None) -> Tensor:
-        """Return g f^C, or f^C itself without a gate. Positions are counted from 0; None stands for all of a text."""
+        """Return g f^C, or f^C without a gate. Positions are counted from 0; None stands for all of a text."""
         if self.gate is None:
             return corrections_BNV
         if positions_BN is None:
@@ -285,11 +272,6 @@ class Copilot(nn.Module):
                 f"no layer would read the log; use copilot.layers=2 or more, or copilot.pattern=2"
             )
         return layers
-
-
-def _with_rows(matrix_VC: Tensor, rows: int) -> Tensor:
-    """Cut padding rows off, or add rows of zeros."""
-    return torch.nn.functional.pad(matrix_VC[:rows], (0, 0, 0, max(0, rows - len(matrix_VC))))
 
 
 class _LogInput(nn.Module):

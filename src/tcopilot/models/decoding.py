@@ -21,7 +21,7 @@ FEEDBACKS = ("observed", "own")
 class Beside:
     """Work that overlaps with what follows, in a second stream on a GPU; on a CPU or in compiled code it runs first.
 
-    The work sees everything queued so far. Nothing that it reads may be changed or freed before `result` is called.
+    Nothing that the work reads may be changed or freed before `result` is called.
     """
 
     _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
@@ -37,7 +37,7 @@ class Beside:
             self._found = work()
 
     def result(self) -> Tensor:
-        """What the work returned. Everything that is queued from now on waits for it."""
+        """What the work returned; all that is queued from now on waits for it."""
         if self._stream is not None:
             current = torch.cuda.current_stream(self._found.device)
             current.wait_stream(self._stream)
@@ -46,32 +46,23 @@ class Beside:
 
 
 def correct_text(
-    copilot: Copilot,
-    feedback: str,
-    log_probs_BNV: Tensor,
-    tokens_BK: Tensor,
-    source_BMP: Tensor,
-    source_mask_BM: Tensor,
-    states_BNP: Tensor,
-    keep: bool = False,
-) -> tuple[Tensor, CopilotState | None]:
+    copilot: Copilot, feedback: str, log_probs_BNV: Tensor, tokens_BK: Tensor, source_BMP: Tensor,
+    source_mask_BM: Tensor, states_BNP: Tensor, keep: bool = False,
+) -> tuple[Tensor, CopilotState | None]:  # fmt: skip
     """Correct N targets of which the first K = N − 1 tokens are known.
 
     With observed feedback this is one parallel pass, since the errors follow from p̂ and the tokens. With own feedback
     each correction is an input of the next, so the targets are visited in order.
 
     Returns:
-        Corrections f^C [B, N, V], float32, scaled by the Copilot's gate if it has one, and the state from which
-        `correct_next` goes on (None unless `keep`).
+        f^C [B, N, V], float32 and gated, and the state from which `correct_next` goes on (None unless `keep`).
     """
     if feedback == "observed":
         errors_BKV = token_errors(log_probs_BNV[:, :-1].exp(), tokens_BK)
         hidden, state = copilot(copilot.inputs(errors_BKV), source_BMP, source_mask_BM, states_BNP, keep)
-        corrections_BNV = copilot.correct(hidden, log_probs_BNV)
         if state is not None:
             state.feedback_BV = log_probs_BNV[:, -1].exp()
-        return copilot.gated(log_probs_BNV, corrections_BNV), state
-
+        return copilot.gated(log_probs_BNV, copilot.correct(hidden, log_probs_BNV)), state
     none_B0V = log_probs_BNV[:, :0]
     hidden, state = copilot(copilot.inputs(none_B0V), source_BMP, source_mask_BM, states_BNP[:, :1], keep=True)
     first_B1V = copilot.correct(hidden, log_probs_BNV[:, :1])
@@ -93,8 +84,7 @@ def correct_next(
 def advance(copilot: Copilot, feedback: str, token_B1: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:
     """Embed the last target's error and run the body, the part of a step before the head; returns [B, 1, C].
 
-    In strict context the row that joins the log is the last target's h̄, `state.pending_B1P`, so nothing here depends
-    on the Pilot's present step.
+    In strict context nothing here depends on the Pilot's present step: the row that joins the log is the last h̄.
     """
     error_B1V = state.feedback_BV[:, None]
     if feedback == "observed":
@@ -105,11 +95,7 @@ def advance(copilot: Copilot, feedback: str, token_B1: Tensor, row_B1P: Tensor, 
 def conclude(
     copilot: Copilot, feedback: str, hidden_B1C: Tensor, log_probs_B1V: Tensor, states_B1P: Tensor, state: CopilotState
 ) -> Tensor:
-    """Run the head, once the Pilot's p̂ is there, and keep what the next step needs of this one.
-
-    Returns:
-        Correction f^C [B, 1, V], float32, scaled by the Copilot's gate if it has one. Feedback is never scaled.
-    """
+    """Run the head, once the Pilot's p̂ is there, and keep what the next step needs; feedback is never gated."""
     correction_B1V = copilot.correct(hidden_B1C, log_probs_B1V)
     state.keep(states_B1P, (log_probs_B1V.exp() if feedback == "observed" else correction_B1V)[:, 0])
     return copilot.gated(log_probs_B1V, correction_B1V, state.target_B1 - 1)

@@ -1,7 +1,4 @@
-"""The Copilot's input: token errors ℓ over the vocabulary, embedded without keeping ℓ beside p̂.
-
-ℓ is formed from p̂ a few sequences at a time, where it is read.
-"""
+"""The Copilot's input: token errors ℓ, formed from p̂ a few sequences at a time, where they are embedded."""
 
 from collections.abc import Iterator
 
@@ -14,13 +11,10 @@ CHUNK_ELEMENTS = 2**24  # rows × V of one chunk: 64 MB in float32
 
 
 def project_errors(probs_BNV: Tensor, targets_BN: Tensor, matrix_VC: Tensor) -> Tensor:
-    """Return the embedded errors Eᵀℓ for ℓ = onehot(y) − p̂, without keeping ℓ beside p̂.
+    """Return the embedded errors Eᵀℓ [B, N, C] for ℓ = onehot(y) − p̂, without keeping ℓ beside p̂.
 
     ℓ is formed in the precision of p̂ before it meets E: E[y] − Eᵀp̂ would cancel in bfloat16 where p̂_y is near 1.
-    E gets a gradient if it is trained, p̂ gets none.
-
-    Returns:
-        Shape [B, N, C], in autocast's type where that is on, else in E's. Equal to `token_errors(…) @ E`.
+    The result has autocast's type where that is on, else E's. E gets a gradient if it is trained, p̂ gets none.
     """
     return _ProjectErrors.apply(probs_BNV, targets_BN, matrix_VC)
 
@@ -34,11 +28,9 @@ class _ProjectErrors(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_BNC):
-        if not ctx.needs_input_grad[2]:
-            return None, None, None
         probs_BNV, targets_BN, matrix_VC = ctx.saved_tensors
         matrix_grad = None
-        for errors, rows in _error_chunks(probs_BNV, targets_BN):
+        for errors, rows in _error_chunks(probs_BNV, targets_BN) if ctx.needs_input_grad[2] else ():
             grad_RC = grad_BNC[rows].flatten(0, 1)
             piece = (errors.flatten(0, 1).to(grad_RC.dtype).mT @ grad_RC).to(matrix_VC.dtype)
             matrix_grad = piece if matrix_grad is None else matrix_grad.add_(piece)

@@ -7,6 +7,7 @@ gets its self-attention wrapped by `LogAttention`, which uses the family's own p
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from tcopilot.models.caches import with_room
-from tcopilot.models.log_attention import LogAttention, additive, causal_mask, is_wrappable
+from tcopilot.models.log_attention import LogAttention, additive, causal_mask
 
 ENCODER_DECODERS = ("t5", "bart")
 SUPPORTED = (*ENCODER_DECODERS, "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
-"""Families that the tests run through training, cached decoding, saving and loading. Any other decoder-only family is
-tried on a small model before it is used."""
+"""Families that the tests run through training, cached decoding, saving and loading."""
 
 
 class UnsupportedFamilyError(ValueError):
@@ -28,12 +28,9 @@ class UnsupportedFamilyError(ValueError):
 
 
 def check_family(config: PreTrainedConfig) -> None:
-    """Refuse a family whose decoder cannot carry log attention, from its config alone, before any weights load.
+    """Raise an `UnsupportedFamilyError` if the family's decoder cannot carry log attention; no weights are loaded.
 
-    A family outside `SUPPORTED` passes if log attention fits a small random model of it, see `_try_log_attention`.
-
-    Raises:
-        UnsupportedFamilyError: naming the model type, the reason and what is supported.
+    A family outside `SUPPORTED` passes if log attention fits a small random model of it.
     """
     if config.model_type in SUPPORTED:
         return
@@ -55,9 +52,7 @@ def _try_log_attention(config: PreTrainedConfig) -> None:
 
     Where the log is a layer's own input, at the same positions and under the same mask, log attention is the stock
     self-attention. So both must agree to the bit; a norm, a gate or a rotation that only the stock layer has shows up.
-
-    Raises:
-        Exception: of any kind, where the small model cannot be built or a layer cannot take the log.
+    An error of any kind means that the small model cannot be built or a layer cannot take the log.
     """
     small, heads, tokens = decoder_config(config, min(decoder_depth(config), 8)), 4, 6
     grouped = getattr(config, "num_key_value_heads", None) != getattr(config, "num_attention_heads", None)
@@ -97,8 +92,7 @@ def _try_log_attention(config: PreTrainedConfig) -> None:
 
 def decoder_config(config: PreTrainedConfig, layers: int | None = None) -> PreTrainedConfig:
     """Return the config of the family's decoder alone, cut to its first `layers` layers."""
-    decoder = skeleton(config).get_decoder()
-    body = copy.deepcopy(decoder.config)
+    body = copy.deepcopy(skeleton(config).get_decoder().config)
     body.model_type = config.model_type
     depth = decoder_depth(body)
     layers = depth if layers is None else layers
@@ -137,15 +131,10 @@ def build_body(config: PreTrainedConfig) -> nn.Module:
 
 
 def load_decoder_weights(body: nn.Module, donor: PreTrainedModel) -> None:
-    """Copy the donor's first decoder layers into `body`, wrapped or not.
-
-    Raises:
-        ValueError: if a weight of the body is missing in the donor, as in a donor that carries LoRA adapters.
-    """
+    """Copy the donor's first decoder layers into `body`, wrapped or not; a donor with LoRA adapters is refused."""
     given = donor.get_decoder().state_dict()
     origin = {name: name.replace(f".{LogAttention.WRAPPED}.", ".") for name in body.state_dict()}
-    missing = sorted(set(origin.values()) - set(given))
-    if missing:
+    if missing := sorted(set(origin.values()) - set(given)):
         raise ValueError(
             f"the donor's decoder has no weights {missing[:3]} ({len(missing)} in all). Build the Copilot before "
             f"adapters are injected into the model that it starts from"
@@ -154,14 +143,10 @@ def load_decoder_weights(body: nn.Module, donor: PreTrainedModel) -> None:
 
 
 def install_log_attention(body: nn.Module, layers: list[int]) -> None:
-    """Replace the self-attention of decoder-only layers (0-based) by log attention (Eq. 5–6).
-
-    Raises:
-        UnsupportedFamilyError: if a layer's attention has no separate q, k, v and output projections.
-    """
+    """Replace the self-attention of decoder-only layers (0-based) by log attention (Eq. 5–6)."""
     for index in layers:
         attention = body.layers[index].self_attn
-        if not is_wrappable(attention):
+        if not all(hasattr(attention, name) for name in LogAttention.NEEDED):
             raise UnsupportedFamilyError(
                 f"{type(attention).__name__} has no separate q_proj, k_proj, v_proj and o_proj, which log "
                 f"attention needs"
@@ -170,10 +155,7 @@ def install_log_attention(body: nn.Module, layers: list[int]) -> None:
 
 
 def remove_positions(body: nn.Module) -> None:
-    """Take the learned positions out of an encoder-decoder's decoder (`positions: none`).
-
-    Rotary families need nothing here: their rotation is the identity when every position is 0.
-    """
+    """Take the learned positions out of an encoder-decoder's decoder; at position 0 a rotation is the identity."""
     for module in body.modules():
         if getattr(module, "has_relative_attention_bias", False):  # T5: block 0 owns the bias of all blocks
             module.has_relative_attention_bias = False
@@ -183,48 +165,24 @@ def remove_positions(body: nn.Module) -> None:
 
 
 def run_body(
-    body: nn.Module,
-    inputs_BNC: Tensor,
-    self_mask_B1NK: Tensor,
-    positions_BN: Tensor,
-    log_BSC: Tensor,
-    log_mask_B1NS: Tensor,
-    log_positions_BS: Tensor,
-    cache: Cache | None,
-) -> Tensor:
+    body: nn.Module, inputs_BNC: Tensor, self_mask_B1NK: Tensor, positions_BN: Tensor,
+    log_BSC: Tensor, log_mask_B1NS: Tensor, log_positions_BS: Tensor, cache: Cache | None,
+) -> Tensor:  # fmt: skip
     """Run the stock decoder on embedded errors, with the log as the memory that it attends to.
 
-    Args:
-        body: a decoder from `build_body`.
-        inputs_BNC: embedded errors.
-        self_mask_B1NK: additive mask of the self-attention over past and present errors.
-        positions_BN: rotary positions of the queries (ignored by encoder-decoders).
-        log_BSC: the rows of the log that are new in this call.
-        log_mask_B1NS: additive mask over all rows of the log, those in the cache included.
-        log_positions_BS: rotary positions of the new rows.
-        cache: from `new_cache`; None recomputes everything.
-
-    Returns:
-        The decoder's last hidden state, [B, N, C].
+    `log_BSC` and its positions are the rows that are new in this call; the additive `log_mask_B1NS` covers those in
+    the cache too. Positions are rotary ones, which encoder-decoders ignore. Returns the last hidden state [B, N, C].
     """
     if isinstance(cache, EncoderDecoderCache):
         for layer in cache.is_updated:  # let the stock cross-attention append the new rows instead of reusing
             cache.is_updated[layer] = False
-    shared: dict[str, Any] = {
-        "inputs_embeds": inputs_BNC,
-        "attention_mask": self_mask_B1NK,
-        "past_key_values": cache,
-        "use_cache": cache is not None,
-    }
+    given = {"inputs_embeds": inputs_BNC, "attention_mask": self_mask_B1NK}
     if is_cross_attending(body):
-        return body(encoder_hidden_states=log_BSC, encoder_attention_mask=log_mask_B1NS, **shared).last_hidden_state
-    return body(
-        position_ids=positions_BN,
-        log_BSC=log_BSC,
-        log_mask=log_mask_B1NS,
-        log_rotary=body.rotary_emb(log_BSC, position_ids=log_positions_BS),
-        **shared,
-    ).last_hidden_state
+        given |= {"encoder_hidden_states": log_BSC, "encoder_attention_mask": log_mask_B1NS}
+    else:
+        rotary = body.rotary_emb(log_BSC, position_ids=log_positions_BS)
+        given |= {"position_ids": positions_BN, "log_BSC": log_BSC, "log_mask": log_mask_B1NS, "log_rotary": rotary}
+    return body(**given, past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
 
 def is_cross_attending(body: nn.Module) -> bool:
@@ -279,15 +237,12 @@ def layer_outputs(decoder: nn.Module) -> Iterator[list[list[Tensor]]]:
     layers = decoder.block if hasattr(decoder, "block") else decoder.layers
     seen: list[list[Tensor]] = [[] for _ in layers]
 
-    def keep(index: int):
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            seen[index].append(output[0] if isinstance(output, tuple) else output)
-
-        return hook
+    def keep(into: list[Tensor], module: nn.Module, inputs: Any, output: Any) -> None:
+        into.append(output[0] if isinstance(output, tuple) else output)
 
     with ExitStack() as hooks:
-        for index, layer in enumerate(layers):
-            hooks.callback(layer.register_forward_hook(keep(index)).remove)
+        for layer, outputs in zip(layers, seen, strict=True):
+            hooks.callback(layer.register_forward_hook(partial(keep, outputs)).remove)
         yield seen
 
 
@@ -309,7 +264,5 @@ def body_config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
 
 
 class _NoPositions(nn.Module):
-    """Stands in for a table of learned positions and adds nothing."""
-
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros(())

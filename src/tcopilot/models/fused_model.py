@@ -48,24 +48,18 @@ class TCopilotModel(PreTrainedModel):
 
     @classmethod
     def from_pilot(
-        cls,
-        pilot: PreTrainedModel,
-        copilot: Copilot | None = None,
-        *,
-        fusion: FusionRule | None = None,
-        weight: float = 1.0,
-        feedback: str = "observed",
-        **copilot_options: Any,
-    ) -> "TCopilotModel":
-        """Fuse a loaded Pilot with a Copilot, or with a new one built from its decoder (a no-op until trained).
+        cls, pilot: PreTrainedModel, copilot: Copilot | None = None, *, fusion: FusionRule | None = None,
+        weight: float = 1.0, feedback: str = "observed", **copilot_options: Any,
+    ) -> "TCopilotModel":  # fmt: skip
+        """Fuse a loaded Pilot, which is not copied, with a Copilot; None builds one, a no-op until trained.
 
         Args:
-            pilot: the Pilot; it is used as it is, not copied.
-            copilot: a Copilot for it; None builds one by `Copilot.from_pilot(pilot, **copilot_options)`.
+            pilot: the Pilot.
+            copilot: a Copilot for it, or None for `Copilot.from_pilot(pilot, **copilot_options)`.
             fusion: the fusion rule; None is `ProbabilityFusion` (Eq. 8).
             weight: λ.
             feedback: `observed` or `own`.
-            **copilot_options: `layers`, `head`, `context`, … of `Copilot.from_pilot`.
+            **copilot_options: `layers`, `head`, `context`, ….
         """
         if copilot is None:
             copilot = Copilot.from_pilot(pilot, **copilot_options)
@@ -73,11 +67,7 @@ class TCopilotModel(PreTrainedModel):
         return cls(config, pilot, copilot)
 
     def attach(self, copilot: Copilot) -> None:
-        """Attach a Copilot to the Pilot, in place of the one that it may have.
-
-        Raises:
-            ValueError: if it was built for another vocabulary or another Pilot width.
-        """
+        """Attach a Copilot that was built for this Pilot's width and vocabulary, in place of the one at hand."""
         vocab, width = self.pilot.get_input_embeddings().num_embeddings, self.pilot.config.hidden_size
         if (copilot.config.vocab_size, copilot.config.pilot_width) != (vocab, width):
             raise ValueError(
@@ -104,7 +94,7 @@ class TCopilotModel(PreTrainedModel):
         self.config.weight = float(value)
 
     def set_gate(self, gate: Gate | None) -> None:
-        """Scale corrections by a gate from now on (`tcopilot.models.gates`); None takes the gate away."""
+        """Scale corrections by a gate from now on; None takes the gate away."""
         self.copilot.set_gate(gate)
         self.config.copilot = self.copilot.config.to_dict()
         self.static_decoder = None  # its step was compiled with the previous gate
@@ -115,42 +105,32 @@ class TCopilotModel(PreTrainedModel):
         self.static_decoder = None  # its step was compiled with the previous rule
 
     def get_input_embeddings(self):
-        """The Pilot's input embeddings."""
+        """Those of the Pilot."""
         return self.pilot.get_input_embeddings()
 
     def get_output_embeddings(self):
-        """The Pilot's output embeddings."""
+        """Those of the Pilot."""
         return self.pilot.get_output_embeddings()
 
     def _init_weights(self, module) -> None:
-        """Leave weights as Pilot and Copilot initialise themselves."""
+        """Both models initialise themselves."""
 
     def fuse(self, log_probs_BNV: Tensor, corrections_BNV: Tensor | None, weight: float | Tensor) -> Tensor:
-        """Return log p̃ by the fusion rule, from log p̂ and f^C, at one λ or at one λ per row [B].
-
-        Where λ is 0, or where there is no Copilot and so no f^C, this is log p̂ itself.
-        """
+        """Return log p̃ at one λ or at one per row [B]; it is log p̂ where λ is 0 or there is no f^C."""
         if corrections_BNV is None or (not isinstance(weight, Tensor) and weight == 0):
             return log_probs_BNV
-        if isinstance(weight, Tensor):
-            weight = weight.to(log_probs_BNV.device).view(-1, 1, 1)
-            return torch.where(weight == 0, log_probs_BNV, self.fusion(log_probs_BNV, corrections_BNV, weight))
-        return self.fusion(log_probs_BNV, corrections_BNV, weight)
+        if not isinstance(weight, Tensor):
+            return self.fusion(log_probs_BNV, corrections_BNV, weight)
+        weight = weight.to(log_probs_BNV.device).view(-1, 1, 1)
+        return torch.where(weight == 0, log_probs_BNV, self.fusion(log_probs_BNV, corrections_BNV, weight))
 
     def next_logits(self, given: dict[str, Any], token_B1: Tensor, cache: Cache, weights_B: Tensor) -> Tensor:
-        """Logits [B, 1, V] of the target after `token_B1`, as `forward` returns them after a filled cache.
-
-        The cache is that of both models, or the Pilot's where it is alone; `given` are the Pilot's other arguments.
-        """
+        """Logits [B, 1, V] of the target after `token_B1`; `given` are the Pilot's arguments but for the cache."""
         fused = isinstance(cache, TCopilotCache)
-
-        def run_pilot():
-            options = {"past_key_values": of_pilot(cache), "use_cache": True, "output_hidden_states": fused}
-            return self.pilot(**given, **options)
-
+        given = given | {"past_key_values": of_pilot(cache), "use_cache": True, "output_hidden_states": fused}
         if not fused:
-            return run_pilot().logits.float()
-        out, *parts = self._next(run_pilot, token_B1, cache)
+            return self.pilot(**given).logits.float()
+        out, *parts = self._next(lambda: self.pilot(**given), token_B1, cache)
         return self._fused_logits(out.logits, *parts, weights_B)
 
     def _is_pilot_only(self, weights_B: Tensor | None = None) -> bool:
@@ -166,11 +146,7 @@ class TCopilotModel(PreTrainedModel):
     def _open_cache(
         self, cache: Cache | None, use_cache: bool | None, weights_B: Tensor | None, copies: int
     ) -> tuple[Cache | None, int, int]:
-        """Make a cache if one is asked for.
-
-        Returns:
-            The cache, how many tokens it holds, and how many equal rows in a row need computing only once.
-        """
+        """Make a cache if one is asked for; returns it, its tokens, and how many equal rows to compute once."""
         if cache is None and use_cache and not self._is_pilot_only(weights_B):
             cache = TCopilotCache(self._new_pilot_cache())
         past = 0 if cache is None else cache.get_seq_length()
@@ -187,22 +163,17 @@ class TCopilotModel(PreTrainedModel):
         log_probs_BNV = torch.log_softmax(logits_BNV.float(), dim=-1)
         if self.copilot is None:
             return log_probs_BNV, None
-        read = (tokens_BK, source_BMP, source_mask_BM, states_BNP)
-        corrections_BNV, state = correct_text(
-            self.copilot, self.config.feedback, log_probs_BNV, *read, keep=cache is not None
-        )
+        text = (log_probs_BNV, tokens_BK, source_BMP, source_mask_BM, states_BNP)
+        corrections_BNV, state = correct_text(self.copilot, self.config.feedback, *text, keep=cache is not None)
         if cache is not None:
             cache.copilot = state
         return log_probs_BNV, corrections_BNV
 
     def _next(self, run_pilot: Callable[[], ModelOutput], token_B1: Tensor, cache: TCopilotCache):
-        """Run both models for the next target.
+        """Run both models for the next target; returns the Pilot's output, log p̂ and f^C.
 
         In strict context the Copilot's body needs nothing of the Pilot's present step, so it runs beside it: on a
         stream of its own on a GPU, before it elsewhere. In inclusive context it reads h̄ of this step and comes after.
-
-        Returns:
-            The Pilot's output, log p̂ and f^C.
         """
         if token_B1.shape[1] != 1:
             raise ValueError(

@@ -1,7 +1,6 @@
 """Fusion rules: how a correction changes the Pilot's distribution before decoding (Eq. 8).
 
-A rule of your own is one class derived from `FusionRule`, in a file that Python can import, and one YAML in
-`configs/fusion` that names it (docs/extending.md).
+A rule of your own is one class derived from `FusionRule` and one YAML in `configs/fusion` (docs/extending.md).
 
 Shapes: B batch, N target length, V vocabulary.
 """
@@ -25,7 +24,7 @@ class FusionRule(ABC):
     Attributes:
         has_closed_form: λ* of Theorem 4.1 minimises the squared error of this rule, so `fusion.weight=auto` works.
         takes_gates: a gate that is fitted to the squared error (`fusion.per=position` or `token`) suits this rule.
-        correction_unit: what f^C is measured in, for the labels of figures: `probability` or `logits`.
+        correction_unit: of f^C, for the labels of figures: `probability` or `logits`.
     """
 
     has_closed_form: ClassVar[bool] = False
@@ -47,8 +46,8 @@ class ProbabilityFusion(FusionRule):
     has_closed_form = True
     takes_gates = True
 
-    def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, weight: float | Tensor) -> Tensor:
-        """Return log p̃ [B, N, V], float32."""
+    def __call__(self, log_probs_BNV, corrections_BNV, weight) -> Tensor:
+        """Return log p̃."""
         return fuse_probabilities(log_probs_BNV, corrections_BNV, weight)
 
 
@@ -57,8 +56,8 @@ class LogitFusion(FusionRule):
 
     correction_unit = "logits"
 
-    def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, weight: float | Tensor) -> Tensor:
-        """Return log p̃ [B, N, V], float32."""
+    def __call__(self, log_probs_BNV, corrections_BNV, weight) -> Tensor:
+        """Return log p̃."""
         return fuse_logits(log_probs_BNV, corrections_BNV, weight)
 
 
@@ -69,13 +68,6 @@ def build_fusion(settings: Mapping[str, Any] | None, may_import: bool = False) -
     runs, so by default a class is only looked up in modules that are imported already, and only a class derived from
     `FusionRule` is called. To load a model with a rule of your own, import the rule's module first. Configs that the
     user composed (`train.py`, `eval.py`) may import it.
-
-    Args:
-        settings: of a config or of `FusionRule.settings`.
-        may_import: whether the class's module may be imported.
-
-    Raises:
-        ValueError: if there is no such class, it is no fusion rule or it does not take the settings.
     """
     if not isinstance(settings, Mapping) or not isinstance(settings.get("_target_"), str):
         raise ValueError(

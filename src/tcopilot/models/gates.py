@@ -1,8 +1,7 @@
 """λ beyond a constant: p̃_i = p̂_i + λ g_i f^C_i, where g_i depends on the target's position or on the token.
 
-A gate scales the correction and is fitted on validation rows, after training, so that λ = 1 gives the smallest
-expected squared error E‖p − p̂ − g f^C‖² that a gate of its kind can give (Theorem 4.1, beyond one λ). λ scales what is
-left as it scales f^C without a gate: λ = 0 is the Pilot, exactly. Gates are not in the paper.
+A gate is fitted on validation rows, after training, so that λ = 1 gives the smallest expected squared error
+E‖p − p̂ − g f^C‖² that a gate of its kind can give (Theorem 4.1, beyond one λ). Gates are not in the paper.
 
 Shapes: B batch, N targets, V vocabulary, T target tokens of a data set, F features.
 """
@@ -57,7 +56,7 @@ class PositionGate(Gate):
     per = "position"
     values: list[float]
 
-    def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, positions_BN: Tensor) -> Tensor:
+    def __call__(self, log_probs_BNV, corrections_BNV, positions_BN) -> Tensor:
         """Return g [B, N, 1]."""
         gate_BN = torch.full_like(positions_BN, self.values[0], dtype=torch.float32)
         for edge, value in zip(EDGES, self.values[1:], strict=True):  # no tensor comes from the host
@@ -83,7 +82,7 @@ class TokenGate(Gate):
     per = "token"
     coefficients: list[float]
 
-    def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, positions_BN: Tensor) -> Tensor:
+    def __call__(self, log_probs_BNV, corrections_BNV, positions_BN) -> Tensor:
         """Return g [B, N, 1]."""
         features = _features(log_probs_BNV, corrections_BNV).unbind(-1)
         score_BN = sum(c * feature_BN for c, feature_BN in zip(self.coefficients, features, strict=True))
@@ -113,29 +112,18 @@ GATES: dict[str, type[Gate]] = {gate.per: gate for gate in (PositionGate, TokenG
 
 
 def build_gate(settings: Mapping[str, Any] | None) -> Gate | None:
-    """Build a gate from its settings; None for none.
-
-    Raises:
-        ValueError: naming the gates that exist.
-    """
+    """Build a gate from its settings; None for none."""
     if settings is None:
         return None
-    kind = settings.get("per")
-    if kind not in GATES:
+    values = dict(settings)
+    if (kind := values.pop("per", None)) not in GATES:
         raise ValueError(f"gate per {kind!r} is not one of {', '.join(GATES)}")
-    return GATES[kind](**{key: value for key, value in settings.items() if key != "per"})
+    return GATES[kind](**values)
 
 
 @dataclass
 class Observations:
-    """What a gate is fitted on, of each target token; squared error needs no more than this of [T, V].
-
-    Attributes:
-        inner_T: ⟨ℓ, f^C⟩.
-        energy_T: ‖f^C‖².
-        positions_T: place of the token in its target, from 0.
-        features_TF: what `TokenGate` reads.
-    """
+    """What a gate is fitted on: ⟨ℓ, f^C⟩, ‖f^C‖², position from 0, and `TokenGate`'s features of each target token."""
 
     inner_T: Tensor
     energy_T: Tensor
@@ -147,9 +135,10 @@ class Observations:
         """Observe a batch of targets, teacher-forced, by f^C without a gate; padding is left out."""
         errors_BNV = token_errors(log_probs_BNV.exp(), targets_BN)
         positions_BN = torch.arange(targets_BN.shape[1], device=targets_BN.device).expand_as(targets_BN)
+        inner_BN, energy_BN = (errors_BNV * corrections_BNV).sum(-1), corrections_BNV.square().sum(-1)
         parts = (
-            (errors_BNV * corrections_BNV).sum(-1).double(),
-            corrections_BNV.square().sum(-1).double(),
+            inner_BN.double(),
+            energy_BN.double(),
             positions_BN,
             _features(log_probs_BNV, corrections_BNV).double(),
         )
@@ -157,7 +146,7 @@ class Observations:
 
     @classmethod
     def joined(cls, parts: list[Observations]) -> Observations:
-        """Put the observations of many batches together."""
+        """Those of many batches together."""
         return cls(*(torch.cat(columns) for columns in zip(*(vars(one).values() for one in parts), strict=True)))
 
 

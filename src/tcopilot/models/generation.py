@@ -30,17 +30,10 @@ class FusedGenerationMixin(GenerationMixin):
     def generate_at_weights(
         self, weights: Sequence[float], input_ids: Tensor, attention_mask: Tensor, **kwargs: Any
     ) -> list[Any]:
-        """Decode every prompt at several λ at once; Pilot and Copilot read each prompt once, not once for each λ.
+        """Decode prompts [B, M] at several λ at once; both models read each prompt once, not once for each λ.
 
-        Args:
-            weights: the λ; 0 gives the Pilot's own tokens.
-            input_ids: prompts [B, M].
-            attention_mask: [B, M].
-            **kwargs: arguments of `generate`; those with tensors are for one λ and serve all.
-
-        Returns:
-            For each λ what `generate` returns at it, of one length for all; of an output class only sequences and
-            scores.
+        Further arguments are those of `generate`. Returns for each λ what `generate` returns at it, of one length for
+        all; of an output class only sequences and scores.
         """
         count = len(weights)
         if self.copilot is None or len(set(weights)) == 1:

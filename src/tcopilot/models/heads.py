@@ -1,4 +1,4 @@
-"""The Copilot's output heads: from its hidden states to corrections f^C, an estimate of ℓ. Both start as a no-op.
+"""The Copilot's output heads: from its hidden states to corrections f^C [R, V], float32. Both start as a no-op.
 
 `reads_pilot` says whether a head needs log p̂, so that training forms it only where it is read.
 
@@ -19,7 +19,7 @@ class LinearHead(nn.Module):
         self.weight = nn.Parameter(torch.zeros(vocab_size, width))
 
     def forward(self, hidden_RC: Tensor, log_probs_RV: Tensor | None, unembedding_VC: Tensor | None = None) -> Tensor:
-        """Return corrections [R, V] in float32; the Pilot's distribution plays no part and need not be given."""
+        """Return f^C; the Pilot's distribution plays no part and need not be given."""
         return nn.functional.linear(hidden_RC, self.weight).float()
 
 
@@ -38,7 +38,7 @@ class SoftHead(nn.Module):
         nn.init.zeros_(self.map.weight)
 
     def forward(self, hidden_RC: Tensor, log_probs_RV: Tensor, unembedding_VC: Tensor | None = None) -> Tensor:
-        """Return corrections [R, V] in float32 for the Pilot's log p̂."""
+        """Return f^C for the Pilot's log p̂."""
         shift_RV = nn.functional.linear(self.map(hidden_RC), unembedding_VC).float()
         return torch.softmax(log_probs_RV + shift_RV, dim=-1) - log_probs_RV.exp()
 

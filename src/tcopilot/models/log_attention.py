@@ -16,19 +16,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 CONTEXTS = ("strict", "inclusive")
 
 
-def is_wrappable(attention: nn.Module) -> bool:
-    """Whether a stock attention has the parts that `LogAttention` uses."""
-    return all(hasattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling"))
-
-
 class LogAttention(nn.Module):
     """Stands in for a decoder-only layer's self-attention; queries from the Copilot, keys and values from the log.
 
     Wraps the family's own attention module, so weights, head layout, kernels and adapters stay the family's. The
-    arguments `log_BSC`, `log_mask` and `log_rotary` reach it through the stock decoder, which forwards unknown
-    keyword arguments to its attention layers.
+    log's arguments reach it through the stock decoder, which hands unknown keyword arguments on to its attention.
     """
 
+    NEEDED = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling")
     WRAPPED = "attention"  # name of the stock module, in weight names too
 
     def __init__(self, attention: nn.Module) -> None:
@@ -41,13 +36,12 @@ class LogAttention(nn.Module):
     ):  # fmt: skip
         """Attend from `hidden_states` [B, N, C] to the log; new rows `log_BSC` join those in the cache."""
         stock = self.attention
-        query_BHND = _heads(stock.q_proj(hidden_states), stock, "q_norm")
-        key_BHSD = _heads(stock.k_proj(log_BSC), stock, "k_norm")
-        value_BHSD = _heads(stock.v_proj(log_BSC), stock)
+        query_BHND = _heads(stock.q_proj(hidden_states), stock.head_dim, getattr(stock, "q_norm", None))
+        key_BHSD = _heads(stock.k_proj(log_BSC), stock.head_dim, getattr(stock, "k_norm", None))
+        value_BHSD = _heads(stock.v_proj(log_BSC), stock.head_dim)
         query_BHND, key_BHSD = _rotate(query_BHND, position_embeddings), _rotate(key_BHSD, log_rotary)
         if past_key_values is not None:
             key_BHSD, value_BHSD = past_key_values.update(key_BHSD, value_BHSD, stock.layer_idx)
-
         family = sys.modules[type(stock).__module__]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             stock.config._attn_implementation, family.eager_attention_forward
@@ -63,10 +57,10 @@ class LogAttention(nn.Module):
 
 
 def log_positions(source_mask_BM: Tensor, targets: int) -> tuple[Tensor, Tensor]:
-    """Return the positions [B, 1 + M + N] of null row, X̃ and h, and those of the N targets [B, N]: the Pilot's own.
+    """Return the Pilot's own positions of null row, X̃ and h [B, 1 + M + N], and those of the N targets [B, N].
 
-    Prompt token j of a row stands at its index among the real tokens; h_i and the query of target i stand where the
-    Pilot predicted target i, at the prompt's length − 1 + i.
+    A prompt token stands at its index among the real tokens; h_i and the query of target i stand where the Pilot
+    predicted target i, at the prompt's length − 1 + i.
 
     >>> log_positions(torch.tensor([[False, True, True]]), 2)
     (tensor([[0, 0, 0, 1, 1, 2]]), tensor([[1, 2]]))
@@ -80,7 +74,7 @@ def log_positions(source_mask_BM: Tensor, targets: int) -> tuple[Tensor, Tensor]
 def log_mask(source_mask_BM: Tensor, targets: int, context: str) -> Tensor:
     """Return which rows of the log each of N targets may read (Eq. 5), a boolean mask [B, N, 1 + M + N].
 
-    The null row is open to every query. In `strict` context (the paper's) i reads h_{<i}, in `inclusive` h_{≤i}.
+    In `strict` context (the paper's) i reads h_{<i}, in `inclusive` h_{≤i}.
 
     >>> log_mask(torch.tensor([[True]]), 2, "strict").int().tolist()
     [[[1, 1, 0, 0], [1, 1, 1, 0]]]
@@ -99,16 +93,13 @@ def causal_mask(targets: int, device: torch.device) -> Tensor:
 
 def additive(mask_BNK: Tensor, dtype: torch.dtype) -> Tensor:
     """Turn True = visible into the additive form [B, 1, N, K], right for every attention kernel (bool is not)."""
-    return torch.zeros(mask_BNK.shape, dtype=dtype, device=mask_BNK.device).masked_fill_(
-        ~mask_BNK, torch.finfo(dtype).min
-    )[:, None]
+    zeros_BNK = torch.zeros(mask_BNK.shape, dtype=dtype, device=mask_BNK.device)
+    return zeros_BNK.masked_fill_(~mask_BNK, torch.finfo(dtype).min)[:, None]
 
 
-def _heads(projected: Tensor, attention: nn.Module, norm: str | None = None) -> Tensor:
-    heads = projected.unflatten(-1, (-1, attention.head_dim))
-    if norm is not None and getattr(attention, norm, None) is not None:
-        heads = getattr(attention, norm)(heads)
-    return heads.transpose(1, 2)
+def _heads(projected: Tensor, width: int, norm: nn.Module | None = None) -> Tensor:
+    heads = projected.unflatten(-1, (-1, width))
+    return (heads if norm is None else norm(heads)).transpose(1, 2)
 
 
 def _rotate(heads_BHND: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

@@ -29,7 +29,7 @@ class TCopilotCausalLMOutput(CausalLMOutputWithPast):
 
 @dataclass
 class TCopilotSeq2SeqLMOutput(Seq2SeqLMOutput):
-    """The usual output; with `output_corrections` also log p̂ and f^C [B, N, V], float32."""
+    """As `TCopilotCausalLMOutput`."""
 
     pilot_log_probs: Tensor | None = None
     corrections: Tensor | None = None
@@ -41,20 +41,11 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
     auto_class = AutoModelForCausalLM
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        target_start: int | None = None,
-        logits_to_keep: int = 0,
-        weights_B: Tensor | None = None,
-        copies: int = 1,
-        output_corrections: bool = False,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: Cache | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = None, target_start: int | None = None, logits_to_keep: int = 0,
+        weights_B: Tensor | None = None, copies: int = 1, output_corrections: bool = False, **kwargs: Any,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
         """Return fused logits; positions before the first target carry the Pilot's logits.
 
         Prompts are left-padded, targets right-padded, so that all rows share `target_start`.
@@ -62,19 +53,16 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
         Args:
             input_ids: [B, M + K] prompt and known targets, or [B, 1] after a filled cache.
             attention_mask: [B, M + K] over everything seen; None means no padding.
-            position_ids: positions of `input_ids`; counted from the mask when None.
+            position_ids: counted from the mask when None.
             past_key_values: a `TCopilotCache` (or, at λ = 0, any cache).
-            labels: [B, M + K]; −100 is left out of the loss. Also tells where the target starts.
             use_cache: keep a cache and return it.
+            labels: [B, M + K]; −100 is left out of the loss. Also tells where the target starts.
             target_start: M, the column of the first target. Default: from `labels`, else the whole input is prompt.
             logits_to_keep: return only the last that many positions; 0 returns all.
             weights_B: λ of each row, in place of the model's one.
             copies: consecutive rows that are equal while a cache is being filled; only one of each is computed.
             output_corrections: also return log p̂ and f^C; the Copilot then runs at λ = 0 too.
             **kwargs: further arguments of the Pilot.
-
-        Raises:
-            ValueError: if rows start their targets at different columns, or several tokens follow a filled cache.
         """
         cache, past, copies = self._open_cache(past_key_values, use_cache, weights_B, copies)
         input_ids, attention_mask, position_ids = _first_of(copies, input_ids, attention_mask, position_ids)
@@ -91,11 +79,9 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
         if position_ids is None and attention_mask is not None:
             position_ids = count_positions(attention_mask)[:, past:]
         given |= {
-            "past_key_values": of_pilot(cache),
-            "position_ids": position_ids,
-            "logits_to_keep": max(wanted, corrected),
-            "output_hidden_states": True,
-        }
+            "past_key_values": of_pilot(cache), "position_ids": position_ids,
+            "logits_to_keep": max(wanted, corrected), "output_hidden_states": True,
+        }  # fmt: skip
         if past:
             out, *parts = self._next(lambda: self.pilot(**given), input_ids, cache)
         else:
@@ -136,26 +122,17 @@ class TCopilotForSeq2SeqLM(TCopilotModel, FusedGenerationMixin):
         return self.pilot.get_decoder()
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        encoder_outputs: Any = None,
-        past_key_values: Cache | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        weights_B: Tensor | None = None,
-        copies: int = 1,
-        output_corrections: bool = False,
-        **kwargs: Any,
-    ) -> Seq2SeqLMOutput:
-        """Return fused logits [B, N, V] for every decoder position.
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None, decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None, past_key_values: Cache | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = None, weights_B: Tensor | None = None, copies: int = 1,
+        output_corrections: bool = False, **kwargs: Any,
+    ) -> Seq2SeqLMOutput:  # fmt: skip
+        """Return fused logits [B, N, V] for every decoder position; arguments as in `TCopilotForCausalLM.forward`.
 
-        Prompts `input_ids` and their mask are [B, M]; `encoder_outputs` of `get_encoder()` may stand for them.
-        `decoder_input_ids` [B, N] begin with the start token; they are made from `labels` [B, N] when None. Targets
-        are right-padded, so `decoder_attention_mask` changes nothing that is read. The other arguments are those of
-        `TCopilotForCausalLM.forward`.
+        Prompts are [B, M], and `encoder_outputs` of `get_encoder()` may stand for them. `decoder_input_ids` [B, N]
+        begin with the start token; they are made from `labels` [B, N] when None. Targets are right-padded, so
+        `decoder_attention_mask` changes nothing that is read.
         """
         if decoder_input_ids is None and labels is not None:
             padded = labels.masked_fill(labels == IGNORED_LABEL, self.config.pad_token_id)
@@ -200,10 +177,10 @@ def fused_class(is_encoder_decoder: bool) -> type[TCopilotForCausalLM | TCopilot
 
 
 def _target_start(target_start: int | None, labels: Tensor | None, length: int) -> int:
-    """The column of the first target. If nothing tells where it is, the whole text is prompt."""
-    if target_start is None and labels is None:
-        return length
+    """The column of the first target; if nothing tells where it is, the whole text is prompt."""
     if target_start is None:
+        if labels is None:
+            return length
         starts = (labels != IGNORED_LABEL).int().argmax(dim=1).unique()
         if len(starts) > 1:
             raise ValueError(

@@ -34,7 +34,7 @@ class ModelSourceError(ValueError):
 
 @dataclass
 class ModelSource:
-    """Where a model comes from.
+    """Where a model comes from; what cannot be read is refused by a `ModelSourceError`.
 
     Attributes:
         path: Hub id or local folder, of which an export of a run gives its Pilot; None builds the model from
@@ -56,11 +56,7 @@ class ModelSource:
 
     @cached_property
     def model_config(self) -> PreTrainedConfig:
-        """The model's config, without its weights.
-
-        Raises:
-            ModelSourceError: if neither path nor config is given, or the path cannot be read.
-        """
+        """The model's config, without its weights."""
         if self.path is None:
             if not self.config:
                 raise ModelSourceError(f"{self.key}.path is not set: give a Hub id or a folder with a model")
@@ -83,11 +79,7 @@ class ModelSource:
         return "right" if self.is_encoder_decoder else "left"
 
     def tokenizer(self, vocabulary: list[str] | None = None) -> PreTrainedTokenizerBase:
-        """The model's own tokenizer; for a model built from a config, one of the data's words, else of bytes.
-
-        Args:
-            vocabulary: the closed vocabulary of generated tasks, or None.
-        """
+        """The model's own tokenizer; for one built from a config, that of a closed vocabulary, else of bytes."""
         if self.path is None:
             tokenizer = byte_tokenizer() if vocabulary is None else word_tokenizer(vocabulary)
             self._fit_config(tokenizer)
@@ -99,11 +91,7 @@ class ModelSource:
         return tokenizer
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """Load the weights, or build random ones (from torch's global seed) that fit the tokenizer.
-
-        Raises:
-            ModelSourceError: if weights are missing, of other shapes than the config says, or not finite.
-        """
+        """Load the weights, or build random ones (from torch's global seed) that fit the tokenizer."""
         auto = AutoModelForSeq2SeqLM if self.is_encoder_decoder else AutoModelForCausalLM
         dtype = getattr(torch, self.dtype)
         if self.path is not None:
@@ -130,35 +118,24 @@ class ModelSource:
         return self._from_hub(AutoConfig)
 
     def whole_model(self, auto: Any, dtype: torch.dtype) -> PreTrainedModel:
-        """Load the model with the weights of its files; transformers would initialise missing ones at random.
-
-        Raises:
-            ModelSourceError: if weights are missing, of other shapes than the config says, or not finite.
-        """
+        """Load a model whose weights are complete, of the config's shapes and finite; transformers fills gaps."""
         with _without_reports():
             model, report = self._from_hub(auto, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        apart = "config and weights do not belong together"
         if other := sorted(report["mismatched_keys"]):
             name, there, wanted = other[0]
-            raise ModelSourceError(
-                f"{self._name}: {name} has the shape {tuple(there)} in its file, and {tuple(wanted)} "
-                f"by config.json ({len(other)} such weights); config and weights do not belong together"
-            )
+            shapes = f"{name} has the shape {tuple(there)} in its file, and {tuple(wanted)} by config.json"
+            raise ModelSourceError(f"{self._name}: {shapes} ({len(other)} such weights); {apart}")
         if missing := sorted(report["missing_keys"]):
-            raise ModelSourceError(
-                f"{self._name}: {len(missing)} weights are missing in its files, {missing[0]} "
-                f"among them; give a folder with all weights of the model"
-            )
+            found = f"{len(missing)} weights are missing in its files, {missing[0]} among them"
+            raise ModelSourceError(f"{self._name}: {found}; give a folder with all weights of the model")
         if extra := sorted(name for name in report["unexpected_keys"] if name.startswith(("pilot.", "copilot."))):
-            raise ModelSourceError(
-                f"{self._name}: config.json has no place for {len(extra)} weights, {extra[0]} among them; config and "
-                f"weights do not belong together"
-            )
+            found = f"config.json has no place for {len(extra)} weights, {extra[0]} among them"
+            raise ModelSourceError(f"{self._name}: {found}; {apart}")
         for name, parameter in model.named_parameters():
             if parameter.numel() and not all(torch.isfinite(bound) for bound in parameter.detach().aminmax()):
-                raise ModelSourceError(
-                    f"{self._name}: {name} holds values that are not finite (NaN or infinite); the "
-                    f"model is damaged, give another copy of it"
-                )
+                found = f"{name} holds values that are not finite (NaN or infinite)"
+                raise ModelSourceError(f"{self._name}: {found}; the model is damaged, give another copy of it")
         return model
 
     def _from_hub(self, auto: Any, **options: Any) -> Any:
@@ -175,9 +152,9 @@ class ModelSource:
                 f"machine can reach, or a folder with config.json, weights and tokenizer"
             ) from error
         if code := getattr(found, "auto_map", None) or getattr(found, "init_kwargs", {}).get("auto_map"):
+            found = f"it asks for code of its own (auto_map={code}), which is never run"
             raise ModelSourceError(
-                f"{self._name}: it asks for code of its own (auto_map={code}), which is never run; "
-                f"give a model of transformers' own classes, without auto_map"
+                f"{self._name}: {found}; give a model of transformers' own classes, without auto_map"
             )
         return found
 
@@ -194,10 +171,8 @@ class ModelSource:
         if path.is_file():
             raise ModelSourceError(f"{self._name} is a file; give the folder that holds it")
         if self.path.startswith(("/", ".", "~")) and not path.is_dir():
-            raise ModelSourceError(
-                f"{self._name}: there is no such folder; give a folder with config.json, weights and "
-                f"tokenizer, or a Hub id"
-            )
+            mend = "give a folder with config.json, weights and tokenizer, or a Hub id"
+            raise ModelSourceError(f"{self._name}: there is no such folder; {mend}")
 
 
 @contextmanager
@@ -206,8 +181,7 @@ def _without_reports() -> Iterator[None]:
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         transformers_logging.set_verbosity(level)

@@ -9,16 +9,13 @@ h is defined on what transformers returns as hidden states, without the embeddin
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tcopilot.data.batch import Batch
 from tcopilot.functional import LAYER_RANGES, POOLINGS, pool_states
-
-if TYPE_CHECKING:
-    from tcopilot.data.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -36,8 +33,7 @@ class StatePooler:
     @torch.no_grad()
     def __call__(self, hidden_states: tuple[Tensor, ...], positions: slice = slice(None)) -> Tensor:
         """Pool `hidden_states` (L + 1 tensors, the embedding first) at `positions`; returns [B, N, P], detached."""
-        layers = [h[:, positions].detach() for h in hidden_states[1:]]
-        return pool_states(layers, self.pooling, self.layer_range)
+        return pool_states([h[:, positions].detach() for h in hidden_states[1:]], self.pooling, self.layer_range)
 
 
 @dataclass
@@ -47,12 +43,8 @@ class PilotStates:
     Attributes:
         logits_BNV: the Pilot's logits for the target tokens.
         source_BMP: X̃, the encoder's output (encoder-decoder) or the embedded prompt (decoder-only).
-        source_mask_BM: True on prompt tokens.
         states_BNP: h̄, the pooled decoder states that predict the target tokens.
-        targets_BN: target ids.
-        target_mask_BN: True on target tokens.
         ids_B: row ids in the training set.
-        benchmark_B: index of the benchmark of each row.
         source_ids_BM: prompt ids, of a decoder-only Pilot, whose embedding gives X̃; None with an encoder.
         head_input_BNP: what the Pilot's head made the logits from, detached.
         pilot: the Pilot itself, whose frozen parts can rebuild the logits and X̃ later.
@@ -72,30 +64,20 @@ class PilotStates:
 
     def rows(self, rows: slice | Tensor) -> PilotStates:
         """Some of the rows, of a slice as views; a mask [B] copies them."""
-        cut = {name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **cut)
+        return replace(self, **{name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)})
 
 
 def trace_pilot(pilot: PreTrainedModel, batch: Batch, pooler: StatePooler) -> PilotStates:
-    """Run the Pilot on a batch and keep X̃, h̄ and the logits of the target positions (Section 2.1).
-
-    All states are detached but `logits_BNV`.
-    """
+    """Run the Pilot on a batch and keep X̃, h̄ and the logits of the target positions (Section 2.1)."""
     run = _run_encoder_decoder if pilot.config.is_encoder_decoder else _run_decoder_only
     logits_BNV, source_BMP, hidden_states, predicting = run(pilot, batch)
     return PilotStates(
-        logits_BNV,
-        source_BMP.detach(),
-        batch.source_mask_BM,
-        pooler(hidden_states, predicting),
-        batch.target_ids_BN,
-        batch.target_mask_BN,
-        batch.ids_B,
-        batch.benchmark_B,
+        logits_BNV, source_BMP.detach(), batch.source_mask_BM, pooler(hidden_states, predicting),
+        batch.target_ids_BN, batch.target_mask_BN, batch.ids_B, batch.benchmark_B,
         source_ids_BM=None if pilot.config.is_encoder_decoder else batch.source_ids_BM,
         head_input_BNP=hidden_states[-1][:, predicting].detach(),
         pilot=pilot,
-    )
+    )  # fmt: skip
 
 
 def position_ids(mask_BM: Tensor) -> Tensor:
@@ -110,6 +92,7 @@ def position_ids(mask_BM: Tensor) -> Tensor:
 def _run_decoder_only(pilot, batch):
     """Logits of the targets, X̃, hidden states, and the positions among these that predict a target."""
     prompt, length = batch.source_ids_BM.shape[1], batch.target_ids_BN.shape[1]
+    predicting = slice(prompt - 1, prompt - 1 + length)
     mask = torch.cat([batch.source_mask_BM, batch.target_mask_BN], dim=1)
     out = pilot(
         input_ids=torch.cat([batch.source_ids_BM, batch.target_ids_BN], dim=1),
@@ -117,9 +100,9 @@ def _run_decoder_only(pilot, batch):
         position_ids=position_ids(mask),
         output_hidden_states=True,
         use_cache=False,
-        logits_to_keep=torch.arange(prompt - 1, prompt - 1 + length, device=mask.device),
+        logits_to_keep=torch.arange(predicting.start, predicting.stop, device=mask.device),
     )
-    return out.logits, out.hidden_states[0][:, :prompt], out.hidden_states, slice(prompt - 1, prompt - 1 + length)
+    return out.logits, out.hidden_states[0][:, :prompt], out.hidden_states, predicting
 
 
 def _run_encoder_decoder(pilot, batch):

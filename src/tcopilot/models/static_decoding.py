@@ -1,8 +1,8 @@
 """Greedy decoding and sampling with caches of fixed shape and place, so that a step can be compiled to a CUDA graph.
 
-The prompt is read as always, with caches that fit it. Then both models' keys and values move into caches with room for
-the whole answer, and every further token is the same step: same shapes, same memory. The host waits for the
-device only now and then, to see whether all rows have ended.
+The prompt is read as always. Then both models' keys and values move into caches with room for the whole answer, and
+every further token is the same step: same shapes, same memory. The host waits for the device only now and then, to see
+whether all rows have ended.
 
 Shapes: B batch, T tokens of prompt and answer, M source length, N steps, K errors, P Pilot width, S rows of the log,
 V vocabulary.
@@ -79,14 +79,10 @@ class StaticState(CopilotState):
 
 
 class StaticDecoder:
-    """Both models' caches at their full size, and the step that runs on them.
+    """Both models' caches at their full size, and the step that runs on them; the model itself is not kept.
 
-    Args:
-        model: the fused model; it is not kept.
-        cache: the caches that a prompt has left, which tell shapes and types.
-        source_mask_BM: True on prompt tokens.
-        answer: longest answer, in tokens.
-        compiler: arguments of `torch.compile` for the step; None leaves it as it is.
+    `cache`, which a prompt has left, tells shapes and types; `answer` is the longest answer, in tokens; `compiler` are
+    arguments of `torch.compile` for the step, None leaves it as it is.
     """
 
     def __init__(
@@ -115,9 +111,7 @@ class StaticDecoder:
         copilot = None if state is None else static_sizes(state.cache, answer, answer, block)
         return str(compiler), copilot, static_sizes(of_pilot(cache), answer, 0, block)
 
-    def fill(
-        self, model: TCopilotModel, cache: Cache, source_mask_BM: Tensor, answer: int, weights_B: Tensor | None
-    ) -> None:
+    def fill(self, model: TCopilotModel, cache: Cache, source_mask_BM: Tensor, answer: int, weights_B: Tensor | None):
         """Move in what a prompt has left, and make the masks and positions of the whole answer."""
         fill_cache(of_pilot(self.cache), of_pilot(cache))
         if (state := _state(cache)) is not None:
@@ -149,12 +143,8 @@ class StaticDecoder:
         if not self.encoder:
             later = cache.get_max_length() - source_mask_BM.shape[1]
             mask_BT = torch.cat([source_mask_BM, source_mask_BM.new_ones(rows, later)], dim=1)
-        masks = create_masks_for_generate(
-            config=model.pilot.get_decoder().config,
-            inputs_embeds=self.weights_B.new_empty(rows, answer, 0, dtype=model.dtype),
-            attention_mask=mask_BT,
-            past_key_values=cache,
-        )
+        read_BN0 = self.weights_B.new_empty(rows, answer, 0, dtype=model.dtype)
+        masks = create_masks_for_generate(model.pilot.get_decoder().config, read_BN0, mask_BT, cache)
         positions_BN = source_mask_BM.sum(-1, keepdim=True) + torch.arange(answer, device=source_mask_BM.device)
         return masks if isinstance(masks, dict) else {_ALL: masks}, positions_BN
 
@@ -170,18 +160,10 @@ def _step(model, cache, encoder, token_B1, position_B1, masks, weights_B) -> Ten
 
 
 def sample(
-    model: TCopilotModel,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    **model_kwargs: Any,
-) -> Any:
-    """Decode greedily or by sampling with static caches; arguments are those of transformers' `_sample`.
-
-    Returns:
-        What `generate` returns without static caches, but for hidden states, attentions and caches.
-    """
+    model: TCopilotModel, input_ids: Tensor, logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig, **model_kwargs: Any,
+) -> Any:  # fmt: skip
+    """Decode with static caches in place of transformers' `_sample`; returns no hidden states and no caches."""
     rows, prompt = input_ids.shape
     length = stopping_criteria.max_length
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
@@ -197,25 +179,21 @@ def sample(
         for name, values_BV in (("scores", scores_BV), ("logits", logits_BV)):
             if getattr(generation_config, f"output_{name}"):
                 kept[name].append(values_BV.clone())
-        if generation_config.do_sample:
-            token_B = torch.multinomial(scores_BV.softmax(-1), 1)[:, 0]
-        else:
-            token_B = scores_BV.argmax(-1)
+        sampled = generation_config.do_sample
+        token_B = torch.multinomial(scores_BV.softmax(-1), 1)[:, 0] if sampled else scores_BV.argmax(-1)
         if can_end:
             token_B = torch.where(open_B > 0, token_B, generation_config._pad_token_tensor)
         tokens_BT[:, at] = token_B
         written += open_B.max()
         open_B = open_B & ~stopping_criteria(tokens_BT[:, : at + 1], None)
-        steps = at + 1 - prompt
-        if at + 1 == length or (steps % _patience(input_ids) == 0 and not open_B.any()):
+        if at + 1 == length or ((at + 1 - prompt) % _patience(input_ids) == 0 and not open_B.any()):
             break
         logits_BV = decoder(model, tokens_BT[:, at : at + 1].clone())
-    taken = int(written)
-    sequences = tokens_BT[:, : prompt + taken]
+    found = {"sequences": tokens_BT[:, : prompt + written]}
     if not generation_config.return_dict_in_generate:
-        return sequences
-    found = GenerateEncoderDecoderOutput if model.config.is_encoder_decoder else GenerateDecoderOnlyOutput
-    return found(sequences=sequences, **{name: tuple(values[:taken]) or None for name, values in kept.items()})
+        return found["sequences"]
+    found |= {name: tuple(values[: int(written)]) or None for name, values in kept.items()}
+    return (GenerateEncoderDecoderOutput if model.config.is_encoder_decoder else GenerateDecoderOnlyOutput)(**found)
 
 
 def _patience(tokens: Tensor) -> int:
@@ -229,19 +207,14 @@ def _ready_decoder(model, cache: Cache, answer: int, config: GenerationConfig, m
         encoded = model.config.is_encoder_decoder
         read = model_kwargs["encoder_outputs"][0] if encoded else of_pilot(cache).layers[0].keys[:, 0]
         mask_BM = read.new_ones(read.shape[:2])
-    decoder, compiler = model.static_decoder, _compiler(config)
+    compiler = None  # transformers has two settings for it
+    if not config.disable_compile:
+        compiler = (config.compile_config or CompileConfig(fullgraph=True, dynamic=False)).to_dict()
+    decoder = model.static_decoder
     if decoder is None or decoder.key != StaticDecoder.key_of(cache, answer, compiler):
         decoder = model.static_decoder = StaticDecoder(model, cache, mask_BM, answer, compiler)
     decoder.fill(model, cache, mask_BM.bool(), answer, model_kwargs.get("weights_B"))
     return decoder
-
-
-def _compiler(config: GenerationConfig) -> dict[str, Any] | None:
-    """Arguments of `torch.compile`, from the two settings that transformers has for it."""
-    if config.disable_compile:
-        return None
-    given = config.compile_config or CompileConfig(fullgraph=True, dynamic=False)
-    return given.to_dict()
 
 
 def _block(compiler: dict[str, Any] | None) -> int:

@@ -10,10 +10,7 @@ from tcopilot.models.pilot import ModelSource, ModelSourceError
 
 
 def transfer_problems(pilot: ModelSource, trained: TCopilotConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What keeps the Copilot of an export from reading another Pilot; no weights are loaded.
-
-    Both Pilots must have the same family, width and vocabulary, and the same tokenizer.
-    """
+    """What keeps the Copilot of an export from reading another Pilot: family, width, vocabulary or tokenizer."""
     if trained.copilot is None:
         return ["copilot.path: this export has no Copilot (copilot=none), so there is nothing to put on another Pilot"]
     try:
