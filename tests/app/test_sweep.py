@@ -138,7 +138,8 @@ def test_a_sweep_on_two_devices_is_refused_with_the_commands_to_use(tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_sweep_and_starting_it_again_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(composed.ROOT / "tests"))
+    helpers = str(composed.ROOT / "tests" / "helpers")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([helpers, *filter(None, [os.environ.get("PYTHONPATH")])]))
     stop = ["+callbacks.interrupt._target_=composed.InterruptAfter", "+callbacks.interrupt.rounds=2"]
     command = ["train.py", "-m", *SHORT, *stop, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
     folders = [tmp_path / f"seed-{seed}" for seed in (0, 1)]
