@@ -33,7 +33,7 @@ def evaluator(family, folder, *kinds, decoding=None, per="all", **options) -> Ev
     tokenizer = word_tokenizer(data.vocabulary)
     tokenizer.padding_side = source_side(family)
     model = tiny_model(family, vocab=len(tokenizer), **({"head_std": 0.1} | options))
-    return Evaluator(model, tokenizer, data, folder, decoding, per)
+    return Evaluator(model, tokenizer, data, folder, decoding or Decoding(), per)
 
 
 def written(folder, split="test", weight=1.0, benchmark="word_problems") -> list[dict]:

@@ -73,43 +73,58 @@ def assert_same(left: Ranking, right: Ranking) -> None:
     np.testing.assert_allclose(left.scores_BK, right.scores_BK, atol=1e-4)
 
 
+def path(trie: ItemTrie, item: int) -> list[int]:
+    """The nodes of an item, from the first below the root to its leaf."""
+    nodes = [int(trie.leaf_I[item])]
+    while trie.parent_T[nodes[-1]] > 0:
+        nodes.append(int(trie.parent_T[nodes[-1]]))
+    return nodes[::-1]
+
+
+def children(trie: ItemTrie, node: int) -> dict[int, int]:
+    """The nodes directly below one, by token."""
+    first = int(trie.first_child_T[node])
+    return {int(trie.token_T[child]): child for child in range(first, first + int(trie.children_T[node]))}
+
+
 # The trie -------------------------------------------------------------------------------------------------------
 
 
 def test_the_trie_spells_every_item(trie):
     assert (trie.items, trie.depth) == (len(ITEMS), 5)
     for place, tokens in enumerate(ITEMS):
-        path = trie.path(place)
-        assert [trie.token_T[node] for node in path] == tokens
-        assert trie.item_T[path[-1]] == place
+        nodes = path(trie, place)
+        assert [trie.token_T[node] for node in nodes] == tokens
+        assert trie.item_T[nodes[-1]] == place
         node = 0
-        for token, expected in zip(tokens, path, strict=True):
-            assert trie.children(node)[token] == expected
+        for token, expected in zip(tokens, nodes, strict=True):
+            assert children(trie, node)[token] == expected
             node = expected
 
 
 def test_items_below_a_node_are_counted(trie):
     assert trie.items_below_T[0] == len(ITEMS)
-    below = {int(trie.token_T[node]): int(trie.items_below_T[node]) for node in trie.children(0).values()}
+    below = {int(trie.token_T[node]): int(trie.items_below_T[node]) for node in children(trie, 0).values()}
     assert below == {5: 5, 10: 2, 11: 3, 15: 2}
 
 
 def test_steps_lead_to_children_and_nowhere_else(trie):
-    children = {(node, token): child for node in range(len(trie)) for token, child in trie.children(node).items()}
-    pairs = list(itertools.product(range(-1, len(trie)), range(-1, 25)))
+    size = len(trie.token_T)
+    known = {(node, token): child for node in range(size) for token, child in children(trie, node).items()}
+    pairs = list(itertools.product(range(-1, size), range(-1, 25)))
     nodes, tokens = (np.array(column) for column in zip(*pairs, strict=True))
-    assert trie.step(nodes, tokens).tolist() == [children.get(pair, -1) for pair in pairs]
+    assert trie.step(nodes, tokens).tolist() == [known.get(pair, -1) for pair in pairs]
 
 
 def test_unseen_items_are_counted_along_their_paths(trie):
     unseen_BT = trie.unseen_below([[], [0, 1, 0]])
     assert unseen_BT[0].tolist() == trie.items_below_T.tolist()
     assert unseen_BT[1, 0] == len(ITEMS) - 2
-    assert unseen_BT[1, trie.path(0)].tolist() == [3, 1, 0]  # under 5, 5 6, and the item itself
-    users, nodes = np.array([0, 1]), np.array([0, trie.path(0)[1]])
-    rows, children = trie.open_children(users, nodes, unseen_BT)
+    assert unseen_BT[1, path(trie, 0)].tolist() == [3, 1, 0]  # under 5, 5 6, and the item itself
+    users, nodes = np.array([0, 1]), np.array([0, path(trie, 0)[1]])
+    rows, opened = trie.open_children(users, nodes, unseen_BT)
     assert rows.tolist() == [0, 0, 0, 0, 1]
-    assert trie.token_T[children].tolist() == [5, 10, 11, 15, 7]
+    assert trie.token_T[opened].tolist() == [5, 10, 11, 15, 7]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +146,7 @@ def test_a_random_catalogue_is_spelt():
     items = [[*map(int, number), END] for number in {str(draw.randint(10, 99_999)) for _ in range(500)}]
     items = [[token + 3 for token in item[:-1]] + [END] for item in items]
     trie = ItemTrie(items)
-    assert [[int(trie.token_T[node]) for node in trie.path(place)] for place in range(len(items))] == items
+    assert [[int(trie.token_T[node]) for node in path(trie, place)] for place in range(len(items))] == items
 
 
 def test_texts_are_tokenised_as_targets_are():
@@ -139,14 +154,22 @@ def test_texts_are_tokenised_as_targets_are():
     trie = ItemTrie.from_texts([" Beauty item_1", " Beauty item_12"], tokenizer)
     end = tokenizer.eos_token_id
     for place, text in enumerate([" Beauty item_1", " Beauty item_12"]):
-        assert [int(trie.token_T[node]) for node in trie.path(place)] == [*tokenizer(text).input_ids, end]
+        assert [int(trie.token_T[node]) for node in path(trie, place)] == [*tokenizer(text).input_ids, end]
 
 
 # Ranking --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("feedback", ["observed", "own"])
-@pytest.mark.parametrize("family", ["t5", "llama"])
+BOTH = pytest.mark.parametrize(
+    ("family", "feedback"),
+    [
+        *(("t5", "observed"), ("llama", "own")),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in (("t5", "own"), ("llama", "observed"))),
+    ],
+)
+
+
+@BOTH
 def test_exhaustive_scores_are_those_of_a_pass_per_item(family, feedback, trie):
     model, batch = fused(family, feedback), random_batch(family)
     found = rank_exhaustively(model, batch, trie, SEEN, keep=7, weights=WEIGHTS, rows_at_once=5)
@@ -160,8 +183,7 @@ def test_exhaustive_scores_are_those_of_a_pass_per_item(family, feedback, trie):
     assert orders[0] != orders[2]  # the Copilot has a say
 
 
-@pytest.mark.parametrize("feedback", ["observed", "own"])
-@pytest.mark.parametrize("family", ["t5", "llama"])
+@BOTH
 def test_enough_beams_find_what_is_found_exhaustively(family, feedback, trie):
     model, batch = fused(family, feedback), random_batch(family)
     exact = rank_exhaustively(model, batch, trie, SEEN, keep=7, weights=WEIGHTS)

@@ -13,6 +13,7 @@ from tcopilot.evaluation.modes import Decoding
 
 FAMILIES = ("t5", "llama")
 WEIGHTS = (0.0, 0.3, 1.0)
+OTHERS = (("t5", "own"), ("llama", "observed"))
 
 
 def rows(tmp_path, number: int = 6) -> None:
@@ -58,12 +59,15 @@ def alone(model, source: list[int], target: list[int], weight: float) -> float:
     return -loss.item() * len(target)
 
 
-@pytest.mark.parametrize("feedback", ["observed", "own"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "feedback"),
+    [("t5", "observed"), ("llama", "own"), *(pytest.param(*p, marks=pytest.mark.slow) for p in OTHERS)],
+)
 def test_the_likelihood_of_an_answer_is_the_models_and_does_not_depend_on_its_batch(setting, family, feedback):
-    judge = setting(family, feedback=feedback)
+    judge = setting(family, batch_size=64, feedback=feedback)
     examples = judge.data.evaluation_rows("test", "choice")
-    mode = Likelihood(judge.model.double(), judge._collate, 64)  # own outputs fed back amplify rounding
+    judge.model.double()  # own outputs fed back amplify rounding
+    (mode,) = judge.modes("choice")
     together = mode.answer(examples, WEIGHTS)
     for weight in WEIGHTS:
         for row, prediction in zip(examples, together[weight], strict=True):
@@ -96,7 +100,7 @@ def test_both_modes_are_reported_and_the_first_decides(setting, tmp_path):
 
 def test_a_copilot_that_knows_the_answer_moves_the_choice(setting):
     judge = setting("llama")
-    collate: PromptTargetCollator = judge._collate
+    collate: PromptTargetCollator = judge.collate
     (row,) = judge.data.evaluation_rows("test", "choice")[:1]
     batch = collate([row | {"target_ids": ids} for ids in row["option_ids"]])
     before = log_likelihoods(judge.model, batch, [1.0])

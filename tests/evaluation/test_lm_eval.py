@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from transformers import BartConfig, BartForConditionalGeneration
 
 from tcopilot.data.tokenizers import byte_tokenizer
-from tcopilot.evaluation.lm_eval import TCopilotLM
+from tcopilot.evaluation.lm_eval import TCopilotLM, main
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.modeling import TCopilotForSeq2SeqLM
 
@@ -131,7 +132,7 @@ def assert_same(found, expected):
     torch.testing.assert_close(*totals, atol=1e-4, rtol=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_weight_zero_is_the_harness_own_model_on_the_pilot_and_weight_one_is_not(exports, tasks, family):
     fused, pilot = exports[family]
     scores, greedy, texts = evaluate(tasks, "hf", f"pretrained={pilot}")
@@ -296,15 +297,27 @@ def test_a_bare_pilot_has_no_weight(tmp_path):
     assert len(score(TCopilotLM(tmp_path, device="cpu"))) == len(TEXTS)
 
 
-def test_the_command_is_the_harness_own_with_one_more_model(exports, tasks):
+@pytest.mark.parametrize("started", ["here", pytest.param("by itself", marks=pytest.mark.slow)])
+def test_the_command_is_the_harness_own_with_one_more_model(exports, tasks, started, monkeypatch, capsys):
     arguments = ["--model_args", f"pretrained={exports['llama'][0]},weight=0.3", "--tasks", "choice,writing"]
-    command = [sys.executable, "-m", "tcopilot.evaluation.lm_eval", "--model", "tcopilot", *arguments]
-    ran = subprocess.run([*command, "--include_path", tasks], check=False, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert "'weight': 0.3" in ran.stdout
-    assert "exact_match" in ran.stdout
+    arguments = ["--model", "tcopilot", *arguments, "--include_path", tasks]
+    if started == "here":
+        monkeypatch.setattr(sys, "argv", ["tcopilot-lm-eval", *arguments])
+        monkeypatch.setattr(
+            "lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False)
+        )  # there are many
+        main()
+        printed = capsys.readouterr().out
+    else:
+        command = [sys.executable, "-m", "tcopilot.evaluation.lm_eval", *arguments]
+        ran = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        printed = ran.stdout
+    assert "'weight': 0.3" in printed
+    assert "exact_match" in printed
 
 
+@pytest.mark.slow
 def test_the_package_does_not_need_the_harness():
     code = "import sys, tcopilot, tcopilot.app.run; sys.exit('lm_eval' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

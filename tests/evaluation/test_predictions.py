@@ -135,6 +135,7 @@ def late_scores_job(folder):
     scores_job(folder)
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_different_times_share_the_rows_all_the_same(tmp_path):
     run_in_processes(late_scores_job, tmp_path)
     assert len((tmp_path / "test-word_problems-weight=1.jsonl").read_text().splitlines()) == 11

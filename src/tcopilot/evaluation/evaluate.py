@@ -6,14 +6,15 @@ How a row is answered is a mode: as generated text, as the likeliest option, or 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from scipy.stats import rankdata
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +41,8 @@ PER = ("all", "benchmark", *GATES)
 
 Scores = dict[Metric, list[Any]]
 """Metric to what each row gave: its score, or the answer itself for a metric of all rows together."""
+Outcomes = dict[str, dict[float, Scores]]
+"""Benchmark to λ to scores."""
 
 
 @dataclass
@@ -63,13 +66,14 @@ def _is_weight(given: Any) -> bool:
     return given == "auto" or (len(weights) > 0 and all(is_number(weight) and weight >= 0 for weight in weights))
 
 
+@dataclass
 class Evaluator:
     """Runs a fused model over the rows of a data module.
 
     Every process of a job takes its share of the rows; each row is answered once, and all processes return the same
     figures. A stopped evaluation goes on where it was if it is started again with the same folder.
 
-    Args:
+    Attributes:
         model: the fused model; its λ is changed while it runs and left at the selected one.
         tokenizer: the Pilot's.
         data: prepared rows.
@@ -86,23 +90,17 @@ class Evaluator:
         ),
     }
 
-    def __init__(
-        self,
-        model: TCopilotModel,
-        tokenizer: PreTrainedTokenizerBase,
-        data: TCopilotDataModule,
-        folder: str | Path,
-        decoding: Decoding | None = None,
-        per: str = "all",
-    ) -> None:
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.data = data
-        self.folder = Path(folder)
-        self.decoding = Decoding() if decoding is None else decoding
-        self.per = per
-        side = "right" if model.config.is_encoder_decoder else "left"
-        self._collate = PromptTargetCollator(tokenizer.pad_token_id, side)
+    model: TCopilotModel
+    tokenizer: PreTrainedTokenizerBase
+    data: TCopilotDataModule
+    folder: Path
+    decoding: Decoding = field(default_factory=Decoding)
+    per: str = "all"
+
+    def __post_init__(self) -> None:
+        self.model.eval()
+        side = "right" if self.model.config.is_encoder_decoder else "left"
+        self.collate = PromptTargetCollator(self.tokenizer.pad_token_id, side)
 
     def run(self, weights: Sequence[float] | None, splits: Sequence[str] = ("validation", "test")) -> Evaluation:
         """Evaluate at every λ, choose λ on validation, and compare with the Pilot on test.
@@ -134,8 +132,11 @@ class Evaluator:
                 likelihood = ErrorStatistics.joined(by_name.values()).nll()
                 for_all = found.selected_weight = given[0] if len(given) == 1 else _select(outcomes, likelihood)
                 if self.per == "benchmark":
-                    each = closed_form if weights is None else _select_each(outcomes, by_name, given)
-                    found.selected_weight = {**each, "all": for_all}
+                    each = {
+                        name: given[0] if len(given) == 1 else _select({name: outcomes[name]}, by_name[name].nll())
+                        for name in outcomes
+                    }
+                    found.selected_weight = {**(closed_form if weights is None else each), "all": for_all}
         self._compare(found, outcomes)
         if weights is not None and len(given) > 1 and max(given) in map(found.weight_of, outcomes):
             found.verdicts.append(f"λ = {max(given):g} is the largest one tried: a larger one may be better still")
@@ -145,20 +146,24 @@ class Evaluator:
         self.model.weight, self.model.static_decoder = for_all, None  # its caches are no longer needed
         return found
 
+    @torch.no_grad()
     def _fit_gate(self, split: str) -> None:
+        """Fit the gate, if one is asked for, by a teacher-forced pass over a split."""
         self.model.set_gate(None)
-        if self.per in GATES:
-            fitted = GATES[self.per].fit(self._observations(split))
-            self.model.set_gate(build_gate(agree_on(fitted.settings())))
+        if self.per not in GATES:
+            return
+        seen = []
+        for batch in (batch for name in self.data.benchmark_names for batch in self._batches(split, name)):
+            scored = correct_targets(self.model, batch)
+            seen.append(Observations.of(*scored, batch.target_ids_BN, batch.target_mask_BN))
+        fitted = GATES[self.per].fit(Observations.joined(gather(seen)))
+        self.model.set_gate(build_gate(agree_on(fitted.settings())))
 
     def scores(self, split: str, benchmark: str, weights: Sequence[float]) -> dict[float, Scores]:
-        """Answer every row of a benchmark's split in every mode.
+        """Answer every row of a benchmark's split in every mode; returns λ to metric to values in the rows' order.
 
         Predictions go to `<folder>/<split>-<benchmark>-weight=<λ>.jsonl` batch by batch (likelihoods to a file of
         their own), so that whatever is done stays, should the run be stopped, and is not done again.
-
-        Returns:
-            λ to metric to values in the rows' order.
         """
         claim(self.folder, self._key())
         rows = self.data.evaluation_rows(split, benchmark)
@@ -168,12 +173,8 @@ class Evaluator:
             self._answer(mode, files, rows, weights, f"{split} {benchmark}{mode.suffix}")
             for weight, predictions in files.finish([row["id"] for row in rows], mode.judged).items():
                 for metric in mode.metrics:
-                    found[weight][metric] = [
-                        mode.read(prediction)
-                        if isinstance(metric, CorpusMetric)
-                        else prediction["scores"][metric.name]
-                        for prediction in predictions
-                    ]
+                    corpus = isinstance(metric, CorpusMetric)
+                    found[weight][metric] = [mode.read(p) if corpus else p["scores"][metric.name] for p in predictions]
         return found
 
     def _answer(self, mode: Mode, files: PredictionFiles, rows, weights: Sequence[float], title: str) -> None:
@@ -201,16 +202,14 @@ class Evaluator:
     def modes(self, benchmark: str) -> list[Mode]:
         """How the rows of a benchmark are answered, the mode that decides first."""
         task, decoding = self.data.benchmarks[benchmark], self.decoding
-        shared = (self.model, self.tokenizer, self._collate, task, decoding)
+        shared = (self.model, self.tokenizer, self.collate, task, decoding)
         if task.catalogue is not None:
             return [ItemRanking(*shared)]
-        modes: list[Mode] = []
-        for name in decoding.modes:
-            if name == "generation":
-                modes.append(Generation(*shared, self._longest_answer(benchmark)))
-            elif self.data.has_options(benchmark):
-                modes.append(Likelihood(self.model, self._collate, decoding.batch_size))
-        return modes
+        return [
+            Likelihood(*shared) if name == "likelihood" else Generation(*shared, self._longest_answer(benchmark))
+            for name in decoding.modes
+            if name == "generation" or self.data.has_options(benchmark)
+        ]
 
     def _statistics(self, split: str, weights: Sequence[float]) -> dict[str, ErrorStatistics]:
         """Teacher-forced pass over a split: each benchmark's fused likelihood at every λ at once, and λ*."""
@@ -222,29 +221,15 @@ class Evaluator:
             found[name].reduce(sum_over_processes)
         return found
 
-    @torch.no_grad()
-    def _observations(self, split: str) -> Observations:
-        """Teacher-forced pass over a split: what a gate is fitted on."""
-        seen = []
-        for name in self.data.benchmark_names:
-            for batch in self._batches(split, name):
-                scored = correct_targets(self.model, batch)
-                seen.append(Observations.of(*scored, batch.target_ids_BN, batch.target_mask_BN))
-        return Observations.joined(gather(seen))
-
     def _batches(self, split: str, benchmark: str) -> Iterator[Batch]:
         """This process's share of a benchmark's rows, rows of similar length together."""
         rows = sorted(self.data.evaluation_rows(split, benchmark), key=lambda row: len(row["source_ids"]))
         share, size = rows[rank() :: world_size()], self.decoding.batch_size
         for first in range(0, len(share), size):
-            yield self._collate(share[first : first + size]).to(self.model.device)
+            yield self.collate(share[first : first + size]).to(self.model.device)
 
     def _report(
-        self,
-        found: Evaluation,
-        split: str,
-        outcomes: dict[str, dict[float, Scores]],
-        statistics: dict[str, ErrorStatistics],
+        self, found: Evaluation, split: str, outcomes: Outcomes, statistics: dict[str, ErrorStatistics]
     ) -> None:
         """Add a split's figures at every λ."""
         for name, by_weight in outcomes.items():
@@ -256,17 +241,15 @@ class Evaluator:
                 problems = self.data.benchmarks[name].impossible(figures)
                 found.verdicts += [f"{name}, {split}, λ = {weight:g}: {text}" for text in problems]
         observed = ErrorStatistics.joined(statistics.values())
-        intervals = observed.nll_intervals()
-        rows = [row for name in outcomes for row in self.data.evaluation_rows(split, name)]
-        tokens = sum(len(row["target_ids"]) for row in rows)
-        described = direction_and_unit(NLL)
+        intervals, described = observed.nll_intervals(), direction_and_unit(NLL)
+        tokens = sum(len(row["target_ids"]) for name in outcomes for row in self.data.evaluation_rows(split, name))
         found.rows += [
             Row("all", split, NLL.name, weight, nll, tokens, intervals[weight], **described)
             for weight, nll in observed.nll().items()
         ]
 
     @staticmethod
-    def _compare(found: Evaluation, outcomes: dict[str, dict[float, Scores]]) -> None:
+    def _compare(found: Evaluation, outcomes: Outcomes) -> None:
         """Hold each benchmark's answers at its λ against the Pilot's."""
         for name, by_weight in outcomes.items():
             for place, metric in enumerate(metric for metric in by_weight[0.0] if metric.compared):
@@ -287,10 +270,9 @@ class Evaluator:
         """Everything that an answer depends on."""
         config, gate = self.model.config, self.model.copilot and self.model.copilot.gate
         benchmarks = {name: task.answer_settings() for name, task in self.data.benchmarks.items()}
-        decoding = {key: list(value) if key == "modes" else value for key, value in asdict(self.decoding).items()}
-        for name in ("batch_size", "decoding", "compile"):  # change no answer
+        decoding = asdict(self.decoding)
+        for name in ("batch_size", "decoding", "compile", "modes"):  # change no answer, or have files of their own
             decoding.pop(name)
-        decoding.pop("modes")  # have files of their own
         return {
             "model": fingerprint(self.model),
             "data": self.data.fingerprint(),
@@ -302,7 +284,7 @@ class Evaluator:
         }
 
 
-def _select(outcomes: dict[str, dict[float, Scores]], likelihood: dict[float, float]) -> float:
+def _select(outcomes: Outcomes, likelihood: dict[float, float]) -> float:
     """The λ with the best mean over benchmarks of each one's first metric; ties go to the better likelihood, then to
     the smaller λ.
 
@@ -321,41 +303,19 @@ def _select(outcomes: dict[str, dict[float, Scores]], likelihood: dict[float, fl
     return max(likelihood, key=lambda weight: (mean[weight], -likelihood[weight], -weight))
 
 
-def _select_each(
-    outcomes: dict[str, dict[float, Scores]], statistics: dict[str, ErrorStatistics], given: Sequence[float]
-) -> dict[str, float]:
-    """`_select` for each benchmark by itself; a single λ is taken as it is."""
-    return {
-        name: given[0] if len(given) == 1 else _select({name: outcomes[name]}, statistics[name].nll())
-        for name in outcomes
-    }
-
-
-class _progress:
+@contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int, Metric, dict[float, float]], None]]:
     """A bar with examples per second and the running score; silent where the output is no terminal."""
+    console = Console(stderr=True)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[state]}", TimeRemainingColumn())
+    silent = not (console.is_terminal and is_first())
+    with Progress(*columns, console=console, transient=True, disable=silent) as bar:
+        task = bar.add_task(title, total=total, state="")
 
-    def __init__(self, title: str, total: int) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-        )
-        self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-        self._bar.disable = not (self._bar.console.is_terminal and is_first())
-        self._task = self._bar.add_task(title, total=total, state="")
+        def advance(rows: int, metric: Metric, means: dict[float, float]) -> None:
+            ends = list(means.items())[:: len(means) - 1 or 1]
+            shown = ", ".join(f"{show(mean, metric.unit, 1)} at λ={weight:g}" for weight, mean in ends)
+            speed = bar.tasks[0].speed or 0.0
+            bar.update(task, advance=rows, state=f"{speed:.1f}/s, {metric.name} {shown}")
 
-    def __enter__(self):
-        self._bar.start()
-        return self._advance
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def _advance(self, rows: int, metric: Metric, means: dict[float, float]) -> None:
-        speed = self._bar.tasks[0].speed or 0.0
-        shown = ", ".join(
-            f"{show(mean, metric.unit, 1)} at λ={weight:g}"
-            for weight, mean in list(means.items())[:: len(means) - 1 or 1]
-        )
-        self._bar.update(self._task, advance=rows, state=f"{speed:.1f}/s, {metric.name} {shown}")
+        yield advance

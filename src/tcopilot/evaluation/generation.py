@@ -4,46 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.answers import until_end
-from tcopilot.data.benchmarks import Benchmark
-from tcopilot.data.collate import PromptTargetCollator
-from tcopilot.data.metrics import Answer, Metric
-from tcopilot.evaluation.modes import Decoding
+from tcopilot.data.metrics import Answer
+from tcopilot.evaluation.modes import Mode, about
 from tcopilot.evaluation.predictions import Prediction
-from tcopilot.models.fused_model import TCopilotModel
 
 
 @dataclass
-class Generation:
-    """Decode each prompt at every λ and judge the texts.
+class Generation(Mode):
+    """Decode each prompt at every λ and judge the texts, each of at most `max_new_tokens` tokens."""
 
-    Attributes:
-        model: the fused model.
-        tokenizer: the Pilot's.
-        collate: makes batches of rows.
-        benchmark: reads answers out of texts.
-        decoding: beams, caches, and how many prompts times λ are decoded at once.
-        max_new_tokens: longest answer, in tokens.
-    """
-
-    suffix: ClassVar = ""
-
-    model: TCopilotModel
-    tokenizer: PreTrainedTokenizerBase
-    collate: PromptTargetCollator
-    benchmark: Benchmark
-    decoding: Decoding
     max_new_tokens: int
-
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        """The benchmark's."""
-        return self.benchmark.metrics
 
     def rows_at_once(self, weights: int) -> int:
         """Prompts of a batch at that many λ."""
@@ -51,10 +26,14 @@ class Generation:
 
     def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
         """Return one prediction per λ and row, with the text, what was read out of it, and its scores."""
-        return {
-            weight: [self._prediction(row, tokens) for row, tokens in zip(rows, answers, strict=True)]
-            for weight, answers in self.emit(rows, weights).items()
-        }
+        end = self.tokenizer.eos_token_id
+
+        def prediction(row: dict[str, Any], tokens: list[int]) -> Prediction:
+            text = self.tokenizer.decode(until_end(tokens, end), skip_special_tokens=True)
+            return self.judged(about(row) | {"prediction": text})
+
+        found = self.emit(rows, weights)
+        return {weight: list(map(prediction, rows, answers)) for weight, answers in found.items()}
 
     @torch.no_grad()
     def emit(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[list[int]]]:
@@ -62,17 +41,11 @@ class Generation:
         batch = self.collate(rows).to(self.model.device)
         start = 1 if self.model.config.is_encoder_decoder else batch.source_ids_BM.shape[1]
         found = self.model.generate_at_weights(
-            weights,
-            batch.source_ids_BM,
-            batch.source_mask_BM.long(),
-            num_beams=self.decoding.num_beams,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-            cache_implementation=self.decoding.decoding,
-            disable_compile=not self.decoding.compile,
-        )
+            weights, batch.source_ids_BM, batch.source_mask_BM.long(), do_sample=False,
+            num_beams=self.decoding.num_beams, max_new_tokens=self.max_new_tokens,
+            pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.tokenizer.eos_token_id,
+            cache_implementation=self.decoding.decoding, disable_compile=not self.decoding.compile,
+        )  # fmt: skip
         return {weight: tokens[:, start:].tolist() for weight, tokens in zip(weights, found, strict=True)}
 
     def read(self, prediction: Prediction) -> Answer:
@@ -83,7 +56,3 @@ class Generation:
         """Return a prediction with what is read in its text, and its scores."""
         answer = self.read(prediction)
         return prediction | {"extracted": answer.extracted, "scores": self.benchmark.judge(answer)}
-
-    def _prediction(self, row: dict[str, Any], tokens: list[int]) -> Prediction:
-        text = self.tokenizer.decode(until_end(tokens, self.tokenizer.eos_token_id), skip_special_tokens=True)
-        return self.judged({**{key: row[key] for key in ("id", "prompt", "target", "answer")}, "prediction": text})

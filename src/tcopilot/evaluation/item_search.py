@@ -10,14 +10,13 @@ trie, V vocabulary, K kept items.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import LogitsProcessor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -67,7 +66,7 @@ def rank_exhaustively(
         model: the fused model; it may lack a Copilot.
         batch: prompts; targets are not read.
         trie: the catalogue.
-        seen: places in the catalogue that each user has, left out of the ranking.
+        seen: places in the catalogue of what each user has, which is left out.
         keep: K, the largest cutoff.
         weights: the λ.
         rows_at_once: rows of a step.
@@ -80,9 +79,11 @@ def rank_exhaustively(
     """
     unseen_BT = trie.unseen_below(seen)
     _check_keep(keep, unseen_BT[:, 0])
-    walk = _Walk(model, batch, trie, unseen_BT, list(weights), rows_at_once)
-    with _prepared(model, 0.0):  # the λ of the model would only cost time
-        scores_WBI = walk.run().cpu().numpy()
+    before, model.weight = model.weight, 0.0  # it would only cost time
+    try:
+        scores_WBI = _Walk(model, batch, trie, unseen_BT, weights, rows_at_once).run().cpu().numpy()
+    finally:
+        model.weight = before
     best_WBK = np.argsort(-scores_WBI, axis=-1, kind="stable")[..., :keep]
     kept_WBK = np.take_along_axis(scores_WBI, best_WBK, axis=-1)
     return {weight: Ranking(*pair) for weight, *pair in zip(weights, best_WBK, kept_WBK, strict=True)}
@@ -105,8 +106,8 @@ def rank_by_beams(
     while an open beam is better than the worst finished one. It is exact once `num_beams` reaches the number of unseen
     items; below that, an item is lost if its beginning falls behind, as in any beam search.
 
-    What is returned, and the arguments, are those of `rank_exhaustively`. Besides, `num_beams` is the number of beams
-    of each user at each λ, and `end_id` the token with which every item ends. All λ are searched side by side.
+    Arguments and what is returned are those of `rank_exhaustively`; `num_beams` are those of each user at each λ, and
+    `end_id` is the token with which every item ends. All λ are searched side by side.
 
     Raises:
         ValueError: if `keep` exceeds `num_beams` or a user's unseen items.
@@ -119,23 +120,12 @@ def rank_by_beams(
         )
     _check_keep(keep, unseen_BT[:, 0])
     start = 1 if model.config.is_encoder_decoder else batch.source_ids_BM.shape[1]
-    with _prepared(model, 0.0):
-        outputs = model.generate_at_weights(
-            weights,
-            batch.source_ids_BM,
-            batch.source_mask_BM.long(),
-            logits_processor=[_OnlyUnseen(trie, unseen_BT, num_beams, start)],
-            num_beams=num_beams,
-            num_return_sequences=num_beams,
-            max_new_tokens=trie.depth,
-            eos_token_id=end_id,
-            pad_token_id=end_id,
-            do_sample=False,
-            length_penalty=0.0,
-            early_stopping="never",
-            output_scores=True,
-            return_dict_in_generate=True,
-        )
+    outputs = model.generate_at_weights(
+        weights, batch.source_ids_BM, batch.source_mask_BM.long(), do_sample=False, output_scores=True,
+        num_beams=num_beams, num_return_sequences=num_beams, length_penalty=0.0, early_stopping="never",
+        logits_processor=[_OnlyUnseen(trie, unseen_BT, num_beams, start)], max_new_tokens=trie.depth,
+        eos_token_id=end_id, pad_token_id=end_id, return_dict_in_generate=True,
+    )  # fmt: skip
     return {
         weight: _found(trie, out.sequences[:, start:], out.sequences_scores, len(batch), keep)
         for weight, out in zip(weights, outputs, strict=True)
@@ -145,26 +135,18 @@ def rank_by_beams(
 class _Walk:
     """One exhaustive pass over the trie for a batch of users; see `rank_exhaustively`."""
 
-    def __init__(
-        self,
-        model: TCopilotModel,
-        batch: Batch,
-        trie: ItemTrie,
-        unseen_BT: np.ndarray,
-        weights: list[float],
-        rows_at_once: int,
-    ) -> None:
+    def __init__(self, model, batch: Batch, trie: ItemTrie, unseen_BT: np.ndarray, weights, rows_at_once: int) -> None:
         self.model, self.batch, self.trie, self.unseen_BT = model, batch, trie, unseen_BT
         self.weights, self.rows_at_once = weights, rows_at_once
         self.device = batch.source_ids_BM.device
-        shape = (len(weights), len(batch), trie.items)
-        self.scores_WBI = torch.full(shape, -torch.inf, device=self.device)
+        self.scores_WBI = torch.full((len(weights), len(batch), trie.items), -torch.inf, device=self.device)
 
     def run(self) -> Tensor:
         """Return the scores [W, B, I] of all items; −inf for those that were seen."""
-        users_B = np.arange(len(self.batch))
+        users_B, is_pair = np.arange(len(self.batch)), self.model.config.is_encoder_decoder
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if is_pair else DynamicCache()
         scores_WB = torch.zeros(len(self.weights), len(self.batch), device=self.device)
-        self._visit(users_B, np.zeros_like(users_B), 0, self._new_cache(), scores_WB)
+        self._visit(users_B, np.zeros_like(users_B), 0, TCopilotCache(cache), scores_WB)
         return self.scores_WBI
 
     def _visit(self, users_R, nodes_R, depth: int, cache: TCopilotCache, scores_WR: Tensor) -> None:
@@ -183,7 +165,9 @@ class _Walk:
         for start in range(0, len(inner), self.rows_at_once):
             part = inner[start : start + self.rows_at_once]
             at = self._tensor(part)
-            self._visit(users[part], children[part], depth + 1, _select(cache, rows_at[at]), scores[:, at])
+            chosen = _share(cache)  # the given one stays as it is
+            chosen.batch_select_indices(rows_at[at])
+            self._visit(users[part], children[part], depth + 1, chosen, scores[:, at])
 
     def _read(self, users_R, nodes_R, depth: int, cache: TCopilotCache):
         """Run the model on the prompts (depth 0), or on the token of one node in every row."""
@@ -201,11 +185,6 @@ class _Walk:
             return self.model(input_ids=self.batch.source_ids_BM, attention_mask=mask_RM, logits_to_keep=1, **shared)
         mask = torch.cat([mask_RM, mask_RM.new_ones(len(mask_RM), depth)], dim=1)
         return self.model(input_ids=tokens_R1, attention_mask=mask, **shared)
-
-    def _new_cache(self) -> TCopilotCache:
-        if self.model.config.is_encoder_decoder:
-            return TCopilotCache(EncoderDecoderCache(DynamicCache(), DynamicCache()))
-        return TCopilotCache(DynamicCache())
 
     def _tensor(self, indices: np.ndarray) -> Tensor:
         return torch.from_numpy(indices).to(self.device)
@@ -247,18 +226,6 @@ def _found(trie: ItemTrie, sequences_RN: Tensor, scores_R: Tensor, users: int, k
     return Ranking(np.take_along_axis(items_BK, order_BK, 1), np.take_along_axis(scores_BK, order_BK, 1))
 
 
-@contextmanager
-def _prepared(model: TCopilotModel, weight: float) -> Iterator[None]:
-    """Set λ, and put the checkpoint's own generation settings aside: a forced or forbidden token changes scores."""
-    before = model.weight, model.generation_config
-    model.weight = weight
-    model.generation_config = GenerationConfig(decoder_start_token_id=model.config.decoder_start_token_id)
-    try:
-        yield
-    finally:
-        model.weight, model.generation_config = before
-
-
 def _check_keep(keep: int, unseen_B: np.ndarray) -> None:
     if keep > unseen_B.min():
         user = int(unseen_B.argmin())
@@ -266,13 +233,6 @@ def _check_keep(keep: int, unseen_B: np.ndarray) -> None:
             f"cutoffs go up to {keep}, and the user in row {user} of the batch has {unseen_B[user]} unseen items to "
             f"rank; lower the cutoffs to at most {unseen_B[user]}"
         )
-
-
-def _select(cache: TCopilotCache, rows: Tensor) -> TCopilotCache:
-    """Return a cache of some of the rows; the given one stays as it is."""
-    chosen = _share(cache)
-    chosen.batch_select_indices(rows)
-    return chosen
 
 
 def _share(value: Any) -> Any:

@@ -24,7 +24,6 @@ class ItemTrie:
         ValueError: if there is no item, one has no tokens, or one equals another or its beginning.
 
     Attributes:
-        items: I.
         depth: tokens of the longest item.
         token_T: the token that leads to a node; −1 for the root.
         parent_T: the node above; −1 for the root.
@@ -78,21 +77,6 @@ class ItemTrie:
         sequences = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
         return cls([[*ids, tokenizer.eos_token_id] for ids in sequences])
 
-    def __len__(self) -> int:
-        return len(self.token_T)
-
-    def path(self, item: int) -> list[int]:
-        """Return the nodes of an item, from the first below the root to its leaf."""
-        nodes = [int(self.leaf_I[item])]
-        while self.parent_T[nodes[-1]] > 0:
-            nodes.append(int(self.parent_T[nodes[-1]]))
-        return nodes[::-1]
-
-    def children(self, node: int) -> dict[int, int]:
-        """Return the nodes directly below one, by token."""
-        first = int(self.first_child_T[node])
-        return {int(self.token_T[child]): child for child in range(first, first + int(self.children_T[node]))}
-
     def step(self, nodes_R: np.ndarray, tokens_R: np.ndarray) -> np.ndarray:
         """Return the node that each token leads to [R]; −1 where it leads nowhere, and from −1."""
         keys_R = nodes_R * self._stride + tokens_R
@@ -101,14 +85,7 @@ class ItemTrie:
         return np.where(known_R, places_R + 1, -1)
 
     def unseen_below(self, seen: Sequence[Sequence[int]]) -> np.ndarray:
-        """Count the items in or below each node that a user has not seen.
-
-        Args:
-            seen: places of the items that each user has; repeats count once.
-
-        Returns:
-            [B, T], int32.
-        """
+        """Count the items in or below each node that a user has not seen, [B, T]; repeats in `seen` count once."""
         unseen_BT = np.tile(self.items_below_T.astype(np.int32), (len(seen), 1))
         for unseen_T, items in zip(unseen_BT, seen, strict=True):
             nodes = self.leaf_I[np.unique(np.asarray(items, dtype=np.int64))]
@@ -121,11 +98,7 @@ class ItemTrie:
     def open_children(
         self, users_R: np.ndarray, nodes_R: np.ndarray, unseen_BT: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """List the children of many nodes below which the row's user has an unseen item.
-
-        Returns:
-            Rows and child nodes, one entry for each child, rows ascending.
-        """
+        """List the children of nodes below which the row's user has an unseen item: rows, ascending, and children."""
         counts_R = self.children_T[nodes_R]
         rows = np.repeat(np.arange(len(nodes_R)), counts_R)
         within = np.arange(len(rows)) - np.repeat(counts_R.cumsum() - counts_R, counts_R)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tcopilot.data.batch import Batch
-from tcopilot.data.collate import PromptTargetCollator
-from tcopilot.data.metrics import Metric
+from tcopilot.data.metrics import Answer, Metric
+from tcopilot.evaluation.modes import Mode, about
 from tcopilot.evaluation.predictions import Prediction
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.training.error_statistics import correct_targets
@@ -22,17 +22,9 @@ from tcopilot.training.error_statistics import correct_targets
 
 @torch.no_grad()
 def log_likelihoods(model: TCopilotModel, batch: Batch, weights: Sequence[float]) -> Tensor:
-    """Return Σ log p̃ of the given targets, end token included.
+    """Return Σ log p̃ of a batch's targets at each λ, end token included: [λ, B] in nats, float64.
 
     One pass serves all λ: neither p̂ nor f^C depends on it.
-
-    Args:
-        model: the fused model.
-        batch: prompts and targets.
-        weights: the λ.
-
-    Returns:
-        Sums over target tokens in nats, [λ, B], float64.
     """
     log_probs_BNV, corrections_BNV = correct_targets(model, batch)
     index_BN1 = batch.target_ids_BN.unsqueeze(-1)
@@ -43,39 +35,33 @@ def log_likelihoods(model: TCopilotModel, batch: Batch, weights: Sequence[float]
     return torch.stack(sums)
 
 
-class Likelihood:
+class Likelihood(Mode):
     """Choose the option with the largest log-likelihood: of the whole text, and per token.
 
     The sum favours short options, the mean per token long ones; both are common, so both are reported, as
     `accuracy_sum` and `accuracy_mean`.
-
-    Args:
-        model: the fused model.
-        collate: makes batches of rows.
-        sequences: options scored at once.
     """
 
     suffix = "-likelihood"
     metrics = (Metric("accuracy_sum"), Metric("accuracy_mean"))
 
-    def __init__(self, model: TCopilotModel, collate: PromptTargetCollator, sequences: int) -> None:
-        self._model, self._collate, self._sequences = model, collate, sequences
-
     def rows_at_once(self, weights: int) -> int:
         """Rows of a batch; all λ share it."""
-        return self._sequences
+        return self.decoding.batch_size
 
     def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
         """Return one prediction per λ and row, with the log-likelihood of each option and the scores."""
-        pairs = [row | {"target_ids": ids} for row in rows for ids in row["option_ids"]]
-        parts = [pairs[first : first + self._sequences] for first in range(0, len(pairs), self._sequences)]
-        found = [
-            log_likelihoods(self._model, self._collate(part).to(self._model.device), weights).cpu() for part in parts
-        ]
+        size, pairs = self.decoding.batch_size, [row | {"target_ids": i} for row in rows for i in row["option_ids"]]
+        parts = [self.collate(pairs[first : first + size]) for first in range(0, len(pairs), size)]
+        found = [log_likelihoods(self.model, part.to(self.model.device), weights).cpu() for part in parts]
         return {
             weight: self._chosen(rows, sums)
             for weight, sums in zip(weights, torch.cat(found, 1).tolist(), strict=True)
         }
+
+    def read(self, prediction: Prediction) -> Answer:
+        """Its metrics are means over rows, which need no answer."""
+        raise NotImplementedError
 
     def judged(self, prediction: Prediction) -> Prediction:
         """Return the prediction: its scores depend on no setting."""
@@ -88,14 +74,11 @@ class Likelihood:
             options = list(row["options"])
             totals = list(islice(remaining, len(options)))
             means = [total / len(ids) for total, ids in zip(totals, row["option_ids"], strict=True)]
-            chosen = {name: values.index(max(values)) for name, values in (("sum", totals), ("mean", means))}
-            gold = options.index(row["target"])
+            chosen = {name: options[values.index(max(values))] for name, values in (("sum", totals), ("mean", means))}
             predictions.append(
-                {
-                    **{key: row[key] for key in ("id", "prompt", "target", "answer")},
-                    "log_likelihoods": totals,
-                    **{f"prediction_{name}": options[place] for name, place in chosen.items()},
-                    "scores": {f"accuracy_{name}": float(place == gold) for name, place in chosen.items()},
-                }
+                about(row)
+                | {"log_likelihoods": totals}
+                | {f"prediction_{name}": option for name, option in chosen.items()}
+                | {"scores": {f"accuracy_{name}": float(option == row["target"]) for name, option in chosen.items()}}
             )
         return predictions

@@ -65,8 +65,7 @@ class TCopilotLM(HFLM):
             `weight` and `feedback` then change.
         weight: λ ≥ 0; 0 is the Pilot. Default: the export's.
         feedback: `observed` or `own`. Default: the export's.
-        **options: those of the harness's `hf` model, such as `batch_size`, `dtype` and `max_length`. `device` is the
-            GPU if there is one. Whether it is causal or seq2seq follows from the export.
+        **options: those of the harness's `hf` model, such as `batch_size`, `dtype` and `max_length`.
 
     Raises:
         ValueError: if `pretrained` is no export, or an option is out of range or not for fused models.
@@ -201,10 +200,8 @@ def _check_options(weight: Any, feedback: Any, options: dict[str, Any]) -> None:
         raise ValueError(f"{', '.join(unfit)}: not for fused models; merge or convert before the export")
 
 
-def main() -> None:
-    """Run the harness's own command, which now knows the model `tcopilot`."""
-    cli_evaluate()
-
+main = cli_evaluate
+"""The harness's own command, which now knows the model `tcopilot`."""
 
 if __name__ == "__main__":
     main()

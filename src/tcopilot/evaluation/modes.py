@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
+from transformers import PreTrainedTokenizerBase
+
+from tcopilot.data.benchmarks import Benchmark
+from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.metrics import Answer, Metric
 from tcopilot.evaluation.predictions import Prediction
+from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.settings import FLAG, list_of, one_of, whole
-
-MODES = ("generation", "likelihood")
-DECODINGS = ("dynamic", "static")
-RANKINGS = ("beam", "exhaustive")
 
 
 @dataclass
 class Decoding:
-    """How answers are generated or scored.
-
-    Attributes:
-        num_beams: 1 is greedy; the paper uses 4.
-        max_new_tokens: longest answer; None takes each benchmark's own, or what its training targets need.
-        batch_size: sequences (prompts times λ, or options) in one pass.
-        modes: `generation`, `likelihood` or both. The first decides on λ. Benchmarks without options have no
-            likelihood mode, and those that rank a catalogue only rank.
-        ranking: `beam` searches a catalogue with `ranking_beams`; `exhaustive` scores every item.
-        ranking_beams: at least the largest cutoff of the ranking metrics.
-        decoding: `dynamic`, or `static` for caches of fixed size (greedy only).
-        compile: whether a static step is compiled, on a GPU into CUDA graphs.
-    """
+    """How answers are generated or scored: the keys of `configs/evaluation`, which explain themselves there."""
 
     SETTINGS: ClassVar = {
         "num_beams": whole(),
         "max_new_tokens": whole().or_null(),
         "batch_size": whole(),
-        "modes": list_of(MODES),
-        "ranking": one_of(RANKINGS),
+        "modes": list_of(("generation", "likelihood")),
+        "ranking": one_of(("beam", "exhaustive")),
         "ranking_beams": whole(),
-        "decoding": one_of(DECODINGS),
+        "decoding": one_of(("dynamic", "static")),
         "compile": FLAG,
     }
 
@@ -52,25 +42,49 @@ class Decoding:
     compile: bool = True
 
 
-class Mode(Protocol):
+@dataclass
+class Mode(ABC):
     """A way to answer rows.
 
     Attributes:
         suffix: what its prediction files are told apart by.
-        metrics: what is measured, the deciding one first.
+        model: the fused model.
+        tokenizer: the Pilot's.
+        collate: makes batches of rows.
+        benchmark: reads answers and judges them.
+        decoding: how answers are generated or scored.
     """
 
-    suffix: str
-    metrics: tuple[Metric, ...]
+    suffix: ClassVar[str] = ""
 
+    model: TCopilotModel
+    tokenizer: PreTrainedTokenizerBase
+    collate: PromptTargetCollator
+    benchmark: Benchmark
+    decoding: Decoding
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """What is measured, the deciding metric first."""
+        return self.benchmark.metrics
+
+    @abstractmethod
     def rows_at_once(self, weights: int) -> int:
         """Rows of a batch at that many λ."""
 
+    @abstractmethod
     def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
         """Return one prediction per λ and row."""
 
-    def judged(self, prediction: Prediction) -> Prediction:
-        """Return a stored prediction with its scores, one for each metric that is a mean over rows."""
-
+    @abstractmethod
     def read(self, prediction: Prediction) -> Answer:
         """Return the answer in a stored prediction; only where a metric is of all rows together."""
+
+    def judged(self, prediction: Prediction) -> Prediction:
+        """Return a stored prediction with its scores, one for each metric that is a mean over rows."""
+        return prediction | {"scores": self.benchmark.judge(self.read(prediction))}
+
+
+def about(row: dict[str, Any]) -> Prediction:
+    """Return what a prediction repeats of its row."""
+    return {key: row[key] for key in ("id", "prompt", "target", "answer")}

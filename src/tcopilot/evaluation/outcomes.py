@@ -61,13 +61,9 @@ def answer_text(prediction: Prediction) -> str:
 
 
 def outcome(pilot: Prediction, fused: Prediction, gain: Gain | None = None) -> str:
-    """One of `OUTCOMES`, from the scores of two predictions of a row.
+    """One of `OUTCOMES`, from the scores of both models' predictions of a row.
 
-    Args:
-        pilot: the Pilot's prediction.
-        fused: the fused model's.
-        gain: of the metric that counts, see `Results.row_wise`; without it the first score counts, and higher is
-            better.
+    `gain` is of the metric that counts, see `Results.row_wise`; without it the first score does, and higher is better.
     """
     metric = gain.metric if gain else next(iter(pilot["scores"]))
     higher_is_better = gain is None or gain.higher_is_better

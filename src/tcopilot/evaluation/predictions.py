@@ -19,15 +19,10 @@ Prediction = dict[str, Any]
 
 
 class PredictionFiles:
-    """The files of one benchmark and split: one per λ, one JSON line per row.
+    """The files of one benchmark and split, `<stem>-weight=<λ>.jsonl`, one JSON line per row.
 
     Process 0 writes to the file itself, the others beside it; `finish` joins them. A line that a stop has cut short
     is left out and its row asked again.
-
-    Args:
-        folder: where they lie.
-        stem: name of the files without λ and ending.
-        weights: the λ.
     """
 
     def __init__(self, folder: Path, stem: str, weights: Sequence[float]) -> None:
@@ -55,16 +50,11 @@ class PredictionFiles:
     ) -> dict[float, list[Prediction]]:
         """Join the files of all processes, each row once and in the order of `ids`; every process calls this.
 
-        Args:
-            ids: the rows.
-            judged: scores a prediction, in case it was stored before its metrics were changed.
-
-        Returns:
-            λ to the predictions in that order.
+        `judged` scores a prediction, in case it was stored before its metrics were changed. Returned are the
+        predictions at each λ.
         """
         barrier()
-        found = self.done()
-        ordered = {weight: [judged(by_id[number]) for number in ids] for weight, by_id in found.items()}
+        ordered = {weight: [judged(by_id[number]) for number in ids] for weight, by_id in self.done().items()}
         barrier()
         if is_first():
             for weight, file in self._files.items():
@@ -79,9 +69,7 @@ class PredictionFiles:
 def claim(folder: Path, key: Mapping[str, Any]) -> None:
     """Keep the predictions in a folder if they were made under the same key, else remove them.
 
-    Args:
-        folder: where predictions go.
-        key: everything that an answer depends on; plain JSON values.
+    The key is everything that an answer depends on, in plain JSON values.
     """
     if is_first():
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,52 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from tcopilot.data.collate import PromptTargetCollator
-from tcopilot.data.metrics import Answer, Metric
+from tcopilot.data.metrics import Answer
 from tcopilot.data.next_item import NextItem
 from tcopilot.evaluation.item_search import Ranking, rank_by_beams, rank_exhaustively
 from tcopilot.evaluation.item_trie import ItemTrie
-from tcopilot.evaluation.modes import Decoding
+from tcopilot.evaluation.modes import Mode, about
 from tcopilot.evaluation.predictions import Prediction
-from tcopilot.models.fused_model import TCopilotModel
 
 SHOWN = 10  # best items that a prediction lists
 NODES_OF_A_USER = 32  # of the trie, in a pass; a pass that has room for more nodes takes further users
 
 
 @dataclass
-class ItemRanking:
-    """Rank a catalogue for each user at every λ, and look up where the item that was taken stands.
+class ItemRanking(Mode):
+    """Rank a catalogue for each user at every λ, and look up where the item that was taken stands."""
 
-    Attributes:
-        model: the fused model.
-        tokenizer: the Pilot's.
-        collate: makes batches of rows.
-        benchmark: brings the catalogue and the metrics.
-        decoding: beam search or exhaustive scoring, and how many sequences (users times λ times beams, or nodes of the
-            catalogue's trie) are in one pass.
-    """
-
-    suffix: ClassVar = ""
-
-    model: TCopilotModel
-    tokenizer: PreTrainedTokenizerBase
-    collate: PromptTargetCollator
     benchmark: NextItem
-    decoding: Decoding
 
     def __post_init__(self) -> None:
         self._trie = ItemTrie.from_texts(self.benchmark.catalogue, self.tokenizer)
         self._places = {text: place for place, text in enumerate(self.benchmark.catalogue)}
-
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        """The benchmark's."""
-        return self.benchmark.metrics
 
     def rows_at_once(self, weights: int) -> int:
         """Users of a batch at that many λ."""
@@ -73,34 +49,17 @@ class ItemRanking:
         first = next(iter(prediction["prediction"]), "")
         return self.benchmark.read_ranking(prediction["rank"], first, prediction["answer"])
 
-    def judged(self, prediction: Prediction) -> Prediction:
-        """Return a prediction with its scores."""
-        return prediction | {"scores": self.benchmark.judge(self.read(prediction))}
-
     def _predictions(self, rows: Sequence[dict[str, Any]], gold: list[int], ranking: Ranking) -> list[Prediction]:
         catalogue = self.benchmark.catalogue
-        return [
-            self.judged(
-                {
-                    **{key: row[key] for key in ("id", "prompt", "target", "answer")},
-                    "prediction": [catalogue[item].strip() for item in items[:SHOWN] if item >= 0],
-                    "rank": place,
-                }
-            )
+        found = [
+            about(row) | {"prediction": [catalogue[i].strip() for i in items[:SHOWN] if i >= 0], "rank": place}
             for row, items, place in zip(rows, ranking.items_BK, ranking.ranks(gold), strict=True)
         ]
+        return list(map(self.judged, found))
 
 
 def ranking_problems(name: str, benchmark: NextItem, ranking: str, num_beams: int, most_seen: int) -> list[str]:
-    """Cutoffs that a ranking cannot reach: more than the beams, or than the items that some user has not seen.
-
-    Args:
-        name: of the benchmark.
-        benchmark: brings cutoffs and catalogue.
-        ranking: `beam` or `exhaustive`.
-        num_beams: beams of the search.
-        most_seen: items of the user who has most.
-    """
+    """Cutoffs that a ranking cannot reach: more than the beams, or than what the user who has most has not seen."""
     problems, largest = [], max(benchmark.cutoffs)
     if ranking == "beam" and largest > num_beams:
         problems.append(

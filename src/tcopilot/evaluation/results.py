@@ -1,8 +1,7 @@
 """`results.json`: what a run found, in the one form that tables, tests and dashboards read.
 
-Values are stored in the unit of their metric: fractions for accuracy and its like, nats per target token for `nll`.
-Only the tables speak of percent and points. Every figure carries the unit and the direction of its metric, so that no
-reader has to know metrics by name.
+Values are in the unit of their metric, fractions for accuracy and its like; only the tables speak of percent and
+points. Every figure carries unit and direction of its metric, so that no reader has to know metrics by name.
 """
 
 import json
@@ -103,20 +102,14 @@ class Results:
 
     Attributes:
         version: Version of this layout.
-        seed: Seed of the run.
-        git: Revision of the code, see `git_revision`.
         config: Path of the resolved config, relative to the run directory.
-        params: Parameter counts by name.
         rounds: Pilot updates made.
         train_seconds: Seconds inside training steps, of both models.
         train_flops: Operations of those steps; None if they were not counted.
         selected_weight: λ of `gain`; if it was chosen for each benchmark a mapping, with the best one for `all`.
         selected_on: Split on which λ was chosen, never the test split.
         reported_on: Split of `gain` and `controls`, and of every table.
-        best_weight: λ* in closed form on that split; None for a fusion rule that has none.
-        rows: Every metric at every λ evaluated.
-        gain: The comparison with the Pilot, one per benchmark and metric.
-        controls: Other models on the same rows.
+        best_weight: λ* in closed form on `selected_on`; None for a fusion rule that has none.
         notes: Remarks a reader of the figures needs, one sentence each.
     """
 
@@ -149,10 +142,8 @@ class Results:
 
     def table(self) -> pd.DataFrame:
         """Return the rows as a table, with `ci95_low` and `ci95_high` in place of `ci95`."""
-        rows = [asdict(row) for row in self.rows]
-        ends = [dict(zip(("ci95_low", "ci95_high"), row.pop("ci95"), strict=True)) for row in rows]
-        names = [*(f.name for f in fields(Row) if f.name != "ci95"), "ci95_low", "ci95_high"]
-        return pd.DataFrame([row | both for row, both in zip(rows, ends, strict=True)], columns=names)
+        table = pd.DataFrame(map(asdict, self.rows), columns=[f.name for f in fields(Row)])
+        return table.join(pd.DataFrame(table.pop("ci95").tolist(), columns=["ci95_low", "ci95_high"]))
 
     def row_wise(self) -> dict[str, Gain]:
         """Return for each benchmark the first gain whose metric scores every row by itself."""
@@ -162,7 +153,7 @@ class Results:
         """Write the file so that a reader sees the old one or the new one, never half of it.
 
         Raises:
-            TypeError: If a figure is not a plain Python value (a tensor, a numpy integer).
+            TypeError: If a figure is not a plain Python value.
             ValueError: If a figure is nan or infinite, which JSON cannot hold.
         """
         text = json.dumps(asdict(self), indent=2, allow_nan=False, ensure_ascii=False)
@@ -185,19 +176,16 @@ class Results:
         if version != VERSION:
             raise ValueError(f"{path}: 'version' is {version!r}, this code reads {VERSION}; evaluate the run anew")
         parts = {"rows": Row, "gain": Gain, "controls": Control}
-        lists = {
-            name: [_build(kind, item, f"{path}: {name}[{i}]") for i, item in enumerate(data[name])]
-            for name, kind in parts.items()
-            if name in data
-        }
-        return _build(cls, data | lists, str(path))
+        for name, kind in parts.items():
+            if name in data:
+                data[name] = [_build(kind, item, f"{path}: {name}[{i}]") for i, item in enumerate(data[name])]
+        return _build(cls, data, str(path))
 
 
 def gain_table(results: Results) -> Table:
     """Lay out what the Copilot gained on the reported rows, and beneath it what each control reached.
 
-    Differences are in percentage points, or in the metric's own unit where it is not a fraction. A control's
-    difference to the Pilot comes without an interval, as its rows are not paired here.
+    A control's difference to the Pilot comes without an interval, as its rows are not paired here.
     """
     table = Table(
         *("benchmark", "metric", "Pilot", "Pilot + Copilot", "difference [95 %]"),
@@ -246,7 +234,10 @@ def weight_table(results: Results) -> Table:
     )
     weights = sorted({row.weight for row in results.rows})
     for weight in weights:
-        table.add_column(f"λ = {weight:g}{_mark(results.selected_weight, weight)}", justify="right")
+        chosen = results.selected_weight
+        by_name = chosen if isinstance(chosen, Mapping) else {"selected": chosen}
+        names = ", ".join(name for name, of_name in by_name.items() if of_name == weight)
+        table.add_column(f"λ = {weight:g}" + (f"\n({names})" if names else ""), justify="right")
     for (benchmark, split, metric), curve in curves.items():
         unit = next(iter(curve.values())).unit
         # The unit stands once in the line, since a table of many λ has no room for it in every cell.
@@ -257,12 +248,9 @@ def weight_table(results: Results) -> Table:
 
 
 def git_revision(folder: str | Path | None = None) -> str:
-    """Return the commit of the code in `folder`, by default the folder of this package.
+    """Return the commit of the code in `folder`, by default this package's, with `-dirty` if tracked files differ.
 
-    Never raises: a run must not die of a missing git.
-
-    Returns:
-        The full hash, with `-dirty` if tracked files differ from it; "unknown" outside a repository or without git.
+    Outside a repository or without git it is "unknown": a run must not die of that.
     """
     git = ["git", "--no-optional-locks", "-C", str(folder or Path(__file__).parent)]  # reading must not block a commit
     asked = {"capture_output": True, "text": True, "check": True, "timeout": 30}
@@ -285,11 +273,3 @@ def _build(kind: type[T], data: Mapping[str, Any], where: str) -> T:
     if "ci95" in known:
         known["ci95"] = tuple(known["ci95"])
     return kind(**known)
-
-
-def _mark(selected: float | Mapping[str, float], weight: float) -> str:
-    """Say for whom λ was selected: "" for nobody, the benchmarks' names if it was chosen for each."""
-    if not isinstance(selected, Mapping):
-        return "\n(selected)" if weight == selected else ""
-    names = [name for name, chosen in selected.items() if chosen == weight]
-    return f"\n({', '.join(names)})" if names else ""

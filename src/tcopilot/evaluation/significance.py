@@ -1,8 +1,7 @@
 """How much of a score, and of a gain, is chance.
 
 Pilot and Pilot + Copilot answer the same rows, so every comparison here is paired: rows on which both agree carry no
-information about the difference, and dropping their variance is what makes a gain of one point visible at all.
-Everything is in the unit of the metric (a fraction for accuracy), never in percent.
+information about the difference. Everything is in the unit of the metric (a fraction for accuracy), never in percent.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,71 +20,53 @@ CORPUS_RESAMPLES = 1000  # of figures that are computed anew from all rows each 
 BATCH_VALUES = 10_000_000  # float64 values drawn at once when resampling: 80 MB, whatever the number of rows
 
 
-def wilson_interval(correct: int, n: int, level: float = 0.95) -> Interval:
+def wilson_interval(correct: int, n: int) -> Interval:
     """Bound the true rate behind `correct` hits in `n` independent rows.
 
     Wilson's interval, because the usual normal one collapses to zero width at 0 % and 100 % and leaves [0, 1] near
     them, which is where small models score.
 
+    >>> low, high = wilson_interval(8, 10)
+    >>> print(f"{low:.4f} {high:.4f}")
+    0.4902 0.9433
+
     Raises:
         ValueError: If `n` is not positive or `correct` lies outside [0, n].
-
-    Example:
-        >>> low, high = wilson_interval(8, 10)
-        >>> print(f"{low:.4f} {high:.4f}")
-        0.4902 0.9433
     """
     if n < 1:
         raise ValueError(f"an interval needs at least one row, got n = {n}")
-    low, high = stats.binomtest(correct, n).proportion_ci(level, method="wilson")
+    low, high = stats.binomtest(correct, n).proportion_ci(method="wilson")
     return float(low), float(high)
 
 
-def mean_interval(values: Sequence[bool | float], level: float = 0.95, seed: int = 0) -> Interval:
+def mean_interval(values: Sequence[float]) -> Interval:
     """Bound the mean of one score per row: Wilson's interval for right/wrong answers, the bootstrap for graded ones.
 
-    Raises:
-        ValueError: If there is no value, or one that is not finite.
-
-    Example:
-        >>> mean_interval([1.0] * 8 + [0.0] * 2) == wilson_interval(8, 10)
-        True
-        >>> mean_interval([0.5, 0.5])
-        (0.5, 0.5)
+    >>> mean_interval([1.0] * 8 + [0.0] * 2) == wilson_interval(8, 10)
+    True
+    >>> mean_interval([0.5, 0.5])
+    (0.5, 0.5)
     """
     if all(value in (0, 1) for value in values):
-        return wilson_interval(int(sum(values)), len(values), level)
-    return paired_bootstrap([0.0] * len(values), values, level, seed=seed)
+        return wilson_interval(int(sum(values)), len(values))
+    return paired_bootstrap([0.0] * len(values), values)
 
 
 def paired_bootstrap(
-    before: Sequence[bool | float],
-    after: Sequence[bool | float],
-    level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+    before: Sequence[float], after: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
     """Bound the mean of `after - before` by resampling rows, the percentile bootstrap.
 
-    If every difference is -1, 0 or 1, a resample is fully described by how often each of the three occurs. Those
-    counts are multinomial, so they are drawn directly: the same distribution as drawing rows, at a cost that does not
-    grow with the number of rows. Other values are resampled row by row.
+    If every difference is -1, 0 or 1, the counts of the three are drawn directly, since they are multinomial: the same
+    distribution as drawing rows, at a cost that does not grow with their number.
 
-    Args:
-        before: One value per row, as the first model scored it.
-        after: The same rows in the same order, as the second model scored them.
-        level: Coverage of the interval.
-        resamples: Number of bootstrap resamples.
-        seed: The same seed gives the same interval.
+    >>> paired_bootstrap([0, 0, 1, 1], [0, 0, 1, 1])
+    (0.0, 0.0)
+    >>> paired_bootstrap([1.5, 2.5], [1.75, 2.75])
+    (0.25, 0.25)
 
     Raises:
         ValueError: If the sequences are empty, differ in length or hold a value that is not finite.
-
-    Example:
-        >>> paired_bootstrap([0, 0, 1, 1], [0, 0, 1, 1])
-        (0.0, 0.0)
-        >>> paired_bootstrap([1.5, 2.5], [1.75, 2.75])
-        (0.25, 0.25)
     """
     difference = np.subtract(*_paired(after, before))
     n, rng = len(difference), np.random.default_rng(seed)
@@ -101,26 +82,18 @@ def paired_bootstrap(
 
 
 def mcnemar(fixed: int, broken: int) -> float:
-    """Test whether as many rows were fixed as broken, by McNemar's exact test.
+    """Return the two-sided p-value of as many rows being fixed as broken, by McNemar's exact test.
 
     Given the rows on which the two models disagree, either direction is a fair coin under the null hypothesis. The
     exact binomial form, not the chi-square approximation, because a small Copilot often changes fewer than 25 answers.
 
-    Args:
-        fixed: Rows wrong before and right after.
-        broken: Rows right before and wrong after.
-
-    Returns:
-        Two-sided p-value; 1.0 if no row changed.
+    >>> mcnemar(0, 0)
+    1.0
+    >>> round(mcnemar(8, 1), 6)
+    0.039062
 
     Raises:
         ValueError: If a count is negative.
-
-    Example:
-        >>> mcnemar(0, 0)
-        1.0
-        >>> round(mcnemar(8, 1), 6)
-        0.039062
     """
     if min(fixed, broken) < 0:
         raise ValueError(f"counts of rows cannot be negative, got fixed = {fixed}, broken = {broken}")
@@ -130,16 +103,12 @@ def mcnemar(fixed: int, broken: int) -> float:
 def direction(difference: float, ci95: Interval, p_value: float, *, lower_is_better: bool = False) -> Direction:
     """Judge a paired difference, demanding that test and interval agree.
 
-    Asking for both is deliberate: the bootstrap is optimistic on few changed rows, and a p-value alone says nothing
-    about size.
+    The bootstrap is optimistic on few changed rows, and a p-value alone says nothing about size.
 
-    Example:
-        >>> direction(0.02, (0.01, 0.03), 0.001)
-        'better'
-        >>> direction(0.02, (0.01, 0.03), 0.001, lower_is_better=True)
-        'worse'
-        >>> direction(0.02, (0.00, 0.04), 0.04)
-        'not distinguishable'
+    >>> direction(0.02, (0.01, 0.03), 0.001), direction(0.02, (0.01, 0.03), 0.001, lower_is_better=True)
+    ('better', 'worse')
+    >>> direction(0.02, (0.00, 0.04), 0.04)
+    'not distinguishable'
     """
     low, high = ci95
     if p_value >= ALPHA or low <= 0 <= high:
@@ -148,10 +117,7 @@ def direction(difference: float, ci95: Interval, p_value: float, *, lower_is_bet
 
 
 class Comparison(NamedTuple):
-    """Two models on the same rows: `pilot`, `fused` and `difference` are in the unit of the metric.
-
-    `fixed` and `broken` count improved and worsened rows; None for a metric of all rows together.
-    """
+    """Two models on the same rows; `fixed` and `broken` are None for a metric of all rows together."""
 
     pilot: float
     fused: float
@@ -181,32 +147,23 @@ def p_text(p_value: float, equals: str = "") -> str:
     return f"{equals}{p_value:.2g}" if p_value >= 1e-300 else "< 1e-300"
 
 
-def compare(
-    before: Sequence[bool | float], after: Sequence[bool | float], *, lower_is_better: bool = False, seed: int = 0
-) -> Comparison:
+def compare(before: Sequence[float], after: Sequence[float], *, lower_is_better: bool = False) -> Comparison:
     """Compare the Pilot (`before`) with Pilot + Copilot (`after`) on the same rows.
 
     The p-value is that of the sign-flip test of the mean: had the Copilot no effect, each row's difference could as
     well have had the other sign. For right/wrong answers that test has a closed form, McNemar's; for graded values
     (NDCG, nats) it is enumerated up to 13 changed rows and sampled beyond, where its p-value is never below 2e-4.
 
-    Args:
-        before: One value per row from the Pilot alone.
-        after: The same rows in the same order from the fused model.
-        lower_is_better: Whether a falling value is the improvement, as for `nll`. Decides what counts as fixed.
-        seed: Seed of the resampling.
+    `lower_is_better` says that a falling value is the improvement, and so decides what counts as fixed.
+
+    >>> result = compare([0, 0, 1, 0], [1, 1, 0, 0])
+    >>> result.difference, result.fixed, result.broken, result.p_value, result.verdict
+    (0.25, 2, 1, 1.0, 'not distinguishable at n = 4')
+    >>> compare([False] * 10, [True] * 10).verdict
+    'fused is better (p = 0.002, n = 10)'
 
     Raises:
         ValueError: If the sequences are empty, differ in length or hold a value that is not finite.
-
-    Example:
-        >>> result = compare([0, 0, 1, 0], [1, 1, 0, 0])
-        >>> result.difference, result.fixed, result.broken, result.p_value
-        (0.25, 2, 1, 1.0)
-        >>> result.verdict
-        'not distinguishable at n = 4'
-        >>> compare([False] * 10, [True] * 10).verdict
-        'fused is better (p = 0.002, n = 10)'
     """
     pilot, fused = _paired(before, after)
     difference = fused - pilot
@@ -216,10 +173,10 @@ def compare(
         pilot=float(pilot.mean()),
         fused=float(fused.mean()),
         difference=float(difference.mean()),
-        ci95=paired_bootstrap(before, after, seed=seed),
+        ci95=paired_bootstrap(before, after),
         fixed=fixed,
         broken=broken,
-        p_value=mcnemar(fixed, broken) if _is_ternary(difference) else _sign_flip(difference, seed),
+        p_value=mcnemar(fixed, broken) if _is_ternary(difference) else _sign_flip(difference),
         n=len(difference),
         lower_is_better=lower_is_better,
     )
@@ -231,33 +188,21 @@ def compare_corpus(
     after: Sequence[Any],
     *,
     lower_is_better: bool = False,
-    seed: int = 0,
 ) -> Comparison:
     """Compare two models in a figure of all rows together, such as macro-F1.
 
-    The interval comes from resampling rows, the p-value from exchanging the two models' answers on random rows. With
-    1,000 samples each, the p-value is never below 0.001.
+    `value` computes the figure from an answer per row. The interval comes from resampling rows, the p-value from
+    exchanging the two models' answers on random rows. With 1,000 samples each, the p-value is never below 0.001.
 
-    Args:
-        value: Computes the figure from answers.
-        before: An answer per row from the Pilot alone.
-        after: The same rows in the same order from the fused model.
-        lower_is_better: Whether a falling value is the improvement.
-        seed: Seed of the resampling.
+    >>> share = lambda answers: sum(answers) / len(answers)
+    >>> result = compare_corpus(share, [0] * 20, [1] * 20)
+    >>> result.difference, result.ci95, result.p_value < 0.01, result.fixed
+    (1.0, (1.0, 1.0), True, None)
 
     Raises:
-        ValueError: If the sequences are empty or differ in length, or a figure is not finite.
-
-    Example:
-        >>> share = lambda answers: sum(answers) / len(answers)
-        >>> result = compare_corpus(share, [0] * 20, [1] * 20)
-        >>> result.difference, result.ci95, result.p_value < 0.01, result.fixed
-        (1.0, (1.0, 1.0), True, None)
+        ValueError: If a figure is not finite.
     """
-    if len(before) != len(after) or not before:
-        raise ValueError(f"paired rows need two sequences of one length, got {len(before)} and {len(after)} rows")
-    n, rng = len(before), np.random.default_rng(seed)
-    pilot, fused = value(before), value(after)
+    n, rng, pilot, fused = len(before), np.random.default_rng(0), value(before), value(after)
     pairs = list(zip(before, after, strict=True))
 
     def step(some: Sequence[tuple[Any, Any]]) -> float:
@@ -273,7 +218,7 @@ def compare_corpus(
         pilot=pilot,
         fused=fused,
         difference=fused - pilot,
-        ci95=corpus_bootstrap(step, pairs, seed=seed),
+        ci95=corpus_bootstrap(step, pairs),
         fixed=None,
         broken=None,
         p_value=(1 + int(extreme.sum())) / (1 + CORPUS_RESAMPLES),
@@ -282,20 +227,17 @@ def compare_corpus(
     )
 
 
-def corpus_bootstrap(
-    value: Callable[[Sequence[Any]], float], rows: Sequence[Any], level: float = 0.95, seed: int = 0
-) -> Interval:
+def corpus_bootstrap(value: Callable[[Sequence[Any]], float], rows: Sequence[Any]) -> Interval:
     """Bound a figure of all rows together by resampling `rows`, from which `value` computes it.
 
     Raises:
         ValueError: If a figure is not finite.
     """
-    rng = np.random.default_rng(seed)
-    samples = rng.integers(len(rows), size=(CORPUS_RESAMPLES, len(rows)))
+    samples = np.random.default_rng(0).integers(len(rows), size=(CORPUS_RESAMPLES, len(rows)))
     figures = np.array([value([rows[place] for place in places]) for places in samples])
     if not np.isfinite(figures).all():
         raise ValueError("a metric of all rows together must be finite for every sample of the rows, and one was not")
-    low, high = np.quantile(figures, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(figures, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -313,28 +255,22 @@ def interval_of(metric: Metric, scores: Sequence[Any]) -> Interval:
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    """Summarise one figure over the seeds of an experiment.
+    """Return mean and sample standard deviation (n - 1) of one figure over the seeds of an experiment.
 
-    Returns:
-        Mean and sample standard deviation (n - 1) in the unit of `values`. The deviation is 0.0 for a single seed, so
-        that tables stay free of nan: read it as "unknown", not as "none".
+    The deviation of a single seed is 0.0, so that tables stay free of nan: read it as "unknown", not as "none".
+
+    >>> over_seeds([1.0, 2.0, 3.0]), over_seeds([0.5])
+    ((2.0, 1.0), (0.5, 0.0))
 
     Raises:
         ValueError: If there is no value.
-
-    Example:
-        >>> over_seeds([1.0, 2.0, 3.0])
-        (2.0, 1.0)
-        >>> over_seeds([0.5])
-        (0.5, 0.0)
     """
     if len(values) == 0:
         raise ValueError("no seed to average over")
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def _paired(first: Sequence[bool | float], second: Sequence[bool | float]) -> tuple[np.ndarray, np.ndarray]:
-    """Return both as float64 vectors, or say why they are not two scores of the same rows."""
+def _paired(first: Sequence[float], second: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1:
         raise ValueError(f"paired rows need two vectors of one length, got shapes {first.shape} and {second.shape}")
@@ -346,11 +282,10 @@ def _paired(first: Sequence[bool | float], second: Sequence[bool | float]) -> tu
 
 
 def _is_ternary(difference: np.ndarray) -> bool:
-    """Tell whether the differences are those of right/wrong answers."""
     return bool(np.isin(difference, (-1, 0, 1)).all())
 
 
-def _sign_flip(difference: np.ndarray, seed: int) -> float:
+def _sign_flip(difference: np.ndarray) -> float:
     """Two-sided p-value of the mean difference over random signs of the rows; rows that did not change are skipped."""
     changed = difference[difference != 0]
     if len(changed) < 2:
@@ -361,6 +296,6 @@ def _sign_flip(difference: np.ndarray, seed: int) -> float:
         permutation_type="samples",
         vectorized=True,
         batch=max(1, BATCH_VALUES // len(changed)),
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     )
     return float(test.pvalue)

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.answers import until_end
-from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.trace_views import Position, positions, trace_targets
@@ -42,15 +42,10 @@ def write_trace(
     trained: str | Path,
     weights: Mapping[str, float],
 ) -> None:
-    """Trace rows of every benchmark at its λ, and time decoding with and without the Copilot.
+    """Trace rows of every benchmark at its λ of `weights`, and time decoding with and without the Copilot.
 
-    Args:
-        evaluator: of a model that has a Copilot; brings rows and decoding.
-        split: whose rows are traced.
-        run: where the files go; older traces there are replaced.
-        limit: rows of each benchmark, spread evenly over the split; None traces all.
-        trained: directory of the training run, where the report finds the curves of training.
-        weights: λ of each benchmark.
+    At most `limit` rows of each benchmark are traced, spread evenly over the split; None traces all. Older traces in
+    `run` are replaced. The report finds the curves of training in the directory `trained`.
     """
     model = evaluator.model
     run.trace.mkdir(parents=True, exist_ok=True)
@@ -62,32 +57,22 @@ def write_trace(
         "device": model.device.type, "trained": str(Path(trained).resolve()),
         "parameters": step_parameters(model), "benchmarks": {},
     }  # fmt: skip
+    before = model.weight
     for name in evaluator.data.benchmark_names:
         rows = evaluator.data.evaluation_rows(split, name)
-        some = spread(rows, limit)
+        some, tracer, model.weight = spread(rows, limit), _Tracer(evaluator, name), weights[name]
         log.info("trace of %s: %d of %d rows", name, len(some), len(rows))
-        tracer = _Tracer(evaluator, name)
-        before, model.weight = model.weight, weights[name]
         with gzip.open(run.trace_rows(name), "wt", encoding="utf-8") as file:
             for line in tracer.lines(some):
                 file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
-        model.weight = before
-        meta["benchmarks"][name] = {
-            "weight": weights[name],
-            "rows": len(rows),
-            "traced": len(some),
-            "decoding": tracer.timings,
-        }
+        found = {"weight": weights[name], "rows": len(rows), "traced": len(some), "decoding": tracer.timings}
+        meta["benchmarks"][name] = found
+    model.weight = before
     write_whole(run.trace_meta, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
 
 
 def trace_problems(cfg: DictConfig, trained: DictConfig) -> list[str]:
-    """What keeps a trace from being written, one message each.
-
-    Args:
-        cfg: composed from `configs/eval.yaml`.
-        trained: config of the run that is evaluated.
-    """
+    """What keeps a trace of the run that was `trained` from being written as `eval.yaml` asks, one message each."""
     problems = []
     if not isinstance(cfg.trace, bool):
         problems.append(f"trace={cfg.trace}: give true or false")
@@ -127,30 +112,19 @@ def step_parameters(model: TCopilotModel) -> dict[str, int]:
     }
 
 
-class TokenText:
-    """Writes a token as the tokenizer spells it, white space made visible.
-
-    Args:
-        tokenizer: the Pilot's.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-
-    def __call__(self, token: int) -> str:
-        """Return the spelling; a padding row of the vocabulary, which no tokenizer knows, gives its number."""
-        text = self._tokenizer.convert_ids_to_tokens(token)
-        return f"#{token}" if text is None else text.translate(VISIBLE)
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """Spell a token with its white space made visible; a padding row of the vocabulary has only its number."""
+    text = tokenizer.convert_ids_to_tokens(token)
+    return f"#{token}" if text is None else text.translate(VISIBLE)
 
 
 class _Tracer:
     """Traces the rows of one benchmark: along the right answer, and along the answer that was decoded."""
 
     def __init__(self, evaluator: Evaluator, benchmark: str) -> None:
-        self._model, tokenizer = evaluator.model, evaluator.tokenizer
-        side = "right" if self._model.config.is_encoder_decoder else "left"
-        self._collate = PromptTargetCollator(tokenizer.pad_token_id, side)
-        self._end, self._text = tokenizer.eos_token_id, TokenText(tokenizer)
+        self._model, self._collate = evaluator.model, evaluator.collate
+        self._end = evaluator.tokenizer.eos_token_id
+        self._text = partial(token_text, evaluator.tokenizer)
         mode = evaluator.modes(benchmark)[0]
         self._generation = mode if isinstance(mode, Generation) else None
         self._seconds, self._rows = {"pilot": 0.0, "fused": 0.0}, 0

@@ -48,12 +48,8 @@ class TargetTrace:
 def trace_targets(model: TCopilotModel, batch: Batch, others: Sequence[str] = ()) -> TargetTrace:
     """Run both models along the targets of a batch, at the model's own λ, fusion and feedback.
 
-    A layer's lens is what the model would have predicted if the layer had been its last (logit lens).
-
-    Args:
-        model: a fused model that has a Copilot.
-        batch: prompts and targets.
-        others: further kinds of feedback under which f^C is wanted.
+    A layer's lens is what the model would have predicted if the layer had been its last (logit lens). `others` are
+    further kinds of feedback under which f^C is wanted.
     """
     copilot, decoder = model.copilot, model.pilot.get_decoder()
     with families.layer_outputs(decoder) as pilot_layers:
@@ -84,14 +80,8 @@ def trace_targets(model: TCopilotModel, batch: Batch, others: Sequence[str] = ()
     )
 
 
-def positions(trace: TargetTrace, batch: Batch, token_text: Callable[[int], str]) -> list[list[Position]]:
-    """Lay out a trace as plain values: for each row its target positions, for each position a `Position`.
-
-    Args:
-        trace: from `trace_targets`.
-        batch: the batch that was traced.
-        token_text: how a token id is written.
-    """
+def positions(trace: TargetTrace, batch: Batch, spell: Callable[[int], str]) -> list[list[Position]]:
+    """Lay out the trace of a batch as plain values: a `Position` for each target position of each row."""
     used_BNV, kept = next(iter(trace.corrections.values())), min(CANDIDATES, trace.log_probs_BNV.shape[-1])
     errors_BNV = token_errors(trace.log_probs_BNV.exp(), batch.target_ids_BN)
     before, after = trace.log_probs_BNV.topk(kept, -1), trace.fused_BNV.topk(kept, -1)
@@ -108,16 +98,32 @@ def positions(trace: TargetTrace, batch: Batch, token_text: Callable[[int], str]
         "error_norm": errors_BNV.norm(dim=-1),
         "shift": (0.5 * (trace.log_probs_BNV.exp() + trace.fused_BNV.exp()) * moved_BNV.abs()).sum(-1),
         "range": trace.log_probs_BNV.amax(-1) - trace.log_probs_BNV.amin(-1),
-        **{f"feedback {name}": _size_and_cosine(f_BNV, errors_BNV) for name, f_BNV in trace.corrections.items()},
+        **{  # the cosine is 0 where f^C is
+            f"feedback {name}": torch.stack([f_BNV.norm(dim=-1), torch.cosine_similarity(f_BNV, errors_BNV, -1)], -1)
+            for name, f_BNV in trace.corrections.items()
+        },
         "pilot_lens": _stacked([(scores.exp(), ids) for scores, ids in trace.pilot_lens]),
         "copilot_lens": _stacked(trace.copilot_lens),
     }
-    plain = {name: _plain(value) for name, value in tables.items()}
+    plain = {
+        name: value.tolist() if isinstance(value, Tensor) else [part.tolist() for part in value]
+        for name, value in tables.items()
+    }
+
+    def position(row: int, i: int) -> Position:
+        found: Position = {"token": spell(plain["target"][row][i]), "feedback": {}}
+        for name, value in list(plain.items())[1:]:
+            if isinstance(tables[name], tuple):
+                ids, values = (part[row][i] for part in value)
+                found[name] = [[spell(token), _short(score)] for token, score in zip(ids, values, strict=True)]
+            elif name.startswith("feedback "):
+                found["feedback"][name.removeprefix("feedback ")] = _short(value[row][i])
+            else:
+                found[name] = _short(value[row][i])
+        return found
+
     lengths = batch.target_mask_BN.sum(-1).tolist()
-    return [
-        [_position({name: value[row][i] for name, value in plain.items()}, token_text) for i in range(length)]
-        for row, length in enumerate(lengths)
-    ]
+    return [[position(row, i) for i in range(length)] for row, length in enumerate(lengths)]
 
 
 def _likeliest(logits_BNV: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,38 +131,10 @@ def _likeliest(logits_BNV: Tensor) -> tuple[Tensor, Tensor]:
     return best.values - logits_BNV.float().logsumexp(-1), best.indices
 
 
-def _size_and_cosine(corrections_BNV: Tensor, errors_BNV: Tensor) -> Tensor:
-    """‖f^C‖ and its cosine with ℓ, [B, N, 2]; the cosine is 0 where f^C is."""
-    cosine_BN = torch.cosine_similarity(corrections_BNV, errors_BNV, dim=-1)
-    return torch.stack([corrections_BNV.norm(dim=-1), cosine_BN], -1)
-
-
 def _stacked(lens: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Ids and values of all layers, [B, N, layers] each."""
     values, ids = zip(*lens, strict=True)
     return torch.stack(ids, -1), torch.stack(values, -1)
-
-
-def _plain(value: Tensor | tuple[Tensor, Tensor]) -> list[Any]:
-    """Nested lists; of ids and values a list of their pairs of lists for each row."""
-    if isinstance(value, Tensor):
-        return value.tolist()
-    ids, values = (part.tolist() for part in value)
-    return [
-        [list(zip(*pair, strict=True)) for pair in zip(*row, strict=True)] for row in zip(ids, values, strict=True)
-    ]
-
-
-def _position(found: dict[str, Any], token_text: Callable[[int], str]) -> Position:
-    position: Position = {"token": token_text(found.pop("target")), "feedback": {}}
-    for name, value in found.items():
-        if name.startswith("feedback "):
-            position["feedback"][name.removeprefix("feedback ")] = _short(value)
-        elif name in ("before", "correction", "after", "pilot_lens", "copilot_lens"):
-            position[name] = [[token_text(token), _short(score)] for token, score in value]
-        else:
-            position[name] = _short(value)
-    return position
 
 
 def _short(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from tcopilot.models.caches import CANNOT_UNDO, TCopilotCache
@@ -33,15 +33,23 @@ class FusedGenerationMixin(GenerationMixin):
         """Decode prompts [B, M] at several λ at once; both models read each prompt once, not once for each λ.
 
         Further arguments are those of `generate`. Returns for each λ what `generate` returns at it, of one length for
-        all; of an output class only sequences and scores.
+        all; of an output class only sequences and scores. What the checkpoint's `generation_config.json` asks for does
+        not act: evaluation is by the settings given here.
         """
+        before = self.weight, self.generation_config
+        special = {f"{name}_token_id": getattr(before[1], f"{name}_token_id") for name in ("pad", "bos", "eos")}
+        special["decoder_start_token_id"] = self.config.decoder_start_token_id  # which training began with
+        self.generation_config = GenerationConfig(**special)
+        try:
+            return self._at_weights(weights, input_ids, attention_mask, **kwargs)
+        finally:
+            self.weight, self.generation_config = before
+
+    def _at_weights(self, weights: Sequence[float], input_ids: Tensor, attention_mask: Tensor, **kwargs) -> list[Any]:
         count = len(weights)
         if self.copilot is None or len(set(weights)) == 1:
-            before, self.weight = self.weight, weights[0]
-            try:
-                return [self.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)] * count
-            finally:
-                self.weight = before
+            self.weight = weights[0]
+            return [self.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)] * count
         if self.config.is_encoder_decoder:
             encoded_BMP = self.get_encoder()(input_ids, attention_mask=attention_mask).last_hidden_state
             kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoded_BMP.repeat_interleave(count, dim=0))
