@@ -3,9 +3,17 @@ import random
 
 import pytest
 
-from tcopilot.data.metrics import consistency_problems, hit_at_k, ndcg_at_k
+from tcopilot.data.metrics import NDCG, Answer, Hit, consistency_problems
 
 CUTOFFS = (5, 10, 20, 100)
+
+
+def hit_at_k(ranks: list[int | None], k: int) -> list[float]:
+    return [Hit("hit", k=k).score(Answer("", None, "", False, rank=rank)) for rank in ranks]
+
+
+def ndcg_at_k(ranks: list[int | None], k: int) -> list[float]:
+    return [NDCG("ndcg", k=k).score(Answer("", None, "", False, rank=rank)) for rank in ranks]
 
 
 def figures(ranks: list[int]) -> dict[str, float]:
@@ -16,6 +24,11 @@ def figures(ranks: list[int]) -> dict[str, float]:
 def published(hits: list[float], gains: list[float]) -> dict[str, float]:
     named = zip(CUTOFFS, hits, gains, strict=True)
     return {key: value for k, hit, gain in named for key, value in ((f"hit@{k}", hit), (f"ndcg@{k}", gain))}
+
+
+def test_hit_and_ndcg_of_single_ranks():
+    assert hit_at_k([1, 10, 11, 0, None], 10) == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert ndcg_at_k([1, 3, 10, 11, 0, None], 10) == [1.0, 0.5, 0.2890648263178879, 0.0, 0.0, 0.0]
 
 
 def test_a_perfect_ranker_has_1_everywhere():

@@ -166,13 +166,17 @@ def test_the_figure_that_chooses_comes_first():
 
 def test_a_rank_is_scored_at_every_cutoff():
     benchmark = made()
-    assert benchmark.score_rank(1) == {metric.name: 1.0 for metric in benchmark.metrics}
-    assert benchmark.score_rank(2) == {
+    assert benchmark.judge(benchmark.read_ranking(1)) == {metric.name: 1.0 for metric in benchmark.metrics}
+    assert benchmark.judge(benchmark.read_ranking(2)) == {
         "ndcg@2": pytest.approx(0.63093, abs=1e-5), "hit@1": 0.0, "hit@2": 1.0, "ndcg@1": 0.0,
     }  # fmt: skip
-    assert set(benchmark.score_rank(0).values()) == {0.0} == set(benchmark.score_rank(None).values())
-    assert benchmark.score("Shop item_2", "Shop item_2") == benchmark.score_rank(1)
-    assert benchmark.score("Shop item_3", "Shop item_2") == benchmark.score_rank(0)
+    assert (
+        set(benchmark.judge(benchmark.read_ranking(0)).values())
+        == {0.0}
+        == set(benchmark.judge(benchmark.read_ranking(None)).values())
+    )
+    assert benchmark.score("Shop item_2", "Shop item_2") == benchmark.judge(benchmark.read_ranking(1))
+    assert benchmark.score("Shop item_3", "Shop item_2") == benchmark.judge(benchmark.read_ranking(0))
 
 
 # What is refused ------------------------------------------------------------------------------------------------

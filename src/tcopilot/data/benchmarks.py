@@ -11,7 +11,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
 from pathlib import PurePath
 from string import Formatter
 from typing import Any, ClassVar, NamedTuple
@@ -101,26 +100,22 @@ class Benchmark(ABC):
     def __post_init__(self) -> None:
         if problems := list(self._wrong_values()):
             raise DataError("; ".join(problems))
-        unknown = sorted(set(self.splits) - set(SPLITS))
-        if unknown:
+        if unknown := sorted(set(self.splits) - set(SPLITS)):
             raise DataError(f"{self.name}: splits has {unknown}; the known ones are {list(SPLITS)}")
         if "train" not in self.splits:
             raise DataError(f"{self.name}: splits names no train split")
-        for key in ("prompt", "target"):
+        for name in ("prompt", "target"):
             try:
-                names = [name for _, name, _, _ in Formatter().parse(getattr(self, key))]
+                bad = any(not word or word[0].isdigit() for word in words_of(getattr(self, name)))
             except ValueError:
-                names = [""]
-            if any(name is not None and (not name or name[0].isdigit()) for name in names):
-                raise DataError(
-                    f"data.benchmarks.{self.name}.{key}={getattr(self, key)!r} is no template: write {{column}}, and "
-                    "{{ or }} for a brace itself"
-                )
+                bad = True
+            if bad:
+                raise self._error(name, "no template: write {column}, and {{ or }} for a brace itself", says=" is ")
 
     @property
     def columns(self) -> list[str]:
         """List the columns that every row must have: those of the templates and those the class reads."""
-        return list(dict.fromkeys(path.split(".")[0] for path in (*self._fields, *self._paths())))
+        return list(dict.fromkeys(path.split(".")[0] for path in (*self._in_templates(), *self._paths())))
 
     def answer_settings(self) -> dict[str, Any]:
         """Return the settings that an answer, or what is read in it, depends on."""
@@ -159,7 +154,7 @@ class Benchmark(ABC):
         return Answer(prediction, self.extract(prediction), answer, self.correct(prediction, answer))
 
     def score(self, prediction: str, answer: str) -> dict[str, float]:
-        """Judge a generated text: one value for each metric that is a mean over rows."""
+        """Judge a generated text; see `judge`."""
         return self.judge(self.read(prediction, answer))
 
     def judge(self, answer: Answer) -> dict[str, float]:
@@ -189,36 +184,35 @@ class Benchmark(ABC):
             DataError: If a value of the row is not what the class expects.
         """
 
-    @abstractmethod
     def extract(self, text: str) -> str | None:
-        """Return the answer in a generated text, None if it holds none."""
+        """Return the answer in a generated text, None if it holds none; here the text itself, white space apart."""
+        return tidy(text)
+
+    def same(self, found: str | None, answer: str) -> bool:
+        """Tell whether an extracted answer is the gold one."""
+        return found == answer
 
     def correct(self, prediction: str, answer: str) -> bool:
         """Tell whether a generated text gives the gold answer."""
-        return self.extract(prediction) == answer
+        return self.same(self.extract(prediction), answer)
 
-    def _paths(self) -> Iterator[str]:
-        """Name the columns read besides those of the templates; ``a.b`` is key b of column a.
+    def _paths(self) -> Iterable[str]:
+        """Name the columns read besides those of the templates: the values of all ``…_column`` and ``…_columns``."""
+        values = [getattr(self, item.name) for item in fields(self) if re.search("_columns?$", item.name)]
+        return [path for value in values if value for path in ([value] if isinstance(value, str) else value)]
 
-        They are the values of all attributes that are called ``…_column`` or ``…_columns``.
-        """
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name.endswith("_column") and value:
-                yield value
-            elif item.name.endswith("_columns"):
-                yield from value
+    def _error(self, name: str, text: str, says: str = ": ") -> DataError:
+        """Make an error about one setting: its key, its value and what is wrong."""
+        return DataError(f"data.benchmarks.{self.name}.{name}={getattr(self, name)!r}{says}{text}")
 
     def _wrong_values(self) -> Iterator[str]:
         """Say which attributes are of another type than the class asks for, or cannot be used in file names."""
+        key = f"data.benchmarks.{self.name}"
         for item in fields(self):
             value, kinds = getattr(self, item.name), str(item.type).split(" | ")
             if set(kinds) <= set(TYPES) and not any(_is_of(value, kind) for kind in kinds):
-                expected = " or ".join(TYPES[kind] for kind in kinds)
-                yield f"data.benchmarks.{self.name}.{item.name}={value!r}: expected {expected}"
-        if isinstance(self.name, str) and (
-            not re.fullmatch(r"\w[\w.+-]*", self.name) or len(self.name) > LONGEST_NAME
-        ):
+                yield f"{key}.{item.name}={value!r}: expected {' or '.join(TYPES[kind] for kind in kinds)}"
+        if isinstance(self.name, str) and not re.fullmatch(rf"\w[\w.+-]{{0,{LONGEST_NAME - 1}}}", self.name):
             yield (
                 f"data.benchmarks: {self.name!r} becomes part of file names; give a name of letters, digits and "
                 f"_ . + -, at most {LONGEST_NAME}"
@@ -226,23 +220,20 @@ class Benchmark(ABC):
         own = isinstance(self.metric, Metric) or self.more_metrics
         names = [metric.name for metric in self.metrics] if own and _is_of(self.more_metrics, "list[Metric]") else []
         if twice := next((name for name in names if names.count(name) > 1), None):
-            yield f"data.benchmarks.{self.name}: two metrics are called {twice!r}; give one of them another name"
-        if isinstance(self.folder, str) and (
-            PurePath(self.folder).is_absolute() or ".." in PurePath(self.folder).parts
-        ):
-            yield f"data.benchmarks.{self.name}.folder={self.folder!r}: must lie under data.path"
+            yield f"{key}: two metrics are called {twice!r}; give one of them another name"
+        folder = PurePath(self.folder if isinstance(self.folder, str) else "")
+        if folder.is_absolute() or ".." in folder.parts:
+            yield f"{key}.folder={self.folder!r}: must lie under data.path"
         if _is_of(self.max_new_tokens, "int") and self.max_new_tokens < 1:
-            yield f"data.benchmarks.{self.name}.max_new_tokens={self.max_new_tokens}: must be at least 1, or null"
+            yield f"{key}.max_new_tokens={self.max_new_tokens}: must be at least 1, or null"
 
-    @cached_property
-    def _fields(self) -> list[str]:
+    def _in_templates(self) -> list[str]:
         """List what the templates read from the row itself."""
-        fields = [name for text in (self.prompt, self.target) for _, name, _, _ in Formatter().parse(text) if name]
-        return [name for name in fields if name not in self.words]
+        return [word for text in (self.prompt, self.target) for word in words_of(text) if word not in self.words]
 
     def _example(self, row: Row, answer: str, /, **words: str) -> Example:
         values = {**row, **words}
-        for name in self._fields:
+        for name in self._in_templates():
             value = values.get(name.split(".")[0])
             if value is None:
                 raise DataError(f"{name} is null or missing, expected a text")
@@ -264,11 +255,8 @@ class ExactMatch(Benchmark):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not any(name for _, name, _, _ in Formatter().parse(self.target)):
-            raise DataError(
-                f"data.benchmarks.{self.name}.target={self.target!r} holds no {{column}}: all answers would be the "
-                "same text"
-            )
+        if not words_of(self.target):
+            raise self._error("target", "{column}: all answers would be the same text", says=" holds no ")
 
     def render(self, row: Row) -> Example:
         """Fill the templates with the two columns; the answer is the tidied target."""
@@ -276,17 +264,18 @@ class ExactMatch(Benchmark):
         example = self._example(row, "", prompt=prompt, target=target)
         return example._replace(answer=tidy(example.target) or "")
 
-    def extract(self, text: str) -> str | None:
-        """Return the text with white space collapsed; None if it is blank."""
-        return tidy(text)
+
+def words_of(template: str) -> list[str]:
+    """List the names in a template's braces.
+
+    Raises:
+        ValueError: If it is no template.
+    """
+    return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
 
 
 def is_finite(value: Any) -> bool:
-    """Tell whether a value of a row is anything but the NaN or an infinity that JSON readers let through.
-
-    >>> is_finite("nan"), is_finite(3), is_finite(float("nan"))
-    (True, True, False)
-    """
+    """Tell whether a value of a row is anything but the NaN or an infinity that JSON readers let through."""
     return not isinstance(value, float) or math.isfinite(value)
 
 
@@ -301,10 +290,7 @@ def _is_of(value: Any, kind: str) -> bool:
 
 
 def lookup(row: Row, path: str) -> Any:
-    """Return the value at a column or a dotted path.
-
-    >>> lookup({"choices": {"text": ["a", "b"]}}, "choices.text")
-    ['a', 'b']
+    """Return the value at a column or a dotted path: ``choices.text`` is key ``text`` of column ``choices``.
 
     Raises:
         DataError: If a part of the path is missing.

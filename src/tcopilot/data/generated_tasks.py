@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 from tcopilot.data.benchmarks import DataError, ExactMatch
 
-# Word problems ---------------------------------------------------------------------------------------------------
-
 NAMES = ("amy", "ben", "carl", "dora", "nina", "omar", "paul", "rosa")
 THINGS = ("apples", "books", "coins", "eggs", "pens", "stamps", "cards", "shells")
 SUMS = (
@@ -39,19 +37,17 @@ def _word_problem(random: Random) -> tuple[str, str]:
     return template.format(a=a, b=b, o=random.choice(THINGS), x=x, y=y), str(answer)
 
 
-def _word_problem_words() -> list[str]:
-    fixed = [word for template in SUMS + DIFFERENCES for word in template.split() if "{" not in word]
-    return [*dict.fromkeys(fixed), *NAMES, *THINGS, *map(str, range(41))]
+WORD_PROBLEM_WORDS = [
+    *dict.fromkeys(word for template in SUMS + DIFFERENCES for word in template.split() if "{" not in word),
+    *(*NAMES, *THINGS, *map(str, range(41))),
+]
 
-
-# Multiple choice -------------------------------------------------------------------------------------------------
 
 ENTITIES, RELATIONS, CLASSES, VALUES = 60, 6, 6, 24
 
 
-def _world() -> list[list[int]]:
+def _world(random: Random) -> list[list[int]]:
     """Return value[entity][relation]: that of the entity's class, but for one fact in four a value of its own."""
-    random = Random("world")
     rule = [[random.randrange(VALUES) for _ in range(RELATIONS)] for _ in range(CLASSES)]
     return [
         [random.randrange(VALUES) if random.random() < 0.25 else value for value in rule[entity % CLASSES]]
@@ -59,7 +55,7 @@ def _world() -> list[list[int]]:
     ]
 
 
-WORLD = _world()
+WORLD = _world(Random("world"))
 
 
 def _choice(random: Random) -> tuple[str, str]:
@@ -70,16 +66,11 @@ def _choice(random: Random) -> tuple[str, str]:
     return f"what is r{relation} of e{entity} ? " + " ".join(f"v{v}" for v in options), f"answer : v{gold}"
 
 
-def _choice_words() -> list[str]:
-    return [
-        *("what", "is", "of", "?", "answer", ":"),
-        *(f"r{i}" for i in range(RELATIONS)),
-        *(f"e{i}" for i in range(ENTITIES)),
-        *(f"v{i}" for i in range(VALUES)),
-    ]
+CHOICE_WORDS = [
+    *("what", "is", "of", "?", "answer", ":"),
+    *(f"{kind}{i}" for kind, count in (("r", RELATIONS), ("e", ENTITIES), ("v", VALUES)) for i in range(count)),
+]
 
-
-# Next item -------------------------------------------------------------------------------------------------------
 
 ITEMS, TASTES, HISTORY = 120, 12, 8
 ITEMS_PER_TASTE = ITEMS // TASTES
@@ -105,13 +96,13 @@ class Kind(NamedTuple):
     """One family of tasks: ``draw`` makes a (prompt, target), ``words`` lists every word that it may use."""
 
     draw: Callable[[Random], tuple[str, str]]
-    words: Callable[[], list[str]]
+    words: list[str]
 
 
 KINDS = {
-    "word_problems": Kind(_word_problem, _word_problem_words),
-    "multiple_choice": Kind(_choice, _choice_words),
-    "next_item": Kind(_next_item, lambda: [f"i{item}" for item in range(ITEMS)]),
+    "word_problems": Kind(_word_problem, WORD_PROBLEM_WORDS),
+    "multiple_choice": Kind(_choice, CHOICE_WORDS),
+    "next_item": Kind(_next_item, [f"i{item}" for item in range(ITEMS)]),
 }
 
 
@@ -124,9 +115,7 @@ class GeneratedTask(ExactMatch):
 
     Attributes:
         kind: ``word_problems``, ``multiple_choice`` or ``next_item``.
-        train: Number of train rows.
-        validation: Number of validation rows.
-        test: Number of test rows.
+        train: Number of rows; likewise ``validation`` and ``test``.
         seed: Seed of the draw. The world of ``multiple_choice`` is the same for every seed.
     """
 
@@ -146,7 +135,7 @@ class GeneratedTask(ExactMatch):
     @property
     def vocabulary(self) -> list[str]:
         """List every word of prompts and targets, in an order that does not depend on the seed."""
-        return KINDS[self.kind].words()
+        return KINDS[self.kind].words
 
     def builtin_rows(self, split: str) -> list[dict[str, str]]:
         """Return the rows of a split; all splits are drawn once, at the first call."""

@@ -57,10 +57,6 @@ class Metric:
         """Return the figure of all rows from what ``score`` returned for each."""
         return sum(scores) / len(scores)
 
-    def show(self, value: float) -> str:
-        """Write a value with its unit; see `show`."""
-        return show(value, self.unit)
-
 
 @dataclass(frozen=True)
 class CorpusMetric(Metric, ABC):
@@ -131,7 +127,7 @@ class Hit(Metric):
 
     def score(self, answer: Answer) -> float:
         """Return 1 or 0."""
-        return hit_at_k([answer.rank], self.k)[0]
+        return float(0 < (answer.rank or 0) <= self.k)
 
 
 @dataclass(frozen=True)
@@ -142,7 +138,7 @@ class NDCG(Metric):
 
     def score(self, answer: Answer) -> float:
         """Return 1/log2(rank + 1), or 0 beyond ``k``."""
-        return ndcg_at_k([answer.rank], self.k)[0]
+        return 1 / log2(answer.rank + 1) if 0 < (answer.rank or 0) <= self.k else 0.0
 
 
 NLL = Metric("nll", higher_is_better=False, unit="nats")
@@ -190,38 +186,8 @@ def show_difference(
     """
     digits = digits_of(unit) if digits is None else digits
     first, *ends = (f"{scale(unit) * one:+.{digits}f}" for one in (value, *(interval or ())))
-    parts = [first]
-    if named and unit:
-        parts.append("points" if unit == SHARE else unit)
-    if ends:
-        parts.append(f"[{', '.join(ends)}]")
-    return " ".join(parts)
-
-
-def hit_at_k(ranks: Sequence[int | None], k: int) -> list[float]:
-    """Return for each row whether the relevant item is among the first ``k``: 1 or 0.
-
-    Args:
-        ranks: Place of the relevant item, from 1; 0 or None if it was not found.
-        k: The cutoff.
-
-    >>> hit_at_k([1, 10, 11, 0, None], 10)
-    [1.0, 1.0, 0.0, 0.0, 0.0]
-    """
-    return [float(bool(rank) and rank <= k) for rank in ranks]
-
-
-def ndcg_at_k(ranks: Sequence[int | None], k: int) -> list[float]:
-    """Return for each row the normalised discounted cumulative gain, 1/log2(rank + 1) within the first ``k``.
-
-    Args:
-        ranks: Place of the relevant item, from 1; 0 or None if it was not found.
-        k: The cutoff.
-
-    >>> ndcg_at_k([1, 3, 10, 11, 0, None], 10)
-    [1.0, 0.5, 0.2890648263178879, 0.0, 0.0, 0.0]
-    """
-    return [1 / log2(rank + 1) if rank and rank <= k else 0.0 for rank in ranks]
+    unit = ("points" if unit == SHARE else unit) if named else ""
+    return " ".join(part for part in (first, unit, f"[{', '.join(ends)}]" if ends else "") if part)
 
 
 class RankingStep(NamedTuple):

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from string import Formatter
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from scipy.sparse import csr_array, diags_array
 
 from tcopilot.data.answers import tidy
-from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError, Example, Row
+from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError, Example, Row, words_of
 from tcopilot.data.metrics import NDCG, Answer, Hit, Metric, consistency_problems
 
 SHOWN = 3  # problems of a file that are printed in full
@@ -80,7 +79,7 @@ class NextItem(Benchmark):
         figures = [metric.name for metric in self._figures]
         if isinstance(self.metric, str) and self.metric not in figures:
             raise DataError(f"{key}.metric is {self.metric!r}; with these cutoffs choose of {', '.join(figures)}")
-        used = {name for _, name, _, _ in Formatter().parse(self.target) if name}
+        used = set(words_of(self.target))
         if "item" not in used or not used <= {"title", "item"}:
             raise DataError(
                 f"{key}.target is {self.target!r}; it must use {{item}} and may use {{title}}, no other word"
@@ -94,7 +93,7 @@ class NextItem(Benchmark):
         """Make the leave-one-out rows ``{user, history, item}`` of a split; every history is whole.
 
         Raises:
-            DataError: If a row has no user or items, or they cannot be used, with file, row (from 1) and what to do.
+            DataError: If a row cannot be used, with file, row (from 1) and what to do.
         """
         users, sequences = self._checked(rows)
         self._number(sequences)
@@ -116,12 +115,8 @@ class NextItem(Benchmark):
         """Say which of hit@K and ndcg@K cannot come from one ranking."""
         return consistency_problems(figures)
 
-    def score_rank(self, rank: int | None) -> dict[str, float]:
-        """Judge a ranking by the place of the gold item in it, from 1; 0 or None if it is not there."""
-        return self.judge(self.read_ranking(rank))
-
     def read_ranking(self, rank: int | None, first: str = "", answer: str = "") -> Answer:
-        """Hold a ranking, given by its first item and the place of the gold one, against the gold answer."""
+        """Hold a ranking, given by its first item and the gold one's place (from 1; 0 or None), against the answer."""
         return Answer(first, tidy(first), answer, rank == 1, rank=rank)
 
     def read(self, prediction: str, answer: str) -> Answer:
@@ -144,21 +139,16 @@ class NextItem(Benchmark):
         )
         return example._replace(answer=tidy(example.target) or "", seen=tuple(number - 1 for number in history))
 
-    def extract(self, text: str) -> str | None:
-        """Return the text with white space collapsed; None if it is blank."""
-        return tidy(text)
-
     def _paths(self) -> Sequence[str]:
         return "user", "history", "item"
 
     @property
     def _figures(self) -> list[Metric]:
-        kinds = {"hit": Hit, "ndcg": NDCG}
-        return [kind(f"{name}@{k}", k=k) for name, kind in kinds.items() for k in self.cutoffs]
+        return [kind(f"{kind.__name__.lower()}@{k}", k=k) for kind in (Hit, NDCG) for k in self.cutoffs]
 
     def _checked(self, rows: Iterable[Row]) -> tuple[list[Any], list[list[int]]]:
         """Return users and their items."""
-        where = getattr(rows, "file", self.file("train"))
+        where = f"{self.name}: {getattr(rows, 'file', self.file('train'))}"
         first: dict[Any, int] = {}
         sequences: list[list[int]] = []
         problems: list[str] = []
@@ -167,28 +157,26 @@ class NextItem(Benchmark):
             if problem is None and row["user"] in first:
                 problem = f"user {row['user']!r} has row {first[row['user']]} already; give each user one row"
             if problem is not None:
-                problems.append(f"{self.name}: {where}, row {number}: {problem}")
+                problems.append(f"{where}, row {number}: {problem}")
                 continue
             first[row["user"]] = number
             sequences.append(list(row["items"]))
         if len(problems) > SHOWN:
-            problems = [*problems[:SHOWN], f"{self.name}: {where}: and {len(problems) - SHOWN} more such problems"]
+            problems = [*problems[:SHOWN], f"{where}: and {len(problems) - SHOWN} more such problems"]
         if problems:
             raise DataError("\n".join(problems))
         return list(first), sequences
 
     def _problem(self, row: Row) -> str | None:
         """Say what is wrong with one row of the file, and what was expected."""
-        missing = [column for column in ("user", "items") if column not in row]
-        if missing:
+        if missing := [column for column in ("user", "items") if column not in row]:
             return f"no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, row))}"
         user, items = row["user"], row["items"]
         if not isinstance(user, int | str):
             return f"user is {user!r}; expected a number or a text"
         if not isinstance(items, list):
             return f"items is {items!r}; expected a list of item numbers"
-        bad = [item for item in items if type(item) is not int or item < 1]
-        if bad:
+        if bad := [item for item in items if type(item) is not int or item < 1]:
             return f"items holds {bad[0]!r}; expected whole numbers from 1"
         if self.items is not None and max(items, default=0) > self.items:
             return f"items holds {max(items)}, and data.benchmarks.{self.name}.items is {self.items}; raise it"
@@ -210,7 +198,7 @@ class NextItem(Benchmark):
 
 
 def random_names(sequences: Sequence[Sequence[int]], items: int, seed: int) -> list[str]:
-    """Name items by a seeded permutation of 1 … I.
+    """Name items by a seeded permutation of 1 to I.
 
     >>> sorted(random_names([], 4, seed=0))
     ['item_1', 'item_2', 'item_3', 'item_4']

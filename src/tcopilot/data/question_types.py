@@ -9,20 +9,10 @@ import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from string import Formatter, ascii_uppercase
 from typing import Any, ClassVar, Literal
 
-from tcopilot.data.answers import (
-    close,
-    first_letter,
-    first_name,
-    last_number,
-    letter_after,
-    name_after,
-    number_after,
-    read_number,
-)
+from tcopilot.data.answers import close, first_name, last_number, letter_after, name_after, number_after, read_number
 from tcopilot.data.benchmarks import Benchmark, DataError, Example, Row, is_finite, lookup, text_at
 from tcopilot.data.metrics import Answer, LenientAccuracy, Metric, NoAnswer
 
@@ -47,17 +37,9 @@ class TwoReadings(Benchmark):
     def extract_lenient(self, text: str) -> str | None:
         """Return the answer that LLM-Adapters' evaluation finds in a text, None if it finds none."""
 
-    def same(self, found: str | None, answer: str) -> bool:
-        """Tell whether an extracted answer is the gold one."""
-        return found == answer
-
-    def correct(self, prediction: str, answer: str) -> bool:
-        """Tell whether a generated text gives the gold answer under the strict reading."""
-        return self.same(self.extract(prediction), answer)
-
     def _require(self, text: str, why: str) -> None:
         if not text or text not in self.target:
-            raise DataError(f"data.benchmarks.{self.name}.target={self.target!r} lacks {text!r}: {why}")
+            raise self._error("target", f"{text!r}: {why}", says=" lacks ")
 
 
 @dataclass(kw_only=True)
@@ -69,13 +51,18 @@ class NamedAnswer(TwoReadings):
     strict reading if it stands directly behind that; see :func:`tcopilot.data.answers.name_after`.
     """
 
+    words: ClassVar[frozenset[str]] = frozenset({"question", "options", "names", "answer"})
+
+    target: str = " the correct answer is {answer}"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("{answer}", "all answers would be the same text")
 
     def extract(self, text: str) -> str | None:
         """Return the one name behind the answer sentence."""
-        return name_after(text, self._sentence, self._pattern)
+        before = next(text for text, word, _, _ in Formatter().parse(self.target) if word == "answer")
+        return name_after(text, " ".join(before.split()), self._pattern)
 
     def extract_lenient(self, text: str) -> str | None:
         """Return the first name anywhere in the text."""
@@ -86,16 +73,11 @@ class NamedAnswer(TwoReadings):
     def _pattern(self) -> str:
         """Give a regular expression of the names."""
 
-    @cached_property
-    def _sentence(self) -> str:
-        before = next(text for text, name, _, _ in Formatter().parse(self.target) if name == "answer")
-        return " ".join(before.split())
-
-    def _closed(self, row: Row, gold: str, names: Sequence[str], /, **words: str) -> Example:
+    def _closed(self, row: Row, gold: int, names: Sequence[str], /, **words: str) -> Example:
         """Render a row and, beside its target, those of all other names."""
         words["names"] = "/".join(names)
-        every = [self._example(row, gold, **words, answer=name) for name in names]
-        return every[names.index(gold)]._replace(options=tuple(example.target for example in every))
+        every = [self._example(row, names[gold], **words, answer=name) for name in names]
+        return every[gold]._replace(options=tuple(example.target for example in every))
 
 
 @dataclass(kw_only=True)
@@ -114,10 +96,7 @@ class MultipleChoice(NamedAnswer):
         label: How the label counts: ``zero_based`` or ``one_based`` (int or digits), or ``letter`` (A is the first).
     """
 
-    words: ClassVar[frozenset[str]] = frozenset({"question", "options", "names", "answer"})
-
     prompt: str = "Question: {question}\n{options}\nReply with one of {names}.\nReply:"
-    target: str = " the correct answer is {answer}"
     heading_column: str | None = None
     question_column: str
     option_columns: list[str]
@@ -130,15 +109,12 @@ class MultipleChoice(NamedAnswer):
         super().__post_init__()
         if self.label not in ("zero_based", "one_based", "letter"):
             raise DataError(f"{self.name}: label is zero_based, one_based or letter, got {self.label!r}")
-        key = f"data.benchmarks.{self.name}"
         if not self.option_columns:
-            raise DataError(f"{key}.option_columns=[]: name the column of the options, or one column for each")
+            raise self._error("option_columns", "name the column of the options, or one column for each")
         if not self.option_name.strip():
-            raise DataError(f"{key}.option_name={self.option_name!r}: give a word, such as answer")
+            raise self._error("option_name", "give a word, such as answer")
         if self.option_count is not None and self.option_count < 2:
-            raise DataError(
-                f"{key}.option_count={self.option_count}: a choice needs at least 2, or null for any number"
-            )
+            raise self._error("option_count", "a choice needs at least 2, or null for any number")
 
     def render(self, row: Row) -> Example:
         """Name the options and the gold one."""
@@ -148,7 +124,7 @@ class MultipleChoice(NamedAnswer):
         heading = (lookup(row, self.heading_column) or "").strip() if self.heading_column else ""
         return self._closed(
             row,
-            names[self._index(lookup(row, self.label_column), len(options))],
+            self._gold(lookup(row, self.label_column), len(options)),
             names,
             question=f"{heading}: {question}" if heading else question,
             options="\n".join(f"{name}: {option}" for name, option in zip(names, options, strict=True)),
@@ -161,7 +137,8 @@ class MultipleChoice(NamedAnswer):
             return rf"{name}\d+"
         return "|".join(f"{name}{number}" for number in range(self.option_count, 0, -1))  # 12 before 1
 
-    def _index(self, label: Any, options: int) -> int:
+    def _gold(self, label: Any, options: int) -> int:
+        """Return the place of the option that a label names."""
         text = str(label).strip()
         if self.label == "letter":
             index = ascii_uppercase.find(text.upper()) if len(text) == 1 else -1
@@ -187,9 +164,9 @@ class YesNo(NamedAnswer):
     """
 
     words: ClassVar[frozenset[str]] = frozenset({"question", "names", "answer"})
+    _pattern: ClassVar[str] = "true|false"
 
     prompt: str = "Question: {question}\nReply with {names}.\nReply:"
-    target: str = " the correct answer is {answer}"
     question_column: str
     label_column: str
 
@@ -199,11 +176,7 @@ class YesNo(NamedAnswer):
         if not isinstance(label, bool):
             raise DataError(f"{self.label_column} is {label!r:.80}, expected a boolean, true or false without quotes")
         question = text_at(row, self.question_column).strip()
-        return self._closed(row, str(label).lower(), ("true", "false"), question=question)
-
-    @property
-    def _pattern(self) -> str:
-        return "true|false"
+        return self._closed(row, int(not label), ("true", "false"), question=question)
 
 
 @dataclass(kw_only=True)
@@ -234,9 +207,7 @@ class NumberAnswer(TwoReadings):
         try:
             re.compile(self.remove or "")
         except re.error as error:
-            raise DataError(
-                f"data.benchmarks.{self.name}.remove={self.remove!r} is no regular expression: {error}"
-            ) from error
+            raise self._error("remove", f"no regular expression: {error}", says=" is ") from error
 
     def render(self, row: Row) -> Example:
         """Divide the answer column into reasoning and number."""
@@ -295,10 +266,7 @@ class LetteredOptions(TwoReadings):
         self._require("{answer}", "the answer would not be written")
         self._require(self.marker, "the letter is read behind it")
         if not 2 <= self.option_count <= len(ascii_uppercase):
-            raise DataError(
-                f"data.benchmarks.{self.name}.option_count={self.option_count}: there are letters for 2 to "
-                f"{len(ascii_uppercase)} options"
-            )
+            raise self._error("option_count", f"there are letters for 2 to {len(ascii_uppercase)} options")
 
     def render(self, row: Row) -> Example:
         """Set the options apart from their letters."""
@@ -324,7 +292,7 @@ class LetteredOptions(TwoReadings):
 
     def extract_lenient(self, text: str) -> str | None:
         """Return the first capital that is an option's letter, even inside a word."""
-        return first_letter(text, self._letters)
+        return first_name(text, f"[{self._letters}]")
 
     @property
     def _letters(self) -> str:

@@ -39,8 +39,7 @@ class RowSource:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         columns, number = self.benchmark.columns, 0
         for number, row in enumerate(self.rows, start=1):
-            missing = [column for column in columns if column not in row]
-            if missing:
+            if missing := [column for column in columns if column not in row]:
                 raise DataError(
                     f"{self.where}: row {number} has no column {', '.join(map(repr, missing))}; it has "
                     f"{', '.join(map(repr, row))}. Rename it there, or name the right columns in "
@@ -62,28 +61,25 @@ class JsonLines:
     file: Path
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        for number, line in enumerate(self._lines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line, object_pairs_hook=_each_once)
+            except (ValueError, RecursionError) as error:  # malformed, too deep, or bytes that are not UTF-8
+                raise DataError(f"{self.file}, line {number}: not JSON ({error}). Mend or remove it.") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{self.file}, line {number}: expected an object {{…}}, got {line[:40]!r}.")
+            yield row
+
+    def _lines(self) -> Iterator[bytes]:
         try:
-            lines = self.file.open("rb")
+            with self.file.open("rb") as lines:
+                yield from lines
         except OSError as error:
-            raise DataError(f"{self.file} cannot be opened ({error.strerror}). Give a readable file.") from error
-        with lines:
-            for number, line in enumerate(_readable(self.file, lines), start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line, object_pairs_hook=_each_once)
-                except (ValueError, RecursionError) as error:  # malformed, too deep, or bytes that are not UTF-8
-                    raise DataError(f"{self.file}, line {number}: not JSON ({error}). Mend or remove it.") from error
-                if not isinstance(row, dict):
-                    raise DataError(f"{self.file}, line {number}: expected an object {{…}}, got {line[:40]!r}.")
-                yield row
-
-
-def _readable(file: Path, lines: Iterable[bytes]) -> Iterator[bytes]:
-    try:
-        yield from lines
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror or error}). Give a readable file.") from error
+            raise DataError(
+                f"{self.file} cannot be read ({error.strerror or error}). Give a readable file."
+            ) from error
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -102,11 +98,7 @@ def open_split(benchmark: Benchmark, split: str, path: str | Path | None, stream
     from ``<path>/<file>``; the file is the benchmark's for that split, ``<split>.jsonl`` unless it says otherwise.
     Without ``path`` the Hub's copy is loaded.
 
-    Args:
-        benchmark: What to open.
-        split: ``train``, ``validation`` or ``test``.
-        path: Local root, or None.
-        streaming: Read the Hub's files while they are used instead of downloading them first.
+    ``streaming`` reads its files while they are used instead of downloading them first.
 
     Returns:
         The rows; None for a validation split that does not exist, or a test split left out of ``benchmark.splits``.
@@ -125,19 +117,16 @@ def open_split(benchmark: Benchmark, split: str, path: str | Path | None, stream
     if benchmark.hub is None:
         raise HubError(
             f"{benchmark.name}: there is no copy on the Hub, and data.path is not given. Give data.path=<folder> that "
-            f"holds {_files(benchmark)}, or a folder {_folder(benchmark)!r} with them."
+            f"holds {_files(benchmark)}."
         )
     return _open_hub(benchmark, split, streaming)
 
 
 def mixture(parts: Sequence[Stream], weights: Sequence[float] | None = None, seed: int = 0) -> Stream:
-    """Join data sets into one.
+    """Join data sets, all map-style or all streaming, into one.
 
-    Args:
-        parts: All map-style or all streaming.
-        weights: Relative frequency of each part, any positive scale. Rows are then drawn part by part until each part
-            was used up at least once, so small parts repeat. None keeps every row exactly once.
-        seed: Seed of the draw.
+    ``weights`` are the relative frequencies of the parts on any positive scale: rows are drawn until each part was
+    used up at least once, so small parts repeat. None keeps every row exactly once.
 
     Raises:
         DataError: If a weight is not positive.
@@ -164,7 +153,7 @@ def _call(rows: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, An
 
 
 def _open_local(benchmark: Benchmark, split: str, root: Path) -> RowSource | None:
-    folder = root / _folder(benchmark)
+    folder = root / (benchmark.folder or benchmark.name)
     file = (folder if folder.is_dir() else root) / benchmark.file(split)
     if file.is_file():
         return RowSource(str(file), benchmark, benchmark.derive(split, JsonLines(file)))
@@ -173,32 +162,26 @@ def _open_local(benchmark: Benchmark, split: str, root: Path) -> RowSource | Non
     there = sorted(path.name for path in file.parent.glob("*"))[:10] if file.parent.is_dir() else "no such folder"
     raise DataError(
         f"{benchmark.name}: {file} does not exist (found: {there}). data.path is the folder that holds "
-        f"{_files(benchmark)}, or one that holds a folder {folder.name!r} with them."
+        f"{_files(benchmark)}."
     )
 
 
-def _folder(benchmark: Benchmark) -> str:
-    return benchmark.folder or benchmark.name
-
-
 def _files(benchmark: Benchmark) -> str:
-    """Name the files that a local copy must have."""
-    return " and ".join(dict.fromkeys(benchmark.file(split) for split in benchmark.splits if split != "validation"))
+    """Say which files data.path must hold."""
+    files = dict.fromkeys(benchmark.file(split) for split in benchmark.splits if split != "validation")
+    return f"{' and '.join(files)}, or a folder {benchmark.folder or benchmark.name!r} with them"
 
 
 def _open_hub(benchmark: Benchmark, split: str, streaming: bool) -> RowSource:
     where = f"Hub data set {benchmark.hub}, config {benchmark.config}, split {benchmark.splits[split]}"
     try:
         rows = datasets.load_dataset(
-            benchmark.hub,
-            benchmark.config,
-            revision=benchmark.revision,
-            split=benchmark.splits[split],
-            streaming=streaming,
-        )
+            benchmark.hub, benchmark.config,
+            revision=benchmark.revision, split=benchmark.splits[split], streaming=streaming,
+        )  # fmt: skip
     except Exception as error:  # the Hub's clients raise many unrelated types: no network, offline mode, no such name
         raise HubError(
             f"{where} could not be read ({type(error).__name__}: {error}). Without network, give "
-            f"data.path=<folder> that holds {_files(benchmark)}, or a folder {_folder(benchmark)!r} with them."
+            f"data.path=<folder> that holds {_files(benchmark)}."
         ) from error
     return RowSource(where, benchmark, rows)
