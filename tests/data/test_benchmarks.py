@@ -1,3 +1,4 @@
+import shlex
 from pathlib import Path
 
 import hydra
@@ -99,6 +100,7 @@ def test_unknown_labels_are_refused_with_what_was_expected(kind, label, expected
     [
         (["a", "b"], r"o gives 2 options \['a', 'b'\], expected 3"),
         (["a", "b", None], "o is .*None.*expected a text or a list of texts"),
+        (["a", " ", "b"], r"o has an empty option: \['a', ' ', 'b'\]"),
         (None, "o is None, expected a text or a list of texts"),
         ({"text": "a"}, "expected a text or a list of texts"),
     ],
@@ -167,6 +169,46 @@ def test_the_answer_sentence_is_the_targets_own():
     assert benchmark.extract("I choose answer1, thanks") == "answer1"
     assert benchmark.extract("the correct answer is answer1") is None
     assert choice(target=" {answer}").extract("answer1") == "answer1"
+
+
+@pytest.mark.parametrize(
+    ("labels", "gold", "answer"),
+    [("ABC", "B", "answer2"), ("CAB", "B", "answer3"), ("ABC", "b", "answer2"), (["1", "2", "3"], 3, "answer3")],
+)
+def test_a_gold_label_is_found_among_the_options_own_labels(labels, gold, answer):
+    row = {"q": "?", "o": {"text": ["a", "b", "c"], "label": list(labels)}, "l": gold}
+    benchmark = choice(option_columns=["o.text"], option_labels_column="o.label")
+    assert benchmark.render(row).answer == answer
+    assert benchmark.columns == ["q", "o", "l"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["A", "B"], r"o\.label is \['A', 'B'\], expected 3 different labels, one for each option"),
+        (["A", "A", "B"], "expected 3 different labels"),
+        ("ABC", "expected 3 different labels"),
+        (["C", "B", "A"], "l is 'D', expected one of C, B, A"),
+    ],
+)
+def test_labels_that_do_not_fit_the_options_are_refused(labels, message):
+    row = {"q": "?", "o": {"text": ["a", "b", "c"], "label": labels}, "l": "D"}
+    with pytest.raises(DataError, match=message):
+        choice(option_columns=["o.text"], option_labels_column="o.label").render(row)
+
+
+def test_options_without_labels_of_their_own_are_counted():
+    row = {"q": "?", "o": {"text": ["a", "b", "c"]}, "l": "B"}
+    assert choice(option_columns=["o.text"], option_labels_column="o.label").render(row).answer == "answer2"
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1)])
+def test_openbookqas_options_may_stand_in_any_order(order):
+    texts = ["a", "b", "c", "d"]
+    choices = {"text": [texts[place] for place in order], "label": ["ABCD"[place] for place in order]}
+    benchmark = instantiate(compose("openbookqa").benchmarks.openbookqa)
+    example = benchmark.render({"question_stem": "?", "choices": choices, "answerKey": "C"})
+    assert f"{example.answer}: c\n" in example.prompt
 
 
 @pytest.mark.parametrize("label", ["true", 1, None, "yes"])
@@ -239,8 +281,20 @@ def test_number_answers_split_reasoning_from_number_and_drop_notes():
     assert not benchmark.correct("1200", example.answer)
 
 
+def test_a_label_is_read_as_what_it_is_and_becomes_the_target():
+    for label, read in {"3/4": "0.75", "1 1/2": "1.5", "2*10^6": "2000000", "1 000": "1000", "5 eggs": "5"}.items():
+        assert number().render({"q": "?", "a": label})[1:3] == (f" \n#### {read}", read)
+    assert number().correct("#### 3/4", "0.75")
+    assert not number().correct("#### 3/4", "3")
+
+
+def test_a_solution_without_its_marker_is_refused():
+    with pytest.raises(DataError, match=r"a is '2 eggs, 3 more: 5', without '####' before the number"):
+        number(split_on="####").render({"q": "?", "a": "2 eggs, 3 more: 5"})
+
+
 def test_a_number_answer_without_a_number_is_refused():
-    for label in ("many", "nan", ""):
+    for label in ("many", "nan", "", "12:30", "1,2", "3 or 4", "about 5"):
         with pytest.raises(DataError, match=f"a is '{label}', which gives no number; expected one"):
             number().render({"q": "?", "a": label})
 
@@ -252,6 +306,63 @@ def test_exact_match_ignores_white_space_only():
     assert benchmark.correct("v  1\n", example.answer)
     assert not benchmark.correct("V 1", example.answer)
     assert not benchmark.correct("", example.answer)
+
+
+def test_a_line_break_typed_in_a_shell_is_a_line_break():
+    row = {"prompt": "p", "target": "t"}
+    assert ExactMatch(name="e", prompt=r"Q: {prompt}\nA:").render(row).prompt == "Q: p\nA:"
+    assert ExactMatch(name="e", prompt=r"Q: {prompt}\\nA:").render(row).prompt == r"Q: p\nA:"
+    benchmark = number(target=r" {reasoning}\nTotal: {number}", marker=r"\nTotal:", split_on=r"\n#")
+    assert benchmark.render({"q": "?", "a": "easy\n# 5"}).target == " easy\nTotal: 5"
+    assert benchmark.extract("\nTotal: 5") == "5"
+
+
+def test_the_command_that_shows_boolqs_passage_works():
+    text = (ROOT / "configs" / "data" / "boolq.yaml").read_text()
+    (override,) = shlex.split(next(line for line in text.splitlines() if "{passage}" in line).removeprefix("#"))
+    benchmark = instantiate(compose("boolq", override).benchmarks.boolq)
+    example = benchmark.render({"question": "is it", "passage": "It is.", "answer": True})
+    assert example.prompt == "It is.\nQuestion: is it\nReply with true/false.\nReply:"
+
+
+def test_a_template_reaches_into_a_row():
+    row = {"prompt": "p", "target": "t", "meta": {"lang": "fr"}, "turns": [{"text": "hi"}], "price": 1.5}
+    example = ExactMatch(name="e", prompt="{meta.lang} {turns.0.text} {price:.2f} {prompt!r}").render(row)
+    assert example.prompt == "fr hi 1.50 'p'"
+    chat = ExactMatch(name="e", prompt_column="turns.0.text", target_column="meta.lang")
+    assert chat.render(row)[:2] == ("hi", "fr")
+    assert chat.columns == ["turns", "meta"]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("turns", r"turns is \[\{'text': 'hi'\}\], expected a text; write \{turns\.0\} for what is in it"),
+        ("meta", r"meta is .*write \{meta\.lang\} for what is in it"),
+        ("meta.country", r"no 'meta\.country' in the row: found lang"),
+        ("turns.1.text", r"no 'turns\.1\.text' in the row"),
+        ("empty", "empty is null or missing, expected a text"),
+    ],
+)
+def test_a_template_never_writes_what_is_no_text(word, message):
+    row = {"prompt": "p", "target": "t", "meta": {"lang": "fr"}, "turns": [{"text": "hi"}], "empty": None}
+    with pytest.raises(DataError, match=message):
+        ExactMatch(name="e", prompt="{" + word + "}").render(row)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "joined"),
+    [
+        ("A: ", " 5", "A: 5"),
+        ("A:", " 5", "A: 5"),
+        ("A: ", "5", "A: 5"),
+        ("A:\n", "5", "A:\n5"),
+        ("A:  ", " 5", "A: 5"),
+    ],
+)
+def test_no_space_is_doubled_between_prompt_and_target(prompt, target, joined):
+    example = ExactMatch(name="e").render({"prompt": prompt, "target": target})
+    assert example.prompt + example.target == joined
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "base"])

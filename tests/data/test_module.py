@@ -39,6 +39,26 @@ def with_bad_rows(folder, bad=(11, 13), **settings) -> TCopilotDataModule:
     return data
 
 
+def test_a_row_without_a_key_is_skipped_and_counted(tmp_path):
+    data = with_bad_rows(tmp_path, on_error="skip")
+    for split in ("train", "test"):
+        text = (tmp_path / f"{split}.jsonl").read_text().replace('{"prompt": null, ', "{")
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    summary = prepared(data).summary()
+    for split in ("train", "test"):
+        assert (summary[f"mine/{split}"]["rows"], summary[f"mine/{split}"]["skipped"]) == (38, 2)
+    assert "row 11: no 'prompt' in the row: found target" in data.skipped["mine"][0]
+
+
+def test_rows_that_all_lack_a_key_are_refused_even_so(tmp_path):
+    data = with_bad_rows(tmp_path, on_error="skip")
+    (tmp_path / "train.jsonl").write_text('{"question": "a", "target": "b"}\n' * 3)
+    with pytest.raises(
+        DataError, match="no row is left: 3 were skipped, the first since row 1: no 'prompt' in the row"
+    ):
+        prepared(data)
+
+
 def prepared(data: TCopilotDataModule) -> TCopilotDataModule:
     data.prepare(byte_tokenizer(), "left")
     return data

@@ -269,8 +269,13 @@ def test_real_files_have_the_published_counts(name):
     assert len(example.seen) == len(rows["test"][-1]["history"])
 
 
-@pytest.mark.parametrize("index", KINDS)
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        *(pytest.param("beauty", index, marks=pytest.mark.slow) for index in KINDS),
+        *(("lastfm", index) for index in KINDS),
+    ],
+)
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real rows are not here")
 def test_real_items_have_names_of_their_own(name, index):
     benchmark = from_config(name, index=index)

@@ -32,6 +32,21 @@ def test_decoder_only_prompts_get_the_start_and_encoder_decoders_both_ends():
     assert prepare("right", framed_tokenizer())[0][1] == ([0, 3, 1], [4, 5, 6, 1])
 
 
+@pytest.mark.parametrize(("side", "source"), [("left", [0, 3]), ("right", [0, 3, 1])])
+@pytest.mark.parametrize("prompt", ["a", "<pad> a", "<pad> a <eos>"])
+def test_special_tokens_that_the_prompt_spells_out_are_not_doubled(prompt, side, source):
+    if side == "left" and "<eos>" in prompt:
+        source = [*source, 1]  # a chat's end of turn, which the tokenizer itself does not write here
+    assert prepare(side, framed_tokenizer(), [(0, {"prompt": prompt, "target": "d"})])[0][0] == (source, [6, 1])
+
+
+def test_a_tokenizer_without_an_end_token_is_told_where_to_name_one():
+    tokenizer = word_tokenizer(["a"])
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match=r"no end token.*give eos_token in the tokenizer_config\.json of pilot\.path"):
+        RowPreparer(tokenizer, "left")
+
+
 def test_ids_are_unique_across_benchmarks_and_texts_are_kept_for_evaluation():
     row = next(RowPreparer(framed_tokenizer(), "left")(ROWS[1:], BENCHMARK, 1, 2, False, print))
     assert (row["id"], row["benchmark"], row["length"]) == (3, 1, 6)

@@ -1,3 +1,4 @@
+import os
 from collections import Counter
 from dataclasses import dataclass
 
@@ -32,6 +33,40 @@ def test_bytes_that_are_not_utf8_name_file_and_line(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(ROW.encode() + b'{"prompt": "\xff\xfe", "target": "b"}\n')
     with pytest.raises(DataError, match=r"train\.jsonl, line 2: not JSON"):
         read(tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (f"[{ROW}]".encode(), "line 1: .*looks like one JSON array: write one object a line"),
+        (b"[\n" + ROW.encode() + b"]", "line 1: .*looks like one JSON array"),
+        (ROW.encode("utf-16"), "line 1: .*looks like UTF-16: save it as UTF-8"),
+        (ROW.encode("utf-16-be"), "line 1: .*looks like UTF-16"),
+        (
+            ROW.encode() + '{"prompt": "caf\xe9", "target": "b"}\n'.encode("cp1252"),
+            r"line 2: .*perhaps Windows' cp1252: save it as UTF-8",
+        ),
+    ],
+)
+def test_a_file_of_another_kind_names_the_likely_cause(tmp_path, content, cause):
+    (tmp_path / "train.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=rf"train\.jsonl, {cause}"):
+        read(tmp_path, None)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda file: file.mkdir(), "a folder"),
+        (lambda file: file.symlink_to("nowhere"), "a link to nothing"),
+        (os.mkfifo, "no regular file"),
+    ],
+)
+def test_a_split_that_is_no_file_is_refused(tmp_path, split, make, kind):
+    make(tmp_path / f"{split}.jsonl")
+    with pytest.raises(DataError, match=rf"{split}\.jsonl is {kind}\. Give a file there, or remove it"):
+        read(tmp_path, None, split)
 
 
 def test_a_missing_column_names_it_and_what_is_there(tmp_path):

@@ -52,11 +52,13 @@ class Example(NamedTuple):
 
 @dataclass(kw_only=True)
 class Benchmark(ABC):
-    """Describe one benchmark.
+    r"""Describe one benchmark.
 
-    Templates are ``str.format`` strings over the row's columns and the words that the class adds (``words``). For real
-    tokenizers of decoder-only Pilots the target template should start with a space or a line break, since prompt
-    and target are tokenised apart and then joined.
+    Templates are ``str.format`` strings over the row's columns, paths into them (``{meta.lang}``, ``{turns.0.text}``)
+    and the words that the class adds (``words``). For real tokenizers of decoder-only Pilots the target template
+    should start with a space or a line break, since prompt and target are tokenised apart and then joined; spaces
+    that end the prompt are then left out. A ``\n`` that a shell or plain YAML hands on as two characters is a line
+    break; ``\\n`` stands for the two characters.
 
     Attributes:
         name: Its key in ``data.benchmarks`` and in the results.
@@ -104,6 +106,9 @@ class Benchmark(ABC):
             raise DataError(f"{self.name}: splits has {unknown}; the known ones are {list(SPLITS)}")
         if "train" not in self.splits:
             raise DataError(f"{self.name}: splits names no train split")
+        for name in ("prompt", "target", "marker", "split_on"):
+            if isinstance(text := getattr(self, name, None), str):
+                setattr(self, name, re.sub(r"(?<!\\)\\n", "\n", text).replace(r"\\n", r"\n"))
         for name in ("prompt", "target"):
             try:
                 bad = any(not word or word[0].isdigit() for word in words_of(getattr(self, name)))
@@ -232,14 +237,8 @@ class Benchmark(ABC):
         return [word for text in (self.prompt, self.target) for word in words_of(text) if word not in self.words]
 
     def _example(self, row: Row, answer: str, /, **words: str) -> Example:
-        values = {**row, **words}
-        for name in self._in_templates():
-            value = values.get(name.split(".")[0])
-            if value is None:
-                raise DataError(f"{name} is null or missing, expected a text")
-            if not is_finite(value):
-                raise DataError(f"{name} is {value}, expected a text or a finite number")
-        return Example(self.prompt.format(**values), self.target.format(**values), answer)
+        prompt, target = (_Filler(words).vformat(text, (), row) for text in (self.prompt, self.target))
+        return Example(prompt.rstrip(" ") if target.startswith(" ") else prompt, target, answer)
 
 
 @dataclass(kw_only=True)
@@ -263,6 +262,26 @@ class ExactMatch(Benchmark):
         prompt, target = text_at(row, self.prompt_column), text_at(row, self.target_column)
         example = self._example(row, "", prompt=prompt, target=target)
         return example._replace(answer=tidy(example.target) or "")
+
+
+class _Filler(Formatter):
+    """Fill a template with the words of a benchmark's class and the values of a row."""
+
+    def __init__(self, words: Mapping[str, str]) -> None:
+        self.words = words
+
+    def get_field(self, name: str, args: Sequence[Any], row: Row) -> tuple[Any, str]:
+        if name in self.words:
+            return self.words[name], name
+        value = lookup(row, name)
+        if value is None:
+            raise DataError(f"{name} is null or missing, expected a text")
+        if not isinstance(value, str | int | float):
+            within = f"{name}.{next(iter(value), 0) if isinstance(value, Mapping) else 0}"
+            raise DataError(f"{name} is {value!r:.80}, expected a text; write {{{within}}} for what is in it")
+        if not is_finite(value):
+            raise DataError(f"{name} is {value}, expected a text or a finite number")
+        return value, name
 
 
 def words_of(template: str) -> list[str]:
@@ -290,13 +309,16 @@ def _is_of(value: Any, kind: str) -> bool:
 
 
 def lookup(row: Row, path: str) -> Any:
-    """Return the value at a column or a dotted path: ``choices.text`` is key ``text`` of column ``choices``.
+    """Return the value at a column or a dotted path: ``turns.0.text`` is key ``text`` of the first in ``turns``.
 
     Raises:
         DataError: If a part of the path is missing.
     """
     value: Any = row
     for key in path.split("."):
+        if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+            continue
         if not isinstance(value, Mapping) or key not in value:
             found = ", ".join(value) if isinstance(value, Mapping) else repr(value)
             raise DataError(f"no {path!r} in the row: found {found}")

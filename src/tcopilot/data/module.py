@@ -51,7 +51,7 @@ class TCopilotDataModule(LightningDataModule):
         held_out: Each round then brings as many rows held out as rows to train on, as ``Batch.held_out``.
         max_train_rows: Of a stream, its first rows.
         on_error: With ``skip``, rows left out are counted in ``summary`` and named in the log and in ``skipped``. A
-            file that cannot be read, or whose rows lack a column, is refused either way.
+            file that cannot be read, or whose rows all lack a column, is refused either way.
         num_workers: A stream uses one at most, which keeps its order.
 
     Attributes:
@@ -99,7 +99,7 @@ class TCopilotDataModule(LightningDataModule):
         self.benchmarks, self.weights, self.streaming = benchmarks, weights, streaming
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.rounds, self.epochs, self.held_out = rounds, epochs, held_out
-        self._reader = SplitReader(path, streaming, validation_size, max_train_rows, max_eval_rows, seed)
+        self._reader = SplitReader(path, streaming, validation_size, max_train_rows, max_eval_rows, seed, on_error)
         self.limits = (max_source_length, max_target_length, overflow)
         self.on_error = on_error
         self.group_by_length, self.num_workers, self.shuffle_buffer = group_by_length, num_workers, shuffle_buffer

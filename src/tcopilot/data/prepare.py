@@ -22,7 +22,8 @@ class RowPreparer:
 
     Prompt and target are tokenised apart. A decoder-only Pilot's prompt (``source_side="left"``) gets what the
     tokenizer puts at a text's start, such as a begin token, and never an end token; an encoder-decoder's (``"right"``)
-    gets both ends as the tokenizer itself writes them. A target is its tokens and one end token.
+    gets both ends as the tokenizer itself writes them. What a prompt spells out already, as those of chat templates
+    do, is not written twice. A target is its tokens and one end token.
 
     Args:
         tokenizer: The Pilot's.
@@ -51,7 +52,10 @@ class RowPreparer:
         if overflow not in ("error", "drop", "truncate"):
             raise DataError(f"data.overflow is error, drop or truncate, got {overflow!r}")
         if tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no end token, so targets could not end; set tokenizer.eos_token")
+            raise DataError(
+                "the tokenizer has no end token, so no target could end; give eos_token in the tokenizer_config.json "
+                "of pilot.path"
+            )
         self.tokenizer, self.overflow = tokenizer, overflow
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
         self.counts: Counter[str] = Counter()
@@ -120,12 +124,18 @@ class RowPreparer:
             else:
                 examples[number] = example
         if examples:
-            sources = self._ids([example.prompt for example in examples.values()])
+            sources = map(self._unframed, self._ids([example.prompt for example in examples.values()]))
             targets = self._ids([example.target for example in examples.values()])
             yield from zip(examples, examples.values(), sources, targets, strict=True)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+
+    def _unframed(self, ids: list[int]) -> list[int]:
+        """Leave out the special tokens that the prompt's text brings itself."""
+        if self._start and ids[: len(self._start)] == self._start:
+            ids = ids[len(self._start) :]
+        return ids[: -len(self._end)] if self._end and ids[-len(self._end) :] == self._end else ids
 
     def _texts(self, example: Example) -> dict[str, Any]:
         """Return what only evaluation needs of a row."""

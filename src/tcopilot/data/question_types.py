@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Formatter, ascii_uppercase
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from tcopilot.data.answers import close, first_name, last_number, letter_after, name_after, number_after, read_number
 from tcopilot.data.benchmarks import Benchmark, DataError, Example, Row, is_finite, lookup, text_at
@@ -90,6 +90,8 @@ class MultipleChoice(NamedAnswer):
         heading_column: Column of a heading that is put before the question with a colon; left out where it is empty.
         question_column: Column of the question, or a path such as ``question.stem``.
         option_columns: Columns or paths, each of one option or of a list of them, in order.
+        option_labels_column: Column or path of the list of the options' own labels, one of which the gold label is.
+            None, or a row without the last key of the path, counts the options as ``label`` says.
         option_name: Name of an option without its number.
         option_count: Options that each row must have; None takes what the row has.
         label_column: Column or path of the gold option.
@@ -100,6 +102,7 @@ class MultipleChoice(NamedAnswer):
     heading_column: str | None = None
     question_column: str
     option_columns: list[str]
+    option_labels_column: str | None = None
     option_name: str = "answer"
     option_count: int | None = None
     label_column: str
@@ -121,10 +124,11 @@ class MultipleChoice(NamedAnswer):
         options = _options(row, self.option_columns, self.option_count)
         names = [f"{self.option_name}{number}" for number in range(1, len(options) + 1)]
         question = text_at(row, self.question_column).strip()
-        heading = (lookup(row, self.heading_column) or "").strip() if self.heading_column else ""
+        heading = self.heading_column and lookup(row, self.heading_column)
+        heading = text_at(row, self.heading_column).strip() if heading is not None else ""
         return self._closed(
             row,
-            self._gold(lookup(row, self.label_column), len(options)),
+            self._gold(row, len(options)),
             names,
             question=f"{heading}: {question}" if heading else question,
             options="\n".join(f"{name}: {option}" for name, option in zip(names, options, strict=True)),
@@ -137,10 +141,21 @@ class MultipleChoice(NamedAnswer):
             return rf"{name}\d+"
         return "|".join(f"{name}{number}" for number in range(self.option_count, 0, -1))  # 12 before 1
 
-    def _gold(self, label: Any, options: int) -> int:
-        """Return the place of the option that a label names."""
+    def _gold(self, row: Row, options: int) -> int:
+        """Return the place of the gold option."""
+        label = lookup(row, self.label_column)
         text = str(label).strip()
-        if self.label == "letter":
+        *path, key = (self.option_labels_column or "").split(".")
+        held = lookup(row, ".".join(path)) if path else row
+        if key and key in held:
+            labels = held[key]
+            names = [str(name).strip().upper() for name in labels] if isinstance(labels, list) else []
+            if len(set(names)) != options or len(names) != options:
+                expected = f"{options} different labels, one for each option"
+                raise DataError(f"{self.option_labels_column} is {labels!r:.80}, expected {expected}")
+            index = names.index(text.upper()) if text.upper() in names else -1
+            expected = f"{names[0]} to {names[-1]}" if names == sorted(names) else f"one of {', '.join(names)}"
+        elif self.label == "letter":
             index = ascii_uppercase.find(text.upper()) if len(text) == 1 else -1
             expected = f"A to {ascii_uppercase[options - 1]}"
         else:
@@ -212,10 +227,14 @@ class NumberAnswer(TwoReadings):
     def render(self, row: Row) -> Example:
         """Divide the answer column into reasoning and number."""
         text = text_at(row, self.answer_column)
-        reasoning, _, tail = text.rpartition(self.split_on) if self.split_on else ("", "", text)
+        reasoning, found, tail = text.rpartition(self.split_on) if self.split_on else ("", True, text)
+        if not found:
+            raise DataError(f"{self.answer_column} is {text[-40:]!r}, without {self.split_on!r} before the number")
         number = read_number(tail)
         if number is None:
-            raise DataError(f"{self.answer_column} is {text[-40:]!r}, which gives no number; expected one")
+            raise DataError(
+                f"{self.answer_column} is {text[-40:]!r}, which gives no number; expected one, with at most a unit"
+            )
         if self.remove:
             reasoning = re.sub(self.remove, "", reasoning)
         return self._example(row, number, reasoning=reasoning.strip(), number=number)
@@ -312,6 +331,8 @@ def _options(row: Row, paths: Sequence[str], count: int | None) -> list[str]:
             if not isinstance(option, str | int | float) or not is_finite(option):
                 raise DataError(f"{path} is {value!r:.80}, expected a text or a list of texts")
             options.append(str(option).strip())
+            if not options[-1]:
+                raise DataError(f"{path} has an empty option: {value!r:.80}")
     if len(options) < 2 or (count is not None and len(options) != count):
         expected = "at least 2" if count is None else str(count)
         raise DataError(f"{', '.join(paths)} gives {len(options)} options {options!r:.80}, expected {expected}")

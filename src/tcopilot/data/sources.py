@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +31,16 @@ class RowSource:
         where: File, Hub id or task, for messages.
         benchmark: Whose columns are checked.
         rows: What is iterated.
+        check: False hands on a row without a column, which is then refused where it is rendered.
     """
 
     where: str
     benchmark: Benchmark
     rows: Iterable[dict[str, Any]]
+    check: bool = True
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        columns, number = self.benchmark.columns, 0
+        columns, number = self.benchmark.columns if self.check else [], 0
         for number, row in enumerate(self.rows, start=1):
             if missing := [column for column in columns if column not in row]:
                 raise DataError(
@@ -65,11 +68,16 @@ class JsonLines:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line, object_pairs_hook=_each_once)
+                row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_each_once)
             except (ValueError, RecursionError) as error:  # malformed, too deep, or bytes that are not UTF-8
-                raise DataError(f"{self.file}, line {number}: not JSON ({error}). Mend or remove it.") from error
+                raise DataError(
+                    f"{self.file}, line {number}: not JSON ({error}). {_likely_cause(line, number)}"
+                ) from error
             if not isinstance(row, dict):
-                raise DataError(f"{self.file}, line {number}: expected an object {{…}}, got {line[:40]!r}.")
+                raise DataError(
+                    f"{self.file}, line {number}: expected an object {{…}}, got {line[:40]!r}. "
+                    f"{_likely_cause(line, number)}"
+                )
             yield row
 
     def _lines(self) -> Iterator[bytes]:
@@ -82,6 +90,19 @@ class JsonLines:
             ) from error
 
 
+def _likely_cause(line: bytes, number: int) -> str:
+    """Say why a line is no JSON object, and what to do."""
+    if b"\0" in line:
+        return "The file looks like UTF-16: save it as UTF-8, as iconv -f UTF-16 -t UTF-8 does."
+    if number == 1 and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+        return "The file looks like one JSON array: write one object a line, as jq -c '.[]' does."
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return "It is not UTF-8 but perhaps Windows' cp1252: save it as UTF-8, as iconv -f CP1252 -t UTF-8 does."
+    return "Mend or remove it."
+
+
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse an object that gives a key twice, of which JSON readers silently keep the last."""
     values = dict(pairs)
@@ -91,14 +112,16 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def open_split(benchmark: Benchmark, split: str, path: str | Path | None, streaming: bool = False) -> RowSource | None:
+def open_split(
+    benchmark: Benchmark, split: str, path: str | Path | None, streaming: bool = False, check: bool = True
+) -> RowSource | None:
     """Find the rows of a split.
 
     A built-in task brings its own. With ``path`` they come from ``<path>/<folder>/<file>`` if that folder exists, else
     from ``<path>/<file>``; the file is the benchmark's for that split, ``<split>.jsonl`` unless it says otherwise.
     Without ``path`` the Hub's copy is loaded.
 
-    ``streaming`` reads its files while they are used instead of downloading them first.
+    ``streaming`` reads its files while they are used instead of downloading them first; ``check`` is `RowSource`'s.
 
     Returns:
         The rows; None for a validation split that does not exist, or a test split left out of ``benchmark.splits``.
@@ -111,7 +134,7 @@ def open_split(benchmark: Benchmark, split: str, path: str | Path | None, stream
     if rows is not None:
         return RowSource(f"built-in task {benchmark.name}, {split}", benchmark, rows)
     if path is not None:
-        return _open_local(benchmark, split, Path(path))
+        return _open_local(benchmark, split, Path(path), check)
     if split not in benchmark.splits:
         return None
     if benchmark.hub is None:
@@ -119,7 +142,7 @@ def open_split(benchmark: Benchmark, split: str, path: str | Path | None, stream
             f"{benchmark.name}: there is no copy on the Hub, and data.path is not given. Give data.path=<folder> that "
             f"holds {_files(benchmark)}."
         )
-    return _open_hub(benchmark, split, streaming)
+    return _open_hub(benchmark, split, streaming, check)
 
 
 def mixture(parts: Sequence[Stream], weights: Sequence[float] | None = None, seed: int = 0) -> Stream:
@@ -152,11 +175,14 @@ def _call(rows: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, An
     yield from rows()
 
 
-def _open_local(benchmark: Benchmark, split: str, root: Path) -> RowSource | None:
+def _open_local(benchmark: Benchmark, split: str, root: Path, check: bool) -> RowSource | None:
     folder = root / (benchmark.folder or benchmark.name)
     file = (folder if folder.is_dir() else root) / benchmark.file(split)
     if file.is_file():
-        return RowSource(str(file), benchmark, benchmark.derive(split, JsonLines(file)))
+        return RowSource(str(file), benchmark, benchmark.derive(split, JsonLines(file)), check)
+    if os.path.lexists(file):
+        kind = "a folder" if file.is_dir() else "a link to nothing" if file.is_symlink() else "no regular file"
+        raise DataError(f"{benchmark.name}: {file} is {kind}. Give a file there, or remove it.")
     if split == "validation" or split not in benchmark.splits:
         return None
     there = sorted(path.name for path in file.parent.glob("*"))[:10] if file.parent.is_dir() else "no such folder"
@@ -172,7 +198,7 @@ def _files(benchmark: Benchmark) -> str:
     return f"{' and '.join(files)}, or a folder {benchmark.folder or benchmark.name!r} with them"
 
 
-def _open_hub(benchmark: Benchmark, split: str, streaming: bool) -> RowSource:
+def _open_hub(benchmark: Benchmark, split: str, streaming: bool, check: bool) -> RowSource:
     where = f"Hub data set {benchmark.hub}, config {benchmark.config}, split {benchmark.splits[split]}"
     try:
         rows = datasets.load_dataset(
@@ -184,4 +210,4 @@ def _open_hub(benchmark: Benchmark, split: str, streaming: bool) -> RowSource:
             f"{where} could not be read ({type(error).__name__}: {error}). Without network, give "
             f"data.path=<folder> that holds {_files(benchmark)}."
         ) from error
-    return RowSource(where, benchmark, rows)
+    return RowSource(where, benchmark, rows, check)

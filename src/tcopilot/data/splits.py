@@ -46,6 +46,7 @@ class SplitReader:
     max_train_rows: int | None
     max_eval_rows: int | None
     seed: int
+    on_error: str = "stop"
 
     def __call__(self, benchmark: Benchmark) -> tuple[dict[str, Split], list[str]]:
         """Return the splits and, if there are any, the problems found on the way."""
@@ -54,7 +55,7 @@ class SplitReader:
         for name in SPLITS:
             streamed = self.streaming and name == "train"
             try:
-                source = open_split(benchmark, name, self.path, streamed)
+                source = open_split(benchmark, name, self.path, streamed, check=self.on_error == "stop")
                 if source is not None:
                     rows = NumberedRows(source)
                     splits[name] = Split(source.where, rows if streamed else list(rows))
