@@ -31,7 +31,7 @@ class RowSource:
         where: File, Hub id or task, for messages.
         benchmark: Whose columns are checked.
         rows: What is iterated.
-        check: False hands on a row without a column, which is then refused where it is rendered.
+        check: False hands on a row without a column, unless all rows lack one; it is then refused where it is rendered.
     """
 
     where: str
@@ -40,15 +40,20 @@ class RowSource:
     check: bool = True
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        columns, number = self.benchmark.columns if self.check else [], 0
+        columns, number, complete, problem = self.benchmark.columns, 0, 0, None
         for number, row in enumerate(self.rows, start=1):
-            if missing := [column for column in columns if column not in row]:
-                raise DataError(
+            complete += not (missing := [column for column in columns if column not in row])
+            if missing and not problem:
+                problem = DataError(
                     f"{self.where}: row {number} has no column {', '.join(map(repr, missing))}; it has "
                     f"{', '.join(map(repr, row))}. Rename it there, or name the right columns in "
                     f"data.benchmarks.{self.benchmark.name}."
                 )
+            if missing and self.check:
+                raise problem
             yield row
+        if problem and not complete:
+            raise problem
         if not number:
             raise DataError(f"{self.where}: no rows. Every split needs at least one.")
 
