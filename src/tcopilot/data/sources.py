@@ -31,7 +31,7 @@ class RowSource:
         where: File, Hub id or task, for messages.
         benchmark: Whose columns are checked.
         rows: What is iterated.
-        check: False hands on a row without a column, unless all rows lack one; it is then refused where it is rendered.
+        check: False hands on a row without a column, which is refused when it is rendered, unless all rows lack one.
     """
 
     where: str
