@@ -149,13 +149,9 @@ class GeneratedTask(ExactMatch):
         return rows | {"train": self._draw(random, self.train, held, keep=False)}
 
     def _draw(self, random: Random, count: int, held: set[str], keep: bool) -> list[dict[str, str]]:
-        """Draw rows whose prompts are not in ``held``; ``keep`` adds theirs to it.
-
-        Raises:
-            DataError: If prompts run out, recognised by far more draws than rows.
-        """
+        """Draw rows whose prompts are not in ``held``; ``keep`` adds theirs to it."""
         rows: list[dict[str, str]] = []
-        for _ in range(20 * count + 1000):
+        for _ in range(20 * count + 1000):  # far more draws than rows mean that prompts ran out
             if len(rows) == count:
                 return rows
             prompt, target = KINDS[self.kind].draw(random)

@@ -319,11 +319,7 @@ class LetteredOptions(TwoReadings):
 
 
 def _options(row: Row, paths: Sequence[str], count: int | None) -> list[str]:
-    """Return a row's options, stripped.
-
-    Raises:
-        DataError: If one is no text, or if there are fewer than two or not ``count``.
-    """
+    """Return a row's options, stripped; refuse what is no text, is empty, or has fewer than two or not ``count``."""
     options: list[str] = []
     for path in paths:
         value = lookup(row, path)

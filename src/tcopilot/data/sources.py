@@ -120,16 +120,10 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def open_split(
     benchmark: Benchmark, split: str, path: str | Path | None, streaming: bool = False, check: bool = True
 ) -> RowSource | None:
-    """Find the rows of a split.
+    """Find the rows of a split; None for a validation split that does not exist or a test split that is not asked for.
 
     A built-in task brings its own. With ``path`` they come from ``<path>/<folder>/<file>`` if that folder exists, else
-    from ``<path>/<file>``; the file is the benchmark's for that split, ``<split>.jsonl`` unless it says otherwise.
-    Without ``path`` the Hub's copy is loaded.
-
-    ``streaming`` reads its files while they are used instead of downloading them first; ``check`` is `RowSource`'s.
-
-    Returns:
-        The rows; None for a validation split that does not exist, or a test split left out of ``benchmark.splits``.
+    from ``<path>/<file>``. Without it the Hub's copy is loaded; ``streaming`` reads its files while they are used.
 
     Raises:
         DataError: If a required file is missing.
@@ -137,17 +131,12 @@ def open_split(
     """
     rows = benchmark.builtin_rows(split)
     if rows is not None:
-        return RowSource(f"built-in task {benchmark.name}, {split}", benchmark, rows)
-    if path is not None:
-        return _open_local(benchmark, split, Path(path), check)
-    if split not in benchmark.splits:
-        return None
-    if benchmark.hub is None:
-        raise HubError(
-            f"{benchmark.name}: there is no copy on the Hub, and data.path is not given. Give data.path=<folder> that "
-            f"holds {_files(benchmark)}."
-        )
-    return _open_hub(benchmark, split, streaming, check)
+        found = f"built-in task {benchmark.name}, {split}", rows
+    elif path is not None:
+        found = _local_rows(benchmark, split, Path(path))
+    else:
+        found = _hub_rows(benchmark, split, streaming) if split in benchmark.splits else None
+    return found and RowSource(found[0], benchmark, found[1], check)
 
 
 def mixture(parts: Sequence[Stream], weights: Sequence[float] | None = None, seed: int = 0) -> Stream:
@@ -165,10 +154,8 @@ def mixture(parts: Sequence[Stream], weights: Sequence[float] | None = None, see
         return datasets.concatenate_datasets(list(parts))
     if min(weights) <= 0:
         raise DataError(f"data.weights must be positive, got {list(weights)}; leave out a benchmark to drop it.")
-    probabilities = [weight / sum(weights) for weight in weights]
-    return datasets.interleave_datasets(
-        list(parts), probabilities=probabilities, seed=seed, stopping_strategy="all_exhausted"
-    )
+    shares = [weight / sum(weights) for weight in weights]
+    return datasets.interleave_datasets(list(parts), shares, seed=seed, stopping_strategy="all_exhausted")
 
 
 def as_stream(rows: Callable[[], Iterator[dict[str, Any]]]) -> datasets.IterableDataset:
@@ -180,11 +167,11 @@ def _call(rows: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, An
     yield from rows()
 
 
-def _open_local(benchmark: Benchmark, split: str, root: Path, check: bool) -> RowSource | None:
+def _local_rows(benchmark: Benchmark, split: str, root: Path) -> tuple[str, Iterable[Any]] | None:
     folder = root / (benchmark.folder or benchmark.name)
     file = (folder if folder.is_dir() else root) / benchmark.file(split)
     if file.is_file():
-        return RowSource(str(file), benchmark, benchmark.derive(split, JsonLines(file)), check)
+        return str(file), benchmark.derive(split, JsonLines(file))
     if os.path.lexists(file):
         kind = "a folder" if file.is_dir() else "a link to nothing" if file.is_symlink() else "no regular file"
         raise DataError(f"{benchmark.name}: {file} is {kind}. Give a file there, or remove it.")
@@ -203,16 +190,21 @@ def _files(benchmark: Benchmark) -> str:
     return f"{' and '.join(files)}, or a folder {benchmark.folder or benchmark.name!r} with them"
 
 
-def _open_hub(benchmark: Benchmark, split: str, streaming: bool, check: bool) -> RowSource:
+def _hub_rows(benchmark: Benchmark, split: str, streaming: bool) -> tuple[str, Iterable[Any]]:
+    if benchmark.hub is None:
+        raise HubError(
+            f"{benchmark.name}: there is no copy on the Hub, and data.path is not given. Give data.path=<folder> that "
+            f"holds {_files(benchmark)}."
+        )
     where = f"Hub data set {benchmark.hub}, config {benchmark.config}, split {benchmark.splits[split]}"
     try:
+        name, revision = benchmark.splits[split], benchmark.revision
         rows = datasets.load_dataset(
-            benchmark.hub, benchmark.config,
-            revision=benchmark.revision, split=benchmark.splits[split], streaming=streaming,
-        )  # fmt: skip
+            benchmark.hub, benchmark.config, revision=revision, split=name, streaming=streaming
+        )
     except Exception as error:  # the Hub's clients raise many unrelated types: no network, offline mode, no such name
         raise HubError(
             f"{where} could not be read ({type(error).__name__}: {error}). Without network, give "
             f"data.path=<folder> that holds {_files(benchmark)}."
         ) from error
-    return RowSource(where, benchmark, rows, check)
+    return where, rows
