@@ -1,4 +1,4 @@
-"""Each of the twelve sets, from its real rows to a results file, with both Pilots of the tests."""
+"""The twelve sets, from their real rows to a results file, with both Pilots of the tests."""
 
 from pathlib import Path
 
@@ -22,16 +22,20 @@ def figures(folder: Path, benchmark: str) -> set[tuple[str, str, float]]:
     }
 
 
-@pytest.mark.parametrize("pilot", ["tiny_t5", "tiny_llama"])
+@pytest.fixture(scope="module", params=["tiny_t5", "tiny_llama"])
+def reasoning(request, tmp_path_factory) -> Path:
+    """One run on all reasoning sets together."""
+    given = [f"data=[{','.join(REASONING)}]", f"pilot={request.param}", "evaluation.modes=[generation,likelihood]"]
+    return composed.train(tmp_path_factory.mktemp(request.param), *SMALL, *given)
+
+
 @pytest.mark.parametrize("name", REASONING)
-def test_a_reasoning_set_trains_and_is_scored_by_text_and_by_likelihood(name, pilot, tmp_path):
-    modes = "evaluation.modes=[generation,likelihood]"
-    folder = composed.train(tmp_path, *SMALL, f"pilot={pilot}", f"data={name}", modes)
+def test_a_reasoning_set_trains_and_is_scored_by_text_and_by_likelihood(name, reasoning):
     metrics = {"accuracy", "accuracy_lenient", "no_answer"}
     metrics |= set() if name in OPEN else {"accuracy_sum", "accuracy_mean"}
-    found = figures(folder, name)
+    found = figures(reasoning, name)
     assert found == {(s, m, w) for s in ("validation", "test") for m in metrics for w in (0.0, 0.3, 1.0)}
-    (gain, *_) = composed.results(folder)["gain"]
+    (gain, *_) = (gain for gain in composed.results(reasoning)["gain"] if gain["benchmark"] == name)
     assert gain["metric"] == "accuracy"
 
 

@@ -1,3 +1,4 @@
+import gzip
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -40,6 +41,13 @@ def test_bytes_that_are_not_utf8_name_file_and_line(tmp_path):
     [
         (f"[{ROW}]".encode(), "line 1: .*looks like one JSON array: write one object a line"),
         (b"[\n" + ROW.encode() + b"]", "line 1: .*looks like one JSON array"),
+        (
+            b'{\n  "prompt": "a",\n  "target": "b"\n}\n',
+            "line 1: .*looks like JSON with line breaks inside its objects",
+        ),
+        (gzip.compress(ROW.encode()), "line 1: .*looks like gzip: unpack it"),
+        (b"PAR1\x15\x04\n", "line 1: .*looks like Parquet"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "line 1: .*looks like a pointer of Git LFS"),
         (ROW.encode("utf-16"), "line 1: .*looks like UTF-16: save it as UTF-8"),
         (ROW.encode("utf-16-be"), "line 1: .*looks like UTF-16"),
         (

@@ -13,6 +13,14 @@ import datasets
 
 from tcopilot.data.benchmarks import Benchmark, DataError
 
+STARTS = {  # of files that are no JSON lines
+    b"[": "one JSON array: write one object a line, as jq -c '.[]' does",
+    b"{": "JSON with line breaks inside its objects: write one object a line, as jq -c . does",
+    b"\x1f\x8b": "gzip: unpack it",
+    b"PK": "a zip archive: unpack it",
+    b"PAR1": "Parquet: write one JSON object a line",
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file with git lfs pull",
+}
 Stream = TypeVar("Stream", datasets.Dataset, datasets.IterableDataset)
 
 
@@ -97,10 +105,12 @@ class JsonLines:
 
 def _likely_cause(line: bytes, number: int) -> str:
     """Say why a line is no JSON object, and what to do."""
+    start = line.lstrip(b"\xef\xbb\xbf \t")
+    for first, advice in STARTS.items():
+        if number == 1 and start.startswith(first) and (first != b"{" or not start[1:].strip()):
+            return f"The file looks like {advice}."
     if b"\0" in line:
         return "The file looks like UTF-16: save it as UTF-8, as iconv -f UTF-16 -t UTF-8 does."
-    if number == 1 and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
-        return "The file looks like one JSON array: write one object a line, as jq -c '.[]' does."
     try:
         line.decode()
     except UnicodeDecodeError:
