@@ -337,8 +337,11 @@ def test_a_template_reaches_into_a_row():
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("turns", r"turns is \[\{'text': 'hi'\}\], expected a text; write \{turns\.0\} for what is in it"),
-        ("meta", r"meta is .*write \{meta\.lang\} for what is in it"),
+        (
+            "turns",
+            r"turns is \[\{'text': 'hi'\}\], expected a text; write turns\.0 for what is in it",
+        ),
+        ("meta", r"meta is .*write meta\.lang for what is in it"),
         ("meta.country", r"no 'meta\.country' in the row: found lang"),
         ("turns.1.text", r"no 'turns\.1\.text' in the row"),
         ("empty", "empty is null or missing, expected a text"),

@@ -276,12 +276,8 @@ class _Filler(Formatter):
         value = lookup(row, name)
         if value is None:
             raise DataError(f"{name} is null or missing, expected a text")
-        if not isinstance(value, str | int | float):
-            within = f"{name}.{next(iter(value), 0) if isinstance(value, Mapping) else 0}"
-            raise DataError(f"{name} is {value!r:.80}, expected a text; write {{{within}}} for what is in it")
-        if not is_finite(value):
-            raise DataError(f"{name} is {value}, expected a text or a finite number")
-        return value, name
+        text_at(row, name)
+        return value, name  # not the text: a format such as :.2f wants the number
 
 
 def words_of(template: str) -> list[str]:
@@ -334,5 +330,8 @@ def text_at(row: Row, path: str) -> str:
     """
     value = lookup(row, path)
     if not isinstance(value, str | int | float) or not is_finite(value):
-        raise DataError(f"{path} is {value!r:.80}, expected a text")
+        key = next(iter(value), 0) if isinstance(value, Mapping) else 0
+        mend = f"; write {path}.{key} for what is in it" if isinstance(value, list | Mapping) else ""
+        mend = " or a finite number" if isinstance(value, float) else mend
+        raise DataError(f"{path} is {value!r:.80}, expected a text{mend}")
     return str(value)
