@@ -265,6 +265,14 @@ def test_bad_rows_of_a_stream_can_be_skipped(tmp_path, caplog):
         seen = {row for batch in ids(data.train_dataloader()) for row in batch}
     assert seen == set(range(40)) - {10, 12}
     assert "row 11: prompt is None" in caplog.text
+    assert "train.jsonl, of this pass over the stream: 2 skipped" in caplog.text
+
+
+def test_rows_that_a_stream_drops_as_too_long_are_counted(tmp_path, caplog):
+    data = prepared(local(tmp_path, streaming=True, overflow="drop", validation_size=4, max_source_length=7))
+    with caplog.at_level(logging.WARNING):
+        assert {row for batch in ids(data.train_dataloader()) for row in batch} == set(range(4, 10))
+    assert "train.jsonl, of this pass over the stream: 30 dropped" in caplog.text
 
 
 def test_a_split_of_bad_rows_only_is_refused_even_if_they_may_be_skipped(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -132,7 +133,8 @@ class TCopilotDataModule(LightningDataModule):
             DataError: With every problem found, one a line.
         """
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        preparer = RowPreparer(tokenizer, source_side, *self.limits)
+        fixed = tokenizer, source_side, *self.limits
+        preparer = RowPreparer(*fixed)
         self._collate = PromptTargetCollator(pad, source_side)
         self._evaluation, self._summary, self._digest = {}, {}, hashlib.sha256()
         self.skipped = {name: [] for name in self.benchmarks}
@@ -143,11 +145,11 @@ class TCopilotDataModule(LightningDataModule):
             complaints += found
             for split, part in splits.items():
                 training, skips, place = split == "train", self.on_error == "skip", f"{name}, {part.where}, "
-                prepare = partial(preparer, part.rows, benchmark, index, len(self.benchmarks), training)
+                shared = part.rows, benchmark, index, len(self.benchmarks), training
                 if training and self.streaming:
-                    skip = _LogFirst(place) if skips else None
-                    train.append(as_stream(partial(prepare, partial(_complain, place), skip)))
+                    train.append(as_stream(_Stream(RowPreparer(*fixed), shared, place, skips)))
                     continue
+                prepare = partial(preparer, *shared)
                 refused: list[str] = []
                 skipped: list[str] = []
                 preparer.counts.clear()
@@ -318,17 +320,24 @@ class TCopilotDataModule(LightningDataModule):
 
 
 @dataclass
-class _LogFirst:
-    """Log the first rows of a stream that are skipped."""
+class _Stream:
+    """Prepare the rows of a streamed split, as often as called, and log the number of those that a pass leaves out."""
 
+    preparer: RowPreparer
+    shared: tuple[Any, ...]
     place: str
-    count: int = 0
+    skips: bool
 
-    def __call__(self, text: str) -> None:
-        self.count += 1
-        if self.count <= SHOWN:
-            last = "; further ones are skipped silently" if self.count == SHOWN else ""
-            log.warning("skipped %s%s%s", self.place, text, last)
+    def __call__(self) -> Iterator[PreparedRow]:
+        self.preparer.counts.clear()
+        yield from self.preparer(*self.shared, partial(_complain, self.place), self._skip if self.skips else None)
+        if left := ", ".join(f"{count} {what}" for what, count in self.preparer.counts.items()):
+            log.warning("%sof this pass over the stream: %s", self.place, left)
+
+    def _skip(self, text: str) -> None:
+        count = self.preparer.counts["skipped"] = self.preparer.counts["skipped"] + 1
+        if count <= SHOWN or count % 1000 == 0:
+            log.warning("skipped %s%s (%d so far)", self.place, text, count)
 
 
 def _shortened(complaints: list[str], skipped: list[str], rows: list[PreparedRow]) -> list[str]:
