@@ -215,6 +215,17 @@ NUMBERS = {
     "-5e-1": "-0.5",
     "2 - 1/2": None,
     "½ dozen": "6",
+    "５": "5",
+    "٣": "3",
+    "1{,}234": "1234",
+    r"1\,234": "1234",
+    r"\$18": "18",
+    "18 dollars.": "18",
+    "18, since 3*6": "18",
+    "18 (3*6)": "18",
+    "20% of 50": "20",
+    "3:00 PM": None,
+    f"1e{'9' * 5000}": None,
 }
 # What it finds in a label, which must be a number and at most its unit.
 LABELS = {

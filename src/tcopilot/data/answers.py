@@ -139,7 +139,8 @@ def letter_after(text: str, marker: str, letters: str) -> str | None:
 
 
 def _spelt_out(text: str) -> str:
-    """Write minus signs, vulgar fractions, superscripts and the LaTeX of numbers in plain characters."""
+    """Write other digits, minus signs, vulgar fractions, superscripts and the LaTeX of numbers in plain characters."""
+    text = re.sub(r"(?![0-9])\d", lambda found: str(int(found[0])), text.replace("{,}", ","))
     text = re.sub(
         r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r" \1/\2", text.replace("\\times", "×").replace("\\cdot", "·")
     )
@@ -150,8 +151,8 @@ def _spelt_out(text: str) -> str:
 
 def _value(found: re.Match[str]) -> str | None:
     """Return what a match of ``_QUANTITY`` amounts to; None if that is no number."""
-    power = int(found["power"] or found["exponent"] or 0)
-    if abs(power) > LARGEST_POWER:
+    power = found["power"] or found["exponent"] or "0"
+    if len(power) > len(f"-{LARGEST_POWER}") or abs(int(power)) > LARGEST_POWER:
         return None
     if found["under"]:
         over, under = Decimal(found["over"]), Decimal(found["under"])
