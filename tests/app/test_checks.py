@@ -140,7 +140,7 @@ def complaint(folder: Path, *overrides: str) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", composed.sampled(BAD))
 def test_bad_values_are_refused_with_key_value_and_mend(name, tmp_path, place, no_weights):
     overrides, said = BAD[name]
     message = complaint(tmp_path / "run", *composed.SMALL, *map(place, overrides))
@@ -248,7 +248,14 @@ def test_a_log_bounded_in_bytes_may_be_as_large_as_it_likes_in_rounds(tmp_path, 
         composed.train(tmp_path / "run", *composed.SMALL, "mistake_log.log.max_bytes=9000")
 
 
-@pytest.mark.parametrize("overrides", [[], ["data.streaming=true"], ["log_storage@mistake_log.log.storage=topk"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["log_storage@mistake_log.log.storage=topk"],
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(["data.streaming=true"], marks=pytest.mark.slow),
+    ],
+)
 def test_the_estimate_of_the_log_is_near_its_real_size(overrides, tmp_path, monkeypatch):
     logs, estimates = [], []
     append, estimate = MistakeLog.append, console.log_bytes

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
@@ -60,6 +61,11 @@ def compose_whole(*overrides: str, name: str = "train", with_hydra: bool = False
     """The same by Hydra alone, and with its own settings if asked."""
     with initialize_config_dir(str(CONFIGS), version_base="1.3"), patch.object(FileConfigSource, "load_config", _load):
         return compose(name, list(overrides), return_hydra_config=with_hydra)
+
+
+def sampled(names: Iterable[str], every: int = 3) -> list[Any]:
+    """Parameters of which some are always tried, and the others in the slow suite only."""
+    return [pytest.param(name, marks=[] if i % every == 0 else pytest.mark.slow) for i, name in enumerate(names)]
 
 
 def choices(*overrides: str) -> dict[str, str]:

@@ -1,7 +1,9 @@
 """One process's life of a small joint run, to be crashed and resumed."""
 
 import random
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,6 +45,7 @@ class Run:
     def __init__(
         self, family, folder, seed=0, every=None, keep=2, callbacks=(), log=None, model=None, trainer=None, **options
     ):
+        self.folder = Path(folder)
         self.data = task_data(family, ROUNDS, rows=60)  # a pass is 8 rounds, the last of them filled up
         built = {"vocab": vocabulary_size(self.data), "dropout": 0.1, "seed": seed}
         self.model = tiny_model(family, **built) if model is None else model
@@ -61,9 +64,26 @@ class Run:
         np.random.seed(seed)
         random.seed(seed)
 
+    def idle(self):
+        """The same run, but its rounds do nothing, for tests that only look at files."""
+        self.module.training_step = lambda batch, batch_idx: None
+        return self
+
     def fit(self, checkpoint=None):
         self.trainer.fit(self.module, datamodule=self.data, ckpt_path=checkpoint, weights_only=True)
         return self
+
+
+_FINISHED = {}
+
+
+def finished(family, **options):
+    """A whole run that saved every round; tests that ask for the same share it, so nobody may change it."""
+    key = repr((family, sorted(options.items())))
+    if key not in _FINISHED:
+        scratch = tempfile.TemporaryDirectory()
+        _FINISHED[key] = scratch, Run(family, scratch.name, every=1, keep=ROUNDS, **options).fit()
+    return _FINISHED[key][1]
 
 
 def assert_equal(left, right):

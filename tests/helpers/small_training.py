@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from tcopilot.training.module import Learner, TCopilotModule
 torch.set_num_threads(1)
 VOCAB = 24
 FAMILIES = ("t5", "llama")
+T5_FIRST = ("t5", pytest.param("llama", marks=pytest.mark.slow))  # the other family waits for the slow suite
+LLAMA_FIRST = ("llama", pytest.param("t5", marks=pytest.mark.slow))
 
 
 def tiny_pilot(family: str, vocab: int = VOCAB, width: int = 16, layers: int = 2, dropout: float = 0.0, seed: int = 0):

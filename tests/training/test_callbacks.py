@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger
-from resumable_run import Crash, Run, assert_equal, assert_same_end, crash_after
+from resumable_run import Crash, Run, assert_equal, assert_same_end, crash_after, finished
 from small_training import (
     FAMILIES,
     EachRound,
@@ -41,24 +41,36 @@ from tcopilot.training.module import TrainingDivergedError
 # Resuming ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("saved_after", [5, 8], ids=["in the middle of a pass", "at the end of a pass"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("family", "saved_after"),  # 5 is in the middle of a pass, 8 at its end
+    [("t5", 5), ("llama", 8), pytest.param("t5", 8, marks=SLOW), pytest.param("llama", 5, marks=SLOW)],
+)
 def test_a_crashed_run_resumes_from_its_checkpoint_to_the_bit(family, saved_after, tmp_path):
-    whole = Run(family, tmp_path / "whole").fit()
+    whole = finished(family)
     with pytest.raises(Crash):
         Run(family, tmp_path / "cut", every=saved_after, callbacks=[crash_after(saved_after + 1)]).fit()
     resumed = Run(family, tmp_path / "cut", seed=99).fit(tmp_path / "cut" / f"round={saved_after}")
     assert_same_end(whole, resumed, saved_after)
 
 
-@pytest.mark.parametrize("options", [{"own_feedback": 0.5}, {"micro_batch_size": 3}, {"pilot": None}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"own_feedback": 0.5, "micro_batch_size": 3},
+        *(pytest.param(one, marks=SLOW) for one in ({"own_feedback": 0.5}, {"micro_batch_size": 3}, {"pilot": None})),
+    ],
+    ids=str,
+)
 def test_resuming_is_exact_with_every_kind_of_round(options, tmp_path):
     whole = Run("t5", tmp_path / "whole", every=4, keep=9, **options).fit()
     resumed = Run("t5", tmp_path / "more", seed=99, **options).fit(tmp_path / "whole" / "round=4")
     assert_same_end(whole, resumed, 4)
 
 
-@pytest.mark.parametrize("policy", [Prioritised, Reservoir])
+@pytest.mark.parametrize("policy", [Prioritised, pytest.param(Reservoir, marks=SLOW)])
 def test_resuming_is_exact_with_a_truncated_log_under_every_policy(policy, tmp_path):
     def log():
         return MistakeLog(capacity_rounds=3, policy=policy(), storage=TopKStorage(4), dtype="bfloat16")
@@ -68,26 +80,24 @@ def test_resuming_is_exact_with_a_truncated_log_under_every_policy(policy, tmp_p
     assert_same_end(whole, resumed, 6)
 
 
-@pytest.mark.parametrize("saved_after", [4, 5])
+VALIDATED = {"trainer": {"limit_val_batches": 1, "val_check_interval": 4}}
+
+
+@pytest.mark.parametrize("saved_after", [pytest.param(3, marks=SLOW), 4])
 def test_validation_between_rounds_does_not_change_what_a_resumed_run_does(saved_after, tmp_path):
-    options = {"trainer": {"limit_val_batches": 1, "val_check_interval": 5}}
-    whole = Run("t5", tmp_path / "whole", every=saved_after, keep=9, **options).fit()
-    path = tmp_path / "whole" / f"round={saved_after}"
-    resumed = Run("t5", tmp_path / "more", seed=99, **options).fit(path)
+    whole = finished("t5", **VALIDATED)
+    resumed = Run("t5", tmp_path, seed=99, **VALIDATED).fit(whole.folder / f"round={saved_after}")
     assert_same_end(whole, resumed, saved_after)
 
 
-def test_validation_does_not_change_training(tmp_path):
-    runs = []
-    for interval in (10, 3):
-        options = {"limit_val_batches": 1, "val_check_interval": interval}
-        runs.append(Run("t5", tmp_path / str(interval), trainer=options).fit())
-    assert runs[0].losses.pilot == runs[1].losses.pilot
-    assert runs[0].losses.copilot == runs[1].losses.copilot
+def test_validation_does_not_change_training():
+    plain, validated = finished("t5"), finished("t5", **VALIDATED)
+    assert plain.losses.pilot == validated.losses.pilot
+    assert plain.losses.copilot == validated.losses.copilot
 
 
 def test_a_run_can_be_resumed_more_than_once(tmp_path):
-    whole = Run("llama", tmp_path / "whole").fit()
+    whole = finished("llama")
     with pytest.raises(Crash):
         Run("llama", tmp_path / "cut", every=3, callbacks=[crash_after(5)]).fit()
     with pytest.raises(Crash):
@@ -97,10 +107,10 @@ def test_a_run_can_be_resumed_more_than_once(tmp_path):
 
 
 def test_without_the_random_state_a_resumed_run_with_dropout_would_differ(tmp_path):
-    whole = Run("t5", tmp_path / "whole", every=5).fit()
-    resumed = Run("t5", tmp_path / "more", seed=99)
+    whole = finished("t5")
+    resumed = Run("t5", tmp_path, seed=99)
     resumed.trainer.callbacks[:] = [c for c in resumed.trainer.callbacks if not isinstance(c, RngState)]
-    resumed.fit(tmp_path / "whole" / "round=5")
+    resumed.fit(whole.folder / "round=5")
     assert resumed.losses.pilot != whole.losses.pilot[5:]
 
 
@@ -116,9 +126,9 @@ def test_all_three_random_states_go_on_where_they_were(tmp_path):
 
 
 def test_seconds_go_on_counting_after_a_resume(tmp_path):
-    whole = Run("llama", tmp_path / "whole", every=5).fit()
-    saved = SafeCheckpointIO().load_checkpoint(tmp_path / "whole" / "round=5")["seconds"]
-    resumed = Run("llama", tmp_path / "more").fit(tmp_path / "whole" / "round=5")
+    whole = finished("llama")
+    saved = SafeCheckpointIO().load_checkpoint(whole.folder / "round=5")["seconds"]
+    resumed = Run("llama", tmp_path).fit(whole.folder / "round=5")
     for name in ("pilot", "copilot"):
         assert 0 < saved[name] < resumed.module.seconds[name]
         assert saved[name] < whole.module.seconds[name]
@@ -132,20 +142,20 @@ def names(folder):
 
 
 def test_checkpoints_are_named_by_round_and_only_the_newest_stay(tmp_path):
-    Run("llama", tmp_path / "two", every=3, keep=2).fit()
+    Run("llama", tmp_path / "two", every=3, keep=2).idle().fit()
     assert names(tmp_path / "two") == ["round=10", "round=9"]
     assert [path.name for path in checkpoints(tmp_path / "two")] == ["round=9", "round=10"]
-    Run("llama", tmp_path / "one", every=1, keep=1).fit()
+    Run("llama", tmp_path / "one", every=1, keep=1).idle().fit()
     assert names(tmp_path / "one") == ["round=10"]
-    Run("llama", tmp_path / "all", every=4, keep=99).fit()
+    Run("llama", tmp_path / "all", every=4, keep=99).idle().fit()
     assert names(tmp_path / "all") == ["round=10", "round=4", "round=8"]
-    Run("llama", tmp_path / "end", every=None).fit()
+    Run("llama", tmp_path / "end", every=None).idle().fit()
     assert names(tmp_path / "end") == ["round=10"]
 
 
 def test_a_finished_run_that_is_resumed_trains_no_further(tmp_path):
-    whole = Run("llama", tmp_path / "whole").fit()
-    resumed = Run("llama", tmp_path / "more", seed=99).fit(tmp_path / "whole" / "round=10")
+    whole = finished("llama")
+    resumed = Run("llama", tmp_path, seed=99).fit(whole.folder / "round=10")
     assert resumed.losses.pilot == []
     assert_equal(weights(whole.model), weights(resumed.model))
 
@@ -165,7 +175,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before_it_intact(tmp_path, m
     assert names(tmp_path / "cut") == [".round=6.tmp", "round=3"]
     resumed = Run("llama", tmp_path / "cut", seed=99, every=3).fit(newest_good(tmp_path / "cut", 1))
     assert names(tmp_path / "cut") == ["round=10", "round=9"]
-    assert_same_end(Run("llama", tmp_path / "whole").fit(), resumed, 3)
+    assert_same_end(finished("llama"), resumed, 3)
 
 
 def test_a_checkpoint_loads_as_tensors_and_plain_values_only(tmp_path):
@@ -175,8 +185,15 @@ def test_a_checkpoint_loads_as_tensors_and_plain_values_only(tmp_path):
     assert {name.split("{")[0] for name in state["callbacks"]} == {"MistakeLogCallback", "RngState"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("how", ["frozen", "lora"])
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [
+        ("t5", "lora"),
+        ("llama", "frozen"),
+        pytest.param("t5", "frozen", marks=SLOW),
+        pytest.param("llama", "lora", marks=SLOW),
+    ],
+)
 def test_frozen_pretrained_weights_are_left_out_of_the_file_and_found_again(family, how, tmp_path):
     vocab = vocabulary_size(task_data(family, 1))
     tiny_pilot(family, vocab=vocab).save_pretrained(tmp_path / "hub")
@@ -225,6 +242,9 @@ class Signal(Callback):
                 os.kill(os.getpid(), self.number)
 
 
+PRESSED = {("t5", "SIGTERM"), ("llama", "SIGINT")}  # in the fast suite
+
+
 @pytest.fixture
 def handlers():
     """The signal handlers before the test; put back after it, whatever the test does."""
@@ -234,27 +254,31 @@ def handlers():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("number", graceful_stop.SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    ("family", "number"),
+    [
+        pytest.param(family, number, marks=[] if (family, number.name) in PRESSED else SLOW)
+        for family in FAMILIES
+        for number in graceful_stop.SIGNALS
+    ],
+)
 def test_a_stopped_run_finishes_its_round_saves_and_resumes_as_if_never_stopped(family, number, tmp_path, handlers):
     stopped = Run(family, tmp_path / "cut", callbacks=[Signal(3, number)]).fit()
     assert stopped.module.round == len(stopped.losses.pilot) == 4
     assert names(tmp_path / "cut") == ["round=4"]
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
-    whole = Run(family, tmp_path / "whole").fit()
+    whole = finished(family)
     assert stopped.losses.pilot == whole.losses.pilot[:4]
     resumed = Run(family, tmp_path / "cut", seed=99).fit(tmp_path / "cut" / "round=4")
     assert_same_end(whole, resumed, 4)
 
 
-@pytest.mark.parametrize("stopped_in", [3, 4])
+@pytest.mark.parametrize("stopped_in", [3, pytest.param(4, marks=SLOW)])
 def test_a_run_stopped_where_validation_is_due_resumes_as_if_never_stopped(stopped_in, tmp_path, handlers):
-    options = {"trainer": {"limit_val_batches": 1, "val_check_interval": 4}}
-    Run("t5", tmp_path / "cut", callbacks=[Signal(stopped_in)], **options).fit()
-    whole = Run("t5", tmp_path / "whole", **options).fit()
-    resumed = Run("t5", tmp_path / "cut", seed=99, **options).fit(checkpoints(tmp_path / "cut")[-1])
-    assert_same_end(whole, resumed, stopped_in + 1)
+    Run("t5", tmp_path, callbacks=[Signal(stopped_in)], **VALIDATED).fit()
+    resumed = Run("t5", tmp_path, seed=99, **VALIDATED).fit(checkpoints(tmp_path)[-1])
+    assert_same_end(finished("t5", **VALIDATED), resumed, stopped_in + 1)
 
 
 def test_a_resumed_run_can_be_stopped_again(tmp_path, handlers):
@@ -262,7 +286,7 @@ def test_a_resumed_run_can_be_stopped_again(tmp_path, handlers):
     Run("llama", tmp_path, seed=5, callbacks=[Signal(6)]).fit(tmp_path / "round=3")
     assert names(tmp_path) == ["round=3", "round=7"]
     resumed = Run("llama", tmp_path, seed=6).fit(tmp_path / "round=7")
-    assert_same_end(Run("llama", tmp_path / "whole").fit(), resumed, 7)
+    assert_same_end(finished("llama"), resumed, 7)
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path, handlers):
@@ -280,7 +304,7 @@ def test_once_training_has_ended_ctrl_c_is_an_ordinary_ctrl_c_again(tmp_path, ha
             self.handler = signal.getsignal(signal.SIGINT)
 
     after = AfterTraining()
-    Run("llama", tmp_path, callbacks=[after]).fit()
+    Run("llama", tmp_path, callbacks=[after]).idle().fit()
     assert after.handler is handlers[signal.SIGINT]
 
 
@@ -361,24 +385,27 @@ def alarms(rounds=24, rows=400, capacity=16, head_std=0.0, **options):
     return {cause: count for cause, count in counts.items() if count}
 
 
+@SLOW
 def test_a_healthy_run_rings_no_alarm():
     assert alarms(rounds=40, rows=2000, pilot=None, copilot=learner(lr=1e-2)) == {}
 
 
 def test_a_copilot_that_stays_at_zero_rings_once():
-    assert alarms(pilot=None, copilot=learner(lr=0.0)) == {"collapsed": 1}
+    assert alarms(rounds=8, pilot=None, copilot=learner(lr=0.0)) == {"collapsed": 1}
 
 
 def test_a_copilot_whose_corrections_hurt_rings_once():
-    assert alarms(pilot=None, copilot=learner(lr=0.0), head_std=1.0) == {"harmful": 1}
+    assert alarms(rounds=8, pilot=None, copilot=learner(lr=0.0), head_std=1.0) == {"harmful": 1}
 
 
+@SLOW
 def test_a_log_of_rows_that_the_pilot_has_memorised_rings_once():
     found = alarms(rounds=64, rows=16, pilot=learner(lr=2e-2), capacity=4)
     assert found["in-sample"] == 1
     assert "stale" not in found
 
 
+@SLOW
 def test_a_log_of_old_rounds_rings_once(monkeypatch):
     monkeypatch.setattr(alarms_module, "STALE_ROUNDS", 4)
     settings = {"rounds": 24, "rows": 400, "pilot": None, "copilot": learner(lr=1e-2)}

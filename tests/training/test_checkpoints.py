@@ -1,5 +1,6 @@
 """Checkpoint folders: what they can hold, every way to damage one, and that a save that fails hurts nothing."""
 
+import itertools
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from processes import Forked, run_in_processes
-from resumable_run import ROUNDS, Run, assert_equal, assert_same_end
+from resumable_run import ROUNDS, Run, assert_equal, assert_same_end, finished
 from safetensors import SafetensorError
 from small_training import EachRound, of_records
 from torch import distributed
@@ -271,7 +272,7 @@ def test_any_damage_to_any_file_is_found_and_the_checkpoint_before_is_used(name,
     assert said.endswith(f"The one before it is used: {folder / 'round=10'}")
 
 
-@pytest.mark.parametrize("name", ["rank0.json", MANIFEST])
+@pytest.mark.parametrize("name", ["rank0.json", pytest.param(MANIFEST, marks=pytest.mark.slow)])
 def test_no_single_flipped_bit_goes_unnoticed(name, folder):
     path = folder / "round=5" / name
     whole = path.read_bytes()
@@ -504,7 +505,7 @@ def test_a_full_disk_ends_the_run_with_one_clear_error_and_leaves_the_last_check
     assert f"Last good checkpoint: {tmp_path}/checkpoints/round=6" in said
     assert names(tmp_path / "checkpoints") == ["round=3", "round=6"]
     resumed = Run("llama", tmp_path / "checkpoints", seed=99).fit(newest_good(tmp_path / "checkpoints", 1))
-    assert_same_end(Run("llama", tmp_path / "whole").fit(), resumed, 6)
+    assert_same_end(finished("llama"), resumed, 6)
 
 
 def test_leftovers_of_crashed_saves_are_removed_at_the_next_save(folder):
@@ -531,7 +532,7 @@ def test_old_checkpoints_go_only_when_the_new_one_is_complete(tmp_path, monkeypa
         there.append(names(tmp_path))
         return sealed(body)
 
-    run = Run("llama", tmp_path, every=3, keep=1)
+    run = Run("llama", tmp_path, every=3, keep=1).idle()
     monkeypatch.setattr(checkpoints, "_sealed", watch)
     run.fit()
     monkeypatch.undo()
@@ -541,14 +542,16 @@ def test_old_checkpoints_go_only_when_the_new_one_is_complete(tmp_path, monkeypa
 
 
 def test_a_run_does_not_mix_its_checkpoints_with_those_of_another(tmp_path):
-    Run("llama", tmp_path, every=6).fit()
+    Run("llama", tmp_path, every=6).idle().fit()
     with pytest.raises(CheckpointError, match="holds checkpoints of an earlier run, round=10 the newest"):
         Run("llama", tmp_path).fit()
     assert names(tmp_path) == ["round=10", "round=6"]
 
 
 def test_a_run_resumed_past_a_damaged_checkpoint_replaces_it(tmp_path):
-    whole = Run("t5", tmp_path, every=4, keep=9).fit()
+    whole = finished("t5")
+    for rounds in (4, 8, 10):
+        shutil.copytree(whole.folder / f"round={rounds}", tmp_path / f"round={rounds}")
     for rounds in (8, 10):
         truncate(tmp_path / f"round={rounds}" / "main.json")
     resumed = Run("t5", tmp_path, seed=99, every=2, keep=1).fit(newest_good(tmp_path, 1))
@@ -558,7 +561,7 @@ def test_a_run_resumed_past_a_damaged_checkpoint_replaces_it(tmp_path):
 
 
 def test_retention_never_removes_the_newest_state_in_favour_of_a_damaged_later_one(tmp_path):
-    Run("llama", tmp_path, every=4, keep=9).fit()
+    Run("llama", tmp_path, every=4, keep=9).idle().fit()
     truncate(tmp_path / "round=10" / "main.json")
     truncate(tmp_path / "round=8" / "main.json")
     seen = []
@@ -568,17 +571,20 @@ def test_retention_never_removes_the_newest_state_in_favour_of_a_damaged_later_o
             super()._write(*args)
             seen.append(names(tmp_path))
 
-    run = Run("llama", tmp_path, seed=99)
+    run = Run("llama", tmp_path, seed=99).idle()
     saver = next(i for i, c in enumerate(run.trainer.callbacks) if isinstance(c, RoundCheckpoint))
     run.trainer.callbacks[saver] = Watch(str(tmp_path), every_n_rounds=1, keep=1)
     run.fit(newest_good(tmp_path, 1))
     assert seen == [[f"round={rounds}"] for rounds in range(5, 11)]
 
 
-@pytest.mark.parametrize("family", ["t5", "llama"])
-@pytest.mark.parametrize("policy", [Fifo, Reservoir])
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("saved_after", [3, 7])
+@pytest.mark.parametrize(
+    ("family", "policy", "workers", "saved_after"),
+    [
+        pytest.param(*case, marks=[] if case in (("t5", Reservoir, 1, 3), ("llama", Fifo, 0, 7)) else pytest.mark.slow)
+        for case in itertools.product(["t5", "llama"], [Fifo, Reservoir], [0, 1], [3, 7])
+    ],
+)
 def test_resuming_is_exact_in_the_middle_with_loader_processes(family, policy, workers, saved_after, tmp_path):
     def run(folder, **options):
         made = Run(family, folder, log=MistakeLog(capacity_rounds=3, policy=policy()), steps_per_round=3, **options)
@@ -595,7 +601,6 @@ class Broken(Exception):
 
 
 def test_a_state_is_not_lost_when_the_validation_after_it_fails(tmp_path, monkeypatch):
-    whole = Run("llama", tmp_path / "whole").fit()
     options = {"trainer": {"limit_val_batches": 1, "val_check_interval": 5}}
     run = Run("llama", tmp_path / "cut", every=5, **options)
 
@@ -607,10 +612,13 @@ def test_a_state_is_not_lost_when_the_validation_after_it_fails(tmp_path, monkey
         run.fit()
     assert names(tmp_path / "cut") == ["round=5"]
     resumed = Run("llama", tmp_path / "cut", seed=99, **options).fit(newest_good(tmp_path / "cut", 1))
-    assert_same_end(whole, resumed, 5)
+    assert_same_end(finished("llama"), resumed, 5)
 
 
-def test_a_user_who_resumes_past_damage_is_told_and_ends_where_an_unbroken_run_does(tmp_path, caplog, capsys):
+def test_a_user_who_resumes_past_damage_is_told_and_ends_where_an_unbroken_run_does(
+    tmp_path, caplog, capsys, monkeypatch
+):
+    monkeypatch.setattr(composed.run, "budget", lambda *_: None)
     settings = [*composed.SMALL, "callbacks.checkpoint.every_n_rounds=1", "callbacks.checkpoint.keep=9"]
     folder = composed.train(tmp_path / "run", *settings)
     before = (folder / "export" / "model.safetensors").read_bytes()
@@ -716,6 +724,7 @@ def _train(folder):
     torch.save(of_records(resumed.log, "energy"), folder / f"log{rank}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_resume_each_with_its_own_log(tmp_path):
     run_in_processes(_train, tmp_path, timeout=250)
     logs = [torch.load(tmp_path / f"log{rank}.pt") for rank in (0, 1)]

@@ -59,7 +59,7 @@ def test_the_better_one_with_the_final_pilot_is_kept(tmp_path, told, end, kept):
     assert_equal(weights(one.model.copilot), copilots[kept - 1])
 
 
-@pytest.mark.parametrize("saved_after", [4, 6, 8])
+@pytest.mark.parametrize("saved_after", [6, *(pytest.param(after, marks=pytest.mark.slow) for after in (4, 8))])
 def test_a_resumed_run_stops_where_the_whole_one_does(tmp_path, told, saved_after):
     ratios = (0.9, 0.8, 0.85, 0.86, 0.87)
     told(ratios, (0.9, 0.5))

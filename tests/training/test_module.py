@@ -7,6 +7,8 @@ import pytest
 import torch
 from small_training import (
     FAMILIES,
+    LLAMA_FIRST,
+    T5_FIRST,
     EachRound,
     InOrder,
     Losses,
@@ -85,7 +87,7 @@ def test_a_round_moves_both_models(family):
     assert not [name for name in still if name.startswith("copilot.head") or name.startswith("copilot.states_in")]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", T5_FIRST)
 def test_the_copilot_never_changes_the_pilot(family):
     before = weights(tiny_model(family, head_std=0.1).pilot)
     _, model = trained(family, batches_of(family, 3), pilot=learner(lr=0.0), steps_per_round=3)
@@ -98,7 +100,7 @@ def test_the_copilot_never_changes_the_pilot(family):
     assert same(weights(fused.pilot), weights(bare.pilot))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_FIRST)
 def test_the_pilot_changes_the_copilot_through_the_log_alone(family):
     before = weights(tiny_model(family, head_std=0.1).copilot)
     losses, model = trained(family, batches_of(family, 3), copilot=learner(lr=0.0), steps_per_round=2)
@@ -159,7 +161,7 @@ def test_extra_copilot_steps_follow_the_gradient_of_the_same_loss():
 # Batches -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", T5_FIRST)
 def test_micro_batches_of_2_equal_one_batch_of_8(family):
     lengths = [1, 12, 2, 1, 1, 3, 8, 1]  # a mean of means would weigh the short rows up
     batches = [random_batch(family, rows=8, seed=seed, targets=lengths) for seed in range(4)]
@@ -183,7 +185,7 @@ def test_micro_batches_equal_one_batch_under_adamw_with_clipping():
         assert furthest(weights(models[0]), weights(model)) < 1e-3  # AdamW divides small gradients by small ones
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_FIRST)
 @pytest.mark.parametrize("size", [None, 1])
 def test_the_pilots_loss_is_the_mean_over_target_tokens_not_over_rows(family, size):
     batch = random_batch(family, rows=4, seed=5, targets=[1, 1, 1, 20])
@@ -278,7 +280,7 @@ def test_every_copilot_step_draws_anew():
 # What is switched off ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", T5_FIRST)
 def test_a_frozen_pilot_stays_as_it_is_while_its_copilot_learns(family):
     model = tiny_model(family, dropout=0.2)
     before = weights(model.pilot)
@@ -309,7 +311,7 @@ def test_models_return_to_their_modes_after_validation():
         assert modes == [(pilot is not None, True)] * 4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_FIRST)
 @pytest.mark.parametrize("built", [True, False])
 def test_without_a_learner_for_the_copilot_training_is_plain_fine_tuning(family, built):
     log = MistakeLog()
@@ -335,7 +337,7 @@ def test_without_a_learner_for_the_copilot_training_is_plain_fine_tuning(family,
 # Options -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_FIRST)
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_training_on_own_outputs_changes_what_the_copilot_reads(family, share):
     torch.manual_seed(1)
@@ -369,8 +371,8 @@ def test_training_on_own_outputs_reads_the_outputs_of_the_teacher_forced_pass():
     assert losses.copilot == pytest.approx([squares.mean().sqrt().item()], rel=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("own_feedback", [0.0, 1.0])
+@pytest.mark.parametrize("family", LLAMA_FIRST)
+@pytest.mark.parametrize("own_feedback", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_bf16_mixed_trains_close_to_full_precision(family, own_feedback):
     batches = [random_batch(family, seed=s % 2, targets=[2, 3, 4, 5]) for s in range(8)]
     options = {"steps_per_round": 2, "own_feedback": own_feedback}
@@ -383,7 +385,7 @@ def test_bf16_mixed_trains_close_to_full_precision(family, own_feedback):
     assert mixed.copilot[-1] < mixed.copilot[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", T5_FIRST)
 def test_bf16_mixed_gives_every_copilot_weight_its_gradient_when_training_on_own_outputs(family):
     moved = []
     for precision in ("32-true", "bf16-mixed"):
@@ -395,7 +397,7 @@ def test_bf16_mixed_gives_every_copilot_weight_its_gradient_when_training_on_own
     assert moved[0] == moved[1] != set()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", T5_FIRST)
 def test_gradient_checkpointing_gives_the_same_losses(family):
     batches = batches_of(family, 4)
     plain, _ = trained(family, batches)
@@ -416,8 +418,15 @@ def test_gradient_checkpointing_gives_the_same_losses(family):
 # Divergence ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", [InOrder, Prioritised])
-@pytest.mark.parametrize("part", ["pilot", "copilot"])
+@pytest.mark.parametrize(
+    ("part", "policy"),
+    [
+        ("pilot", InOrder),
+        ("copilot", Prioritised),
+        pytest.param("pilot", Prioritised, marks=pytest.mark.slow),
+        pytest.param("copilot", InOrder, marks=pytest.mark.slow),
+    ],
+)
 def test_a_loss_that_is_not_finite_stops_training_before_any_update(part, policy):
     model = tiny_model("llama", head_std=0.1)
     poisoned = {}
@@ -448,7 +457,7 @@ def test_an_extra_copilot_step_that_is_not_finite_stops_training_too():
 
 
 def task_run(family, rounds, callbacks=()):
-    data = task_data(family, rounds, batch_size=16, rows=2000)
+    data = task_data(family, rounds, batch_size=16, rows=20 * rounds)
     model = tiny_model(family, vocab=vocabulary_size(data), width=32)
     rates = {"pilot": learner(1e-3), "copilot": learner(3e-3)}
     module = small_module(model, rounds, copilot_batch_size=64, steps_per_round=4, **rates)
@@ -457,6 +466,7 @@ def task_run(family, rounds, callbacks=()):
     return trainer, module, data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_after_a_hundred_rounds_the_copilot_knows_part_of_the_pilots_error_on_new_rows(family):
     losses = Losses()
@@ -469,7 +479,7 @@ def test_after_a_hundred_rounds_the_copilot_knows_part_of_the_pilots_error_on_ne
     assert metrics["val/fused_nll"] < metrics["val/pilot_nll"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMA_FIRST)
 def test_validation_reports_what_a_computation_by_hand_gives(family):
     trainer, module, data = task_run(family, 12)
     reported = {name.removeprefix("val/"): value.item() for name, value in trainer.callback_metrics.items()}

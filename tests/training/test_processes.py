@@ -18,7 +18,7 @@ from tcopilot.app.checks.config import config_problems
 from tcopilot.processes import DisagreementError, agree_on, rank, refuse_differences
 
 SMALL = [
-    *(f"data.benchmarks.word_problems.{name}" for name in ("train=400", "validation=24", "test=20")),
+    *(f"data.benchmarks.word_problems.{name}" for name in ("train=200", "validation=24", "test=20")),
     *("rounds=8", "data.batch_size=16", "mistake_log=latest", "fusion.weight=[0.5,1]", "evaluation.batch_size=16"),
     *("trainer.val_check_interval=4", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=true"),
 ]  # fmt: skip

@@ -54,10 +54,12 @@ def compiled_and_plain(family, backend):
     )  # decoding finds them as they were
 
 
+@pytest.mark.slow
 def test_what_dynamo_traces_trains_as_the_plain_models_do():
     compiled_and_plain("llama", "eager")
 
 
+@pytest.mark.slow
 def test_neither_the_estimate_of_memory_nor_the_count_of_operations_turns_compiling_off():
     ran, by_round = [], []
 

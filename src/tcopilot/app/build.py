@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from yaml import YAMLError
 
-from tcopilot.app.checks.config import config_problems, fusion_rule, refuse_missing, refuse_values_for_groups
+from tcopilot.app.checks.config import config_problems, fusion_rule, refuse_missing, values_for_groups
 from tcopilot.app.checks.data import data_problems, memory_problems
 from tcopilot.app.checks.models import (
     copilot_layers,
@@ -60,7 +60,8 @@ def prepare(cfg: DictConfig) -> Prepared:
         ConfigError: with every problem found in config and data.
     """
     refuse_missing(cfg)
-    refuse_values_for_groups(cfg)
+    if problems := list(values_for_groups(cfg)):
+        raise ConfigError(problems)
     pilot = model_source(cfg.pilot, "pilot")
     donor = model_source(cfg.copilot, "copilot") if cfg.copilot.enabled and cfg.copilot.path else None
     problems, log, tokenizer = config_problems(cfg), None, None

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
 from tcopilot import processes
 from tcopilot.app import build, sweep
 from tcopilot.app.build import Prepared
-from tcopilot.app.checks.config import evaluation_problems, refuse_missing
+from tcopilot.app.checks.config import config_problems, refuse_missing
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.console import quiet_libraries, show_results, show_summary
 from tcopilot.app.controls.training import JointRun, against_controls, train_controls
@@ -34,10 +35,18 @@ from tcopilot.models.adapters import merge_adapters
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.models.transfer import put_on, transfer_problems
-from tcopilot.processes import DisagreementError, LostProcessError, agree_on, is_first, is_lost_process, rank
+from tcopilot.processes import (
+    DisagreementError,
+    LostProcessError,
+    agree_on,
+    is_first,
+    is_lost_process,
+    rank,
+    refuse_differences,
+)
 from tcopilot.reporting.dashboards import log_evaluation
 from tcopilot.run_directory import RunDirectory, flatten, write_whole
-from tcopilot.training.callbacks import FlopCount, GracefulStop, RoundCheckpoint, SameSettings
+from tcopilot.training.callbacks import FlopCount, GracefulStop, RoundCheckpoint
 from tcopilot.training.checkpoints import CheckpointError, checkpoints, newest_good, round_of
 from tcopilot.training.loggers import closing_wandb
 from tcopilot.training.module import TCopilotModule, TrainingDivergedError
@@ -124,7 +133,7 @@ def _resumed(cfg: DictConfig) -> DictConfig:
 
 def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
     shared = {"data": prepared.data.fingerprint()} | flatten(OmegaConf.to_container(cfg, resolve=True))
-    callbacks = [SameSettings(shared), *make_callbacks(cfg)]
+    callbacks = [LambdaCallback(setup=lambda trainer, module, stage: refuse_differences(shared)), *make_callbacks(cfg)]
     trainer = make_trainer(cfg, callbacks, prepared.log, module.rounds)
     stop = next((c for c in callbacks if isinstance(c, GracefulStop)), None)
     saver = next((c for c in callbacks if isinstance(c, RoundCheckpoint)), None)
@@ -192,7 +201,7 @@ def _evaluate(cfg: DictConfig) -> float:
     trained = build.read_config(source.config, f"run={source}", cfg.trust)
     run_dir = _join_processes(cfg)
     _override(trained, cfg)
-    if problems := [*evaluation_problems(trained), *trace_problems(cfg, trained)]:
+    if problems := [*config_problems(trained, training=False), *trace_problems(cfg, trained)]:
         raise ConfigError(problems)
 
     config, tokenizer = build.read_export(source.folder)

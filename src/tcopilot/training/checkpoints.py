@@ -19,11 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.plugins import CheckpointIO
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from tcopilot import processes
 from tcopilot.training.serialization import CheckpointError, pack, unpack
@@ -33,9 +31,6 @@ FORMAT, VERSION = "tcopilot checkpoint", 1
 PER_RANK = "per_rank"  # key of the state that belongs to one process; `save` puts it into that process's files
 MANIFEST = "manifest.json"
 KINDS = ("json", "safetensors")
-
-
-# Names --------------------------------------------------------------------------------------------------------------
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -60,9 +55,6 @@ def _round(path: Path) -> int | None:
     return round_of(path) if re.fullmatch(r"round=\d+", path.name) else None
 
 
-# Writing ------------------------------------------------------------------------------------------------------------
-
-
 def save(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint; all processes of the job must call this, and all raise if one of them fails.
 
@@ -77,34 +69,22 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     world_size = processes.world_size()
     rank = processes.rank() if world_size > 1 else 0
     draft = path.with_name(f".{path.name}.tmp")
-    sums = torch.zeros(world_size + 1, len(KINDS), 1 + 32, dtype=torch.int64)  # size and SHA-256 of the parts' files
 
     def begin() -> None:
         if rank == 0:
             remove_leftovers(path.parent)
             draft.mkdir(parents=True, exist_ok=True)
 
-    def write() -> None:
-        own = {PER_RANK: checkpoint.get(PER_RANK, {})}
-        sums[1 + rank] = _write(draft, f"rank{rank}", own)
-        if rank == 0:
-            sums[0] = _write(draft, "main", {key: value for key, value in checkpoint.items() if key != PER_RANK})
+    def write() -> dict[str, Any]:
+        own = _write(draft, f"rank{rank}", {PER_RANK: checkpoint.get(PER_RANK, {})})
+        shared = {key: value for key, value in checkpoint.items() if key != PER_RANK}
+        return own | (_write(draft, "main", shared) if rank == 0 else {})
 
     def finish() -> None:
         if rank == 0:
-            names = [f"{part}.{kind}" for part in _parts(world_size) for kind in KINDS]
-            files = {
-                name: {"bytes": size, "sha256": bytes(digest).hex()}
-                for name, (size, *digest) in zip(names, everyones.flatten(0, 1).tolist(), strict=True)
-            }
-            body = {
-                "format": FORMAT,
-                "version": VERSION,
-                "round": _round(path),
-                "world_size": world_size,
-                "files": files,
-            }
-            (draft / MANIFEST).write_text(_sealed(body), encoding="utf-8")
+            files = {name: entry for part in written for name, entry in part.items()}
+            about = {"format": FORMAT, "version": VERSION, "round": _round(path), "world_size": world_size}
+            (draft / MANIFEST).write_text(_sealed({**about, "files": files}), encoding="utf-8")
             _flush(draft / MANIFEST)
             _flush(draft)
             discard(path)
@@ -113,17 +93,14 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
 
     try:
         _together(begin)
-        _together(write)
-        everyones = processes.sum_over_processes(sums)
+        written = _together(write)
         _together(finish)
-    except (OSError, SafetensorError) as error:
+    except (CheckpointError, OSError, SafetensorError) as error:
         if rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(_not_saved(path, error)) from error
-    except CheckpointError:
-        if rank == 0:
-            shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 def discard(path: Path) -> None:
@@ -141,30 +118,31 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _together(action: Callable[[], None]) -> None:
-    """Do this process's part and wait for the others; raise on all of them if one fails, for none may go on alone."""
-    problem = None
+def _together(action: Callable[[], Any]) -> list[Any]:
+    """What this part gives on every process. If one fails all raise, for none may go on alone."""
+    problem, result = None, None
     try:
-        action()
+        result = action()
     except Exception as error:
         problem = error
-    failed = processes.sum_over_processes(torch.tensor(float(problem is not None)))
+    everyones = processes.gather([(problem is None, result)])
     if problem is not None:
         raise problem
-    if failed:
+    if not all(succeeded for succeeded, _ in everyones):
         raise OSError("another process of this job could not write its part, and says why itself")
+    return [result for _, result in everyones]
 
 
-def _write(folder: Path, part: str, value: Any) -> Tensor:
+def _write(folder: Path, part: str, value: Any) -> dict[str, Any]:
+    """Write both files of a part; returns their entries in the manifest."""
     structure, tensors = pack(value)
     save_file(tensors, folder / f"{part}.safetensors")
     (folder / f"{part}.json").write_text(json.dumps(structure), encoding="utf-8")
-    sums = []
-    for kind in KINDS:
-        path = folder / f"{part}.{kind}"
+    files = {}
+    for path in (folder / f"{part}.{kind}" for kind in KINDS):
         _flush(path)
-        sums.append([path.stat().st_size, *bytes.fromhex(_sha256(path))])
-    return torch.tensor(sums)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return files
 
 
 def _flush(path: Path) -> None:
@@ -194,16 +172,12 @@ def _parts(world_size: int) -> list[str]:
 
 def _not_saved(path: Path, error: Exception) -> str:
     good = next((str(old) for old in reversed(checkpoints(path.parent)) if verify(old) is None), None)
-    mend = "Free some space there, or make the folder writable"
-    if good is None:
-        return f"{path} could not be saved: {error}. No checkpoint was saved before it. {mend}, and start the run anew"
+    last, go_on = "No checkpoint was saved before it", "start the run anew"
+    if good is not None:
+        last, go_on = f"Last good checkpoint: {good}", f"go on with: python train.py resume={path.parent.parent}"
     return (
-        f"{path} could not be saved: {error}. Last good checkpoint: {good}. {mend}, "
-        f"and go on with: python train.py resume={path.parent.parent}"
+        f"{path} could not be saved: {error}. {last}. Free some space there, or make the folder writable, and {go_on}"
     )
-
-
-# Reading ------------------------------------------------------------------------------------------------------------
 
 
 def verify(path: str | Path, world_size: int | None = None) -> str | None:
@@ -215,10 +189,8 @@ def verify(path: str | Path, world_size: int | None = None) -> str | None:
     """
     path = Path(path)
     try:
-        manifest = _manifest(path)
+        manifest = _manifest(path, world_size)
         _check_files(path, manifest, _parts(manifest["world_size"]))
-        if world_size is not None:
-            _check_world_size(path, manifest, world_size)
     except CheckpointError as problem:
         return str(problem)
     return None
@@ -227,21 +199,18 @@ def verify(path: str | Path, world_size: int | None = None) -> str | None:
 def newest_good(folder: str | Path, world_size: int) -> Path | None:
     """Find the newest checkpoint that is intact; None if the folder has none at all.
 
-    Args:
-        folder: where checkpoints are.
-        world_size: number of processes of this job.
-
     Raises:
         CheckpointError: if none is intact, or if the newest intact one is of another number of processes.
     """
+    say = log.warning if processes.is_first() else log.debug
     for old in sorted(Path(folder).glob("*.ckpt")):
-        _say(f"{old} is not used: it is a pickle file, which can execute code when it is loaded")
+        say("%s is not used: it is a pickle file, which can execute code when it is loaded", old)
     problems = []
     for path in reversed(checkpoints(folder)):
         if (problem := verify(path)) is None:
             for found in problems:
-                _say(f"{found}. The one before it is used: {path}")
-            _check_world_size(path, _manifest(path), world_size)
+                say("%s. The one before it is used: %s", found, path)
+            _manifest(path, world_size)
             return path
         problems.append(problem)
     if problems:
@@ -253,11 +222,7 @@ class SafeCheckpointIO(CheckpointIO):
     """Gives Lightning this module's checkpoints. Several processes save together, through `RoundCheckpoint` only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint of a single process.
-
-        Raises:
-            CheckpointError: if it cannot be written, or if there are several processes: Lightning asks the first only.
-        """
+        """Write a checkpoint of a single process; of several, Lightning would ask the first only."""
         if processes.world_size() > 1:
             raise CheckpointError(f"{path}: with several processes, states are saved by callbacks.checkpoint only")
         save(checkpoint, Path(path))
@@ -265,16 +230,10 @@ class SafeCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read what all processes share and what belongs to this one, onto the CPU, after checking both.
-
-        Raises:
-            CheckpointError: if either is damaged, or if it is of another number of processes.
-        """
+        """Check and read what all processes share and what belongs to this one, onto the CPU."""
         path, world_size = Path(path), processes.world_size()
         own = f"rank{processes.rank() if world_size > 1 else 0}"
-        manifest = _manifest(path)
-        _check_world_size(path, manifest, world_size)
-        _check_files(path, manifest, ["main", own])
+        _check_files(path, _manifest(path, world_size), ["main", own])
         checkpoint, states = _read(path, "main", owned=True), _read(path, own, owned=False)[PER_RANK]
         return checkpoint | {"callbacks": checkpoint.get("callbacks", {}) | states.get("callbacks", {})}
 
@@ -283,7 +242,8 @@ class SafeCheckpointIO(CheckpointIO):
         discard(Path(path))
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _manifest(path: Path, world_size: int | None = None) -> dict[str, Any]:
+    """The manifest of a checkpoint, if it is its own and describes one, for this number of processes if given."""
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder, and so no checkpoint")
     try:
@@ -299,17 +259,23 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has format version {manifest.get('version')}; this program reads {VERSION}")
     if text != _sealed({key: value for key, value in manifest.items() if key != "sha256"}):
         raise CheckpointError(f"{path / MANIFEST} has been changed: its own checksum does not fit")
-    _check_manifest(path, manifest)
+    saved = _files_described(path, manifest)
+    if world_size not in (None, saved):
+        raise CheckpointError(
+            f"{path} was saved by {saved} process{'es' * (saved != 1)}, each with its own Mistake Log and random "
+            f"state; this run has {world_size}. Resume with {saved} (trainer.devices × trainer.num_nodes), or start a "
+            f"new run from an export"
+        )
     return manifest
 
 
-def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Refuse a manifest that names anything but the files of a checkpoint, such as files elsewhere."""
-    files, world_size, rounds = (manifest.get(key) for key in ("files", "world_size", "round"))
-    known = isinstance(files, dict) and type(world_size) is int and world_size >= 1
-    if not known or len(files) != (1 + world_size) * len(KINDS):
+def _files_described(path: Path, manifest: dict[str, Any]) -> int:
+    """Refuse a manifest that names anything but the files of a checkpoint; returns the number of processes."""
+    files, saved, rounds = (manifest.get(key) for key in ("files", "world_size", "round"))
+    known = isinstance(files, dict) and type(saved) is int and saved >= 1
+    if not known or len(files) != (1 + saved) * len(KINDS):
         raise CheckpointError(f"{path / MANIFEST} does not list the files of a checkpoint")
-    expected = {f"{part}.{kind}" for part in _parts(world_size) for kind in KINDS}
+    expected = {f"{part}.{kind}" for part in _parts(saved) for kind in KINDS}
     for name, entry in files.items():
         if name not in expected:
             raise CheckpointError(f"{path / MANIFEST} names {name!r}, which is no file of a checkpoint")
@@ -317,6 +283,7 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
             raise CheckpointError(f"{path / MANIFEST} does not describe {name}")
     if _round(path) not in (None, rounds):
         raise CheckpointError(f"{path} was saved after round {rounds}: it has been renamed")
+    return saved
 
 
 def _check_files(path: Path, manifest: dict[str, Any], parts: list[str]) -> None:
@@ -335,15 +302,6 @@ def _check_files(path: Path, manifest: dict[str, Any], parts: list[str]) -> None
             raise CheckpointError(f"{file} has been changed: its SHA-256 is not the one it was saved with")
 
 
-def _check_world_size(path: Path, manifest: dict[str, Any], world_size: int) -> None:
-    if (saved := manifest["world_size"]) != world_size:
-        raise CheckpointError(
-            f"{path} was saved by {saved} process{'es' * (saved != 1)}, each with its own Mistake Log and random "
-            f"state; this run has {world_size}. Resume with {saved} (trainer.devices × trainer.num_nodes), or start a "
-            f"new run from an export"
-        )
-
-
 def _read(path: Path, part: str, owned: bool) -> Any:
     """Read a part. Unless they shall be `owned`, tensors stay in the file, for a log may be larger than the memory."""
     try:
@@ -352,8 +310,3 @@ def _read(path: Path, part: str, owned: bool) -> Any:
         return unpack(structure, {name: tensor.clone() for name, tensor in tensors.items()} if owned else tensors)
     except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path / part}.*: the content is not that of a checkpoint ({error})") from None
-
-
-def _say(text: str) -> None:
-    if processes.is_first():
-        log.warning(text)

@@ -16,7 +16,7 @@ from tcopilot.models.error_input import CHUNK_ELEMENTS
 def chunked_sum(
     row_losses: Callable[[Tensor, slice], Tensor], hidden_RC: Tensor, parameters: Sequence[Tensor], vocab_size: int
 ) -> Tensor:
-    """Return Σ_r row_losses(hidden)[r], with gradients computed in the forward pass, chunk by chunk.
+    """Return Σ_r row_losses(hidden)[r] in float32, with gradients computed in the forward pass, chunk by chunk.
 
     Args:
         row_losses: maps a chunk of rows [r, C] and the slice of R that it is to losses [r]. It must be a function of
@@ -24,9 +24,6 @@ def chunked_sum(
         hidden_RC: the rows.
         parameters: tensors that `row_losses` closes over and that may need a gradient.
         vocab_size: V, from which the rows of a chunk follow.
-
-    Returns:
-        A float32 scalar. Equal to `row_losses(hidden, slice(None)).sum()` up to rounding.
     """
     trainable = [p for p in parameters if p.requires_grad]
     rows = max(1, CHUNK_ELEMENTS // vocab_size)

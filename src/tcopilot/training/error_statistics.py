@@ -27,11 +27,7 @@ PERCENTILES = (10, 50, 90)
 
 @torch.no_grad()
 def correct_targets(model: TCopilotModel, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Score given targets in one pass, with the feedback that the model's decoding uses.
-
-    Args:
-        model: the fused model; its λ is not used.
-        batch: prompts and targets.
+    """Score given targets in one pass, with the feedback that the model's decoding uses; its λ is not used.
 
     Returns:
         log p̂ [B, N, V] in float32 and f^C [B, N, V]; None for the latter without a Copilot.
@@ -51,9 +47,7 @@ def correct_targets(model: TCopilotModel, batch: Batch) -> tuple[Tensor, Tensor 
 class ErrorStatistics:
     """Sums over target tokens, from teacher-forced passes, of the quantities in Theorem 4.1.
 
-    Args:
-        weights: the λ at which the fused likelihood is wanted.
-        fusion: the model's fusion rule; None is `ProbabilityFusion`.
+    `weights` are the λ at which the fused likelihood is wanted.
     """
 
     def __init__(self, weights: Sequence[float], fusion: FusionRule | None = None) -> None:
@@ -128,11 +122,16 @@ class ErrorStatistics:
     def summary(self) -> dict[str, float]:
         """Means per target token, over all ranks after `reduce`; quantiles are of this rank's target tokens.
 
-        Returns:
-            `pilot_nll` (nats), `error_energy` E‖ℓ‖², `correction_energy` E‖f^C‖², `error_ratio` E‖f^C−ℓ‖² / E‖ℓ‖²
-            (below 1: f^C is closer to ℓ than 0 is), `cosine` of f^C with ℓ, `best_weight` λ*, `fused_nll` at the
-            first λ, and `error_norm_p10`, `_p50`, `_p90` of ‖ℓ‖ with `correction_norm_…` of ‖f^C‖.
+        `error_energy` is E‖ℓ‖², `correction_energy` E‖f^C‖² and `error_ratio` E‖f^C−ℓ‖² / E‖ℓ‖²; below 1, f^C is
+        closer to ℓ than 0 is. `fused_nll` is at the first λ, `error_norm_p10` to `_p90` are quantiles of ‖ℓ‖.
         """
+        points = torch.tensor(PERCENTILES) / 100
+        quantiles = {
+            f"{name}_p{percent}": value
+            for name, norms in self.norms().items()
+            if len(norms)
+            for percent, value in zip(PERCENTILES, torch.quantile(norms, points).tolist(), strict=True)
+        }
         tokens, energy, correction, inner, pilot_nll = self._sums[:5].tolist()
         norm = (energy * correction) ** 0.5
         return {
@@ -143,14 +142,5 @@ class ErrorStatistics:
             "error_ratio": (energy - 2 * inner + correction) / energy if energy else 1.0,
             "cosine": inner / norm if norm else 0.0,
             "best_weight": self.best_weight,
-            **self._quantiles(),
-        }
-
-    def _quantiles(self) -> dict[str, float]:
-        points = torch.tensor(PERCENTILES) / 100
-        return {
-            f"{name}_p{percent}": value
-            for name, norms in self.norms().items()
-            if len(norms)
-            for percent, value in zip(PERCENTILES, torch.quantile(norms, points).tolist(), strict=True)
+            **quantiles,
         }

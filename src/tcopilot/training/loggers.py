@@ -8,7 +8,7 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,13 +30,8 @@ class WandbRun(WandbLogger):
     """One wandb run per run directory, whose curves go on after `train.py resume=`.
 
     Without credentials the run is offline, unless WANDB_MODE says otherwise. Its id is kept in the run directory, its
-    config is the `config.yaml` there, and all figures are drawn over `round`.
-
-    Args:
-        folder: the run directory.
-        project: of wandb.
-        group: wandb's group; the runs of a sweep are grouped by the sweep's folder instead.
-        job_type: shown in wandb's table of runs.
+    config is the `config.yaml` there, and all figures are drawn over `round`. The runs of a sweep are grouped by the
+    sweep's folder instead of by `group`.
     """
 
     def __init__(self, folder: str, project: str, group: str | None = None, job_type: str = "train") -> None:
@@ -68,7 +63,9 @@ class WandbRun(WandbLogger):
         if config.get("resume") and self.run.wandb.exists():
             identity = json.loads(self.run.wandb.read_text())
         else:
-            identity = {"id": secrets.token_hex(4), "group": _sweep() or self._wandb_init.get("group")}
+            swept = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+            group = str(HydraConfig.get().sweep.dir) if swept else self._wandb_init.get("group")
+            identity = {"id": secrets.token_hex(4), "group": group}
             write_whole(self.run.wandb, json.dumps(identity) + "\n")
         mode = os.environ.get("WANDB_MODE") or (None if has_credentials() else "offline")  # None: wandb's own settings
         options = self._wandb_init | identity | {"config": config, "mode": mode, "reinit": "finish_previous"}
@@ -86,32 +83,19 @@ def has_credentials() -> bool:
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     files = [os.environ["NETRC"]] if "NETRC" in os.environ else [Path.home() / ".netrc", Path.home() / "_netrc"]
     for file in files:
-        try:
+        with suppress(OSError, netrc.NetrcParseError):
             if netrc.netrc(file).authenticators(host):
                 return True
-        except (OSError, netrc.NetrcParseError):
-            continue
     return False
 
 
 @contextmanager
 def closing_wandb() -> Iterator[None]:
     """Close wandb's run with the job, so that the next job of a sweep opens its own; an error marks it as failed."""
-    failed = True
     try:
         yield
-        failed = False
-    except SystemExit:  # a clean stop is no failure: the run goes on later
-        failed = False
-        raise
     finally:
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:
-            wandb.finish(exit_code=int(failed))
-
-
-def _sweep() -> str | None:
-    """The sweep's folder, or None outside of one."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return None
-    return str(HydraConfig.get().sweep.dir)
+            # A clean stop, which ends in SystemExit, is no failure: the run goes on later.
+            wandb.finish(exit_code=int(not isinstance(sys.exception(), SystemExit | None)))

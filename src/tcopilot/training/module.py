@@ -31,10 +31,8 @@ class TrainingDivergedError(RuntimeError):
 class Learner:
     """How one of the two models is updated.
 
-    Attributes:
-        optimizer: makes the optimiser from parameters.
-        scheduler: makes the schedule from the optimiser and the number of rounds; stepped once a round.
-        clip: largest gradient norm; None for no clipping.
+    The schedule is made from the optimiser and the number of rounds, and stepped once a round; `clip` is the largest
+    gradient norm.
     """
 
     SETTINGS: ClassVar = {"clip": POSITIVE.or_null()}
@@ -62,7 +60,7 @@ class TCopilotModule(LightningModule):
         pilot: how the Pilot is updated; None keeps it frozen (a Copilot for a finished Pilot).
         copilot: how the Copilot is updated.
         rounds: rounds of the whole run, for the schedules.
-        objective: what the Copilot learns.
+        objective: what the Copilot learns, by default Eq. 7.
         micro_batch_size: rows per Pilot forward pass; None takes the whole batch. Gradients add up over a round.
         copilot_batch_size: records per Copilot update, over all processes; each draws its share from its own log.
         steps_per_round: Copilot updates per round.
@@ -124,14 +122,14 @@ class TCopilotModule(LightningModule):
     def configure_optimizers(self) -> tuple[list, list]:
         """Build the optimisers and schedules of the models that learn, the Pilot's first."""
         optimizers, schedulers = [], []
-        for name, learner in self._active():
+        for name, learner in self._learning():
             parameters = [p for p in getattr(self.model, name).parameters() if p.requires_grad]
             optimizers.append(learner.optimizer(parameters))
             schedulers.append(learner.scheduler(optimizer=optimizers[-1], num_training_steps=self.rounds))
         return optimizers, schedulers
 
     def on_train_start(self) -> None:
-        """Set training mode: Lightning keeps the mode of each submodule, and `from_pretrained` gives eval mode."""
+        """Set training mode, since Lightning keeps each submodule's and `from_pretrained` gives eval mode; compile."""
         self.model.train()
         if self.learners["pilot"] is None:
             self.model.pilot.eval()
@@ -154,14 +152,18 @@ class TCopilotModule(LightningModule):
             if self.copilot_learns:
                 copilot_loss = self._copilot_loss(self._draw())
                 loss = loss + copilot_loss * self.trainer.world_size
-            elif self.copilot_stopped and self.trainer.world_size > 1:
-                loss = loss + self._no_copilot_loss()
+            elif self.copilot_stopped and self.trainer.world_size > 1:  # DDP waits for a gradient of each weight
+                loss = loss + sum(0 * p.sum() for p in self.model.copilot.parameters() if p.requires_grad)
         with self._timed("copilot" if self.trainer.world_size == 1 else "pilot"):
             self._backward(loss)
         with self._timed("pilot"):
             pilot_loss = self._sum_over_ranks(pilot_loss / self.trainer.world_size)
             self._check(pilot_loss, copilot_loss)  # waits for a GPU, so it comes when all its work is launched
-            self._update_both()  # 7 and 10: update the Pilot and the Copilot, each on its own loss
+            for (name, learner), optimizer in zip(self._learning(), self._as_list(self.optimizers()), strict=True):
+                if name == "copilot" and self.copilot_stopped:
+                    optimizer.zero_grad()
+                else:
+                    self._step(name, learner, optimizer)  # 7 and 10: each on its own loss
         with self._timed("copilot"):
             for _ in range(self.steps_per_round - 1 if self.copilot_learns else 0):
                 self._update_copilot_again(pilot_loss)  # 8 to 10 again, on fresh draws
@@ -170,10 +172,9 @@ class TCopilotModule(LightningModule):
         self._log_round(pilot_loss, copilot_loss, tokens)
 
     def _run_pilot(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Steps 2 to 6, in micro-batches: run the Pilot and add (X̃, h, ℓ) to the log, before any update.
+        """Steps 2 to 6, in micro-batches, and gradients of the cross-entropy (step 7) on the way.
 
-        Gradients of the cross-entropy (step 7) are added up on the way. The last micro-batch's stay to be computed
-        where several processes reduce them, together with the Copilot's.
+        Those of the last micro-batch stay to be computed where several processes reduce them, with the Copilot's.
 
         Returns:
             This rank's share of the Pilot's loss, times the number of ranks, over which DDP averages; the loss whose
@@ -184,7 +185,7 @@ class TCopilotModule(LightningModule):
         tokens = self._sum_over_ranks(batch.tokens.float())
         *earlier, last = batch.split(self.micro_batch_size or len(batch))
         pilot_loss = torch.zeros((), device=self.device)
-        with self._without_reduction(True):
+        with self._without_reduction():
             for i, micro_batch in enumerate(earlier):
                 pilot_loss += self._backward(self._logged_loss(micro_batch, tokens, is_logged, extend=i > 0))
         loss = self._logged_loss(last, tokens, is_logged, extend=bool(earlier))
@@ -200,7 +201,7 @@ class TCopilotModule(LightningModule):
         self.validation_statistics.observe(self.model, batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Report the Pilot's error, the Copilot's share of it and λ*, over all ranks."""
+        """Report `ErrorStatistics.summary` over all ranks."""
         self.validation_statistics.reduce(self._sum_over_ranks)
         summary = self.validation_statistics.summary()
         self.log_dict({f"val/{name}": value for name, value in summary.items()}, rank_zero_only=True)
@@ -214,11 +215,7 @@ class TCopilotModule(LightningModule):
                     checkpoint["state_dict"].pop(name, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting seconds.
-
-        Raises:
-            ValueError: if the checkpoint lacks weights that are trained.
-        """
+        """Go on counting seconds; a checkpoint that lacks weights which are trained is refused."""
         trained = (name for name, parameter in self.named_parameters() if parameter.requires_grad)
         if missing := [name for name in trained if name not in checkpoint["state_dict"]]:
             raise ValueError(
@@ -230,8 +227,8 @@ class TCopilotModule(LightningModule):
         parts = (self.model.pilot, self.model.copilot) if self.compile_backend is not None else ()
         return [part for part in parts if part is not None]
 
-    def _active(self) -> Iterator[tuple[str, Learner]]:
-        return ((name, learner) for name, learner in self.learners.items() if learner is not None)
+    def _learning(self) -> list[tuple[str, Learner]]:
+        return [(name, learner) for name, learner in self.learners.items() if learner is not None]
 
     def _trace(self, batch: Batch) -> PilotStates:
         pooler = StatePooler() if self.model.copilot is None else self.model.copilot.pooler
@@ -244,6 +241,11 @@ class TCopilotModule(LightningModule):
         if is_logged:
             self.mistake_log.append(states, extend=extend)  # steps 5 and 6: ℓ follows from p̂ and the targets
         return self._pilot_loss(states) * self.trainer.world_size / tokens
+
+    def _pilot_loss(self, states: PilotStates) -> Tensor:
+        targets_BN = states.targets_BN.masked_fill(~states.target_mask_BN, -100)
+        logits_TV = states.logits_BNV.flatten(0, 1).float()
+        return nn.functional.cross_entropy(logits_TV, targets_BN.flatten(), reduction="sum")
 
     def _backward(self, loss: Tensor) -> Tensor:
         """Add the gradients of a loss, if it has any; returns its value."""
@@ -261,12 +263,6 @@ class TCopilotModule(LightningModule):
         for i, part in enumerate(batch.split(self.micro_batch_size or len(batch))):
             self.mistake_log.append(self._trace(part), extend=i > 0)
         self.model.pilot.train(training)
-
-    def _pilot_loss(self, states: PilotStates) -> Tensor:
-        targets_BN = states.targets_BN.masked_fill(~states.target_mask_BN, -100)
-        return nn.functional.cross_entropy(
-            states.logits_BNV.flatten(0, 1).float(), targets_BN.flatten(), reduction="sum"
-        )
 
     def _draw(self) -> MistakeRecord:
         return self.mistake_log.sample(self.copilot_batch_size // self.trainer.world_size, self.device)
@@ -291,23 +287,16 @@ class TCopilotModule(LightningModule):
         others = self._sum_over_ranks(total.detach()) - total.detach()
         return self.objective.reduce(total + others, tokens)
 
-    def _no_copilot_loss(self) -> Tensor:
-        """0, through every weight of a Copilot that has stopped: DDP waits for a gradient of each."""
-        return sum(0 * parameter.sum() for parameter in self.model.copilot.parameters() if parameter.requires_grad)
-
-    def _update_both(self) -> None:
-        for (name, learner), optimizer in zip(self._active(), self._as_list(self.optimizers()), strict=True):
-            if name == "copilot" and self.copilot_stopped:
-                optimizer.zero_grad()
-            else:
-                self._step(name, learner, optimizer)
-
     def _update_copilot_again(self, pilot_loss: Tensor) -> None:
-        with self._without_reduction(True):  # the reducer is armed once a round, for the joint backward
+        with self._without_reduction():  # the reducer is armed once a round, for the joint backward
             loss = self._copilot_loss(self._draw())
             self.manual_backward(loss)
             self._check(pilot_loss, loss)
-        self._add_gradients_over_ranks(self.model.copilot)
+        if self.trainer.world_size > 1:
+            gradients = [p.grad for p in self.model.copilot.parameters() if p.grad is not None]
+            flat = self._sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(piece.view_as(gradient))
         self._step("copilot", self.learners["copilot"], self._as_list(self.optimizers())[-1])
 
     def _step(self, name: str, learner: Learner, optimizer: Any) -> None:
@@ -332,20 +321,16 @@ class TCopilotModule(LightningModule):
             )
 
     def _log_round(self, pilot_loss: Tensor, copilot_loss: Tensor | None, tokens: Tensor) -> None:
-        values = {"train/pilot_loss": pilot_loss, "train/target_tokens": tokens, "round": float(self.round + 1)}
-        if copilot_loss is not None:
-            values["train/copilot_loss"] = copilot_loss.detach()
-        for (name, _), scheduler in zip(self._active(), self._as_list(self.lr_schedulers()), strict=True):
+        losses = {"pilot": pilot_loss} | ({} if copilot_loss is None else {"copilot": copilot_loss.detach()})
+        values = {f"train/{name}_loss": loss for name, loss in losses.items()}
+        values |= {"train/target_tokens": tokens, "round": float(self.round + 1)}
+        for (name, _), scheduler in zip(self._learning(), self._as_list(self.lr_schedulers()), strict=True):
             values[f"lr/{name}"] = scheduler.get_last_lr()[0]
-        for name, seconds in self.seconds.items():
-            values[f"time/{name}_seconds"] = seconds
-        for name, norms in self.gradient_norms.items():
-            values[f"train/{name}_gradient_norm"] = torch.stack(norms).mean()
+        values |= {f"time/{name}_seconds": seconds for name, seconds in self.seconds.items()}
+        values |= {f"train/{name}_gradient_norm": torch.stack(n).mean() for name, n in self.gradient_norms.items()}
         self.gradient_norms.clear()
         self.log_dict(values, on_step=True)
-        self.log("pilot", pilot_loss, prog_bar=True, logger=False)
-        if copilot_loss is not None:
-            self.log("copilot", copilot_loss.detach(), prog_bar=True, logger=False)
+        self.log_dict(losses, prog_bar=True, logger=False)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -353,20 +338,10 @@ class TCopilotModule(LightningModule):
         yield
         self.seconds[name] += time.perf_counter() - began
 
-    def _without_reduction(self, active: bool) -> AbstractContextManager:
-        block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return block() if active and block is not None else nullcontext()
+    def _without_reduction(self) -> AbstractContextManager:
+        return getattr(self.trainer.strategy, "block_backward_sync", nullcontext)()
 
-    def _sum_over_ranks(self, value: Tensor) -> Tensor:
-        return sum_over_processes(value)
-
-    def _add_gradients_over_ranks(self, model: nn.Module) -> None:
-        if self.trainer.world_size == 1:
-            return
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = self._sum_over_ranks(torch.cat([g.flatten() for g in gradients]))
-        for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(piece.view_as(gradient))
+    _sum_over_ranks = staticmethod(sum_over_processes)
 
     @staticmethod
     def _as_list(value: Any) -> list:

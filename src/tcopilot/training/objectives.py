@@ -70,14 +70,7 @@ class CrossEntropy(MeanSquaredError):
 def objective_sum(objective: Objective, copilot: Copilot, record: MistakeRecord, hidden_BNC: Tensor) -> Tensor:
     """Return the objective's sum over the target tokens of a record, without a second [B, N, V] tensor.
 
-    Args:
-        objective: loss per token.
-        copilot: whose head turns hidden states into corrections.
-        record: drawn from the log.
-        hidden_BNC: the Copilot's hidden states for the record.
-
-    Returns:
-        Σ over tokens, a float32 scalar with gradients for the Copilot.
+    A float32 scalar with gradients for the Copilot, whose hidden states for the record are given.
     """
     tokens_R = record.tokens_R
     hidden_RC, probs_RV, targets_R = (

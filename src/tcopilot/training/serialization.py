@@ -67,16 +67,12 @@ class _Packer:
         if type(value) in (list, tuple):
             items = [self.pack(item, f"{place}[{i}]") for i, item in enumerate(value)]
             return items if type(value) is list else {"tuple": items}
-        if isinstance(value, dict):
-            return {
-                "dict": [[self._key(key, place), self.pack(item, f"{place}[{key!r}]")] for key, item in value.items()]
-            }
-        raise _refusal(place, type(value).__qualname__)
-
-    def _key(self, key: Any, place: str) -> Any:
-        if _is_plain(key) or (type(key) is tuple and all(_is_plain(part) for part in key)):
-            return self.pack(key, place)
-        raise _refusal(f"a key of {place}", type(key).__qualname__)
+        if not isinstance(value, dict):
+            raise _refusal(place, type(value).__qualname__)
+        for key in value:
+            if not all(map(_is_plain, key if type(key) is tuple else [key])):
+                raise _refusal(f"a key of {place}", type(key).__qualname__)
+        return {"dict": [[self.pack(key, place), self.pack(item, f"{place}[{key!r}]")] for key, item in value.items()]}
 
     def _tensor(self, tensor: Tensor, place: str) -> str:
         if tensor.layout is not torch.strided or tensor.dtype not in DTYPES or tensor.is_meta:

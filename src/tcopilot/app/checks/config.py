@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from tcopilot.app.checks.problems import ConfigError
+from tcopilot.app.checks.problems import ConfigError, existing
 from tcopilot.app.trainer import process_count, trainer_problems
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.modes import Decoding
@@ -74,11 +75,7 @@ COMPLETE = ("pilot", "copilot", "mistake_log", "fusion", "evaluation")  # groups
 
 
 def fusion_rule(node: DictConfig) -> FusionRule:
-    """The fusion rule that the config's `fusion` group names; its class may be the user's own.
-
-    Raises:
-        ConfigError: if it names none.
-    """
+    """The fusion rule that the config's `fusion` group names; its class may be the user's own."""
     if (space := node.get("space")) is not None:
         raise ConfigError([
             f"fusion.space={space}: was replaced by the group fusion, whose files name a class in rule._target_; use "
@@ -95,9 +92,6 @@ def refuse_missing(cfg: DictConfig) -> None:
     """Refuse a config with mandatory values left open (`???`) or that refer to nothing (`${nothing}`).
 
     Nothing else can be judged before they are given.
-
-    Raises:
-        ConfigError: naming every open key, or the first one that refers to nothing.
     """
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
@@ -110,33 +104,23 @@ def refuse_missing(cfg: DictConfig) -> None:
         raise ConfigError([f"{key} is not set: give {key}=<value>" for key in missing])
 
 
-def refuse_values_for_groups(cfg: DictConfig) -> None:
-    """Refuse a config with a value where a group of keys is expected; nothing else can be judged then.
+def config_problems(cfg: DictConfig, training: bool = True) -> list[str]:
+    """Problems that the composed config shows by itself, without any model or data.
 
-    Raises:
-        ConfigError: naming every such key.
+    An evaluation without training depends on a part of them only.
     """
-    if problems := list(_values_for_groups(cfg)):
-        raise ConfigError(problems)
-
-
-def config_problems(cfg: DictConfig) -> list[str]:
-    """Problems that the composed config shows by itself, without any model or data."""
-    checks = (
-        *(_settings, _folders, trainer_problems, _machine, _budget, _batches),
-        *(_evaluation, _learners, _controls, _held_out),
-    )
-    return list(dict.fromkeys(problem for check in checks for problem in _guarded(check, cfg)))
-
-
-def evaluation_problems(cfg: DictConfig) -> list[str]:
-    """The part of `config_problems` that an evaluation without training depends on."""
-
-    def settings(cfg: DictConfig) -> Iterator[str]:
-        return _settings(cfg, ("fusion", "evaluation"))
-
-    checks = (settings, _folders, _evaluation)
-    return list(dict.fromkeys(problem for check in checks for problem in _guarded(check, cfg)))
+    checks = [_settings, _folders, trainer_problems, _machine, _batches, _evaluation, _learners, _controls]
+    if not training:
+        checks = [partial(_settings, sections=("fusion", "evaluation")), _folders, _evaluation]
+    problems: list[str] = []
+    for check in checks:
+        try:
+            problems += check(cfg)
+        except (ConfigAttributeError, ConfigKeyError) as error:
+            problems.append(_deleted(error.full_key))
+        except ConfigError as error:
+            problems += error.problems
+    return list(dict.fromkeys(problems))
 
 
 def control_names(given: Any) -> list[str]:
@@ -150,21 +134,12 @@ def control_names(given: Any) -> list[str]:
     return list(given) if isinstance(given, ListConfig | list) else [given]
 
 
-def _guarded(check: Callable[[DictConfig], Iterator[str]], cfg: DictConfig) -> Iterator[str]:
-    """Turn a key that was deleted, or a refusal, into problems."""
-    try:
-        yield from check(cfg)
-    except (ConfigAttributeError, ConfigKeyError) as error:
-        yield _deleted(error.full_key)
-    except ConfigError as error:
-        yield from error.problems
-
-
 def _deleted(key: str) -> str:
     return f"{key} is not in the config: do not delete it, give {key}=<value>"
 
 
-def _values_for_groups(cfg: DictConfig) -> Iterator[str]:
+def values_for_groups(cfg: DictConfig) -> Iterator[str]:
+    """Say where a value stands in place of a group of keys; nothing else can be judged then."""
     bad: list[str] = []
     for key in dict.fromkeys((*SECTIONS, *PARTS)):
         parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else cfg
@@ -230,7 +205,7 @@ def _folders(cfg: DictConfig) -> Iterator[str]:
     if not isinstance(folder, str) or not folder:
         yield f"paths.run_dir={folder}: give the folder that the run writes to"
         return
-    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    there = existing(Path(folder))
     if not there.is_dir():
         yield f"paths.run_dir={folder}: {there} is a file; give a folder"
     elif not os.access(there, os.W_OK | os.X_OK):
@@ -252,12 +227,14 @@ def _machine(cfg: DictConfig) -> Iterator[str]:
             yield f"{group}=adamw_8bit: bitsandbytes is not installed; pip install bitsandbytes, or use {group}=adamw"
 
 
-def _budget(cfg: DictConfig) -> Iterator[str]:
+def _batches(cfg: DictConfig) -> Iterator[str]:
     if cfg.data.rounds is None and cfg.data.epochs is None:
         yield "rounds=null and data.epochs=null: training needs a budget; give one of them"
-
-
-def _batches(cfg: DictConfig) -> Iterator[str]:
+    if cfg.data.held_out and cfg.mistake_log.log.rows != "all":
+        yield (
+            f"mistake_log.log.rows={cfg.mistake_log.log.rows} with data.held_out={cfg.data.held_out}: rows that are "
+            f"held out are never trained on; use mistake_log.log.rows=all, or data.held_out=0"
+        )
     batch, micro, ranks = cfg.data.batch_size, cfg.pilot.micro_batch_size, process_count(cfg)
     if not is_whole(batch) or batch < 1:
         return
@@ -276,10 +253,8 @@ def _batches(cfg: DictConfig) -> Iterator[str]:
 def _evaluation(cfg: DictConfig) -> Iterator[str]:
     rule = fusion_rule(cfg.fusion)
     if cfg.fusion.weight == "auto" and not rule.has_closed_form:
-        yield (
-            f"fusion.weight=auto: {type(rule).__name__} has no λ* in closed form; give numbers, or use "
-            f"fusion=probability"
-        )
+        name = type(rule).__name__
+        yield f"fusion.weight=auto: {name} has no λ* in closed form; give numbers, or use fusion=probability"
     if cfg.fusion.per in GATES and not rule.takes_gates:
         yield (
             f"fusion.per={cfg.fusion.per}: a gate is fitted to squared error, which does not suit "
@@ -330,12 +305,4 @@ def _controls(cfg: DictConfig) -> Iterator[str]:
         yield (
             f"{given} with pilot.path={cfg.pilot.path}: only a Pilot built from pilot.config, with its d_model or "
             f"hidden_size, can be made wider; a pretrained one cannot. Leave out equal_parameters"
-        )
-
-
-def _held_out(cfg: DictConfig) -> Iterator[str]:
-    if cfg.data.held_out and cfg.mistake_log.log.rows != "all":
-        yield (
-            f"mistake_log.log.rows={cfg.mistake_log.log.rows} with data.held_out={cfg.data.held_out}: rows that are "
-            f"held out are never trained on; use mistake_log.log.rows=all, or data.held_out=0"
         )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import psutil
 import torch
 from omegaconf import DictConfig
 from transformers import PreTrainedConfig
 
+from tcopilot.app.checks.problems import existing
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.ranking import ranking_problems
 from tcopilot.mistake_log.log import MistakeLog
@@ -17,17 +16,26 @@ from tcopilot.models.pilot import ModelSource
 
 def data_problems(cfg: DictConfig, pilot: PreTrainedConfig, data: TCopilotDataModule) -> list[str]:
     """Problems that the prepared rows show: no rows to score, texts longer than the model."""
-    problems, summary, reported = [], data.summary(), cfg.evaluation.report_on
+    summary, reported = data.summary(), cfg.evaluation.report_on
     needed_for = {"validation": "λ is chosen on validation rows", reported: f"evaluation.report_on={reported}"}
     mends = {"validation": "set data.validation_size", "test": "add some, or use evaluation.report_on=validation"}
-    problems += [
+    problems = [
         f"{why}: {name} has no {split} rows; there are "
         f"{', '.join(part for part in summary if part.startswith(f'{name}/'))}; {mends[split]}"
         for split, why in needed_for.items()
         for name in data.benchmark_names
         if f"{name}/{split}" not in summary
     ]
-    problems += _answer_problems(cfg, data)
+    for name, task in data.benchmarks.items():
+        if task.catalogue is not None:
+            rows = (row for split in ("validation", "test") for row in data.evaluation_rows(split, name))
+            most_seen = max(len(row["seen"]) for row in rows)
+            problems += ranking_problems(name, task, cfg.evaluation.ranking, cfg.evaluation.ranking_beams, most_seen)
+        elif "generation" not in cfg.evaluation.modes and not data.has_options(name):
+            problems.append(
+                f"evaluation.modes={list(cfg.evaluation.modes)}: {name} has no options whose likelihoods could be "
+                f"compared; add generation"
+            )
     longest = {part: int(max(split[f"{part}_max"] for split in summary.values())) for part in ("source", "target")}
     needed = max(longest.values()) if pilot.is_encoder_decoder else sum(longest.values())
     limit = getattr(pilot, "max_position_embeddings", None)
@@ -42,7 +50,7 @@ def data_problems(cfg: DictConfig, pilot: PreTrainedConfig, data: TCopilotDataMo
 def memory_problems(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModule, log: MistakeLog) -> list[str]:
     """A Mistake Log that would not fit once it is full: into memory, or on the disk that it is spilled to."""
     needed, spill = log_bytes(cfg, pilot, data, log), None if log.spill is None else log.spill.parent
-    free = psutil.virtual_memory().available if spill is None else psutil.disk_usage(_existing(spill)).free
+    free = psutil.virtual_memory().available if spill is None else psutil.disk_usage(existing(spill)).free
     if needed <= free:
         return []
     where = "in memory" if spill is None else f"on the disk of mistake_log.log.spill={spill}"
@@ -52,10 +60,6 @@ def memory_problems(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModul
         f"mistake_log.log.capacity_rounds={log.capacity_rounds}, set mistake_log.log.max_bytes{mend}, or keep less "
         f"of p̂ with log_storage@mistake_log.log.storage=topk, or frozen_head where the Pilot's head is frozen"
     ]
-
-
-def _existing(folder: Path) -> Path:
-    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
 
 
 def log_bytes(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModule, log: MistakeLog) -> int:
@@ -83,19 +87,3 @@ def log_bytes(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModule, log
     rounds = min(log.capacity_rounds, data.total_rounds)
     total = int(record * data.batch_size * rounds)
     return total if log.max_bytes is None else min(total, log.max_bytes)
-
-
-def _answer_problems(cfg: DictConfig, data: TCopilotDataModule) -> list[str]:
-    """Benchmarks that the modes of the evaluation cannot answer."""
-    problems = []
-    for name, task in data.benchmarks.items():
-        if task.catalogue is not None:
-            rows = (row for split in ("validation", "test") for row in data.evaluation_rows(split, name))
-            most_seen = max(len(row["seen"]) for row in rows)
-            problems += ranking_problems(name, task, cfg.evaluation.ranking, cfg.evaluation.ranking_beams, most_seen)
-        elif "generation" not in cfg.evaluation.modes and not data.has_options(name):
-            problems.append(
-                f"evaluation.modes={list(cfg.evaluation.modes)}: {name} has no options whose likelihoods could be "
-                f"compared; add generation"
-            )
-    return problems

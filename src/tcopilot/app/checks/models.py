@@ -5,8 +5,6 @@ Model configs and tokenizers are read here, weights are not.
 
 from __future__ import annotations
 
-from typing import Any
-
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -36,7 +34,8 @@ def model_problems(cfg: DictConfig, pilot: ModelSource, donor: ModelSource | Non
     model = pilot if donor is None else donor
     depth = families.decoder_depth(model.model_config)
     layers = cfg.copilot.layers
-    if not _fits(layers, depth):
+    share = isinstance(layers, float) and 0 < layers <= 1
+    if not (layers is None or share or (is_whole(layers) and 1 <= layers <= depth)):
         problems.append(
             f"copilot.layers={layers}: the {model.model_config.model_type} decoder of {model.key} has {depth} layers; "
             f"use 1 to {depth}, a share of them such as 0.5, or null for all"
@@ -53,19 +52,14 @@ def model_problems(cfg: DictConfig, pilot: ModelSource, donor: ModelSource | Non
 def tokenizer_problems(pilot: ModelSource, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """A tokenizer with more words than the model has rows for."""
     words, rows = len(tokenizer), pilot.model_config.vocab_size
-    if words <= rows:
-        return []
-    return [
-        f"pilot.path={pilot.path}: its tokenizer has {words} words and its model {rows} rows; "
-        f"they do not belong together"
-    ]
+    found = f"its tokenizer has {words} words and its model {rows} rows; they do not belong together"
+    return [f"pilot.path={pilot.path}: {found}"] if words > rows else []
 
 
 def donor_problems(pilot: ModelSource, donor: ModelSource, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """A checkpoint for the Copilot that cannot read the Pilot's tokens.
+    """A checkpoint for the Copilot that cannot read the Pilot's tokens; its own tokenizer must be the Pilot's.
 
-    Call it after the Pilot's tokenizer was made, from which a Pilot built from a config takes its vocabulary. Where
-    the checkpoint comes with a tokenizer, its words must be the Pilot's too.
+    Call it after the Pilot's tokenizer was made, from which a Pilot built from a config takes its vocabulary.
     """
     ours, theirs = pilot.model_config, donor.model_config
     try:
@@ -73,18 +67,18 @@ def donor_problems(pilot: ModelSource, donor: ModelSource, tokenizer: PreTrained
     except ModelSourceError:
         words = None
     fits = len(tokenizer) <= theirs.vocab_size if words else ours.vocab_size == theirs.vocab_size
+    problem = None
     if ours.model_type != theirs.model_type or not fits:
-        return [
-            f"copilot.path={donor.path}: {theirs.model_type} with {theirs.vocab_size} tokens cannot read a "
-            f"{ours.model_type} Pilot with {ours.vocab_size} tokens; choose a checkpoint of the same family and "
-            f"tokenizer"
-        ]
-    if words and words != tokenizer.get_vocab():
-        return [
-            f"copilot.path={donor.path}: its tokenizer has other words than the Pilot's; choose a checkpoint with the "
-            f"Pilot's tokenizer (the matrices may differ in padding rows)"
-        ]
-    return []
+        problem = (
+            f"{theirs.model_type} with {theirs.vocab_size} tokens cannot read a {ours.model_type} Pilot with "
+            f"{ours.vocab_size} tokens; choose a checkpoint of the same family and tokenizer"
+        )
+    elif words and words != tokenizer.get_vocab():
+        problem = (
+            "its tokenizer has other words than the Pilot's; choose a checkpoint with the Pilot's tokenizer (the "
+            "matrices may differ in padding rows)"
+        )
+    return [] if problem is None else [f"copilot.path={donor.path}: {problem}"]
 
 
 def copilot_layers(layers: int | float | None, depth: int) -> int | None:
@@ -139,9 +133,3 @@ def _adapter_problems(cfg: DictConfig, key: str, config: PreTrainedConfig) -> li
 
     attempt(problems, check, f"{key}.adapter")
     return problems
-
-
-def _fits(layers: Any, depth: int) -> bool:
-    if layers is None:
-        return True
-    return 1 <= layers <= depth if is_whole(layers) else isinstance(layers, float) and 0 < layers <= 1

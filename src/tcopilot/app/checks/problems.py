@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -25,19 +26,11 @@ class ConfigError(ValueError):
 
 
 def attempt(problems: list[str], make: Callable[[], Any], key: str | None = None) -> Any:
-    """Run a step of the preparation, and collect what the user can mend instead of raising it.
+    """Run a step of the preparation; what the user can mend is added to `problems`, and None returned.
 
     Data and models that cannot be read, and values that a constructor called by Hydra does not take, are problems of
-    the user's. Anything else is raised as the bug that it probably is, unless problems were found before, of which it
-    may be a consequence.
-
-    Args:
-        problems: where messages are added.
-        make: the step.
-        key: config key of what is made. If given, a `ValueError` or `TypeError` of the step is a problem too.
-
-    Returns:
-        What the step returns; None if it failed.
+    the user's; given the config key of what is made, so are `REFUSALS` of the step. Anything else is raised as the
+    bug that it probably is, unless problems were found before, of which it may be a consequence.
     """
     try:
         return make()
@@ -64,3 +57,8 @@ def refusal(error: Exception) -> str | None:
             return " ".join(str(error).split())
         cause = error.__cause__
     return " ".join(str(cause).split()) if isinstance(cause, REFUSALS) else None
+
+
+def existing(path: Path) -> Path:
+    """The path itself if it is there, or the nearest folder above it."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())

@@ -31,11 +31,8 @@ LIBRARY_TARGETS = frozenset(
 def target_problems(cfg: DictConfig, trusted: Collection[str] = ()) -> list[str]:
     """Say which `_target_`s of a config from disk are not to be built.
 
-    Allowed are classes that this package defines, `LIBRARY_TARGETS`, and what lies in a trusted module.
-
-    Args:
-        cfg: the config as it was read.
-        trusted: modules of the user's own, given on the command line by `trust=[<module>]`.
+    Allowed are classes that this package defines, `LIBRARY_TARGETS`, and what lies in a module of the user's own,
+    `trusted` on the command line by `trust=[<module>]`.
     """
     return [
         f"{key}={target}: a config from disk may name only classes of this package and the few of its libraries that "
@@ -47,16 +44,13 @@ def target_problems(cfg: DictConfig, trusted: Collection[str] = ()) -> list[str]
 
 def _targets(node: Any, key: str) -> Iterator[tuple[str, str]]:
     """Every `_target_` at any depth; unresolved, so that an interpolation is refused rather than followed."""
-    if isinstance(node, dict):
-        for name, value in node.items():
-            place = f"{key}.{name}" if key else str(name)
-            if name == "_target_":
-                yield place, str(value)
-            else:
-                yield from _targets(value, place)
-    elif isinstance(node, list):
-        for place, value in enumerate(node):
-            yield from _targets(value, f"{key}[{place}]")
+    children = enumerate(node) if isinstance(node, list) else node.items() if isinstance(node, dict) else ()
+    for name, value in children:
+        place = f"{key}[{name}]" if isinstance(node, list) else f"{key}.{name}" if key else str(name)
+        if name == "_target_":
+            yield place, str(value)
+        else:
+            yield from _targets(value, place)
 
 
 def _is_allowed(target: str, trusted: Collection[str]) -> bool:

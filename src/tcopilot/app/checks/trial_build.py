@@ -20,9 +20,9 @@ from tcopilot.app.trainer import FIXED, make_callbacks, quiet_lightning
 
 def trial_problems(cfg: DictConfig) -> list[str]:
     """Parts that cannot be built, or that do not take the values given."""
-    problems = [problem for key in ("pilot", "copilot") for problem in _learner_problems(cfg, key)]
+    problems = [] if cfg.pilot.frozen else _learner_problems("pilot", cfg.pilot)
     if cfg.copilot.enabled:
-        problems += _refused("objective", cfg.objective)
+        problems += _learner_problems("copilot", cfg.copilot) + _refused("objective", cfg.objective)
     callbacks = [
         problem for key, node in cfg.callbacks.items() for problem in _refused(f"callbacks.{key}", node, _use_callback)
     ]
@@ -31,16 +31,11 @@ def trial_problems(cfg: DictConfig) -> list[str]:
     return problems + _refused("trainer", cfg.trainer, logger=False, callbacks=make_callbacks(cfg), **FIXED)
 
 
-def _learner_problems(cfg: DictConfig, key: str) -> list[str]:
-    if (key == "pilot" and cfg.pilot.frozen) or (key == "copilot" and not cfg.copilot.enabled):
-        return []
+def _learner_problems(key: str, node: DictConfig) -> list[str]:
     made: list[torch.optim.Optimizer] = []
-    problems = _refused(
-        f"{key}.optimizer", cfg[key].optimizer, lambda make: made.append(make([nn.Parameter(torch.zeros(1))]))
-    )
-    return problems or _refused(
-        f"{key}.scheduler", cfg[key].scheduler, lambda make: make(optimizer=made[0], num_training_steps=100)
-    )
+    return _refused(
+        f"{key}.optimizer", node.optimizer, lambda make: made.append(make([nn.Parameter(torch.zeros(1))]))
+    ) or _refused(f"{key}.scheduler", node.scheduler, lambda make: make(optimizer=made[0], num_training_steps=100))
 
 
 def _use_callback(made: Any) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, replace
+from functools import partial
+from types import SimpleNamespace
 
 import psutil
 import torch
 from omegaconf import DictConfig, ListConfig
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tcopilot.app import build
 from tcopilot.app.build import Prepared
@@ -45,36 +47,26 @@ class Budget:
     def __str__(self) -> str:
         needed = self.needed
         parts = self._certain() | {"activations": needed.activations, "logits": needed.logits, "caches": needed.caches}
-        training, decoding = (bytes_text(size) for size in self._peaks().values())
-        free = f"{bytes_text(self.free)} free on the {self.device}"
-        return f"{_listed(parts)}; at its peak training {training}, decoding {decoding}, of {free}"
+        peaks = ", ".join(f"{what} {bytes_text(size)}" for what, size in self._peaks().items())
+        return f"{_listed(parts)}; at its peak {peaks}, of {bytes_text(self.free)} free on the {self.device}"
 
     def check(self) -> None:
-        """Refuse what cannot fit, and warn of what probably will not.
-
-        Raises:
-            ConfigError: if parameters, gradients, optimiser state and log alone need more than is free.
-        """
+        """Refuse parameters, gradients, optimiser state and log that cannot fit; warn of peaks that may not."""
         certain, free = self._certain(), f"{bytes_text(self.free)} are free on the {self.device}"
         if (total := sum(certain.values())) > self.free:
             largest = max(certain, key=certain.__getitem__)
-            raise ConfigError(
-                [
-                    f"{_listed(certain)} need {bytes_text(total)} and {free}; "
-                    f"the largest part is {largest}: {MENDS[largest]}"
-                ]
-            )
+            need = f"{_listed(certain)} need {bytes_text(total)} and {free}"
+            raise ConfigError([f"{need}; the largest part is {largest}: {MENDS[largest]}"])
         larger = "activations" if self.needed.activations > self.needed.logits else "logits"
-        mends = {"training": MENDS[larger], "decoding": MENDS["decoding"]}
-        for what, size in self._peaks().items():
+        for (what, size), part in zip(self._peaks().items(), (larger, "decoding"), strict=True):
             if size > self.free:
-                log.warning("%s may need %s and %s: %s", what, bytes_text(size), free, mends[what])
+                log.warning("%s may need %s and %s: %s", what, bytes_text(size), free, MENDS[part])
 
     def _certain(self) -> dict[str, int]:
         """What every round needs at its end, however many rows it has."""
-        needed, log_here = self.needed, self.log if self.device == "CPU" else 0
-        sizes = (needed.parameters, needed.gradients, needed.optimizer, log_here)
-        return dict(zip(("parameters", "gradients", "optimiser", "log"), sizes, strict=True))
+        needed = self.needed
+        models = {"parameters": needed.parameters, "gradients": needed.gradients, "optimiser": needed.optimizer}
+        return models | {"log": self.log if self.device == "CPU" else 0}
 
     def _peaks(self) -> dict[str, int]:
         """The peaks of training and of decoding with a full log."""
@@ -87,11 +79,7 @@ def _listed(parts: dict[str, int]) -> str:
 
 
 def budget(cfg: DictConfig, prepared: Prepared) -> Budget | None:
-    """Estimate what a run needs; no weights are read.
-
-    Returns:
-        None, with a warning, where parts of the run's own cannot be run without memory.
-    """
+    """Estimate what a run needs without its weights; None, with a warning, where its parts cannot run without."""
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
     needed = None
     try:
@@ -117,24 +105,14 @@ def _free(cfg: DictConfig, on_gpu: bool) -> int:
     return torch.cuda.mem_get_info(devices[local] if isinstance(devices, ListConfig) else local)[0]
 
 
-@dataclass
-class _WithoutWeights:
-    """Stands for a model to load: the same classes and shapes, with whatever weights."""
-
-    source: ModelSource
-
-    @property
-    def is_encoder_decoder(self) -> bool:
-        return self.source.is_encoder_decoder
-
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        auto = AutoModelForSeq2SeqLM if self.is_encoder_decoder else AutoModelForCausalLM
-        return auto.from_config(self.source.model_config, dtype=getattr(torch, self.source.dtype))
-
-
 def _module(cfg: DictConfig, prepared: Prepared) -> TCopilotModule:
-    donor = None if prepared.donor is None else _WithoutWeights(prepared.donor)
-    model = build.fused_model(cfg, replace(prepared, pilot=_WithoutWeights(prepared.pilot), donor=donor))
+    def without_weights(source: ModelSource) -> SimpleNamespace:
+        auto = AutoModelForSeq2SeqLM if source.is_encoder_decoder else AutoModelForCausalLM
+        made = partial(auto.from_config, source.model_config, dtype=getattr(torch, source.dtype))
+        return SimpleNamespace(is_encoder_decoder=source.is_encoder_decoder, load=lambda tokenizer: made())
+
+    donor = None if prepared.donor is None else without_weights(prepared.donor)
+    model = build.fused_model(cfg, replace(prepared, pilot=without_weights(prepared.pilot), donor=donor))
     module = build.training_module(cfg, model, prepared.data.total_rounds)
     module.copilot_batch_size //= process_count(cfg)
     return module

@@ -20,13 +20,8 @@ class LiveMemory(TorchDispatchMode):
     returns, nor memory that the allocator keeps for later. Tensors of `FakeTensorMode` count with the bytes that they
     stand for.
 
-    Args:
-        label: names the kind of a tensor when its storage is first seen.
-
-    Attributes:
-        live: bytes now.
-        peak: most bytes since the last `reset_peak`.
-        at_peak: bytes by kind when the peak was reached.
+    `live` are the bytes now, `peak` the most since the last `reset_peak`, `at_peak` those by kind at that moment; a
+    tensor's kind is the `label` of it when its storage is first seen.
     """
 
     def __init__(self, label: Callable[[Tensor], str] = lambda tensor: "tensors") -> None:

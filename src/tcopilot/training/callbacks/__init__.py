@@ -8,7 +8,6 @@ from tcopilot.training.callbacks.graceful_stop import GracefulStop
 from tcopilot.training.callbacks.histograms import ErrorHistograms
 from tcopilot.training.callbacks.mistake_log import MistakeLogCallback
 from tcopilot.training.callbacks.rng_state import RngState
-from tcopilot.training.callbacks.same_settings import SameSettings
 from tcopilot.training.callbacks.throughput import Throughput
 
 __all__ = [
@@ -20,6 +19,5 @@ __all__ = [
     "MistakeLogCallback",
     "RngState",
     "RoundCheckpoint",
-    "SameSettings",
     "Throughput",
 ]

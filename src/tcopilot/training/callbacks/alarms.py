@@ -24,8 +24,8 @@ class CopilotAlarms(Callback):
         """Check after each validation, except early in training, when it is too soon to judge."""
         if trainer.sanity_checking or pl_module.model.copilot is None or pl_module.round < pl_module.rounds // 2:
             return
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        energy = metrics.get("val/error_energy", 0.0)
+        metrics = trainer.callback_metrics
+        energy = float(metrics.get("val/error_energy", 0.0))
         if metrics.get("val/correction_energy", energy) < COLLAPSED_SHARE * energy:
             self._raise("collapsed", "the Copilot still outputs about 0: raise copilot.steps_per_round or its lr")
         elif metrics.get("val/error_ratio", 0.0) > 1:

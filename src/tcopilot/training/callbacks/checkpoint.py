@@ -29,12 +29,8 @@ class RoundCheckpoint(Callback):
     """Saves the training state every few rounds and keeps the newest checkpoints.
 
     A state that is due is taken when its round ends, and written before the next one starts: then all that the round
-    and its validation have logged is on disk too, and a resumed run continues the very same curves.
-
-    Args:
-        folder: where the checkpoints `round=<n>` go.
-        every_n_rounds: how often; None saves only when training ends or is stopped.
-        keep: how many stay.
+    and its validation have logged is on disk too, and a resumed run continues the very same curves. Without
+    `every_n_rounds` it saves only when training ends or is stopped.
     """
 
     SETTINGS: ClassVar = {"every_n_rounds": whole().or_null(), "keep": whole()}
@@ -46,11 +42,7 @@ class RoundCheckpoint(Callback):
         self._due: tuple[int, dict[str, Any]] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Clear up after a crash.
-
-        Raises:
-            CheckpointError: if a new run would mix its checkpoints with those of another.
-        """
+        """Clear up after a crash, and refuse to mix the checkpoints of a new run with those of another."""
         if trainer.ckpt_path is None and (others := checkpoints(self.folder)):
             raise CheckpointError(
                 f"{self.folder} holds checkpoints of an earlier run, {others[-1].name} the newest: give another "

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from tcopilot.models.copilot import Copilot
 from tcopilot.processes import agree_on, sum_over_processes
+from tcopilot.settings import require, whole
 from tcopilot.training.error_statistics import ErrorStatistics
 
 log = logging.getLogger(__name__)
@@ -24,16 +25,13 @@ class CopilotStop(Callback):
     so that a Copilot that was best then need not be best for the Pilot that is kept: when training ends both the best
     and the last one are judged with the final Pilot, and the better one stays.
 
-    Args:
-        patience: validations without a better ratio after which it stops.
-
-    Raises:
-        ValueError: if the patience is below one validation.
+    `patience` counts the validations without a better ratio after which it stops.
     """
 
+    SETTINGS: ClassVar = {"patience": whole(mend="give a whole number of validations, at least 1")}
+
     def __init__(self, patience: int = 3) -> None:
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise ValueError(f"patience={patience}: give a whole number of validations, at least 1")
+        require(self.SETTINGS, {"patience": patience})
         self.patience = patience
         self._state: dict[str, Any] = {"best": math.inf, "round": 0, "waited": 0, "weights": {}}
 
@@ -45,7 +43,7 @@ class CopilotStop(Callback):
         """Judge the current Copilot."""
         if trainer.sanity_checking or not pl_module.copilot_learns:
             return
-        ratio = agree_on(_reported(trainer))
+        ratio = agree_on(_reported(trainer))  # only the first process has it
         if ratio < self._state["best"]:
             weights = {name: weight.cpu().clone() for name, weight in _trained(pl_module.model.copilot).items()}
             self._state.update(best=ratio, round=pl_module.round, waited=0, weights=weights)
@@ -53,25 +51,26 @@ class CopilotStop(Callback):
         self._state["waited"] += 1
         if self._state["waited"] >= self.patience:
             pl_module.copilot_stopped = True
-            log.info(
-                "The Copilot stops after round %d; its best was after round %d", pl_module.round, self._state["round"]
-            )
+            best = self._state["round"]
+            log.info("The Copilot stops after round %d; its best was after round %d", pl_module.round, best)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the better of the best and the last Copilot; a run that was stopped midway is left as it is."""
         if not self._state["weights"] or pl_module.round < pl_module.rounds:
             return
         copilot = pl_module.model.copilot
-        last = {name: weight.clone() for name, weight in _trained(copilot).items()}
+        last, best_round = {name: weight.clone() for name, weight in _trained(copilot).items()}, self._state["round"]
         ratio_of_last = _ratio(trainer, pl_module)
         _put(copilot, self._state["weights"])
         ratio_of_best = _ratio(trainer, pl_module)
+        kept = f"round {best_round}"
         if ratio_of_last <= ratio_of_best:
             _put(copilot, last)
-        kept = pl_module.rounds if ratio_of_last <= ratio_of_best else self._state["round"]
-        figures = f"error ratio {ratio_of_best:.3f}, the last one's {ratio_of_last:.3f}"
-        log.info("With the final Pilot, the Copilot of round %d has %s", self._state["round"], figures)
-        log.info("The Copilot of %s is kept", "the last round" if kept == pl_module.rounds else f"round {kept}")
+            kept = "the last round"
+        log.info(
+            "With the final Pilot, the Copilot of round %d has error ratio %.3f, the last one's %.3f. That of %s is "
+            "kept", best_round, ratio_of_best, ratio_of_last, kept,
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """The state itself, no copy: a checkpoint is written after its round's validation, which belongs in it."""
@@ -92,7 +91,6 @@ def _put(copilot: Copilot, weights: dict[str, Tensor]) -> None:
 
 
 def _reported(trainer: Trainer) -> float:
-    """The error ratio of this validation; only the first process has it."""
     return float(trainer.callback_metrics.get("val/error_ratio", math.inf))
 
 

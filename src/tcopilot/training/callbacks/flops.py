@@ -12,20 +12,14 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from tcopilot.data.batch import Batch
 from tcopilot.processes import sum_over_processes
 
-
-@shape_wrapper
-def _attention(query: Any, key: Any, value: Any, *rest: Any, **others: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-@shape_wrapper
-def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *rest: Any, **others: Any) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)
-
-
+aten = torch.ops.aten
 FORMULAS = flop_registry | {  # from the shapes of arguments and result; torch's own know the attention of CUDA only
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(
+        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
+    ),
 }
 
 
@@ -56,10 +50,8 @@ class FlopCount(Callback):
     """Counts the operations of matrix products and attention in some rounds: passes, log, updates of both models.
 
     A counted round takes up to twice its time, so few are counted. Rounds differ in the lengths of their rows; the
-    total is the counted operations per padded token, times the padded tokens of all rounds.
-
-    Args:
-        every_n_rounds: how often a round is counted, its middle one.
+    total is the counted operations per padded token, times the padded tokens of all rounds. Of `every_n_rounds` the
+    middle one is counted.
     """
 
     per_rank = True

@@ -9,12 +9,7 @@ from tcopilot.settings import whole
 
 
 class MistakeLogCallback(Callback):
-    """Owns the log that the module's rounds fill and read.
-
-    Args:
-        log: the log of this rank.
-        every_n_rounds: how often its statistics are logged, under `log/`.
-    """
+    """Owns the log of this rank, which the module's rounds fill and read, and logs its statistics under `log/`."""
 
     SETTINGS: ClassVar = {"every_n_rounds": whole()}
     per_rank = True
@@ -35,19 +30,13 @@ class MistakeLogCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log error energy over that of validation: well below 1, the log no longer shows present errors."""
         held_out = trainer.callback_metrics.get("val/error_energy")
-        if (
-            len(self.mistake_log)
-            and held_out is not None
-            and trainer.logger is not None
-            and not trainer.sanity_checking
-        ):
-            energy = self.mistake_log.statistics()["error_energy"]
-            figures = {
-                "log/error_energy": energy,
-                "log/energy_ratio_to_validation": energy / max(float(held_out), 1e-12),
-            }
-            for logger in trainer.loggers:
-                logger.log_metrics(figures, step=pl_module.round - 1)  # as all lines of this round
+        if trainer.sanity_checking or held_out is None or not (trainer.loggers and len(self.mistake_log)):
+            return
+        energy = self.mistake_log.statistics()["error_energy"]
+        ratio = energy / max(float(held_out), 1e-12)
+        for logger in trainer.loggers:  # at the step of all lines of this round
+            figures = {"log/error_energy": energy, "log/energy_ratio_to_validation": ratio}
+            logger.log_metrics(figures, step=pl_module.round - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The log, as tensors and plain values."""

@@ -9,10 +9,10 @@ from lightning import Callback, LightningModule, Trainer
 
 
 class RngState(Callback):
-    """Carries the global random states of Python, NumPy and torch from round to round and into checkpoints.
+    """Carries each process's random states of Python, NumPy and torch from round to round and into checkpoints.
 
     Every round starts where the last one ended, whatever validation or a new loader drew in between, since a resumed
-    run may not repeat those. Each process has its own.
+    run may not repeat those.
     """
 
     per_rank = True

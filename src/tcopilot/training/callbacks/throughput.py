@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections import deque
 from typing import Any
 
 import torch
@@ -19,13 +18,6 @@ class Throughput(Callback):
     Time is that inside training steps: loading, validation, checkpoints and logging do not count.
     """
 
-    def __init__(self) -> None:
-        self._tokens: deque[Any] = deque()
-        self._rows: deque[int] = deque()
-        self._read: deque[Any] = deque()  # tokens that the Pilot reads, prompts included; tensors: nothing waits
-        self._positions = 0
-        self._before: dict[str, float] = {}
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start counting; a resumed run does so anew."""
         self._restart(pl_module)
@@ -34,18 +26,18 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count a round, and log when a line is due."""
-        self._tokens.append(trainer.callback_metrics["train/target_tokens"])
-        self._rows.append(len(batch) * trainer.world_size)
-        self._read.append(batch.source_mask_BM.sum() + batch.target_mask_BN.sum())
+        self._tokens = self._tokens + trainer.callback_metrics["train/target_tokens"]  # tensors: nothing waits
+        self._rows += len(batch) * trainer.world_size
+        self._read = self._read + batch.source_mask_BM.sum() + batch.target_mask_BN.sum()
         self._positions += batch.source_mask_BM.numel() + batch.target_mask_BN.numel()
         if (pl_module.round + 1) % trainer.log_every_n_steps == 0:
             seconds = {name: total - self._before[name] for name, total in pl_module.seconds.items()}
             whole = max(sum(seconds.values()), 1e-9)
             figures = {
-                "speed/target_tokens_per_second": torch.stack(list(self._tokens)).sum() / whole,
-                "speed/rows_per_second": sum(self._rows) / whole,
+                "speed/target_tokens_per_second": self._tokens / whole,
+                "speed/rows_per_second": self._rows / whole,
                 **{f"time/{name}_share": part / whole for name, part in seconds.items()},
-                "data/padding_share": 1 - torch.stack(list(self._read)).sum() / self._positions,
+                "data/padding_share": 1 - self._read / self._positions,
                 "memory/rss_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / RSS_UNITS_PER_MIB,
             }
             if pl_module.device.type == "cuda":
@@ -54,8 +46,5 @@ class Throughput(Callback):
             self._restart(pl_module)
 
     def _restart(self, pl_module: LightningModule) -> None:
-        self._tokens.clear()
-        self._rows.clear()
-        self._read.clear()
-        self._positions = 0
+        self._tokens = self._rows = self._read = self._positions = 0  # `_read` are all that the Pilot reads
         self._before = dict(pl_module.seconds)
