@@ -318,7 +318,7 @@ def runs(tmp_path_factory):
         "alone": ["copilot=none"],
     }
     for name, overrides in made.items():
-        composed.train(root / name, *composed.SMALL, *overrides)
+        composed.train(root / name, *composed.SMALL, "fusion.weight=[0,1]", "rounds=2", *overrides)
     return root
 
 

@@ -28,9 +28,8 @@ FIXED, BROKEN = (0, 1, 2, 3, 4), (5, 6)  # places in the predictions file
 
 def traced_run(folder: Path) -> Path:
     """Train four rounds on two benchmarks and evaluate with a trace; returns the evaluation's run directory."""
-    trained = composed.train(
-        folder / "train", *BOTH, *SMALL, "data.max_eval_rows=null", "mistake_log.every_n_rounds=1"
-    )
+    given = [*SMALL, "data.max_eval_rows=null", "mistake_log.every_n_rounds=1", "fusion.weight=[0,0.5,1]"]
+    trained = composed.train(folder / "train", *BOTH, *given)
     return composed.evaluate(trained, folder / "eval", "trace=true", f"trace_rows={TRACED}")
 
 

@@ -38,11 +38,10 @@ def settings(script):
 
 def carry_out(job):
     """Do in this process what a job does in one of its own."""
-    given = [*job.overrides, f"paths.run_dir={job.folder}"]
     if job.program == "eval.py":
-        run.evaluate(composed.compose_config(*given, name="eval"))
+        run.evaluate(composed.compose_config(*job.overrides, f"paths.run_dir={job.folder}", name="eval"))
     else:
-        run.train(composed.compose_config(*composed.QUIET, *given))
+        composed.train(job.folder, *job.overrides, "rounds=2", "data.max_eval_rows=8")
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +208,7 @@ def test_a_call_whose_time_is_over_starts_nothing(script, smoke, tmp_path):
     assert not job.folder.exists()
 
 
-@pytest.mark.parametrize("preset", ["cpu", "gpu", "smoke"])
+@pytest.mark.parametrize("preset", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("cpu", "gpu")), "smoke"])
 def test_every_run_of_the_grid_composes(script, settings, tmp_path, preset):
     about = settings["presets"][preset]
     places = {"{pilot}": str(tmp_path), "{data}": str(tmp_path)}

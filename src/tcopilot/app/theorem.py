@@ -54,7 +54,6 @@ class TrainedRun:
 
         Raises:
             ConfigError: if it is no finished run or has no Copilot, or with what is wrong with its data.
-            ModelSourceError: if its export cannot be read.
         """
         run = RunDirectory(folder)
         for needed in (run.config, run.export / "config.json"):
@@ -70,21 +69,17 @@ class TrainedRun:
         return cls(folder, config, export, tokenizer, data, model)
 
     def rows(self, split: str) -> list[dict[str, Any]]:
-        """Rows of all benchmarks, in batches of similar length when cut in order.
-
-        Raises:
-            DataError: if a benchmark has none.
-        """
+        """Rows of all benchmarks, in batches of similar length when cut in order."""
         by_name = (self.data.evaluation_rows(split, name) for name in self.data.benchmark_names)
         return [row for rows in by_name for row in sorted(rows, key=lambda row: len(row["source_ids"]))]
 
 
 def refuse_other_kinds(runs: Sequence[TrainedRun], split: str) -> None:
-    """Refuse runs whose Pilots cannot be compared token by token.
+    """Refuse, by a ConfigError that names them all, runs that cannot be compared with the first token by token."""
 
-    Raises:
-        ConfigError: with every run that is not like the first.
-    """
+    def asked(run: TrainedRun) -> list[tuple[Any, ...]]:
+        return [(row["benchmark"], row["id"], row["source_ids"], row["target_ids"]) for row in run.rows(split)]
+
     first, *others = runs
     problems = []
     for run in others:
@@ -95,27 +90,20 @@ def refuse_other_kinds(runs: Sequence[TrainedRun], split: str) -> None:
             problems.append(f"{run.folder}: has a {kinds}; give runs that differ in their seed only")
         elif run.tokenizer.get_vocab() != first.tokenizer.get_vocab():
             problems.append(f"{run.folder}: another vocabulary than {first.folder} has; give runs of one tokenizer")
-        elif _asked(run, split) != _asked(first, split):
+        elif asked(run) != asked(first):
             mend = "train all seeds with data.seed=0, generated tasks also with data.benchmarks.<name>.seed=0"
             problems.append(f"{run.folder}: its {split} rows are not those of {first.folder}; {mend}")
     if problems:
         raise ConfigError(problems)
 
 
-def _asked(run: TrainedRun, split: str) -> list[tuple[Any, ...]]:
-    return [(row["benchmark"], row["id"], row["source_ids"], row["target_ids"]) for row in run.rows(split)]
-
-
-def measure(
-    runs: Sequence[TrainedRun], split: str, passes: int = 0, seed: int = 0
-) -> tuple[DistanceSums, PilotSpread | None]:
+def measure(runs: Sequence[TrainedRun], split: str, passes: int = 0) -> tuple[DistanceSums, PilotSpread | None]:
     """Score the rows of a split, teacher-forced, with the feedback that decoding uses.
 
     Args:
         runs: the run to estimate, then runs of other seeds, for ε_P² and σ_P² only.
         split: `validation` or `test`.
         passes: passes with dropout, instead of other seeds.
-        seed: of the dropout.
 
     Returns:
         Sums of the first run; the spread of Pilots, or None if there is one Pilot only.
@@ -124,7 +112,7 @@ def measure(
         ConfigError: if the Pilot has no dropout to pass through.
     """
     first = runs[0]
-    torch.manual_seed(seed)
+    torch.manual_seed(0)  # of the dropout
     batch_size = build.decoding(first.config.evaluation).batch_size
     collate = PromptTargetCollator(first.tokenizer.pad_token_id, first.tokenizer.padding_side)
     distances, spread = DistanceSums(first.model.pilot.get_input_embeddings().num_embeddings), None
@@ -139,7 +127,11 @@ def measure(
         if passes:
             spread.update(batch, dropout_draws(first.model, batch, passes))
             if spread.sigma_sq == 0:
-                _refuse_dropout(first)
+                settings = first.export.pilot.to_dict().items()
+                rates = ", ".join(f"{key}={value}" for key, value in settings if "drop" in key and value is not None)
+                lack = f"--dropout-passes: the Pilot of {first.folder} has no dropout ({rates or 'no key'})"
+                mend = "give runs of other seeds, or train with dropout (T5: pilot.config.dropout_rate=0.1)"
+                raise ConfigError([f"{lack}; {mend}"])
         elif spread:
             spread.update(batch, chain([scored], (correct_targets(run.model, batch) for run in runs[1:])))
     return distances, spread
@@ -148,12 +140,14 @@ def measure(
 def estimate(runs: Sequence[TrainedRun], split: str, passes: int = 0) -> dict[str, Any]:
     """Return what `theorem.json` holds; arguments and errors as those of `measure`."""
     first, (distances, spread) = runs[0], measure(runs, split, passes)
-    found = {"version": 1, "run": str(first.folder), "split": split, "fusion": first.model.config.fusion["_target_"]}
-    found["is_eq_8"] = isinstance(first.model.fusion, ProbabilityFusion)
-    found |= distances.estimates(first.data.benchmark_names)
     pilots = spread.summary() if spread else None
-    found |= {f"{name}_pilot_sq": pilots[f"{name}_sq"] if pilots else None for name in ("epsilon", "sigma")}
-    found["pilots"] = pilots
+    found = {
+        "version": 1, "run": str(first.folder), "split": split, "fusion": first.model.config.fusion["_target_"],
+        "is_eq_8": isinstance(first.model.fusion, ProbabilityFusion),
+        **distances.estimates(first.data.benchmark_names),
+        "epsilon_pilot_sq": pilots and pilots["epsilon_sq"], "sigma_pilot_sq": pilots and pilots["sigma_sq"],
+        "pilots": pilots,
+    }  # fmt: skip
     found["entries"]["worst"] = [
         {"id": entry, "token": str(first.tokenizer.convert_ids_to_tokens(entry)), "increase": increase}
         for entry, increase in distances.worst_entries(found["lambda_star"])
@@ -162,21 +156,15 @@ def estimate(runs: Sequence[TrainedRun], split: str, passes: int = 0) -> dict[st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `tcopilot-theorem`.
-
-    Returns:
-        0, or 1 with a message on stderr if runs cannot be used or a file cannot be written.
-    """
+    """Run `tcopilot-theorem`; 1 with a message on stderr if runs cannot be used or a file cannot be written."""
     parser = argparse.ArgumentParser("tcopilot-theorem", description="Theorem 4.1 on the held-out rows of a run.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, then those of other seeds")
     parser.add_argument("--split", default="test", choices=("validation", "test"), help="rows to measure on")
     parser.add_argument("--dropout-passes", type=int, default=0, metavar="K", help="variance of one Pilot by dropout")
-    parser.add_argument(
-        "--trust", nargs="+", default=[], metavar="MODULE", help="modules of your own that the runs' configs may name"
-    )
-    parser.add_argument(
-        "--json", metavar="FILE", help="also write the figures here; - is stdout, and nothing else there"
-    )
+    trust = "modules of your own that the runs' configs may name"
+    parser.add_argument("--trust", nargs="+", default=[], metavar="MODULE", help=trust)
+    where = "also write the figures here; - is stdout, and nothing else there"
+    parser.add_argument("--json", metavar="FILE", help=where)
     asked = parser.parse_args(arguments)
     if asked.dropout_passes and (len(asked.runs) > 1 or asked.dropout_passes < 2):
         parser.error(f"--dropout-passes {asked.dropout_passes}: give 2 or more, with one run directory only")
@@ -202,13 +190,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show(found)
         print(f"theorem: {files[0]}")
     return 0
-
-
-def _refuse_dropout(run: TrainedRun) -> None:
-    settings = run.export.pilot.to_dict().items()
-    rates = ", ".join(f"{key}={value}" for key, value in settings if "drop" in key and value is not None)
-    mend = "give runs of other seeds, or train with dropout (T5: pilot.config.dropout_rate=0.1)"
-    raise ConfigError([f"--dropout-passes: the Pilot of {run.folder} has no dropout ({rates or 'no key'}); {mend}"])
 
 
 if __name__ == "__main__":

@@ -23,22 +23,13 @@ WEIGHT_COLUMNS = ["benchmark", "split", "metric", "weight", "value", "ci95_low",
 
 @rank_zero_only
 def log_evaluation(loggers: Sequence[Logger], results: Results, run_dir: str | Path) -> None:
-    """Show the final evaluation: the gain, the curve over λ, and answers side by side.
-
-    Both tables are also written as `weights.csv` and `generations.csv`.
-
-    Args:
-        loggers: of the Trainer.
-        results: what the run found.
-        run_dir: where its predictions lie and the tables go.
-    """
+    """Show the final evaluation on every logger, and write both tables as `weights.csv` and `generations.csv`."""
     run = RunDirectory(run_dir)
     figures: dict[str, float] = {"round": float(results.rounds)}
     for gain in results.gain:
-        low, high = gain.ci95
         columns = {
-            "pilot": gain.pilot, "fused": gain.fused, "gain": gain.difference, "gain_low": low, "gain_high": high,
-            "p_value": gain.p_value, "selected_weight": results.weight_of(gain.benchmark),
+            "pilot": gain.pilot, "fused": gain.fused, "gain": gain.difference, "gain_low": gain.ci95[0],
+            "gain_high": gain.ci95[1], "p_value": gain.p_value, "selected_weight": results.weight_of(gain.benchmark),
         }  # fmt: skip
         if gain.fixed is not None:
             columns |= {"fixed": float(gain.fixed), "broken": float(gain.broken)}
@@ -59,7 +50,7 @@ def log_evaluation(loggers: Sequence[Logger], results: Results, run_dir: str | P
 
 
 def side_by_side(results: Results, predictions: Path) -> list[Answers]:
-    """Answers of Pilot and fused model to the same rows, at most `SHOWN`.
+    """Answers of Pilot and fused model to the same rows, at most `SHOWN`; what the Copilot changed comes first.
 
     They are shared out evenly among benchmarks and then among outcomes as far as there are rows, so shares in this
     table are not those of the split.
@@ -68,26 +59,21 @@ def side_by_side(results: Results, predictions: Path) -> list[Answers]:
     shown: list[Answers] = []
     for place, name in enumerate(benchmarks):
         room = (SHOWN - len(shown)) // (len(benchmarks) - place)
-        shown += _even(answers_of_both(results, predictions, name), room)
+        rows = answers_of_both(results, predictions, name)
+        of_each = {kind: [row for row in rows if row.outcome == kind] for kind in OUTCOMES}
+        ranked = sorted((place, kind) for kind, some in of_each.items() for place in range(len(some)))[:room]
+        shown += [row for kind, some in of_each.items() for row in some[: sum(other == kind for _, other in ranked)]]
     return shown
-
-
-def _even(rows: Sequence[Answers], room: int) -> list[Answers]:
-    """So many rows, as evenly over outcomes as there are rows; what the Copilot changed comes first."""
-    of_each = {kind: [row for row in rows if row.outcome == kind] for kind in OUTCOMES}
-    ranked = sorted((place, row.outcome) for some in of_each.values() for place, row in enumerate(some))[:room]
-    return [row for kind, some in of_each.items() for row in some[: sum(other == kind for _, other in ranked)]]
 
 
 def _show_on_wandb(logger: WandbLogger, results: Results, weights: pd.DataFrame, generations: pd.DataFrame) -> None:
     import wandb
 
-    tables = {"eval/weights": weights, "eval/generations": generations}
     shown: dict[str, Any] = {
         name: wandb.Table(columns=list(table), data=[list(row) for row in table.itertuples(index=False)])
-        for name, table in tables.items()
+        for name, table in {"eval/weights": weights, "eval/generations": generations}.items()
     }
-    for (benchmark, metric), rows in results.table().groupby(["benchmark", "metric"], sort=False):
+    for (benchmark, metric), rows in weights.groupby(["benchmark", "metric"], sort=False):
         lines = dict(list(rows.groupby("split", sort=False)))
         xs, ys = ([line[axis].tolist() for line in lines.values()] for axis in ("weight", "value"))
         title = f"{benchmark}/{metric}"
@@ -98,16 +84,11 @@ def _show_on_wandb(logger: WandbLogger, results: Results, weights: pd.DataFrame,
 def _show_on_tensorboard(
     logger: TensorBoardLogger, results: Results, generations: pd.DataFrame, run: RunDirectory
 ) -> None:
-    writer = logger.experiment
     for row in results.rows:
         tag = f"weights/{row.benchmark}/{row.split}/{row.metric}"
-        writer.add_scalar(tag, row.value, global_step=round(1000 * row.weight))
+        logger.experiment.add_scalar(tag, row.value, global_step=round(1000 * row.weight))
     lines = [generations.columns, ["---"] * generations.shape[1], *generations.itertuples(index=False)]
-    table = "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
-    writer.add_text("eval/generations", table, results.rounds)
+    cells = [[str(value).replace("|", "\\|").replace("\n", "<br>") for value in line] for line in lines]
+    logger.experiment.add_text("eval/generations", "\n".join(f"| {' | '.join(c)} |" for c in cells), results.rounds)
     config = "\n".join(f"    {line}" for line in run.config.read_text(encoding="utf-8").splitlines())
-    writer.add_text("config", config, results.rounds)
-
-
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", "<br>")
+    logger.experiment.add_text("config", config, results.rounds)

@@ -13,7 +13,6 @@ import pandas as pd
 
 from tcopilot.data.metrics import NLL, SHARE, scale, show_difference
 from tcopilot.evaluation.outcomes import read_predictions
-from tcopilot.evaluation.results import Gain
 from tcopilot.evaluation.significance import Comparison, compare, direction, over_seeds, p_text
 from tcopilot.reporting.finished_runs import FinishedRun
 from tcopilot.reporting.tables import markdown_table
@@ -46,6 +45,7 @@ class Line:
     rounds: float
     seconds: float
     flops: float | None
+    control: bool = False
     gain: Comparison | None = None
     against: Comparison | None = None
     ahead: list[int] | None = None  # seeds on which it is better than the default arm
@@ -79,29 +79,22 @@ def gather(name: str, arms: Mapping[str, Sequence[FinishedRun]], controls: Mappi
     first = arms[DEFAULT][0].results
     if not first.gain:
         raise ValueError(f"{arms[DEFAULT][0].folder}: no benchmark was compared")
-    deciding = first.row_wise()
-    return [
-        _task(f"{name}/{benchmark}" if len(deciding) > 1 else name, arms, controls, gain)
-        for benchmark, gain in reversed(deciding.items())
-    ]
-
-
-def _task(
-    name: str, arms: Mapping[str, Sequence[FinishedRun]], controls: Mapping[str, str], gain: Gain
-) -> TaskEvidence:
-    benchmark, metric, lower = gain.benchmark, gain.metric, not gain.higher_is_better
-    lines = [_line(arm, runs, benchmark, metric) for arm, runs in arms.items() if runs]
-    lines.sort(key=lambda line: line.name != DEFAULT)
-    for folder, title in controls.items():
-        runs = [run for run in arms[DEFAULT] if any(control.name == title for control in run.results.controls)]
-        if runs:
-            lines.append(_line(title, runs, benchmark, metric, folder))
-    for line in lines:
-        line.gain = _compared(line.pilot, line.scores, lower)
-        if line is not lines[0]:
+    deciding, found = first.row_wise(), []
+    for benchmark, gain in reversed(deciding.items()):
+        metric, lower = gain.metric, not gain.higher_is_better
+        lines = [_line(arm, runs, benchmark, metric) for arm, runs in arms.items() if runs]
+        lines.sort(key=lambda line: line.name != DEFAULT)
+        for folder, title in controls.items():
+            if runs := [run for run in arms[DEFAULT] if any(c.name == title for c in run.results.controls)]:
+                lines.append(_line(title, runs, benchmark, metric, folder))
+        for line in lines:
+            line.gain = _compared(line.pilot, line.scores, lower)
+        for line in lines[1:]:
             line.against = _compared(lines[0].scores, line.scores, lower)
             line.ahead = _seeds_ahead(lines[0].scores, line.scores, lower)
-    return TaskEvidence(name, metric, lines, gain.unit)
+        task = f"{name}/{benchmark}" if len(deciding) > 1 else name
+        found.append(TaskEvidence(task, metric, lines, gain.unit))
+    return found
 
 
 def as_markdown(tasks: Sequence[TaskEvidence], missing: Sequence[str] = ()) -> str:
@@ -109,7 +102,9 @@ def as_markdown(tasks: Sequence[TaskEvidence], missing: Sequence[str] = ()) -> s
     if not tasks:
         return "Nothing was run yet."
     parts = [f"### At a glance\n\n{_overview(tasks)}\n\n{conclusions(tasks)}"]
-    parts += [f"### {task.name} ({task.metric})\n\n{_table(task)}" for task in tasks]
+    for task in tasks:
+        rows = [HEAD, ("---",) * len(HEAD), *(_cells(line, task.unit) for line in task.lines)]
+        parts.append(f"### {task.name} ({task.metric})\n\n{markdown_table(rows)}")
     if missing:
         parts.append(f"Not run, or not finished: {', '.join(missing)}.")
     return "\n\n".join(parts)
@@ -121,10 +116,10 @@ def conclusions(tasks: Sequence[TaskEvidence]) -> str:
     gains = [(short[task.name], task.lines[0].gain) for task in tasks]
     sentences = [f"Over its own Pilot, `{DEFAULT}` is {_counted(gains)} of {len(tasks)} tables."]
     ahead = []
-    for name in _others(tasks):
+    for name, control in _others(tasks).items():
         lines = [(short[task.name], line) for task in tasks if (line := task.line(name))]
         seeds = sum(len(line.ahead) == len(line.seeds) for _, line in lines)
-        if _is_control(name):
+        if control:
             found = _counted([(task, line.against) for task, line in lines])
             sentences.append(f"{name[0].upper()}{name[1:]}: {found}, of {len(lines)} against `{DEFAULT}`.")
         elif 2 * seeds > len(lines):
@@ -138,32 +133,23 @@ def conclusions(tasks: Sequence[TaskEvidence]) -> str:
 
 def _overview(tasks: Sequence[TaskEvidence]) -> str:
     """What each arm and control adds to the default arm in points, by task; bold where it is beyond chance."""
-    short = _short_names(tasks)
-    rows = [("", *(short[task.name] for task in tasks)), ("---",) * (len(tasks) + 1)]
-    gains = [_glance(task.lines[0].gain, task.unit) for task in tasks]
-    rows.append((f"gain of `{DEFAULT}` over its Pilot", *gains))
-    for name in _others(tasks):
-        lines = [task.line(name) for task in tasks]
-        title = name if _is_control(name) else f"`{name}`"
-        cells = [_glance(line.against, task.unit) if line else "" for line, task in zip(lines, tasks, strict=True)]
-        rows.append((f"{title} − `{DEFAULT}`", *cells))
+
+    def glance(found: Comparison, unit: str) -> str:
+        shown = show_difference(found.difference, unit, digits=_digits(unit))
+        return shown if _verdict(found) == "not distinguishable" else f"**{shown}**"
+
+    rows = [("", *_short_names(tasks).values()), ("---",) * (len(tasks) + 1)]
+    rows.append((f"gain of `{DEFAULT}` over its Pilot", *(glance(task.lines[0].gain, task.unit) for task in tasks)))
+    for name, control in _others(tasks).items():
+        cells = [glance(line.against, task.unit) if (line := task.line(name)) else "" for task in tasks]
+        rows.append((f"{name if control else f'`{name}`'} − `{DEFAULT}`", *cells))
     return markdown_table(rows)
 
 
-def _glance(found: Comparison, unit: str) -> str:
-    shown = show_difference(found.difference, unit, digits=_digits(unit))
-    return shown if _verdict(found) == "not distinguishable" else f"**{shown}**"
-
-
-def _others(tasks: Sequence[TaskEvidence]) -> list[str]:
-    """Arms, then controls, each once."""
-    names = list(dict.fromkeys(line.name for task in tasks for line in task.lines if line.name != DEFAULT))
-    return sorted(names, key=_is_control)
-
-
-def _is_control(name: str) -> bool:
-    """Controls go by a title with spaces, arms by the name of their config."""
-    return " " in name
+def _others(tasks: Sequence[TaskEvidence]) -> dict[str, bool]:
+    """Arms, then controls, each once, and whether it is a control."""
+    found = {line.name: line.control for task in tasks for line in task.lines if line.name != DEFAULT}
+    return dict(sorted(found.items(), key=lambda one: one[1]))
 
 
 def _short_names(tasks: Sequence[TaskEvidence]) -> dict[str, str]:
@@ -185,11 +171,7 @@ def _counted(comparisons: Sequence[tuple[str, Comparison]]) -> str:
 
 
 def put_between_markers(page: str, text: str) -> str:
-    """Replace what stands between the page's two markers.
-
-    Raises:
-        ValueError: if a marker is missing.
-    """
+    """Replace what stands between the page's two markers; a ValueError says that one is missing."""
     if BEGIN not in page or END not in page:
         raise ValueError(f"the page has no {BEGIN} and {END}: put these two lines where the tables belong")
     return f"{page.partition(BEGIN)[0]}{BEGIN}\n\n{text}\n\n{END}{page.partition(END)[2]}"
@@ -200,23 +182,19 @@ def _line(name: str, runs: Sequence[FinishedRun], benchmark: str, metric: str, c
     pilot, scores, likelihoods, weights, costs = {}, {}, [], [], []
     for run in runs:
         results, weight, folder = run.results, run.results.weight_of(benchmark), run.directory
-        likelihood = results.find("all", NLL.name, results.reported_on, weight)
-        costs.append(results)
-        if control is not None:
+        if control is None:
+            likelihood, cost = results.find("all", NLL.name, results.reported_on, weight), results
+        else:
             weight, folder = 0.0, folder.control(control)
-            likelihood = next(c for c in results.controls if (c.name, c.metric) == (name, NLL.name))
-            costs[-1] = likelihood
+            likelihood = cost = next(c for c in results.controls if (c.name, c.metric) == (name, NLL.name))
         pilot |= _scores(run, run.directory, benchmark, metric, 0.0)
         scores |= _scores(run, folder, benchmark, metric, weight)
-        at_zero = results.find("all", NLL.name, results.reported_on, 0.0)
-        likelihoods.append([at_zero.value, likelihood.value])
+        likelihoods.append([results.find("all", NLL.name, results.reported_on, 0.0).value, likelihood.value])
         weights.append(weight)
+        costs.append(cost)
     of_arm = runs if control is None else []
     return Line(
-        name=name,
-        seeds=[run.results.seed for run in runs],
-        scores=scores,
-        pilot=pilot,
+        name, [run.results.seed for run in runs], scores, pilot,
         nll=tuple(_mean(column) for column in zip(*likelihoods, strict=True)),
         error_ratio=_mean(map(_last_error_ratio, of_arm)),
         best_weight=_mean(run.results.best_weight for run in of_arm),
@@ -224,7 +202,8 @@ def _line(name: str, runs: Sequence[FinishedRun], benchmark: str, metric: str, c
         rounds=_mean(cost.rounds for cost in costs),
         seconds=_mean(cost.train_seconds for cost in costs),
         flops=_mean(cost.train_flops for cost in costs),
-    )
+        control=control is not None,
+    )  # fmt: skip
 
 
 def _scores(run: FinishedRun, folder: RunDirectory, benchmark: str, metric: str, weight: float) -> Scores:
@@ -266,38 +245,25 @@ def _verdict(found: Comparison) -> str:
     return direction(found.difference, found.ci95, found.p_value, lower_is_better=found.lower_is_better)
 
 
-def _table(task: TaskEvidence) -> str:
-    return markdown_table([HEAD, ("---",) * len(HEAD), *(_cells(line, task.unit) for line in task.lines)])
-
-
 def _cells(line: Line, unit: str) -> tuple[str, ...]:
-    weights = sorted(set(line.weights))
+    def plain(value: float | None, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    def step(found: Comparison | None) -> str:
+        if found is None:
+            return ""
+        return f"{show_difference(found.difference, unit, found.ci95, _digits(unit))}, {p_text(found.p_value)}"
+
     return (
         line.name,
-        f"{scale(unit) * line.gain.pilot:.{_digits(unit)}f}",
-        f"{scale(unit) * line.gain.fused:.{_digits(unit)}f}",
-        _step(line.gain, unit),
-        _step(line.against, unit),
-        f"{line.nll[0]:.3f} → {line.nll[1]:.3f}",
-        _plain(line.error_ratio, 2),
-        _plain(line.best_weight, 2),
-        ", ".join(f"{weight:g}" for weight in weights),
-        _plain(line.rounds, 0),
-        _plain(line.seconds, 0),
-        _plain(None if line.flops is None else line.flops / 1e12, 3),
+        *(plain(scale(unit) * value, _digits(unit)) for value in (line.gain.pilot, line.gain.fused)),
+        *(step(line.gain), step(line.against), f"{line.nll[0]:.3f} → {line.nll[1]:.3f}"),
+        *(plain(line.error_ratio, 2), plain(line.best_weight, 2)),
+        ", ".join(f"{weight:g}" for weight in sorted(set(line.weights))),
+        *(plain(line.rounds, 0), plain(line.seconds, 0), plain(line.flops and line.flops / 1e12, 3)),
         str(len(line.seeds)) if line.ahead is None else f"{len(line.ahead)} of {len(line.seeds)}",
     )
 
 
 def _digits(unit: str) -> int:
     return 1 if unit == SHARE else 3
-
-
-def _step(found: Comparison | None, unit: str) -> str:
-    if found is None:
-        return ""
-    return f"{show_difference(found.difference, unit, found.ci95, _digits(unit))}, {p_text(found.p_value)}"
-
-
-def _plain(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,10 +30,6 @@ class Trace:
 
     meta: dict[str, Any]
     rows: dict[str, list[dict[str, Any]]]
-
-    def gold(self, benchmark: str) -> Iterator[dict[str, Any]]:
-        """The target positions along the right answers of a benchmark, one after another."""
-        return (position for row in self.rows[benchmark] for position in row["gold"])
 
 
 @dataclass
@@ -84,11 +80,7 @@ class FinishedRun:
 
     @cached_property
     def trace(self) -> Trace | None:
-        """What was traced, or None.
-
-        Raises:
-            RunError: if it cannot be read.
-        """
+        """What was traced, or None; raises a RunError if it cannot be read."""
         if not self.directory.trace_meta.exists():
             return None
         try:
@@ -130,11 +122,7 @@ class Found:
 
 
 def find_runs(folders: Iterable[str | Path]) -> Found:
-    """Read every run directory at or below the folders, each once.
-
-    Raises:
-        FileNotFoundError: If a folder is not there.
-    """
+    """Read every run directory at or below the folders, each once; a FileNotFoundError names a folder that is none."""
     found, seen = Found(), set()
     for top in map(Path, folders):
         if not top.is_dir():
@@ -147,10 +135,7 @@ def find_runs(folders: Iterable[str | Path]) -> Found:
                 continue
             seen.add(folder.resolve())
             try:
-                if finished:
-                    found.runs.append(FinishedRun.read(folder))
-                else:
-                    found.unfinished.append(folder)
+                found.runs.append(FinishedRun.read(folder)) if finished else found.unfinished.append(folder)
             except RunError as error:
                 found.unreadable.append((folder, str(error)))
     return found

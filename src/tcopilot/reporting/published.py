@@ -55,27 +55,19 @@ def pilot_name(path: str | None) -> str | None:
 def copilot_name(pilot_path: str | None, copilot_path: str | None, layers: float | None) -> str | None:
     """Return the paper's name of a Copilot, or None if the paper has none like it.
 
-    Args:
-        pilot_path: Checkpoint of the Pilot, whose decoder is copied if the Copilot has no path.
-        copilot_path: Checkpoint that the Copilot starts from.
-        layers: Its depth, a number or a share; the paper's Copilots are as deep as their checkpoint.
+    Without a path the Pilot's decoder is copied. `layers` is a number or a share of them; the paper's Copilots are as
+    deep as their checkpoint.
 
     >>> copilot_name("google/flan-t5-small", None, None), copilot_name("google/flan-t5-small", None, 0.5)
     ('T-Copilot-small', None)
     """
     row = _model(copilot_path or pilot_path)
-    if row is None:
-        return None
-    full = layers is None or (isinstance(layers, float) and layers == 1) or str(layers) == row.layers
-    return row.copilot or None if full else None
+    full = layers is None or (isinstance(layers, float) and layers == 1)
+    return row.copilot or None if row is not None and (full or str(layers) == row.layers) else None
 
 
 def figures(pilot: str | None, copilot: str | None = None) -> dict[tuple[str, str], float]:
-    """Return what the paper prints for a Pilot alone, or with a Copilot.
-
-    Args:
-        pilot: The paper's name of the Pilot.
-        copilot: The paper's name of the Copilot; None is the Pilot alone.
+    """Return what the paper prints for a Pilot alone, or with a Copilot, by its names of both.
 
     Returns:
         Percent by benchmark and metric. The averages are there as benchmarks `commonsense_avg` and `arithmetic_avg`.
@@ -85,8 +77,8 @@ def figures(pilot: str | None, copilot: str | None = None) -> dict[tuple[str, st
     for table, name in (("reasoning", copilot), ("recommendation", copilot and "T-Copilot")):
         rows = _read(table)
         for row in rows[(rows.pilot == pilot) & (rows.copilot == (name or ""))].to_dict("records"):
-            benchmark = row.get("benchmark")
-            values = {key: value for key, value in row.items() if key not in ("pilot", "copilot", "benchmark")}
+            benchmark = row.pop("benchmark", None)
+            values = {key: value for key, value in row.items() if key not in ("pilot", "copilot")}
             found |= {(benchmark or key, key if benchmark else "accuracy"): value for key, value in values.items()}
     return found
 
@@ -94,8 +86,7 @@ def figures(pilot: str | None, copilot: str | None = None) -> dict[tuple[str, st
 def impossible_ndcg(found: Mapping[str, float]) -> list[RankingStep]:
     """Return the steps of a published NDCG that contradict the hits published beside it, whatever was rounded.
 
-    Args:
-        found: Figures of one row in points, by metric: `hit@5`, `ndcg@5` and so on.
+    `found` are figures in points by metric: `hit@5`, `ndcg@5` and so on.
     """
     return impossible_steps(found, ROUNDING + 1e-9)
 
@@ -110,6 +101,5 @@ def _model(path: str | None) -> pd.Series | None:
 def _read(name: str) -> pd.DataFrame:
     """A table of the package; lines with # are remarks, and empty cells are empty texts."""
     with (files("tcopilot.reporting") / "paper_tables" / f"{name}.csv").open(encoding="utf-8") as file:
-        return pd.read_csv(
-            file, comment="#", keep_default_na=False, dtype={"layers": str}, float_precision="round_trip"
-        )
+        options = {"keep_default_na": False, "dtype": {"layers": str}, "float_precision": "round_trip"}
+        return pd.read_csv(file, comment="#", **options)

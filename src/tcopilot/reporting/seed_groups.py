@@ -38,19 +38,12 @@ class Group:
 
 
 def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
-    """Join runs that differ only in their seed, and name each group by what sets it apart from the others."""
-    groups = [_group(members) for members in _alike(runs)]
-    _label(groups)
-    return groups
-
-
-def _alike(runs: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
-    """Part the runs into those that differ only in their seed.
+    """Join runs that differ only in their seed, and name each group by what sets it apart from the others.
 
     A seed further down (`data.seed`) either follows the run's or has a value of its own. Which of the two cannot be
     told from one run, so of several runs that are equal otherwise the reading with fewer groups is taken.
     """
-    alike = []
+    groups = []
     for members in _parted(runs, _figures_of):
         for key in sorted({key for run in members for key in run.config if key.endswith(".seed")}):
             followed = [run for run in members if run.config.get(key) == run.results.seed]
@@ -58,8 +51,9 @@ def _alike(runs: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
             if len({run.config.get(key) for run in members}) > len(fixed) + bool(followed):
                 for run in followed:
                     run.config[key] = "seed"
-        alike += _parted(members, _seeds_of)
-    return alike
+        groups += map(_group, _parted(members, _seeds_of))
+    _label(groups)
+    return groups
 
 
 def _parted(runs: Sequence[FinishedRun], by: Callable[[FinishedRun], dict[str, Any]]) -> list[list[FinishedRun]]:
@@ -102,10 +96,8 @@ def _group(runs: list[FinishedRun]) -> Group:
     path, copilot = config.get("pilot.path"), None
     own = Path(path).name if path else f"{config.get('pilot.config.model_type', 'model')} with random weights"
     if config.get("copilot.enabled", True):
-        donor, layers = config.get("copilot.path"), config.get("copilot.layers")
-        copilot = published.copilot_name(path, donor, layers) or "Copilot"
-    seeds = _seeds_of(members[0])
-    fixed = {key: seed for key, seed in seeds.items() if seed != "seed" and set(kept) != {seed}}
+        copilot = published.copilot_name(path, config.get("copilot.path"), config.get("copilot.layers")) or "Copilot"
+    fixed = {key: seed for key, seed in _seeds_of(members[0]).items() if seed != "seed" and set(kept) != {seed}}
     return Group(members, _figures_of(members[0]) | fixed, published.pilot_name(path) or own, copilot, notes)
 
 
@@ -151,21 +143,17 @@ def _differing(configs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _value(config: dict[str, Any], key: str) -> str:
-    """Write the value of a key for a label, also of a key that only this group has or lacks."""
-    if key in config:
-        return _short(config[key])
-    return "{…}" if any(name.startswith(f"{key}.") for name in config) else "unset"
+    """Shorten the value of a key, which this config may lack; a class goes by its name in snake case.
 
-
-def _short(value: Any) -> str:
-    """Shorten a config value for a label; a class goes by its name in snake case, as config groups do.
-
-    >>> _short("tcopilot.mistake_log.policies.Fifo"), _short([0, 0.3]), _short(None)
-    ('fifo', '[0,0.3]', 'null')
+    >>> config = {"log": "tcopilot.mistake_log.policies.Fifo", "fusion.weight": [0, 0.3], "path": None}
+    >>> [_value(config, key) for key in (*config, "fusion", "rounds")]
+    ['fifo', '[0,0.3]', 'null', '{…}', 'unset']
     """
-    if isinstance(value, str):
-        name = re.fullmatch(r"(?:\w+\.)+([A-Z]\w*)", value)
-        text = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name[1]).lower() if name else value
-    else:
+    if key not in config:
+        return "{…}" if any(name.startswith(f"{key}.") for name in config) else "unset"
+    text = value = config[key]
+    if not isinstance(value, str):
         text = json.dumps(value, separators=(",", ":"), default=str)
+    elif name := re.fullmatch(r"(?:\w+\.)+([A-Z]\w*)", value):
+        text = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name[1]).lower()
     return text if len(text) <= 40 else f"{text[:39]}…"

@@ -93,14 +93,16 @@ class Summary:
 def summarise(group: Group, metric: str | None = None) -> Summary:
     """Summarise a group over its seeds, beside the paper's figures.
 
-    Without a metric, accuracy is shown and the lenient one if it is there, or hits and NDCG.
+    Without a metric, accuracy is shown and the lenient one if it is there, or hits and NDCG, or all there are.
     """
-    seen = _observations(group)
-    known = published.benchmarks()
-    order = list(known)
-    names = list(dict.fromkeys(benchmark for benchmark, _ in seen if metric or benchmark != "all"))
-    names.sort(key=lambda name: order.index(name) if name in order else len(order))
-    shown = {name: chosen for name in names if (chosen := _shown([m for b, m in seen if b == name], metric))}
+    seen, known = _observations(group), published.benchmarks()
+    shown: dict[str, list[str]] = {}
+    for name in sorted(dict.fromkeys(benchmark for benchmark, _ in seen if metric or benchmark != "all"), key=_place):
+        metrics = [m for benchmark, m in seen if benchmark == name]
+        ranked = sorted((m for m in metrics if rank(m)[0]), key=rank)
+        usual = [m for m in ACCURACIES if m in metrics] or ranked or metrics
+        if chosen := usual if metric is None else [m for m in metrics if m == metric]:
+            shown[name] = chosen
     strict, lenient = ({name for name, metrics in shown.items() if kind in metrics} for kind in ACCURACIES)
     compared = "accuracy_lenient" if lenient and strict <= lenient else metric or "accuracy"
     summary = Summary(group, compared, list(group.notes))
@@ -119,7 +121,7 @@ def join_benchmarks(summaries: Sequence[Summary]) -> list[Summary]:
 
     Averages over a suite stay away: its members come from models that were trained apart.
     """
-    order, joined = list(published.benchmarks()), {}
+    joined: dict[tuple[str, str], list[list[Summary]]] = {}
     for summary in summaries:
         settings = summary.group.config.items()
         kept = sorted((k, str(v)) for k, v in settings if k.split(".")[0] not in ("data", "evaluation"))
@@ -131,14 +133,13 @@ def join_benchmarks(summaries: Sequence[Summary]) -> list[Summary]:
         part.append(summary)
     made = []
     for part in (part for parts in joined.values() for part in parts):
-        if len(part) == 1:
-            made += part
-            continue
-        group = replace(part[0].group, keys="", label=f"{part[0].group.models}, one run for each benchmark")
-        whole = Summary(group, part[0].published_metric, [])
-        whole.lines = [line for s in part for line in s.lines if not line.benchmark.endswith("_avg")]
-        whole.lines.sort(key=lambda line: order.index(line.benchmark) if line.benchmark in order else len(order))
-        whole.notes = list(dict.fromkeys(note for s in part for note in s.notes))
+        whole = part[0]
+        if len(part) > 1:
+            group = replace(whole.group, keys="", label=f"{whole.group.models}, one run for each benchmark")
+            lines = [line for s in part for line in s.lines if not line.benchmark.endswith("_avg")]
+            notes = list(dict.fromkeys(note for s in part for note in s.notes))
+            lines.sort(key=lambda line: _place(line.benchmark))
+            whole = Summary(group, whole.published_metric, notes, lines)
         made.append(whole)
     return made
 
@@ -163,6 +164,12 @@ def line_over_seeds(benchmark: str, metric: str, seen: Sequence[Seen]) -> Line:
     )  # fmt: skip
 
 
+def _place(benchmark: str) -> int:
+    """Where a benchmark stands in the paper's order; others come last."""
+    order = list(published.benchmarks())
+    return order.index(benchmark) if benchmark in order else len(order)
+
+
 def _observations(group: Group) -> dict[tuple[str, str], dict[int, Seen]]:
     """Collect every benchmark's metrics on the reported split by seed."""
     seen: dict[tuple[str, str], dict[int, Seen]] = {}
@@ -173,10 +180,8 @@ def _observations(group: Group) -> dict[tuple[str, str], dict[int, Seen]]:
             if (row.split, row.weight) != (split, 0):
                 continue
             key, factor, weight = (row.benchmark, row.metric), scale(row.unit), results.weight_of(row.benchmark)
-            one = Seen(
-                results.seed, row.n, factor * row.value, unit=printed_unit(row.unit),
-                higher_is_better=row.higher_is_better,
-            )  # fmt: skip
+            kind = {"unit": printed_unit(row.unit), "higher_is_better": row.higher_is_better}
+            one = Seen(results.seed, row.n, factor * row.value, **kind)
             if group.copilot and (fused := results.find(*key, split, weight)):
                 one = one._replace(fused=factor * fused.value, weight=weight)
                 if test := tests.get(key):
@@ -244,19 +249,12 @@ def _publish(summary: Summary) -> None:
             for step in published.impossible_ndcg({m: value for (b, m), value in figures.items() if b == name}):
                 for line in filter(None, (summary.line(name, metric) for metric in step.metrics)):
                     line.impossible.add(side)
-                    what = f"{IMPOSSIBLE} published NDCG here is arithmetically impossible: {models} on {name}"
-                    rise = f"{' - '.join(step.metrics)} = {step.ndcg:.1f}"
-                    allowed = f"the published hits allow {step.low:.2f} to {step.high:.2f}"
-                    summary.notes.append(f"{what}, {rise}, {allowed}")
+                    summary.notes.append(
+                        f"{IMPOSSIBLE} published NDCG here is arithmetically impossible: {models} on {name}, "
+                        f"{' - '.join(step.metrics)} = {step.ndcg:.1f}, "
+                        f"the published hits allow {step.low:.2f} to {step.high:.2f}"
+                    )
     summary.notes = list(dict.fromkeys(summary.notes))
-
-
-def _shown(metrics: Sequence[str], metric: str | None) -> list[str]:
-    """Choose the metrics of a benchmark to show; those of a task that has neither accuracy nor ranks are all shown."""
-    if metric is not None:
-        return [metric] if metric in metrics else []
-    ranked = sorted((name for name in metrics if rank(name)[0]), key=rank)
-    return [name for name in ACCURACIES if name in metrics] or ranked or list(metrics)
 
 
 def _spread(values: Sequence[float]) -> Spread | None:

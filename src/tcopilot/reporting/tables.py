@@ -22,16 +22,7 @@ from tcopilot.evaluation.significance import p_text
 from tcopilot.reporting import published
 from tcopilot.reporting.finished_runs import FinishedRun, Found, find_runs
 from tcopilot.reporting.seed_groups import group_runs
-from tcopilot.reporting.summaries import (
-    IMPOSSIBLE,
-    NONE,
-    Line,
-    Summary,
-    figure,
-    join_benchmarks,
-    rank,
-    summarise,
-)  # fmt: skip
+from tcopilot.reporting.summaries import IMPOSSIBLE, NONE, Line, Summary, figure, join_benchmarks, rank, summarise
 
 WIDTH = 200  # characters, where the output is no terminal
 LEFT = {"", "benchmark", "metric", "verdict"}  # heads of columns of words
@@ -50,34 +41,21 @@ class Sheet:
 def lay_out(summaries: Sequence[Summary]) -> list[Sheet]:
     """Lay out the gains of each group, and then all groups in the paper's columns."""
     laid = [_gain_sheet(summary) for summary in summaries if summary.lines]
-    lines = [line for summary in summaries for line in summary.lines]
+    lines, labels = (
+        [line for s in summaries for line in s.lines],
+        {b.name: b.label for b in published.benchmarks().values()},
+    )
     columns = []
     for suite in published.REASONING:
-        names = published.members(suite)
-        if any(line.benchmark in names for line in lines):
-            columns += [(published.benchmarks()[name].label, name, None) for name in names]
+        if any(line.benchmark in published.members(suite) for line in lines):
+            columns += [(labels[name], name, None) for name in published.members(suite)]
             columns.append(("avg", f"{suite}_avg", None))
     if columns:
         laid.append(_paper_sheet("In the paper's columns", summaries, columns))
     for name in published.members("recommendation"):
-        if metrics := dict.fromkeys(line.metric for line in lines if line.benchmark == name):
-            columns = [(metric, name, metric) for metric in sorted(metrics, key=rank)]
-            laid.append(_paper_sheet(published.benchmarks()[name].label, summaries, columns))
+        if metrics := {line.metric for line in lines if line.benchmark == name}:
+            laid.append(_paper_sheet(labels[name], summaries, [(m, name, m) for m in sorted(metrics, key=rank)]))
     return laid
-
-
-def show(summaries: Sequence[Summary]) -> None:
-    """Print the sheets, as wide as the terminal is."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    for sheet in lay_out(summaries):
-        table = Table(title=escape(sheet.title), title_justify="left")
-        for head in sheet.head:
-            table.add_column(head, justify="left" if head in LEFT else "right", no_wrap=head not in ("", "verdict"))
-        for row in sheet.rows:
-            table.add_row(*map(escape, row)) if row else table.add_section()
-        console.print(table)
-        for note in (*sheet.notes, ""):
-            console.print(escape(note))
 
 
 def as_markdown(summaries: Sequence[Summary], found: Found) -> str:
@@ -101,10 +79,10 @@ def markdown_table(rows: Iterable[Sequence[str]]) -> str:
 def as_csv(summaries: Sequence[Summary], _: Found) -> str:
     """Write one line for each group, benchmark and metric; lists are separated by spaces."""
     rows = [
-        {"group": summary.group.label, "pilot": summary.group.pilot, "copilot": summary.group.copilot}
+        {"group": s.group.label, "pilot": s.group.pilot, "copilot": s.group.copilot}
         | {key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in record.items()}
-        for summary in summaries
-        for record in _records(summary)
+        for s in summaries
+        for record in _records(s)
     ]
     return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
 
@@ -112,10 +90,10 @@ def as_csv(summaries: Sequence[Summary], _: Found) -> str:
 def as_json(summaries: Sequence[Summary], found: Found) -> str:
     """Write everything the tables show as one JSON object."""
     shown = [
-        {"label": summary.group.label, "pilot": summary.group.pilot, "copilot": summary.group.copilot}
-        | {"runs": [str(run.folder) for run in summary.group.runs], "published_metric": summary.published_metric}
-        | {"lines": _records(summary), "missing": summary.missing, "notes": summary.notes}
-        for summary in summaries
+        {"label": s.group.label, "pilot": s.group.pilot, "copilot": s.group.copilot}
+        | {"runs": [str(run.folder) for run in s.group.runs], "published_metric": s.published_metric}
+        | {"lines": _records(s), "missing": s.missing, "notes": s.notes}
+        for s in summaries
     ]
     unreadable = [{"folder": str(folder), "reason": reason} for folder, reason in found.unreadable]
     data = {"groups": shown, "unfinished": [str(folder) for folder in found.unfinished], "unreadable": unreadable}
@@ -126,18 +104,16 @@ FORMATS = {"markdown": as_markdown, "csv": as_csv, "json": as_json}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `tcopilot-table`.
-
-    Returns:
-        0, or 1 with a message on stderr if there is nothing to show or a file cannot be written.
-    """
-    what = "One table from many runs, beside the paper's figures."
-    parser = argparse.ArgumentParser("tcopilot-table", description=what)
+    """Run `tcopilot-table`; 1 with a message on stderr if there is nothing to show or a file cannot be written."""
+    parser = argparse.ArgumentParser(
+        "tcopilot-table", description="One table of many runs, beside the paper's figures."
+    )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run directory, or any folder above some")
     parser.add_argument("--metric", help="the metric to show; by default accuracy, or hits and NDCG")
     for kind in FORMATS:
-        text = f"also write {kind}; - is stdout, and nothing else is printed there"
-        parser.add_argument(f"--{kind}", metavar="FILE", help=text)
+        parser.add_argument(
+            f"--{kind}", metavar="FILE", help=f"also write {kind}; - is stdout, which then holds nothing else"
+        )
     asked = parser.parse_args(arguments)
     wanted = {kind: path for kind in FORMATS if (path := getattr(asked, kind))}
     quiet = "-" in wanted.values()
@@ -150,8 +126,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     summaries = join_benchmarks([summarise(group, asked.metric) for group in group_runs(runs)])
-    if not quiet:
-        show(summaries)
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, quiet=quiet)
+    for sheet in lay_out(summaries):
+        table = Table(title=escape(sheet.title), title_justify="left")
+        for head in sheet.head:
+            table.add_column(head, justify="left" if head in LEFT else "right", no_wrap=head not in ("", "verdict"))
+        for row in sheet.rows:
+            table.add_row(*map(escape, row)) if row else table.add_section()
+        console.print(table, *map(escape, (*sheet.notes, "")), sep="\n")
     for problem in found.problems():
         print(problem, file=sys.stderr if quiet else sys.stdout)
     for kind, path in wanted.items():
@@ -222,7 +204,7 @@ def _gain_sheet(summary: Summary) -> Sheet:
 def _paper_sheet(title: str, summaries: Sequence[Summary], columns: Sequence[tuple[str, str, str | None]]) -> Sheet:
     """Lay out groups in the paper's columns: ours, the published figure, and how far ours lies above it.
 
-    A column is its head, the benchmark and the metric; None is the metric of the group that the paper compares with.
+    A column is its head, the benchmark and the metric; None is the one that the paper's accuracy compares with.
     """
     rows, metrics, notes = [], {}, []
     for summary in summaries:
@@ -237,7 +219,7 @@ def _paper_sheet(title: str, summaries: Sequence[Summary], columns: Sequence[tup
             sides["fused"] = f"+ {group.copilot}"
         for side, name in sides.items():
             rows.append([name, *(figure(getattr(line, side), line.unit) if line else NONE for line in lines)])
-            rows.append(["  published", *(_theirs(line, side) if line else NONE for line in lines)])
+            rows.append(["  published", *(_theirs(line, side) for line in lines)])
             beyond = [line.beyond(side) if line else None for line in lines]
             if any(step is not None for step in beyond):
                 rows.append(["  ours minus it", *(NONE if step is None else f"{step:+.1f}" for step in beyond)])
@@ -252,7 +234,7 @@ def _paper_sheet(title: str, summaries: Sequence[Summary], columns: Sequence[tup
     return Sheet(title, ["", *(head for head, _, _ in columns)], rows, [used, *notes])
 
 
-def _theirs(line: Line, side: str) -> str:
+def _theirs(line: Line | None, side: str) -> str:
     """Write the published figure; † marks an impossible one."""
-    theirs = getattr(line, f"published_{side}")
+    theirs = getattr(line, f"published_{side}", None)
     return NONE if theirs is None else f"{theirs:.1f}{IMPOSSIBLE if side in line.impossible else ''}"

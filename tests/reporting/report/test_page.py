@@ -29,6 +29,14 @@ def run(tmp_path_factory):
     return traced_run(tmp_path_factory.mktemp("traced"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _coarse():
+    """Plots of few pixels, which are drawn in a fraction of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "DPI", 30)
+        yield
+
+
 @pytest.fixture(scope="module")
 def reported(run, tmp_path_factory):
     """The same with known outcomes, and its report."""

@@ -22,12 +22,7 @@ class Bin(NamedTuple):
 
 
 def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> list[Bin]:
-    """Sort tokens by confidence into bins of equal width; empty bins are left out.
-
-    Args:
-        confidence: largest probability of each distribution.
-        right: whether the token with it is the right one.
-        bins: number of bins.
+    """Sort tokens by confidence, the largest probability, into bins of equal width; empty bins are left out.
 
     >>> [(b.low, b.tokens, b.accuracy) for b in reliability([0.2, 0.9, 0.8, 1.0], [False, True, False, True], 2)]
     [(0.0, 1, 0.0), (0.5, 3, 0.6666666666666666)]

@@ -36,8 +36,7 @@ def domain(benchmark: str) -> str:
     >>> domain("gsm8k"), domain("word_problems")
     ('arithmetic', 'word_problems')
     """
-    known = published.benchmarks().get(benchmark)
-    return known.suite if known else benchmark
+    return known.suite if (known := published.benchmarks().get(benchmark)) else benchmark
 
 
 def magnitudes(shifts: pd.DataFrame) -> pd.DataFrame:

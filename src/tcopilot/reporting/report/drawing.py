@@ -29,12 +29,12 @@ PAINTS = {  # to CSS, so that the page's dark scheme can brighten them
     INK: "currentColor", RULE: "var(--rule)", "#0072b2": "var(--blue)", "#d55e00": "var(--red)",
     "#009e73": "var(--green)", "#cc79a7": "var(--pink)", "#e69f00": "var(--orange)", "#56b4e9": "var(--sky)",
 }  # fmt: skip
-
-
 LOOKS = [  # colour, marker and line of a series
     ("#0072b2", "o", "-"), ("#d55e00", "s", "--"), ("#009e73", "^", "-."), ("#cc79a7", "D", ":"),
     ("#e69f00", "v", (0, (5, 1))), ("#56b4e9", "P", (0, (3, 1, 1, 1))),
 ]  # fmt: skip
+Draw = Callable[[Axes], None]
+"""Puts a plot on axes."""
 
 
 @dataclass
@@ -56,25 +56,10 @@ class Mark(NamedTuple):
 
 
 def lines(
-    series: Sequence[Series],
-    x_label: str,
-    y_label: str,
-    marks: Sequence[Mark] = (),
-    whole_x: bool = False,
-    diagonal: bool = False,
-    log_x: bool = False,
-) -> Callable[[Axes], None]:
-    """Lines over a common axis.
-
-    Args:
-        series: up to as many as there are `LOOKS`; more begin anew.
-        x_label: what the axis shows, with its unit.
-        y_label: likewise.
-        marks: vertical lines.
-        whole_x: whole numbers only below the axis.
-        diagonal: also draw y = x over the unit square.
-        log_x: logarithmic axis.
-    """
+    series: Sequence[Series], x_label: str, y_label: str, marks: Sequence[Mark] = (), *,
+    whole_x: bool = False, diagonal: bool = False, log_x: bool = False,
+) -> Draw:  # fmt: skip
+    """Lines over a common axis, which may be logarithmic or show whole numbers only; `diagonal` adds y = x."""
 
     def draw(axes: Axes) -> None:
         if diagonal:
@@ -100,11 +85,8 @@ def lines(
     return draw
 
 
-def bars(
-    labels: Sequence[str], groups: Sequence[Series], y_label: str, base: float | None = None
-) -> Callable[[Axes], None]:
+def bars(labels: Sequence[str], groups: Sequence[Series], y_label: str, base: float | None = None) -> Draw:
     """Bars side by side for each label, hatched differently; `groups` hold a height (and error) for each label."""
-    hatches = ("", "///", "...")
 
     def draw(axes: Axes) -> None:
         width = 0.8 / len(groups)
@@ -113,7 +95,7 @@ def bars(
             axes.bar(
                 at, group.y, width * 0.92, yerr=group.errors, label=group.label, capsize=3,
                 color="none" if place else LOOKS[0][0], edgecolor=LOOKS[place][0],
-                hatch=hatches[place % len(hatches)], error_kw={"ecolor": INK, "elinewidth": 1},
+                hatch=("", "///", "...")[place % 3], error_kw={"ecolor": INK, "elinewidth": 1},
             )  # fmt: skip
         if base is not None:
             axes.axhline(base, color=INK, linewidth=1, linestyle=":")
@@ -126,7 +108,7 @@ def bars(
     return draw
 
 
-def render(draw: Callable[[Axes], None]) -> tuple[bytes, str]:
+def render(draw: Draw) -> tuple[bytes, str]:
     """Draw a plot once and return it as PNG and as SVG whose colours follow the page's scheme."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=SIZE, layout="constrained")
@@ -142,18 +124,12 @@ def render(draw: Callable[[Axes], None]) -> tuple[bytes, str]:
 
 
 def inline_svg(svg: str, name: str, title: str) -> str:
-    """Make an SVG fit to stand in a page with others: no prolog, ids of its own, colours by CSS, a name for readers.
+    """Make matplotlib's SVG fit to stand in a page with others: no prolog, ids of its own, colours by CSS, a title.
 
-    Args:
-        svg: as matplotlib writes it.
-        name: distinguishes its ids.
-        title: read out by screen readers; plain text without markup.
+    `name` distinguishes its ids; `title`, without markup, is what screen readers read out.
     """
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'href="#', f'href="#{name}-', svg)
-    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'\bid="|href="#|url\(#', rf"\g<0>{name}-", svg)
     for colour, paint in PAINTS.items():
         svg = svg.replace(colour, paint)
     return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{title}">', svg, count=1)

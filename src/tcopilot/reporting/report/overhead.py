@@ -64,11 +64,10 @@ def decoding_floor(parameters: Mapping[str, int], source: float, target: float) 
 
 def decoding_costs(meta: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Cost]:
     """Seconds per decoded row with and without the Copilot, of each benchmark that generates its answers."""
-    return [
-        Cost(
-            f"decoding {name}", took["pilot"], took["fused"], took["fused"] / took["pilot"],
-            decoding_floor(meta["parameters"], *lengths(rows[name], "emitted")),
-        )
-        for name, benchmark in meta["benchmarks"].items()
-        if (took := benchmark["decoding"])
-    ]  # fmt: skip
+    found = []
+    for name, benchmark in meta["benchmarks"].items():
+        if took := benchmark["decoding"]:
+            floor = decoding_floor(meta["parameters"], *lengths(rows[name], "emitted"))
+            ratio = took["fused"] / took["pilot"]
+            found.append(Cost(f"decoding {name}", took["pilot"], took["fused"], ratio, floor))
+    return found

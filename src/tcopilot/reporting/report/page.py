@@ -26,9 +26,10 @@ from tcopilot.evaluation.results import Gain
 from tcopilot.evaluation.significance import p_text
 from tcopilot.reporting.evidence import BEGIN, END
 from tcopilot.reporting.finished_runs import FinishedRun, RunError
-from tcopilot.reporting.report import drawing, examples
+from tcopilot.reporting.report import drawing
 from tcopilot.reporting.report.corrections import frequent_mistakes
-from tcopilot.reporting.report.plots import Plot, all_plots
+from tcopilot.reporting.report.examples import examples
+from tcopilot.reporting.report.plots import all_plots
 from tcopilot.run_directory import RunDirectory
 
 MOST_MISTAKES = 20
@@ -36,11 +37,7 @@ MOST_NUMBERS = 60  # lines of a table beneath a plot; longer ones are in the CSV
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `tcopilot-report`.
-
-    Returns:
-        0, or 1 with a message on stderr if the run cannot be read or the page not be written.
-    """
+    """Run `tcopilot-report`; 1 with a message on stderr if the run cannot be read or the page not be written."""
     parser = argparse.ArgumentParser("tcopilot-report", description="A run as one HTML page, with its plots.")
     parser.add_argument("run", metavar="RUN", help="directory of a train.py run, or better of an eval.py trace=true")
     parser.add_argument("--out", metavar="FOLDER", help="where to write; by default <RUN>/report")
@@ -63,15 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_report(run: FinishedRun, folder: Path, evidence: Markup | None = None) -> Path:
-    """Write `index.html`, `figures/*.png` and `figures/*.csv`.
+    """Write `index.html`, `figures/*.png` and `figures/*.csv`, and return the page's path.
 
     Args:
         run: the run, read.
         folder: where to write.
         evidence: tables of many runs, as HTML, that stand at the end of the page.
-
-    Returns:
-        The page's path.
 
     Raises:
         RunError: if the run compared nothing, or its trace cannot be read.
@@ -87,12 +81,17 @@ def write_report(run: FinishedRun, folder: Path, evidence: Markup | None = None)
         png, svg = drawing.render(plot.draw)
         (figures / f"{plot.name}.png").write_bytes(png)
         plot.numbers.to_csv(figures / f"{plot.name}.csv", index=False)
-        shown.setdefault(plot.section, []).append(_shown(plot, svg))
+        rows = plot.numbers.to_numpy(dtype=object).tolist() if len(plot.numbers) <= MOST_NUMBERS else []
+        inline = drawing.inline_svg(svg, plot.name, html.escape(f"Plot: {plot.title}", quote=True))
+        shown.setdefault(plot.section, []).append(
+            {"name": plot.name, "title": plot.title, "note": plot.note, "svg": Markup(inline)}
+            | {"columns": list(plot.numbers.columns), "rows": [[_number(value) for value in row] for row in rows]}
+        )
     for name, lines in tables.items():
         if lines:
             pd.DataFrame(lines, dtype=object).to_csv(figures / f"{name}.csv", index=False)
     page = folder / "index.html"
-    page.write_text(_page(run, shown, tables, evidence), encoding="utf-8")
+    page.write_text(_page(run, plots=shown, evidence=evidence, **tables), encoding="utf-8")
     return page
 
 
@@ -144,51 +143,26 @@ def likelihood_lines(run: FinishedRun) -> list[dict[str, Any]]:
     for split in dict.fromkeys(row.split for row in run.results.rows):
         pilot, fused = (run.results.find("all", NLL.name, split, w) for w in (0.0, weight))
         if pilot and fused:
-            found.append(
-                {"split": split, "tokens": pilot.n, "pilot": pilot.value, "pilot_ci95": pilot.ci95,
-                 "fused": fused.value, "fused_ci95": fused.ci95}
-            )  # fmt: skip
+            line = {"split": split, "tokens": pilot.n, "pilot": pilot.value, "pilot_ci95": pilot.ci95}
+            found.append(line | {"fused": fused.value, "fused_ci95": fused.ci95})
     return found
 
 
-def _shown(plot: Plot, svg: str) -> dict[str, Any]:
-    """What the template needs of a plot."""
-    title = html.escape(f"Plot: {plot.title}", quote=True)
-    rows = plot.numbers.to_numpy(dtype=object).tolist() if len(plot.numbers) <= MOST_NUMBERS else []
-    return {key: getattr(plot, key) for key in ("name", "title", "note")} | {
-        "svg": Markup(drawing.inline_svg(svg, plot.name, title)), "columns": list(plot.numbers.columns),
-        "rows": [[_number(value) for value in row] for row in rows],
-    }  # fmt: skip
-
-
-def _page(
-    run: FinishedRun, plots: dict[str, list[dict[str, Any]]], tables: dict[str, Any], evidence: Markup | None
-) -> str:
+def _page(run: FinishedRun, *, gain: list[dict[str, Any]], **parts: Any) -> str:
     environment = Environment(
         loader=PackageLoader("tcopilot.reporting.report"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": _number, "value": _value, "step": show_difference, "p": p_text}
-    templates = files("tcopilot.reporting.report") / "templates"
-    shown = examples.examples(run)
+    templates, shown = files("tcopilot.reporting.report") / "templates", examples(run)
+    data = json.dumps(shown | {"gain": gain}, ensure_ascii=False, separators=(",", ":"))
     return environment.get_template("report.html.j2").render(
-        run=run,
-        results=run.results,
-        split=run.results.reported_on,
-        meta=run.trace.meta if run.trace else None,
-        plots=plots,
-        evidence=evidence,
-        explorer=shown,
+        run=run, results=run.results, split=run.results.reported_on, meta=run.trace.meta if run.trace else None,
+        explorer=shown, gain=gain, **parts,
         style=Markup((templates / "report.css").read_text(encoding="utf-8")),
         script=Markup((templates / "report.js").read_text(encoding="utf-8")),
-        data=_embedded(shown | {"gain": tables["gain"]}),
-        **tables,
-    )
-
-
-def _embedded(data: Any) -> Markup:
-    """JSON that may stand inside a script element."""
-    return Markup(json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"))
+        data=Markup(data.replace("<", "\\u003c")),  # may stand inside a script element
+    )  # fmt: skip
 
 
 def _number(value: Any) -> str:

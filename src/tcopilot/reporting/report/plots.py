@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pandas as pd
-from matplotlib.axes import Axes
 
 from tcopilot.data.metrics import NLL, printed_unit, scale
 from tcopilot.models.gates import GATES
 from tcopilot.reporting.finished_runs import FinishedRun, Trace
 from tcopilot.reporting.report import corrections, drawing, overhead
 from tcopilot.reporting.report.calibration import calibration_error, reliability
-from tcopilot.reporting.report.drawing import Mark, Series
+from tcopilot.reporting.report.drawing import Draw, Mark, Series
 
 MODELS = ("Pilot", "Pilot + Copilot")
 
@@ -28,7 +27,7 @@ class Plot:
     title: str  # what it shows, with the unit
     note: str  # one or two sentences on how to read it
     numbers: pd.DataFrame = field(repr=False)
-    draw: Callable[[Axes], None] = field(repr=False)  # puts the plot on axes
+    draw: Draw = field(repr=False)
 
 
 def all_plots(run: FinishedRun) -> list[Plot]:
@@ -41,35 +40,31 @@ def all_plots(run: FinishedRun) -> list[Plot]:
 
 def weight_curves(run: FinishedRun) -> Iterator[Plot]:
     """The deciding metric of each benchmark, and the likelihood, over λ."""
-    table, first = run.results.table(), {gain.benchmark: gain.metric for gain in reversed(run.results.gain)}
+    results, table = run.results, run.results.table()
+    first = {gain.benchmark: gain.metric for gain in reversed(results.gain)}
     for benchmark, metric in [*((name, first[name]) for name in run.benchmarks), ("all", NLL.name)]:
         rows = table[(table.benchmark == benchmark) & (table.metric == metric)]
         if rows.weight.nunique() < 2:
             continue
-        unit = f" ({printed_unit(rows.unit.iloc[0])})" if rows.unit.iloc[0] else ""
-        series = [_curve(split, some.sort_values("weight")) for split, some in rows.groupby("split", sort=False)]
+        kind, series = rows.unit.iloc[0], []
+        unit, factor = f" ({printed_unit(kind)})" if kind else "", scale(kind)
+        for split, some in rows.groupby("split", sort=False):
+            some = some.sort_values("weight")
+            errors = [(factor * (some.value - some[end]).abs()).tolist() for end in ("ci95_low", "ci95_high")]
+            series.append(Series(split, some.weight.tolist(), (factor * some.value).tolist(), errors))
+        marks = [Mark("selected λ = {:g}", results.weight_of(benchmark), "-")]
+        if not isinstance(results.selected_weight, dict):  # λ* and λ0 are of all benchmarks together
+            marks += [Mark("λ* = {:.3g}", results.best_weight, "--")]
+            marks += [Mark("theorem's λ₀ = {:.3g}", theorem_bound(run), None)]
+        marks = [mark._replace(label=mark.label.format(mark.x)) for mark in marks if mark.x is not None]
         where = "all benchmarks" if benchmark == "all" else benchmark
         yield Plot(
             f"weight_{benchmark}_{metric}", "weights", f"{where}: {metric} over λ{unit}",
             "λ = 0 is the Pilot. Bars are 95 % intervals. λ* has the least squared error; where the theorem's λ₀ is "
             "known, every λ in the shade is promised a squared error below the Pilot's. That is not this metric.",
             rows[["split", "weight", "value", "ci95_low", "ci95_high", "n"]],
-            drawing.lines(series, "λ", f"{metric}{unit}", _weight_marks(run, benchmark)),
+            drawing.lines(series, "λ", f"{metric}{unit}", marks),
         )  # fmt: skip
-
-
-def _curve(split: str, rows: pd.DataFrame) -> Series:
-    factor = scale(rows.unit.iloc[0])
-    errors = [(factor * (rows.value - rows[end]).abs()).tolist() for end in ("ci95_low", "ci95_high")]
-    return Series(split, rows.weight.tolist(), (factor * rows.value).tolist(), errors)
-
-
-def _weight_marks(run: FinishedRun, benchmark: str) -> list[Mark]:
-    marks = [Mark("selected λ = {:g}", run.results.weight_of(benchmark), "-")]
-    if not isinstance(run.results.selected_weight, dict):  # λ* and λ0 are of all benchmarks together
-        marks += [Mark("λ* = {:.3g}", run.results.best_weight, "--")]
-        marks += [Mark("theorem's λ₀ = {:.3g}", theorem_bound(run), None)]
-    return [mark._replace(label=mark.label.format(mark.x)) for mark in marks if mark.x is not None]
 
 
 def theorem_bound(run: FinishedRun) -> float | None:
@@ -83,29 +78,23 @@ def theorem_bound(run: FinishedRun) -> float | None:
 
 def calibration_plots(trace: Trace) -> Iterator[Plot]:
     """Reliability of both models on right answers' tokens, over all benchmarks and for each."""
-    groups = {name: list(trace.gold(name)) for name in trace.rows}
+    groups = {name: [token for row in rows for token in row["gold"]] for name, rows in trace.rows.items()}
     if len(groups) > 1:
         groups = {"all benchmarks": [token for tokens in groups.values() for token in tokens], **groups}
     for name, tokens in groups.items():
-        bins, titles = [], []
-        for model, place in zip(MODELS, ("before", "after"), strict=True):
-            right = [token["right"][place == "after"] for token in tokens]
-            bins.append(reliability([token[place][0][1] for token in tokens], right))
-            titles.append(f"{model}, ECE {100 * calibration_error(bins[-1]):.1f} %")
-        series = [
-            Series(
-                title, [b.confidence for b in some], [b.accuracy for b in some],
-                ([b.accuracy - b.ci95[0] for b in some], [b.ci95[1] - b.accuracy for b in some]),
-            )
-            for title, some in zip(titles, bins, strict=True)
-        ]  # fmt: skip
+        lines, series = [], []
+        for after, (model, top) in enumerate(zip(MODELS, ("before", "after"), strict=True)):
+            bins = reliability([token[top][0][1] for token in tokens], [token["right"][after] for token in tokens])
+            errors = ([b.accuracy - b.ci95[0] for b in bins], [b.ci95[1] - b.accuracy for b in bins])
+            title = f"{model}, ECE {100 * calibration_error(bins):.1f} %"
+            series.append(Series(title, [b.confidence for b in bins], [b.accuracy for b in bins], errors))
+            lines += [(model, *b[:5], *b.ci95) for b in bins]
         yield Plot(
             f"reliability_{name.replace(' ', '_')}", "calibration", f"{name}: reliability",
             f"Share of tokens whose likeliest candidate is right, over the confidence in it; {len(tokens):,} tokens "
             f"of right answers in bins of 0.1. Below the diagonal a model is too sure.",
             pd.DataFrame(
-                [(model, *b[:5], *b.ci95) for model, some in zip(MODELS, bins, strict=True) for b in some],
-                columns=["model", "low", "high", "tokens", "confidence", "accuracy", "ci95_low", "ci95_high"],
+                lines, columns=["model", "low", "high", "tokens", "confidence", "accuracy", "ci95_low", "ci95_high"]
             ),
             drawing.lines(series, "confidence", "share right", diagonal=True),
         )  # fmt: skip
@@ -114,8 +103,8 @@ def calibration_plots(trace: Trace) -> Iterator[Plot]:
 def correction_plots(trace: Trace) -> Iterator[Plot]:
     """Figure 3: the correction's share of the Pilot's logit range, and how its size is distributed."""
     shares = [(name, *corrections.share(rows)) for name, rows in trace.rows.items()]
-    heights = [100 * mean for _, mean, _ in shares]
     errors = [[100 * abs(mean - ends[end]) for _, mean, ends in shares] for end in (0, 1)]
+    bars = Series("share", [], [100 * mean for _, mean, _ in shares], errors)
     yield Plot(
         "correction_share", "corrections", "Correction beside the Pilot's logit range (%)",
         "Mean logit shift over max − min of the Pilot's logits, with 95 % intervals over rows.",
@@ -123,12 +112,12 @@ def correction_plots(trace: Trace) -> Iterator[Plot]:
             [(name, mean, *ends, len(trace.rows[name])) for name, mean, ends in shares],
             columns=["benchmark", "share", "ci95_low", "ci95_high", "rows"],
         ),
-        drawing.bars([name for name, _, _ in shares], [Series("share", [], heights, errors)], "share of range (%)"),
+        drawing.bars([name for name, _, _ in shares], [bars], "share of range (%)"),
     )  # fmt: skip
-    shifts = pd.DataFrame(
-        [(corrections.domain(name), token["shift"]) for name in trace.rows for token in trace.gold(name)],
-        columns=["domain", "shift"],
+    tokens = (
+        (corrections.domain(name), token) for name, rows in trace.rows.items() for r in rows for token in r["gold"]
     )
+    shifts = pd.DataFrame([(domain, token["shift"]) for domain, token in tokens], columns=["domain", "shift"])
     points = corrections.magnitudes(shifts)
     series = [
         Series(name, some["shift"].tolist(), (100 * some.share_of_tokens).tolist())
@@ -137,8 +126,7 @@ def correction_plots(trace: Trace) -> Iterator[Plot]:
     yield Plot(
         "correction_magnitude", "corrections", "Correction magnitudes by domain (nats)",
         "Share of target tokens whose logit shift is below the value: a line further right has larger corrections.",
-        points,
-        drawing.lines(series, "mean logit shift of a token (nats)", "tokens below (%)", log_x=True),
+        points, drawing.lines(series, "mean logit shift of a token (nats)", "tokens below (%)", log_x=True),
     )  # fmt: skip
 
 
@@ -186,31 +174,34 @@ CURVES = (  # name, title, y label, note, {label: metric}
 
 
 def training_curves(run: FinishedRun) -> Iterator[Plot]:
-    """Losses, corrections and the log over rounds."""
+    """Losses, corrections and the log over rounds.
+
+    Where a line repeats a value that was measured earlier, the first and the last of them are shown.
+    """
     for name, title, y_label, note, wanted in CURVES:
-        seen = {label: _over_rounds(run.metrics, metric) for label, metric in wanted.items()}
-        series = [Series(label, *zip(*points, strict=True)) for label, points in seen.items() if len(points) > 1]
+        series, lines = [], []
+        for label, metric in wanted.items():
+            points = run.metrics.reindex(columns=["round", metric]).dropna().astype(float)
+            changed = points[metric].diff() != 0
+            points = points[changed | (points.index == points.index.max())]
+            if len(points) > 1:
+                series.append(Series(label, points["round"].tolist(), points[metric].tolist()))
+                lines += [(label, *point) for point in points.itertuples(index=False)]
         if series:
-            points = [(one.label, x, y) for one in series for x, y in zip(one.x, one.y, strict=True)]
-            yield Plot(
-                f"training_{name}", "training", title, note,
-                pd.DataFrame(points, columns=["series", "round", "value"]),
-                drawing.lines(series, "round", y_label, whole_x=True),
-            )  # fmt: skip
-
-
-def _over_rounds(metrics: pd.DataFrame, name: str) -> list[tuple[float, float]]:
-    """A metric's points; where a line repeats a value that was measured earlier, the first and the last of them."""
-    points = metrics.reindex(columns=["round", name]).dropna().to_numpy().tolist()
-    ends = {0, len(points) - 1}
-    return [tuple(point) for i, point in enumerate(points) if i in ends or point[1] != points[i - 1][1]]
+            numbers = pd.DataFrame(lines, columns=["series", "round", "value"])
+            plot = drawing.lines(series, "round", y_label, whole_x=True)
+            yield Plot(f"training_{name}", "training", title, note, numbers, plot)
 
 
 def overhead_plots(run: FinishedRun) -> Iterator[Plot]:
     """Figure 5: time with the Copilot over time of the Pilot alone, beside its floor."""
-    costs = [cost for cost in (overhead.training_cost(run.metrics, _training_floor(run)),) if cost]
-    costs += overhead.decoding_costs(run.trace.meta, run.trace.rows) if run.trace else []
-    if costs:
+    floor, decoding = None, []
+    if run.trace:
+        lengths = overhead.lengths([row for rows in run.trace.rows.values() for row in rows], "gold")
+        floor = overhead.training_floor(run.trace.meta["parameters"], *lengths, run.config["copilot.steps_per_round"])
+        decoding = overhead.decoding_costs(run.trace.meta, run.trace.rows)
+    training = overhead.training_cost(run.metrics, floor)
+    if costs := [*([training] if training else []), *decoding]:
         groups = [Series("measured", [], [cost.ratio for cost in costs])]
         if all(cost.floor is not None for cost in costs):
             groups.append(Series("floor", [], [cost.floor for cost in costs]))
@@ -221,11 +212,3 @@ def overhead_plots(run: FinishedRun) -> Iterator[Plot]:
             pd.DataFrame(costs).set_axis(["what", "pilot_seconds", "both_seconds", "ratio", "floor"], axis=1),
             drawing.bars([cost.what for cost in costs], groups, "ratio", base=1.0),
         )  # fmt: skip
-
-
-def _training_floor(run: FinishedRun) -> float | None:
-    if run.trace is None:
-        return None
-    rows = [row for some in run.trace.rows.values() for row in some]
-    updates = run.config["copilot.steps_per_round"]
-    return overhead.training_floor(run.trace.meta["parameters"], *overhead.lengths(rows, "gold"), updates)

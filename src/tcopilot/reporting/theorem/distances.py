@@ -15,14 +15,8 @@ from torch import Tensor
 from tcopilot.data.batch import Batch
 from tcopilot.functional import fuse_probabilities, token_errors
 from tcopilot.models.error_input import CHUNK_ELEMENTS
-from tcopilot.reporting.theorem.parabola import (
-    EntrySums,
-    Floats,
-    products,
-    removed_on_other_half,
-    row_intervals,
-    served_entries,
-)  # fmt: skip
+from tcopilot.reporting.theorem import parabola
+from tcopilot.reporting.theorem.parabola import EntrySums, Floats
 
 WEIGHTS = (0.0, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0)  # λ of the measured curve: those of configs/fusion/probability.yaml
 WORST = 5  # entries that are named
@@ -33,9 +27,6 @@ class DistanceSums:
 
     No token is kept: what remains of a batch are sums for each entry, by benchmark and position, and four for each
     example.
-
-    Args:
-        vocabulary: V.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -54,58 +45,58 @@ class DistanceSums:
             row_R, position_R = tokens_R2.unbind(1)
             targets_R = batch.target_ids_BN[row_R, position_R]
             log_probs_RV, corrections_RV = log_probs_BNV[row_R, position_R], corrections_BNV[row_R, position_R]
-            self._measure(log_probs_RV, corrections_RV, targets_R)
-            corrections_RV = corrections_RV.double()
-            errors_RV = token_errors(log_probs_RV.double().exp(), targets_R)
+            probs_RV, exact_RV = log_probs_RV.double().exp(), corrections_RV.double()
+            for place, weight in enumerate(WEIGHTS):  # p̂ + λ f^C, and the p̃ that decoding uses
+                direct_RV = token_errors(probs_RV + weight * exact_RV, targets_R)
+                fused_RV = fuse_probabilities(log_probs_RV, corrections_RV, weight).double().exp()
+                self.direct_LV[place] += direct_RV.square().sum(0).cpu().numpy()
+                self.fused_L[place] += token_errors(fused_RV, targets_R).square().sum().item()
+            errors_RV = token_errors(probs_RV, targets_R)
             groups = [batch.benchmark_B[row_R], torch.frexp(position_R.double()).exponent, batch.ids_B[row_R] % 2]
             for group in (groups_R3 := torch.stack(groups, dim=1)).unique(dim=0):
                 chosen_R = (groups_R3 == group).all(dim=1)
                 benchmark, span, half = group.tolist()
                 cell = self.cells.setdefault((benchmark, span), EntrySums(errors_RV.shape[1]))
                 for sums in (cell, self.halves[half]):
-                    sums.add(errors_RV[chosen_R], corrections_RV[chosen_R], targets_R[chosen_R])
-            sums_R = [kind_RV.sum(1) for kind_RV in products(errors_RV, corrections_RV)]
+                    sums.add(errors_RV[chosen_R], exact_RV[chosen_R], targets_R[chosen_R])
+            sums_R = [kind_RV.sum(1) for kind_RV in parabola.products(errors_RV, exact_RV)]
             sums_R.append(torch.ones_like(row_R, dtype=torch.float64))
             sums_B4.index_add_(0, row_R, torch.stack(sums_R, dim=1))
         self.rows_B4.append(sums_B4.cpu().numpy())
-
-    def _measure(self, log_probs_RV: Tensor, corrections_RV: Tensor, targets_R: Tensor) -> None:
-        """Add the distances of p̂ + λ f^C, and of the p̃ that decoding uses, at every λ of the curve."""
-        probs_RV, exact_RV = log_probs_RV.double().exp(), corrections_RV.double()
-        for place, weight in enumerate(WEIGHTS):
-            direct_RV = token_errors(probs_RV + weight * exact_RV, targets_R)
-            fused_RV = fuse_probabilities(log_probs_RV, corrections_RV, weight).double().exp()
-            self.direct_LV[place] += direct_RV.square().sum(0).cpu().numpy()
-            self.fused_L[place] += token_errors(fused_RV, targets_R).square().sum().item()
-
-    def parts(self, place: int, names: dict[int, str]) -> dict[str, EntrySums]:
-        """Sums by benchmark (`place` 0) or by span of positions (1), under their names."""
-        return {
-            name: EntrySums.of([sums for cell, sums in self.cells.items() if cell[place] == part])
-            for part, name in names.items()
-        }
 
     def estimates(self, benchmarks: Sequence[str]) -> dict[str, Any]:
         """What `theorem.json` says of this Pilot and its Copilot; see docs/theorem.md."""
         sums = EntrySums.of(self.halves)
         total, rows_R4 = sums.total, np.concatenate(self.rows_B4)
         epsilon, sigma = total.split_copilot_error()
-        held_out = {"removed_per_entry_held_out": removed_on_other_half(self.halves)}
-        weight = total.best_weight
+        weight, energy = total.best_weight, total.error * sums.tokens
+        pairs = (self.halves, self.halves[::-1])  # λ_v is chosen on one half of the rows, and removes on the other
+        removed = sum(there.removed(here.best_weights_V()) * there.sums_KV[2].sum() for here, there in pairs)
+        held_out = {"removed_per_entry_held_out": float(removed / energy) if energy else 0.0}
         predicted_LV = np.stack([sums.distances_V(weight) for weight in WEIGHTS])
         direct_LV = self.direct_LV / sums.tokens
         curve = np.stack([WEIGHTS, predicted_LV.sum(1), direct_LV.sum(1), self.fused_L / sums.tokens], axis=1)
-        spans = {span: span_name(span) for span in sorted({span for _, span in self.cells})}
+
+        def by(place: int, names: dict[int, str]) -> dict[str, Any]:
+            """The figures of some of the tokens, at the λ of all, by benchmark (0) or by span of positions (1)."""
+            found = {}
+            for part, name in names.items():
+                some = EntrySums.of([cell_sums for cell, cell_sums in self.cells.items() if cell[place] == part])
+                share = some.total.error * some.tokens / energy if energy else 0.0
+                shown = {"tokens": some.tokens, "energy": share}
+                found[name] = some.total.figures() | parabola.served_entries(some, weight) | shown
+            return found
+
         return {
             "rows": len(rows_R4), "tokens": sums.tokens, "vocabulary": sums.sums_KV.shape[1],
-            **total.figures(), "constant_error_sq": sums.constant_error,
+            **total.figures(), "constant_error_sq": float(np.square(sums.sums_KV[1] / sums.tokens).sum()),
             "epsilon_copilot_sq": epsilon, "sigma_copilot_sq": sigma,
-            "removed": sums.removed(weight), "intervals": row_intervals(rows_R4),
+            "removed": sums.removed(weight), "intervals": parabola.row_intervals(rows_R4),
             "curve": curve.tolist(), "curve_error": float(np.abs(curve[:, 1] - curve[:, 2]).max()),
             "entry_curve_error": float(np.abs(predicted_LV - direct_LV).max()),
-            "entries": served_entries(sums, weight) | held_out,
-            "by_benchmark": _parts(self.parts(0, dict(enumerate(benchmarks))), weight, total.error * sums.tokens),
-            "by_position": _parts(self.parts(1, spans), weight, total.error * sums.tokens),
+            "entries": parabola.served_entries(sums, weight) | held_out,
+            "by_benchmark": by(0, dict(enumerate(benchmarks))),
+            "by_position": by(1, {span: span_name(span) for span in sorted({span for _, span in self.cells})}),
         }  # fmt: skip
 
     def worst_entries(self, weight: float) -> list[tuple[int, float]]:
@@ -122,12 +113,3 @@ def span_name(span: int) -> str:
     ['1', '2', '3–4', '5–8']
     """
     return str(span + 1) if span < 2 else f"{2 ** (span - 1) + 1}–{2**span}"
-
-
-def _parts(parts: dict[str, EntrySums], weight: float, energy: float) -> dict[str, Any]:
-    """The figures of parts of the tokens, at the λ of all; `energy` is the error energy of all."""
-    return {
-        name: sums.total.figures() | served_entries(sums, weight)
-        | {"tokens": sums.tokens, "energy": sums.total.error * sums.tokens / energy if energy else 0.0}
-        for name, sums in parts.items()
-    }  # fmt: skip

@@ -44,13 +44,8 @@ class Parabola(NamedTuple):
         """2B / C: every λ between 0 and it brings D below D(0). At or below 0 no λ > 0 does; None if f^C is 0."""
         return 2 * self.inner / self.correction if self.correction > 0 else None
 
-    @property
-    def copilot_error(self) -> float:
-        """E‖f^C − ℓ‖² = D(1)."""
-        return self.distance(1.0)
-
     def split_copilot_error(self) -> tuple[float, float]:
-        """Part E‖f^C − ℓ‖² into ε_C², what is a multiple of ℓ, and σ_C², what is uncorrelated with ℓ.
+        """Part E‖f^C − ℓ‖² = D(1) into ε_C², what is a multiple of ℓ, and σ_C², what is uncorrelated with ℓ.
 
         Of all splits that the proof allows, this one turns its inequalities into equalities, so it promises most.
         """
@@ -67,7 +62,7 @@ class Parabola(NamedTuple):
     def figures(self) -> dict[str, float | None]:
         """Return what `theorem.json` says of a parabola."""
         return {
-            "pilot_error_sq": self.error, "copilot_error_sq": self.copilot_error, "lambda_star": self.best_weight,
+            "pilot_error_sq": self.error, "copilot_error_sq": self.distance(1.0), "lambda_star": self.best_weight,
             "lambda_0": self.promised_weight, "zero_crossing": self.zero_crossing,
         }  # fmt: skip
 
@@ -75,10 +70,7 @@ class Parabola(NamedTuple):
 def promised_weight(pilot_error: float, epsilon: float, sigma: float) -> float | None:
     """Return λ0 = min(1, 2S(S − ε_C) / ((S − ε_C)² + σ_C²)) of Theorem 4.1, or None if ε_C < S does not hold.
 
-    Args:
-        pilot_error: S² = ε_P² + σ_P².
-        epsilon: ε_C².
-        sigma: σ_C².
+    The arguments are the squares S² = ε_P² + σ_P², ε_C² and σ_C².
 
     >>> promised_weight(1.0, 0.25, 0.75), promised_weight(1.0, 0.25, 0.0), promised_weight(1.0, 1.0, 0.0)
     (1.0, 1.0, None)
@@ -126,11 +118,6 @@ class EntrySums:
         """The parabola of the distance summed over entries, per target token."""
         return Parabola(*(self.sums_KV[2:].sum(1) / self.tokens).tolist())
 
-    @property
-    def constant_error(self) -> float:
-        """Σ_v (E ℓ_v)²: the part of the error energy that one constant for each entry would remove."""
-        return float(np.square(self.sums_KV[1] / self.tokens).sum())
-
     def distances_V(self, weight: float) -> Floats:
         """D_v(λ), per target token; they add up to `total.distance(λ)`."""
         _, _, error_V, inner_V, correction_V = self.sums_KV
@@ -148,11 +135,7 @@ class EntrySums:
 
 
 def served_entries(sums: EntrySums, weight: float) -> dict[str, Any]:
-    """Say for which vocabulary entries one λ is too large, and what one λ for each entry would bring.
-
-    Args:
-        sums: sums of the tokens in question.
-        weight: the λ, usually λ* of all tokens.
+    """Say for which vocabulary entries one λ, usually λ* of all tokens, is too large, and what one each would bring.
 
     Returns:
         `harmed`: entries with D_v(λ) > D_v(0), as shares of all `entries`, of target `occurrences` and of the error
@@ -167,7 +150,6 @@ def served_entries(sums: EntrySums, weight: float) -> dict[str, Any]:
     active_V, best_V = correction_V > 0, sums.best_weights_V()
     crossings = 2 * inner_V[active_V] / correction_V[active_V]
     harmed_V = active_V & (weight > 0) & (weight * correction_V > 2 * inner_V)
-    never_V = active_V & (inner_V <= 0)
 
     def shares(chosen_V: NDArray[np.bool_]) -> dict[str, float]:
         weighted = {"entries": np.ones_like(count_V), "occurrences": count_V, "energy": error_V}
@@ -176,21 +158,12 @@ def served_entries(sums: EntrySums, weight: float) -> dict[str, Any]:
     increase = float(added_V[harmed_V].sum() / error_V.sum()) if error_V.any() else 0.0
     return {
         "harmed": shares(harmed_V) | {"increase": increase},
-        "never": shares(never_V),
+        "never": shares(active_V & (inner_V <= 0)),
         "common_zero_crossing": float(crossings.min()) if len(crossings) else None,
         "best_weight_quantiles": weighted_quantiles(best_V, error_V),
         "removed_single": sums.removed(weight),
         "removed_per_entry": sums.removed(best_V),
     }
-
-
-def removed_on_other_half(halves: Sequence[EntrySums]) -> float:
-    """Share of the error energy that one λ_v for each entry removes on the rows that it was not chosen on."""
-    first, second = halves
-    pairs = ((first, second), (second, first))
-    energy = sum(half.sums_KV[2].sum() for half in halves)
-    removed = sum(there.removed(here.best_weights_V()) * there.sums_KV[2].sum() for here, there in pairs)
-    return float(removed / energy) if energy else 0.0
 
 
 def weighted_quantiles(values: Floats, weights: Floats) -> dict[str, float]:
@@ -200,8 +173,8 @@ def weighted_quantiles(values: Floats, weights: Floats) -> dict[str, float]:
     {'5': 1.0, '25': 1.0, '50': 1.0, '75': 1.0, '95': 3.0}
     """
     points, known = np.array(QUANTILES) / 100, weights if weights.any() else np.ones_like(weights)
-    found = np.quantile(values, points, weights=known, method="inverted_cdf")
-    return {str(percent): float(value) for percent, value in zip(QUANTILES, found, strict=True)}
+    found = np.quantile(values, points, weights=known, method="inverted_cdf").tolist()
+    return dict(zip(map(str, QUANTILES), found, strict=True))
 
 
 def row_intervals(rows_R4: Floats, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:

@@ -6,7 +6,7 @@ Shapes: B batch, N target length, R target tokens, V vocabulary, D draws.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,13 +25,9 @@ class PilotSpread:
 
     With p̂ of a token as the random variable, S² = E(p − p̂)² = (p − E p̂)² + Var p̂ = ε_P² + σ_P². The variance is the
     unbiased one (divided by draws − 1) and ε_P² is S² minus it, so neither depends on the number of draws.
-
-    Args:
-        kind: `seeds` or `dropout`.
-        names: of the draws.
     """
 
-    def __init__(self, kind: str, names: Sequence[str]) -> None:
+    def __init__(self, kind: Literal["seeds", "dropout"], names: Sequence[str]) -> None:
         self.kind, self.names = kind, list(names)
         self._sums_D3 = torch.zeros(len(self.names), 3, dtype=torch.float64)  # Σℓ², Σℓf, Σf² of each draw
         self._variance, self._tokens = 0.0, 0

@@ -12,15 +12,45 @@ from rich.table import Table
 WIDTH = 140  # characters of a table that is no terminal's
 NONE = "–"
 TOLERANCE = 1e-9  # of sums in float64, per target token
+ESTIMATES = {
+    "S² = E‖p − p̂‖²": "pilot_error_sq",
+    "  of it removable by constants": "constant_error_sq",
+    "ε_P², bias of the Pilots": "epsilon_pilot_sq",
+    "σ_P², their variance": "sigma_pilot_sq",
+    "E‖f^C − ℓ‖²": "copilot_error_sq",
+    "  ε_C², along ℓ": "epsilon_copilot_sq",
+    "  σ_C², the rest": "sigma_copilot_sq",
+    "λ*, the best single λ": "lambda_star",
+    "λ0, promised": "lambda_0",
+    "zero crossing, measured": "zero_crossing",
+}
 
 
 def show(found: dict[str, Any]) -> None:
     """Print tables and sentences of a `theorem.json`."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    for table in (_estimates(found), _curve(found), _parts(found)):
-        console.print(table)
-    for sentence in found["verdict"]:
-        console.print(escape(sentence))
+    estimates = _table(f"Theorem 4.1 on {found['split']}", "quantity", "estimate", "95 %")
+    for label, name in ESTIMATES.items():
+        interval = found["intervals"].get(name)
+        bounds = NONE if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+        estimates.add_row(label, _number(found[name]), bounds)
+    estimates.caption = f"{found['rows']:,} rows, {found['tokens']:,} target tokens, {found['vocabulary']:,} entries"
+    curve = _table("E‖p − p̃‖² over λ", "λ", "by the parabola", "p̂ + λ f^C", "as decoded (floored)")
+    for weight, *distances in found["curve"]:
+        curve.add_row(f"{weight:g}", *map(_number, distances))
+    heads = ("tokens of", "tokens", "energy", "own λ*", "zero crossing", "removed", "at best per entry")
+    parts = _table("Where a single λ* serves", *heads, "entries' λ* 5–95 %", "served")
+    whole = found | found["entries"] | {"energy": 1.0}
+    positions = {f"position {name}": part for name, part in found["by_position"].items()}
+    for name, part in ({"all": whole} | found["by_benchmark"] | positions).items():
+        quantiles = part["best_weight_quantiles"]
+        parts.add_row(
+            escape(name), f"{part['tokens']:,}", _percent(part["energy"]), _number(part["lambda_star"]),
+            _number(part["zero_crossing"]), _percent(part["removed_single"]), _percent(part["removed_per_entry"]),
+            f"{quantiles['5']:.2f} to {quantiles['95']:.2f}", _percent(1 - part["harmed"]["energy"]),
+        )  # fmt: skip
+    for shown in (estimates, curve, parts, *map(escape, found["verdict"])):
+        console.print(shown)
 
 
 def verdict(found: dict[str, Any]) -> list[str]:
@@ -45,14 +75,12 @@ def verdict(found: dict[str, Any]) -> list[str]:
 
 
 def _range(found: dict[str, Any]) -> str:
-    weight, crossing = found["lambda_star"], found["zero_crossing"]
+    weight, crossing, removed = found["lambda_star"], found["zero_crossing"], _percent(found["removed"])
     if crossing is None:
         return "f^C is 0 everywhere: every λ is the Pilot."
     if crossing <= 0:
-        return (
-            f"f^C points away from the error (zero crossing {crossing:.3g}): no λ > 0 helps; λ* = 0, keep the Pilot."
-        )
-    removed = _percent(found["removed"])
+        away = f"f^C points away from the error (zero crossing {crossing:.3g})"
+        return f"{away}: no λ > 0 helps; λ* = 0, keep the Pilot."
     return f"Measured: every λ in (0, {crossing:.3g}) lowers the distance; λ* = {weight:.3g} removes {removed} of S²."
 
 
@@ -111,55 +139,10 @@ def _pilots(found: dict[str, Any]) -> str:
     return f"Over {count}, variance is {share} of S²; λ* of each: {best}."
 
 
-def _estimates(found: dict[str, Any]) -> Table:
-    table = Table("quantity", title=f"Theorem 4.1 on {found['split']}", title_justify="left")
-    table.add_column("estimate", justify="right")
-    table.add_column("95 %", justify="right")
-    rows = {
-        "S² = E‖p − p̂‖²": "pilot_error_sq",
-        "  of it removable by constants": "constant_error_sq",
-        "ε_P², bias of the Pilots": "epsilon_pilot_sq",
-        "σ_P², their variance": "sigma_pilot_sq",
-        "E‖f^C − ℓ‖²": "copilot_error_sq",
-        "  ε_C², along ℓ": "epsilon_copilot_sq",
-        "  σ_C², the rest": "sigma_copilot_sq",
-        "λ*, the best single λ": "lambda_star",
-        "λ0, promised": "lambda_0",
-        "zero crossing, measured": "zero_crossing",
-    }
-    for label, name in rows.items():
-        interval = found["intervals"].get(name)
-        bounds = NONE if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
-        table.add_row(label, _number(found[name]), bounds)
-    table.caption = f"{found['rows']:,} rows, {found['tokens']:,} target tokens, {found['vocabulary']:,} entries"
-    return table
-
-
-def _curve(found: dict[str, Any]) -> Table:
-    table = Table(title="E‖p − p̃‖² over λ", title_justify="left")
-    for head in ("λ", "by the parabola", "p̂ + λ f^C", "as decoded (floored)"):
-        table.add_column(head, justify="right")
-    for weight, *distances in found["curve"]:
-        table.add_row(f"{weight:g}", *map(_number, distances))
-    return table
-
-
-def _parts(found: dict[str, Any]) -> Table:
-    table = Table("tokens of", title="Where a single λ* serves", title_justify="left")
-    heads = ("tokens", "energy", "own λ*", "zero crossing", "removed", "at best per entry")
-    for head in (*heads, "entries' λ* 5–95 %", "served"):
-        table.add_column(head, justify="right")
-    whole = {name: found[name] for name in ("tokens", "lambda_star", "zero_crossing")} | {"energy": 1.0}
-    parts = [("all", whole | found["entries"])]
-    parts += [(name, part) for name, part in found["by_benchmark"].items()]
-    parts += [(f"position {name}", part) for name, part in found["by_position"].items()]
-    for name, part in parts:
-        quantiles = part["best_weight_quantiles"]
-        table.add_row(
-            escape(name), f"{part['tokens']:,}", _percent(part["energy"]), _number(part["lambda_star"]),
-            _number(part["zero_crossing"]), _percent(part["removed_single"]), _percent(part["removed_per_entry"]),
-            f"{quantiles['5']:.2f} to {quantiles['95']:.2f}", _percent(1 - part["harmed"]["energy"]),
-        )  # fmt: skip
+def _table(title: str, *heads: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("quantity", "tokens of") else "right")
     return table
 
 
