@@ -217,6 +217,26 @@ def test_weights_chosen_for_entries_on_noise_do_not_hold_on_the_other_half():
     assert entries["removed_per_entry_held_out"] < 0
 
 
+def test_the_halves_hold_as_many_rows_of_each_benchmark_whatever_their_ids():
+    sums, seen = DistanceSums(2), []
+    log_probs = torch.tensor([0.6, 0.4], dtype=torch.float64).log().expand(64, 3, 2)
+    for _ in range(4):  # of two benchmarks by turns, as ids were once given: the parity is the benchmark
+        batch = batch_of([[0, 1, 1]] * 64, benchmarks=[0, 1] * 32)
+        corrections = token_errors(log_probs.exp(), batch.target_ids_BN) * (1 - 2 * batch.benchmark_B.view(-1, 1, 1))
+        sums.update(batch, log_probs, corrections)
+        seen.append([half.tokens for half in sums.halves])
+    assert seen[-1] == [3 * 128, 3 * 128]
+    for half in sums.halves:  # f is ℓ on one benchmark, −ℓ on the other: together they cancel in either half
+        assert half.total.inner == pytest.approx(0, abs=1e-12)
+    found = sums.estimates(("a", "b"))
+    assert found["entries"]["removed_per_entry_held_out"] == pytest.approx(0, abs=1e-12)
+    order = [DistanceSums(2) for _ in range(2)]
+    drawn = [[one._half_of(0) for _ in range(400)] for one in order]
+    assert drawn[0] == drawn[1]  # a second call finds the same
+    assert 60 < sum(drawn[0][::2]) < 140  # by chance, not by turns
+    assert sum(drawn[0]) == 200
+
+
 def test_positions_and_benchmarks_are_told_apart():
     log_probs = torch.tensor([0.6, 0.4], dtype=torch.float64).log().expand(2, 3, 2)
     batch = batch_of([[0, 1, 1], [0, 1, 1]], benchmarks=[0, 1])

@@ -1,6 +1,7 @@
 """The evidence page: its figures are those of the run directories, and its script goes on where it was."""
 
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from typing import ClassVar
@@ -8,14 +9,17 @@ from typing import ClassVar
 import composed
 import pytest
 import yaml
+from written_runs import write_run
 
 from tcopilot.app import jobs as job_runner
 from tcopilot.app import run
 from tcopilot.app.checks.config import config_problems
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.evaluation.evaluate import PER
+from tcopilot.evaluation.results import Results
 from tcopilot.evaluation.significance import compare
 from tcopilot.reporting import evidence
+from tcopilot.reporting.finished_runs import FinishedRun
 from tcopilot.run_directory import RunDirectory
 
 TITLES = {"averaged": "two Pilots averaged"}
@@ -92,16 +96,46 @@ def test_the_table_has_the_figures_of_the_runs(script, settings, smoke):
 def test_comparisons_are_paired_over_pooled_seeds(script, settings, smoke):
     folder, jobs = smoke
     (*_, task), _ = script.evidence(settings, "smoke", folder)
-    before, after, ahead = [], [], []
+    before, after, rows, ahead = [], [], [], []
     for seed in (0, 1):
         arms = {job.arm: job for job in jobs if (job.task, job.seed) == ("word_problems", seed)}
         one, two = (found(arms[arm])["gain"][0]["fused"] for arm in ("default", "literal"))
         ahead += [seed] if two > one else []
         for arm, into in (("default", before), ("literal", after)):
             weight = found(arms[arm])["selected_weight"]
-            into += [row["scores"]["accuracy"] for row in composed.predictions(arms[arm].folder, "test", weight)]
-    assert task.line("literal").against == compare(before, after)
+            said = composed.predictions(arms[arm].folder, "test", weight)
+            into += [row["scores"]["accuracy"] for row in said]
+        rows += [(row["id"], row["prompt"]) for row in said]
+    assert task.line("literal").against == compare(before, after, groups=rows)
     assert task.line("literal").ahead == ahead
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_row_that_seeds_share_counts_once(shared, tmp_path):
+    right = {0.0: [0.0] * 200, 0.5: [1.0] * 6 + [0.0] * 194}
+    runs = []
+    for seed in (0, 1, 2):
+        figures = {("gsm8k", "accuracy"): (0.0, 0.03), ("all", "nll"): (1.0, 0.9)}
+        folder = write_run(tmp_path / str(seed), figures, seed)
+        (folder / "predictions").mkdir()
+        for weight, scores in right.items():
+            texts = {"prompt": "p" if shared else f"p of {seed}", "target": "t"}
+            lines = [{"id": row, "scores": {"accuracy": score}, **texts} for row, score in enumerate(scores)]
+            file = folder / "predictions" / f"test-gsm8k-weight={weight:g}.jsonl"
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        results = Results.load(folder / "results.json")
+        results.gain = results.gain[:1]
+        results.save(folder / "results.json")
+        runs.append(FinishedRun.read(folder))
+    (task,) = evidence.gather("task", {"default": runs}, {})
+    found, alone = task.lines[0].gain, compare(*right.values())
+    assert (found.difference, found.n, found.fixed) == (pytest.approx(0.03), 600, 18)
+    if shared:  # three copies of a row say no more than one of them
+        assert found.p_value == pytest.approx(alone.p_value) == pytest.approx(2 / 2**6)
+        assert found.ci95 == pytest.approx(alone.ci95, abs=0.0051)
+    else:
+        assert found == compare(*(3 * list(scores) for scores in right.values()))
+        assert found.p_value == pytest.approx(2 / 2**18)
 
 
 def test_a_mixture_has_a_table_for_each_of_its_benchmarks(script, settings, smoke):

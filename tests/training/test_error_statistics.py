@@ -117,8 +117,26 @@ def test_the_best_weight_minimises_the_squared_error_left():
 def test_the_interval_of_the_likelihood_is_the_normal_one_over_target_tokens():
     result = statistics(ERRORS)
     values = -LOG_PROBS[0, :2].gather(-1, TARGETS[0, :2, None]).squeeze(-1).double()
-    half = 1.96 * values.std(correction=0).item() / math.sqrt(2)
-    assert result.nll_intervals()[0.0] == pytest.approx((values.mean().item() - half, values.mean().item() + half))
+    assert result.nll_intervals()[0.0] == pytest.approx((values.mean().item(),) * 2)  # one row has no spread
+
+
+def test_the_interval_of_the_likelihood_takes_a_rows_tokens_together():
+    generator = torch.Generator().manual_seed(0)
+    level_R1 = 1.5 * torch.randn(400, 1, generator=generator)  # rows are easy or hard as a whole
+    logits_RNV = torch.stack([level_R1.expand(400, 6), torch.zeros(400, 6)], dim=-1)
+    mask_RN = torch.arange(6) < torch.randint(1, 7, (400, 1), generator=generator)
+    log_probs_RNV, targets_RN = logits_RNV.log_softmax(-1), torch.zeros(400, 6, dtype=torch.long)
+    result = ErrorStatistics([0.0])
+    for part in (slice(0, 150), slice(150, 400)):
+        result.update(log_probs_RNV[part], None, targets_RN[part], mask_RN[part])
+    low, high = result.nll_intervals()[0.0]
+    nll_RN = (-log_probs_RNV[..., 0] * mask_RN).double()
+    draws = torch.randint(0, 400, (2000, 400), generator=generator)
+    means = nll_RN.sum(1)[draws].sum(1) / mask_RN.sum(1)[draws].sum(1)
+    assert (high - low) / 2 == pytest.approx(1.96 * means.std().item(), rel=0.06)
+    assert (low + high) / 2 == pytest.approx(nll_RN.sum().item() / mask_RN.sum().item())
+    tokens = nll_RN[mask_RN]
+    assert (high - low) / 2 > 1.8 * 1.96 * tokens.std().item() / math.sqrt(len(tokens))  # as if they were rows
 
 
 def test_sizes_of_errors_and_corrections_are_kept_for_every_target_token_and_none_of_the_padding():

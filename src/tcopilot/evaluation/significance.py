@@ -4,7 +4,7 @@ Pilot and Pilot + Copilot answer the same rows, so every comparison here is pair
 information about the difference. Everything is in the unit of the metric (a fraction for accuracy), never in percent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ Direction = Literal["better", "worse", "not distinguishable"]
 
 ALPHA = 0.05  # two-sided, the level that belongs to the 95 % intervals
 CORPUS_RESAMPLES = 1000  # of figures that are computed anew from all rows each time
+MOST_EXACT = 50_000  # sum of whole differences up to which their signs are enumerated
 BATCH_VALUES = 10_000_000  # float64 values drawn at once when resampling: 80 MB, whatever the number of rows
 
 
@@ -37,6 +38,28 @@ def wilson_interval(correct: int, n: int) -> Interval:
         raise ValueError(f"an interval needs at least one row, got n = {n}")
     low, high = stats.binomtest(correct, n).proportion_ci(method="wilson")
     return float(low), float(high)
+
+
+def token_share_interval(hits: Sequence[int], tokens: Sequence[int]) -> Interval:
+    """Bound a share of tokens, from the hits and the tokens of each row, by Wilson's interval at their effective number.
+
+    Tokens of a row hang together. Their effective number is the one whose binomial variance is the variance over
+    rows; where no token is a hit, or all are, it is the number of rows.
+
+    >>> low, high = token_share_interval([5] * 8 + [0] * 2, [5] * 10)  # as 8 of 10 rows
+    >>> print(f"{low:.4f} {high:.4f}")
+    0.4902 0.9433
+    """
+    hits_R, tokens_R = np.asarray(hits, dtype=float), np.asarray(tokens, dtype=float)
+    n = tokens_R.sum()
+    share, effective = hits_R.sum() / n, len(tokens_R)
+    if 0 < share < 1 and len(tokens_R) > 1:
+        spread = np.square(hits_R - share * tokens_R).sum()
+        effective = min(n, n**2 * share * (1 - share) / spread) if spread else n
+    squared = stats.norm.ppf(0.975) ** 2
+    middle = share + squared / (2 * effective)
+    half = np.sqrt(squared * (share * (1 - share) + squared / (4 * effective)) / effective)
+    return tuple(float(np.clip(end / (1 + squared / effective), 0, 1)) for end in (middle - half, middle + half))
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -147,20 +170,30 @@ def p_text(p_value: float, equals: str = "") -> str:
     return f"{equals}{p_value:.2g}" if p_value >= 1e-300 else "< 1e-300"
 
 
-def compare(before: Sequence[float], after: Sequence[float], *, lower_is_better: bool = False) -> Comparison:
+def compare(
+    before: Sequence[float],
+    after: Sequence[float],
+    *,
+    lower_is_better: bool = False,
+    groups: Sequence[Hashable] | None = None,
+) -> Comparison:
     """Compare the Pilot (`before`) with Pilot + Copilot (`after`) on the same rows.
 
     The p-value is that of the sign-flip test of the mean: had the Copilot no effect, each row's difference could as
     well have had the other sign. For right/wrong answers that test has a closed form, McNemar's; for graded values
     (NDCG, nats) it is enumerated up to 13 changed rows and sampled beyond, where its p-value is never below 2e-4.
 
-    `lower_is_better` says that a falling value is the improvement, and so decides what counts as fixed.
+    `lower_is_better` says that a falling value is the improvement, and so decides what counts as fixed. Values with equal
+    `groups` are not independent, such as those of one row under several seeds: they are resampled, and exchanged between
+    the two models, together.
 
     >>> result = compare([0, 0, 1, 0], [1, 1, 0, 0])
     >>> result.difference, result.fixed, result.broken, result.p_value, result.verdict
     (0.25, 2, 1, 1.0, 'not distinguishable at n = 4')
     >>> compare([False] * 10, [True] * 10).verdict
     'fused is better (p = 0.002, n = 10)'
+    >>> compare([False] * 10, [True] * 10, groups=[0, 1] * 5).verdict  # two rows under five seeds
+    'not distinguishable at n = 10'
 
     Raises:
         ValueError: If the sequences are empty, differ in length or hold a value that is not finite.
@@ -169,14 +202,22 @@ def compare(before: Sequence[float], after: Sequence[float], *, lower_is_better:
     difference = fused - pilot
     rose, fell = int((difference > 0).sum()), int((difference < 0).sum())
     fixed, broken = (fell, rose) if lower_is_better else (rose, fell)
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups or ()))}
+    if groups and len(numbers) < len(groups):
+        place = [numbers[group] for group in groups]
+        sums = np.bincount(place, weights=difference)
+        ci95, p_value = _group_bootstrap(sums, np.bincount(place)), _sign_flip(sums)
+    else:
+        ci95 = paired_bootstrap(before, after)
+        p_value = mcnemar(fixed, broken) if _is_ternary(difference) else _sign_flip(difference)
     return Comparison(
         pilot=float(pilot.mean()),
         fused=float(fused.mean()),
         difference=float(difference.mean()),
-        ci95=paired_bootstrap(before, after),
+        ci95=ci95,
         fixed=fixed,
         broken=broken,
-        p_value=mcnemar(fixed, broken) if _is_ternary(difference) else _sign_flip(difference),
+        p_value=p_value,
         n=len(difference),
         lower_is_better=lower_is_better,
     )
@@ -285,9 +326,31 @@ def _is_ternary(difference: np.ndarray) -> bool:
     return bool(np.isin(difference, (-1, 0, 1)).all())
 
 
+def _group_bootstrap(sums: np.ndarray, sizes: np.ndarray, resamples: int = 10_000) -> Interval:
+    """Bound Σ sums / Σ sizes by resampling groups; how often each kind of group is drawn is multinomial."""
+    kinds, counts = np.unique(np.stack([sums, sizes]), axis=1, return_counts=True)
+    rng, size, means = np.random.default_rng(0), max(1, BATCH_VALUES // len(counts)), []
+    for start in range(0, resamples, size):
+        drawn = rng.multinomial(len(sums), counts / len(sums), size=min(size, resamples - start))
+        means.append((drawn @ kinds[0]) / (drawn @ kinds[1]))
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return float(low), float(high)
+
+
 def _sign_flip(difference: np.ndarray) -> float:
-    """Two-sided p-value of the mean difference over random signs of the rows; rows that did not change are skipped."""
+    """Two-sided p-value of the mean difference over random signs of the rows; rows that did not change are skipped.
+
+    It is exact for whole numbers: the sums over the signs of m rows that changed by k are k (2 Bin(m, ½) − m).
+    """
     changed = difference[difference != 0]
+    if (changed == np.round(changed)).all() and np.abs(changed).sum() <= MOST_EXACT:
+        chances = np.ones(1)
+        for step, rows in zip(*np.unique(np.abs(changed).astype(int), return_counts=True), strict=True):
+            of_step = np.zeros(2 * step * rows + 1)
+            of_step[:: 2 * step] = stats.binom.pmf(np.arange(rows + 1), rows, 0.5)
+            chances = np.convolve(chances, of_step)
+        total = np.abs(np.arange(len(chances)) - len(chances) // 2)
+        return float(min(1.0, chances[total >= abs(changed.sum())].sum()))
     if len(changed) < 2:
         return 1.0  # a single changed row cannot be significant, and scipy refuses to test it
     test = stats.permutation_test(

@@ -1,7 +1,7 @@
 """One table for each task from the runs of `scripts/evidence.py`: arms and controls beside each other, paired.
 
-An arm is a way to train; its runs differ in their seed only. Scores of all seeds are pooled by (seed, row), and every
-comparison is over the rows that both sides answered.
+An arm is a way to train; its runs differ in their seed only. Every comparison is over the rows that both sides
+answered, paired by seed and row. Where seeds share a row, its scores under all of them are resampled together.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ HEAD = (
     *("NLL", "ε²/S²", "λ*", "λ", "rounds", "train s", "TFLOP", "seeds ahead"),
 )
 
-Scores = dict[tuple[int, int], float]
-"""(seed, row id) to score."""
+Scores = dict[tuple[int, int], tuple[float, str]]
+"""(seed, row id) to the score, and to the text that shows whether seeds share the row."""
 
 
 @dataclass
@@ -211,7 +211,10 @@ def _scores(run: FinishedRun, folder: RunDirectory, benchmark: str, metric: str,
     found = read_predictions(run.results, folder.predictions, benchmark, weight)
     if not found:
         raise ValueError(f"{folder}: no predictions of {benchmark} at λ = {weight:g}; run it anew")
-    return {(run.results.seed, row): prediction["scores"][metric] for row, prediction in found.items()}
+    return {
+        (run.results.seed, row): (prediction["scores"][metric], f"{prediction['prompt']}\n{prediction['target']}")
+        for row, prediction in found.items()
+    }
 
 
 def _last_error_ratio(run: FinishedRun) -> float | None:
@@ -224,15 +227,16 @@ def _compared(before: Scores, after: Scores, lower_is_better: bool) -> Compariso
     common = sorted(before.keys() & after.keys())
     if not common:
         raise ValueError("two arms have no row in common: they were run on other data or other seeds")
-    pairs = ([scores[key] for key in common] for scores in (before, after))
-    return compare(*pairs, lower_is_better=lower_is_better)
+    pairs = ([scores[key][0] for key in common] for scores in (before, after))
+    rows = [(row, after[seed, row][1]) for seed, row in common]
+    return compare(*pairs, lower_is_better=lower_is_better, groups=rows)
 
 
 def _seeds_ahead(default: Scores, other: Scores, lower_is_better: bool) -> list[int]:
     """The seeds on whose rows the other is better in sum."""
     sums: dict[int, float] = {}
     for key in default.keys() & other.keys():
-        sums[key[0]] = sums.get(key[0], 0.0) + other[key] - default[key]
+        sums[key[0]] = sums.get(key[0], 0.0) + other[key][0] - default[key][0]
     return sorted(seed for seed, difference in sums.items() if (-difference if lower_is_better else difference) > 0)
 
 

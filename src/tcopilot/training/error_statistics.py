@@ -53,7 +53,7 @@ class ErrorStatistics:
     def __init__(self, weights: Sequence[float], fusion: FusionRule | None = None) -> None:
         self.weights = list(weights)
         self._fusion = fusion or ProbabilityFusion()
-        self._sums = torch.zeros(5 + 2 * len(self.weights), dtype=torch.float64)
+        self._sums = torch.zeros(7 + 3 * len(self.weights), dtype=torch.float64)
         self._norms: list[tuple[Tensor, Tensor]] = []  # of each batch: ‖ℓ‖ and ‖f^C‖ [2, B, N], mask [B, N]
 
     @torch.no_grad()
@@ -80,9 +80,12 @@ class ErrorStatistics:
         self._norms.append((torch.stack([v.float() for v in per_token[1:3]]).sqrt(), mask_BN))  # no sync now
         for weight in self.weights:
             fused_BNV = log_probs_BNV if weight == 0 else self._fusion(log_probs_BNV, no_correction, weight)
-            nll_BN = -fused_BNV.gather(-1, index).squeeze(-1)
-            per_token += [nll_BN, nll_BN.double().square()]
-        sums = torch.stack([(value.double() * mask_BN).sum() for value in per_token])
+            per_token.append(-fused_BNV.gather(-1, index).squeeze(-1))
+        of_all = torch.stack([(value.double() * mask_BN).sum() for value in per_token])
+        tokens_B = mask_BN.sum(1).double()
+        rows_WB = torch.stack([(nll_BN.double() * mask_BN).sum(1) for nll_BN in per_token[5:]])
+        of_rows = torch.stack([(tokens_B > 0).sum().double(), tokens_B.square().sum()])
+        sums = torch.cat([of_all, of_rows, rows_WB.square().sum(1), rows_WB @ tokens_B])
         self._sums = self._sums.to(sums.device) + sums
 
     def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
@@ -106,12 +109,16 @@ class ErrorStatistics:
 
     def nll(self) -> dict[float, float]:
         """Mean −log p̃_y per target token, in nats, for each λ."""
-        return dict(zip(self.weights, (self._sums[5::2] / self._sums[0]).tolist(), strict=True))
+        means = self._sums[5 : 5 + len(self.weights)] / self._sums[0]
+        return dict(zip(self.weights, means.tolist(), strict=True))
 
     def nll_intervals(self) -> dict[float, tuple[float, float]]:
-        """95 % intervals of `nll`, by the normal approximation over target tokens."""
-        mean, square = self._sums[5::2] / self._sums[0], self._sums[6::2] / self._sums[0]
-        half = 1.96 * ((square - mean.square()).clamp_min(0) / self._sums[0]).sqrt()
+        """95 % intervals of `nll`, by the normal approximation over rows, whose tokens are no independent draws."""
+        count, tokens = len(self.weights), self._sums[0]
+        mean, (rows, squares) = self._sums[5 : 5 + count] / tokens, self._sums[5 + count : 7 + count]
+        of_rows, with_tokens = self._sums[7 + count :].split(count)
+        residual = of_rows - 2 * mean * with_tokens + mean.square() * squares  # Σ over rows (NLL − mean · tokens)²
+        half = 1.96 * (residual.clamp_min(0) * rows / (rows - 1).clamp_min(1)).sqrt() / tokens
         return dict(zip(self.weights, zip((mean - half).tolist(), (mean + half).tolist(), strict=True), strict=True))
 
     @property

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tcopilot.evaluation.significance import token_share_interval, wilson_interval
 from tcopilot.reporting.report.calibration import calibration_error, reliability
 
 
@@ -25,3 +26,24 @@ def test_a_calibrated_model_has_almost_no_error_and_a_sure_one_much():
 def test_every_token_is_in_one_bin():
     sure = np.linspace(0, 1, 1001)
     assert sum(b.tokens for b in reliability(sure, sure > 0.5, 7)) == sure.size
+
+
+def test_tokens_of_a_row_count_as_one_where_they_are_right_or_wrong_together():
+    right = np.random.default_rng(0).random(200) < 0.7
+    (alone,) = reliability([0.95] * 200, right)
+    (together,) = reliability([0.95] * 1000, np.repeat(right, 5), rows=np.repeat(np.arange(200), 5))
+    assert alone.ci95 == pytest.approx(wilson_interval(int(right.sum()), 200))
+    assert together.ci95 == pytest.approx(alone.ci95)
+    (mixed,) = reliability([0.95] * 1000, np.repeat(right, 5), rows=np.tile(np.arange(200), 5))
+    assert mixed.ci95[1] - mixed.ci95[0] < 0.6 * (alone.ci95[1] - alone.ci95[0])
+
+
+def test_the_interval_covers_the_share_as_often_as_it_says():
+    draw, covered = np.random.default_rng(1), 0
+    for _ in range(400):
+        rate_R = draw.beta(4, 1, 60)  # mean 0.8; rows differ
+        tokens_R = draw.integers(1, 9, 60)
+        low, high = token_share_interval(draw.binomial(tokens_R, rate_R), tokens_R)
+        covered += low <= 0.8 <= high
+    assert 0.91 < covered / 400 < 0.99
+    assert token_share_interval([4], [8])[1] - token_share_interval([4], [8])[0] > 0.7  # one row says little

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tcopilot.evaluation.significance import Interval, wilson_interval
+from tcopilot.evaluation.significance import Interval, token_share_interval
 
 
 class Bin(NamedTuple):
@@ -21,20 +21,26 @@ class Bin(NamedTuple):
     ci95: Interval
 
 
-def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> list[Bin]:
+def reliability(
+    confidence: Sequence[float], right: Sequence[bool], bins: int = 10, rows: Sequence[int] | None = None
+) -> list[Bin]:
     """Sort tokens by confidence, the largest probability, into bins of equal width; empty bins are left out.
+
+    The intervals take the tokens of a row together; `rows` has each token's row, without it each is its own.
 
     >>> [(b.low, b.tokens, b.accuracy) for b in reliability([0.2, 0.9, 0.8, 1.0], [False, True, False, True], 2)]
     [(0.0, 1, 0.0), (0.5, 3, 0.6666666666666666)]
     """
     sure, correct = np.asarray(confidence, dtype=float), np.asarray(right, dtype=bool)
+    of_row = np.arange(len(sure)) if rows is None else np.asarray(rows)
     place = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
     found = []
     for index in np.unique(place).tolist():
         inside = place == index
-        tokens, hits = int(inside.sum()), int(correct[inside].sum())
-        means = (float(sure[inside].mean()), hits / tokens)
-        found.append(Bin(index / bins, (index + 1) / bins, tokens, *means, wilson_interval(hits, tokens)))
+        _, row, tokens = np.unique(of_row[inside], return_inverse=True, return_counts=True)
+        interval = token_share_interval(np.bincount(row, weights=correct[inside]), tokens)
+        means = (float(sure[inside].mean()), float(correct[inside].mean()))
+        found.append(Bin(index / bins, (index + 1) / bins, int(inside.sum()), *means, interval))
     return found
 
 

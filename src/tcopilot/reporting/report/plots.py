@@ -78,13 +78,15 @@ def theorem_bound(run: FinishedRun) -> float | None:
 
 def calibration_plots(trace: Trace) -> Iterator[Plot]:
     """Reliability of both models on right answers' tokens, over all benchmarks and for each."""
-    groups = {name: [token for row in rows for token in row["gold"]] for name, rows in trace.rows.items()}
+    groups = dict(trace.rows)
     if len(groups) > 1:
-        groups = {"all benchmarks": [token for tokens in groups.values() for token in tokens], **groups}
-    for name, tokens in groups.items():
-        lines, series = [], []
+        groups = {"all benchmarks": [row for rows in groups.values() for row in rows], **groups}
+    for name, rows in groups.items():
+        lines, series, tokens = [], [], [token for row in rows for token in row["gold"]]
+        of_row = [place for place, row in enumerate(rows) for _ in row["gold"]]
         for after, (model, top) in enumerate(zip(MODELS, ("before", "after"), strict=True)):
-            bins = reliability([token[top][0][1] for token in tokens], [token["right"][after] for token in tokens])
+            right = [token["right"][after] for token in tokens]
+            bins = reliability([token[top][0][1] for token in tokens], right, rows=of_row)
             errors = ([b.accuracy - b.ci95[0] for b in bins], [b.ci95[1] - b.accuracy for b in bins])
             title = f"{model}, ECE {100 * calibration_error(bins):.1f} %"
             series.append(Series(title, [b.confidence for b in bins], [b.accuracy for b in bins], errors))
@@ -92,7 +94,7 @@ def calibration_plots(trace: Trace) -> Iterator[Plot]:
         yield Plot(
             f"reliability_{name.replace(' ', '_')}", "calibration", f"{name}: reliability",
             f"Share of tokens whose likeliest candidate is right, over the confidence in it; {len(tokens):,} tokens "
-            f"of right answers in bins of 0.1. Below the diagonal a model is too sure.",
+            f"of right answers in bins of 0.1; the intervals are over rows. Below the diagonal a model is too sure.",
             pd.DataFrame(
                 lines, columns=["model", "low", "high", "tokens", "confidence", "accuracy", "ci95_low", "ci95_high"]
             ),

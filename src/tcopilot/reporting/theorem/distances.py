@@ -31,7 +31,8 @@ class DistanceSums:
 
     def __init__(self, vocabulary: int) -> None:
         self.cells: dict[tuple[int, int], EntrySums] = {}  # by benchmark and power of two of the position
-        self.halves = (EntrySums(vocabulary), EntrySums(vocabulary))  # of the rows with an even and an odd id
+        self.halves = (EntrySums(vocabulary), EntrySums(vocabulary))  # of the rows, drawn within each benchmark
+        self._random, self._second_of_pair = np.random.default_rng(0), {}
         self.direct_LV: Floats = np.zeros((len(WEIGHTS), vocabulary))
         self.fused_L: Floats = np.zeros(len(WEIGHTS))
         self.rows_B4: list[Floats] = []  # of each example Σℓ², Σℓf, Σf² and its target tokens
@@ -40,6 +41,9 @@ class DistanceSums:
     def update(self, batch: Batch, log_probs_BNV: Tensor, corrections_BNV: Tensor) -> None:
         """Add a batch."""
         sums_B4 = torch.zeros(len(batch), 4, dtype=torch.float64, device=log_probs_BNV.device)
+        half_B = torch.tensor(
+            [self._half_of(name) for name in batch.benchmark_B.tolist()], device=log_probs_BNV.device
+        )
         at_once = max(1, CHUNK_ELEMENTS // log_probs_BNV.shape[-1])
         for tokens_R2 in batch.target_mask_BN.nonzero().split(at_once):
             row_R, position_R = tokens_R2.unbind(1)
@@ -52,7 +56,7 @@ class DistanceSums:
                 self.direct_LV[place] += direct_RV.square().sum(0).cpu().numpy()
                 self.fused_L[place] += token_errors(fused_RV, targets_R).square().sum().item()
             errors_RV = token_errors(probs_RV, targets_R)
-            groups = [batch.benchmark_B[row_R], torch.frexp(position_R.double()).exponent, batch.ids_B[row_R] % 2]
+            groups = [batch.benchmark_B[row_R], torch.frexp(position_R.double()).exponent, half_B[row_R]]
             for group in (groups_R3 := torch.stack(groups, dim=1)).unique(dim=0):
                 chosen_R = (groups_R3 == group).all(dim=1)
                 benchmark, span, half = group.tolist()
@@ -63,6 +67,13 @@ class DistanceSums:
             sums_R.append(torch.ones_like(row_R, dtype=torch.float64))
             sums_B4.index_add_(0, row_R, torch.stack(sums_R, dim=1))
         self.rows_B4.append(sums_B4.cpu().numpy())
+
+    def _half_of(self, benchmark: int) -> int:
+        """Draw a row's half. Of every two rows of a benchmark, which are of similar length, each half gets one."""
+        if benchmark not in self._second_of_pair:
+            self._second_of_pair[benchmark] = int(self._random.integers(2))
+            return 1 - self._second_of_pair[benchmark]
+        return self._second_of_pair.pop(benchmark)
 
     def estimates(self, benchmarks: Sequence[str]) -> dict[str, Any]:
         """What `theorem.json` says of this Pilot and its Copilot; see docs/theorem.md."""
