@@ -24,7 +24,7 @@ from tcopilot.app.controls.training import CONTROLS
 from tcopilot.app.jobs import FOREVER, Job, run_jobs
 from tcopilot.reporting.evidence import DEFAULT, TaskEvidence, as_markdown, gather, put_between_markers
 from tcopilot.reporting.finished_runs import FinishedRun, find_runs
-from tcopilot.run_directory import RunDirectory
+from tcopilot.run_directory import RunDirectory, override
 
 ROOT = Path(__file__).parents[1]
 GRID = Path(__file__).with_suffix(".yaml")
@@ -65,7 +65,8 @@ def grid(
                         given += [text for level in (part, about, extra) for text in level.get("overrides", [])]
                         given += [f"control=[{','.join(part['controls'])}]"] if arm == DEFAULT else []
                     for mark, value in {**places, "{default}": str(home / DEFAULT / str(seed))}.items():
-                        given = [text.replace(mark, value) for text in given]
+                        split = [text.partition("=") for text in given]
+                        given = [override(k, v.replace(mark, value)) if mark in v else f"{k}={v}" for k, _, v in split]
                     yield ArmJob(
                         folder=home / arm / str(seed), overrides=tuple(given), program=program,
                         part=name, task=task, arm=arm, seed=seed,

@@ -7,6 +7,7 @@ checkpoints, evaluation its predictions, reporting its tables. `tcopilot.reporti
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,19 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def override(key: str, value: object) -> str:
+    r"""Write an override of a text for Hydra, quoted where Hydra would read its brackets, commas or spaces.
+
+    >>> override("run", "runs/1"), override("run", "runs/[a] it's")
+    ('run=runs/1', "run='runs/[a] it\\'s'")
+    """
+    text = str(value)
+    if re.fullmatch(r"[\w/.:%@+-]+", text, re.ASCII):
+        return f"{key}={text}"
+    quoted = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), text)
+    return f"{key}='{quoted}'"
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:

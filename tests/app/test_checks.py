@@ -26,6 +26,10 @@ BAD = {  # overrides, and what the message must say: key, value and the way out
     "λ is infinite": (["fusion.weight=inf"], ["fusion.weight=inf", "a number, a list"]),
     "λ is null": (["fusion.weight=null"], ["fusion.weight=None", "a number, a list"]),
     "no λ at all": (["fusion.weight=[]"], ["fusion.weight=[]", "a number, a list"]),
+    "λ alike": (
+        ["fusion.weight=[0,0.1234567,0.12345671]"],
+        ["fusion.weight: 0.1234567 and 0.12345671 are alike in six"],
+    ),
     "fusion space": (["fusion.space=log"], ["fusion.space=log", "probability, logits"]),
     "feedback": (["fusion.feedback=mine"], ["fusion.feedback=mine", "observed, own"]),
     "context": (["copilot.context=loose"], ["copilot.context=loose", "strict, inclusive"]),

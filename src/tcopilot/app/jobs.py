@@ -23,7 +23,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 
 from tcopilot.app.checks.problems import ConfigError
-from tcopilot.run_directory import RunDirectory, flatten, write_whole
+from tcopilot.run_directory import RunDirectory, flatten, override, write_whole
 from tcopilot.training.callbacks.checkpoint import checkpoints
 
 STOPPED = 130  # exit status of a program that was told to stop and has saved its state
@@ -94,6 +94,12 @@ class Job:
         """What its folder says of it."""
         return JobFolder(self.folder, {"program": self.program, "overrides": list(self.overrides)})
 
+    def given(self, state: Literal["new", "started"]) -> list[str]:
+        """The program's arguments, which let a job that was started go on."""
+        if state == "started":
+            return [override("resume", self.folder)]
+        return [*self.overrides, override("paths.run_dir", self.folder)]
+
     def run(self, deadline: float = FOREVER, **options: Any) -> Literal["finished", "stopped", "failed"]:
         """Run the program, from its newest checkpoint if there is one; nothing is run if it was done before.
 
@@ -107,8 +113,7 @@ class Job:
         if time.monotonic() > deadline:
             return "stopped"
         notes.start()
-        given = [f"resume={self.folder}"] if state == "started" else [*self.overrides, f"paths.run_dir={self.folder}"]
-        command = [sys.executable, self.program, *given]
+        command = [sys.executable, self.program, *self.given(state)]
         with notes.run.output.open("a") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, **options)
             try:

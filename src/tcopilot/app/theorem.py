@@ -30,6 +30,7 @@ from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.fusion import ProbabilityFusion
 from tcopilot.models.pilot import ModelSourceError
+from tcopilot.reporting.tables import print_file
 from tcopilot.reporting.theorem.distances import DistanceSums
 from tcopilot.reporting.theorem.pilot_variance import PilotSpread, dropout_draws
 from tcopilot.reporting.theorem.verdict import show, verdict
@@ -185,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error.filename}: {error.strerror}; choose a place that can be written", file=sys.stderr)
         return 1
     if asked.json == "-":
-        print(text, end="")
+        print_file(text)
     else:
         show(found)
         print(f"theorem: {files[0]}")

@@ -8,8 +8,10 @@ import json
 import subprocess
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Self, TypeVar, get_args, get_origin
 
 import pandas as pd
 from rich.table import Table
@@ -177,7 +179,7 @@ class Results:
             raise ValueError(f"{path}: 'version' is {version!r}, this code reads {VERSION}; evaluate the run anew")
         parts = {"rows": Row, "gain": Gain, "controls": Control}
         for name, kind in parts.items():
-            if name in data:
+            if isinstance(data.get(name), list):
                 data[name] = [_build(kind, item, f"{path}: {name}[{i}]") for i, item in enumerate(data[name])]
         return _build(cls, data, str(path))
 
@@ -270,6 +272,32 @@ def _build(kind: type[T], data: Mapping[str, Any], where: str) -> T:
     if missing := [name for name in required if name not in data]:
         raise ValueError(f"{where}: missing {', '.join(map(repr, missing))}")
     known = {f.name: data[f.name] for f in fields(kind) if f.name in data}
-    if "ci95" in known:
+    if isinstance(known.get("ci95"), list):
         known["ci95"] = tuple(known["ci95"])
+    types = {f.name: f.type for f in fields(kind)}
+    if wrong := [
+        f"{name!r} is {v!r}, not {_words(types[name])}" for name, v in known.items() if not _fits(v, types[name])
+    ]:
+        raise ValueError(f"{where}: {'; '.join(wrong)}")
     return kind(**known)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value out of JSON is what a field of these classes holds; numbers must be finite."""
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool) and isfinite(value)
+    parts = get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if not isinstance(value, get_origin(kind) or kind):
+        return False
+    if isinstance(value, tuple):
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    return not isinstance(value, Mapping) or all(_fits(one, parts[1]) for one in value.values())
+
+
+def _words(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "null"}
+    if isinstance(kind, UnionType):
+        return " or ".join(map(_words, get_args(kind)))
+    return names.get(kind) or {tuple: "two numbers", dict: "an object of numbers"}.get(get_origin(kind), "a list")

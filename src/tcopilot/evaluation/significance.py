@@ -41,7 +41,7 @@ def wilson_interval(correct: int, n: int) -> Interval:
 
 
 def token_share_interval(hits: Sequence[int], tokens: Sequence[int]) -> Interval:
-    """Bound a share of tokens, from the hits and the tokens of each row, by Wilson's interval at their effective number.
+    """Bound a share of tokens, given hits and tokens of each row, by Wilson's interval at their effective number.
 
     Tokens of a row hang together. Their effective number is the one whose binomial variance is the variance over
     rows; where no token is a hit, or all are, it is the number of rows.
@@ -183,9 +183,9 @@ def compare(
     well have had the other sign. For right/wrong answers that test has a closed form, McNemar's; for graded values
     (NDCG, nats) it is enumerated up to 13 changed rows and sampled beyond, where its p-value is never below 2e-4.
 
-    `lower_is_better` says that a falling value is the improvement, and so decides what counts as fixed. Values with equal
-    `groups` are not independent, such as those of one row under several seeds: they are resampled, and exchanged between
-    the two models, together.
+    `lower_is_better` says that a falling value is the improvement, and so decides what counts as fixed. Values with
+    equal `groups` are not independent, such as those of one row under several seeds: they are resampled, and exchanged
+    between the two models, together.
 
     >>> result = compare([0, 0, 1, 0], [1, 1, 0, 0])
     >>> result.difference, result.fixed, result.broken, result.p_value, result.verdict

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from tcopilot.evaluation.outcomes import OUTCOMES, Answers, answers_of_both
 from tcopilot.evaluation.results import Results
+from tcopilot.reporting.tables import without_formulas
 from tcopilot.run_directory import RunDirectory, write_whole
 
 SHOWN = 200  # rows of the table of generations
@@ -39,7 +40,7 @@ def log_evaluation(loggers: Sequence[Logger], results: Results, run_dir: str | P
     weights = weights[WEIGHT_COLUMNS]
     generations = pd.DataFrame(side_by_side(results, run.predictions), columns=list(Answers._fields))
     for path, table in ((run.weights, weights), (run.generations, generations)):
-        write_whole(path, table.to_csv(index=False, lineterminator="\r\n"))
+        write_whole(path, without_formulas(table).to_csv(index=False, lineterminator="\r\n"))
     for logger in loggers:
         logger.log_metrics(figures, step=results.rounds)
         if isinstance(logger, WandbLogger):

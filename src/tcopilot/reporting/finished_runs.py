@@ -61,9 +61,6 @@ class FinishedRun:
             results = Results.load(run.results)
             if not results.rows:
                 raise ValueError(f"{run.results.name}: 'rows' is empty; evaluate the run again with eval.py")
-            for i, row in enumerate(results.rows):
-                if not isinstance(row.value, int | float):
-                    raise ValueError(f"{run.results.name}: rows[{i}]: 'value' is {row.value!r}, not a number")
         except Exception as error:  # YAML's errors are many; whatever is wrong with one run, others can be shown
             raise RunError(" ".join(str(error).replace(f"{folder}/", "").split())) from error
         return cls(run, results, flatten(config))

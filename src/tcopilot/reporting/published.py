@@ -92,7 +92,7 @@ def impossible_ndcg(found: Mapping[str, float]) -> list[RankingStep]:
 
 
 def _model(path: str | None) -> pd.Series | None:
-    models, last = _read("models"), (path or "").rstrip("/").rpartition("/")[2].casefold()
+    models, last = _read("models"), str(path or "").rstrip("/").rpartition("/")[2].casefold()
     found = models[models.checkpoint.str.casefold() == last]
     return None if found.empty else found.iloc[0]
 

@@ -94,7 +94,7 @@ def _group(runs: list[FinishedRun]) -> Group:
     if config.get("pilot.frozen"):
         notes.append("pilot.frozen=true: this Pilot was finished before; the published Pilots were fine-tuned jointly")
     path, copilot = config.get("pilot.path"), None
-    own = Path(path).name if path else f"{config.get('pilot.config.model_type', 'model')} with random weights"
+    own = Path(str(path)).name if path else f"{config.get('pilot.config.model_type', 'model')} with random weights"
     if config.get("copilot.enabled", True):
         copilot = published.copilot_name(path, config.get("copilot.path"), config.get("copilot.layers")) or "Copilot"
     fixed = {key: seed for key, seed in _seeds_of(members[0]).items() if seed != "seed" and set(kept) != {seed}}

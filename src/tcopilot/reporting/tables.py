@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tcopilot.reporting.finished_runs import FinishedRun, Found, find_runs
 from tcopilot.reporting.seed_groups import group_runs
 from tcopilot.reporting.summaries import IMPOSSIBLE, NONE, Line, Summary, figure, join_benchmarks, rank, summarise
 
+FORMULA = re.compile(r"(?![-+]?[\d.,]+ ?%?$)[=+\-@\t\r]")
 WIDTH = 200  # characters, where the output is no terminal
 LEFT = {"", "benchmark", "metric", "verdict"}  # heads of columns of words
 
@@ -84,7 +87,29 @@ def as_csv(summaries: Sequence[Summary], _: Found) -> str:
         for s in summaries
         for record in _records(s)
     ]
-    return pd.DataFrame(rows).to_csv(index=False, lineterminator="\n")
+    return without_formulas(pd.DataFrame(rows)).to_csv(index=False, lineterminator="\n")
+
+
+def without_formulas(table: pd.DataFrame) -> pd.DataFrame:
+    """Put an apostrophe before texts that a spreadsheet would run as formulas; numbers are left as they are.
+
+    >>> without_formulas(pd.DataFrame({"said": ["=1+1", "-5", "-5 apples", "5", "@a"]})).said.tolist()
+    ["'=1+1", '-5', "'-5 apples", '5', "'@a"]
+    """
+    return table.map(lambda cell: f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell)
+
+
+def print_any_sign() -> None:
+    """Let λ and the like be printed as an escape where the output's encoding lacks them, instead of an error."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def print_file(text: str) -> None:
+    """Print the content of a file to stdout, in UTF-8 as the file would be."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+    print(text, end="")
 
 
 def as_json(summaries: Sequence[Summary], found: Found) -> str:
@@ -115,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--{kind}", metavar="FILE", help=f"also write {kind}; - is stdout, which then holds nothing else"
         )
     asked = parser.parse_args(arguments)
+    print_any_sign()
     wanted = {kind: path for kind in FORMATS if (path := getattr(asked, kind))}
     quiet = "-" in wanted.values()
     if list(wanted.values()).count("-") > 1:
@@ -139,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for kind, path in wanted.items():
         text = FORMATS[kind](summaries, found)
         try:
-            print(text, end="") if path == "-" else Path(path).write_text(text, encoding="utf-8")
+            print_file(text) if path == "-" else Path(path).write_text(text, encoding="utf-8")
         except OSError as error:
             print(f"error: --{kind} {path}: cannot be written, {error.strerror}", file=sys.stderr)
             return 1

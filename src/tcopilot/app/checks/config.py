@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,11 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
             f"fusion.per={cfg.fusion.per}: a gate is fitted to squared error, which does not suit "
             f"{type(rule).__name__}; use fusion.per=all or fusion=probability"
         )
+    given = cfg.fusion.weight if OmegaConf.is_list(cfg.fusion.weight) else []
+    weights = sorted({weight for weight in given if isinstance(weight, int | float)})
+    for one, other in pairwise(weights):
+        if f"{one:g}" == f"{other:g}":
+            yield f"fusion.weight: {one} and {other} are alike in six digits, by which files name λ; give one of them"
     if cfg.evaluation.decoding == "static" and cfg.evaluation.num_beams != 1:
         yield (
             f"evaluation.decoding=static with evaluation.num_beams={cfg.evaluation.num_beams}: static caches decode "

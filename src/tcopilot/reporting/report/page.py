@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import html
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -30,7 +31,8 @@ from tcopilot.reporting.report import drawing
 from tcopilot.reporting.report.corrections import frequent_mistakes
 from tcopilot.reporting.report.examples import examples
 from tcopilot.reporting.report.plots import all_plots
-from tcopilot.run_directory import RunDirectory
+from tcopilot.reporting.tables import print_any_sign, without_formulas
+from tcopilot.run_directory import RunDirectory, override
 
 MOST_MISTAKES = 20
 MOST_NUMBERS = 60  # lines of a table beneath a plot; longer ones are in the CSV only
@@ -43,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FOLDER", help="where to write; by default <RUN>/report")
     parser.add_argument("--evidence", metavar="FILE", help="its tables are shown too; by default docs/evidence.md")
     asked = parser.parse_args(arguments)
+    print_any_sign()
     try:
         if asked.evidence and not Path(asked.evidence).is_file():
             raise RunError(f"--evidence {asked.evidence}: there is no such file; leave it out, or name the page")
@@ -80,7 +83,7 @@ def write_report(run: FinishedRun, folder: Path, evidence: Markup | None = None)
     for plot in plots:
         png, svg = drawing.render(plot.draw)
         (figures / f"{plot.name}.png").write_bytes(png)
-        plot.numbers.to_csv(figures / f"{plot.name}.csv", index=False)
+        without_formulas(plot.numbers).to_csv(figures / f"{plot.name}.csv", index=False)
         rows = plot.numbers.to_numpy(dtype=object).tolist() if len(plot.numbers) <= MOST_NUMBERS else []
         inline = drawing.inline_svg(svg, plot.name, html.escape(f"Plot: {plot.title}", quote=True))
         shown.setdefault(plot.section, []).append(
@@ -89,7 +92,7 @@ def write_report(run: FinishedRun, folder: Path, evidence: Markup | None = None)
         )
     for name, lines in tables.items():
         if lines:
-            pd.DataFrame(lines, dtype=object).to_csv(figures / f"{name}.csv", index=False)
+            without_formulas(pd.DataFrame(lines, dtype=object)).to_csv(figures / f"{name}.csv", index=False)
     page = folder / "index.html"
     page.write_text(_page(run, plots=shown, evidence=evidence, **tables), encoding="utf-8")
     return page
@@ -154,11 +157,12 @@ def _page(run: FinishedRun, *, gain: list[dict[str, Any]], **parts: Any) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"number": _number, "value": _value, "step": show_difference, "p": p_text}
+    again = shlex.quote(override("run", run.folder)) if run.directory.export.exists() else "run=<training run>"
     templates, shown = files("tcopilot.reporting.report") / "templates", examples(run)
     data = json.dumps(shown | {"gain": gain}, ensure_ascii=False, separators=(",", ":"))
     return environment.get_template("report.html.j2").render(
         run=run, results=run.results, split=run.results.reported_on, meta=run.trace.meta if run.trace else None,
-        explorer=shown, gain=gain, **parts,
+        again=again, explorer=shown, gain=gain, **parts,
         style=Markup((templates / "report.css").read_text(encoding="utf-8")),
         script=Markup((templates / "report.js").read_text(encoding="utf-8")),
         data=Markup(data.replace("<", "\\u003c")),  # may stand inside a script element
