@@ -287,6 +287,8 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind in (int, float):
         return isinstance(value, int | kind) and not isinstance(value, bool) and isfinite(value)
     parts = get_args(kind)
+    if kind is Any:
+        return True
     if isinstance(kind, UnionType):
         return any(_fits(value, part) for part in parts)
     if not isinstance(value, get_origin(kind) or kind):
