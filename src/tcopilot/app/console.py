@@ -19,7 +19,7 @@ from tcopilot.app.memory.estimate import Budget, bytes_text
 from tcopilot.evaluation.results import Results, gain_table, weight_table
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.processes import is_first
-from tcopilot.reporting.tables import print_any_sign
+from tcopilot.reporting.tables import accept_any_sign
 
 
 def show_summary(
@@ -72,7 +72,7 @@ def show_results(results: Results, path: Path) -> None:
 
 def quiet_libraries() -> None:
     """Silence what a user of this program can do nothing about; warnings of our own and of torch stay."""
-    print_any_sign()
+    accept_any_sign()
     transformers_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # hardware list, tips
     for message in (

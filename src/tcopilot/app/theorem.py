@@ -30,7 +30,7 @@ from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.fusion import ProbabilityFusion
 from tcopilot.models.pilot import ModelSourceError
-from tcopilot.reporting.tables import print_file
+from tcopilot.reporting.tables import accept_any_sign
 from tcopilot.reporting.theorem.distances import DistanceSums
 from tcopilot.reporting.theorem.pilot_variance import PilotSpread, dropout_draws
 from tcopilot.reporting.theorem.verdict import show, verdict
@@ -104,13 +104,10 @@ def measure(runs: Sequence[TrainedRun], split: str, passes: int = 0) -> tuple[Di
     Args:
         runs: the run to estimate, then runs of other seeds, for ε_P² and σ_P² only.
         split: `validation` or `test`.
-        passes: passes with dropout, instead of other seeds.
+        passes: passes with dropout, instead of other seeds; a ConfigError says that the Pilot has no dropout.
 
     Returns:
         Sums of the first run; the spread of Pilots, or None if there is one Pilot only.
-
-    Raises:
-        ConfigError: if the Pilot has no dropout to pass through.
     """
     first = runs[0]
     torch.manual_seed(0)  # of the dropout
@@ -186,7 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error.filename}: {error.strerror}; choose a place that can be written", file=sys.stderr)
         return 1
     if asked.json == "-":
-        print_file(text)
+        accept_any_sign("utf-8")
+        print(text, end="")
     else:
         show(found)
         print(f"theorem: {files[0]}")

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import pandas as pd
-
 from tcopilot.data.metrics import NLL, SHARE, scale, show_difference
 from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.significance import Comparison, compare, direction, over_seeds, p_text
@@ -192,12 +190,13 @@ def _line(name: str, runs: Sequence[FinishedRun], benchmark: str, metric: str, c
         likelihoods.append([results.find("all", NLL.name, results.reported_on, 0.0).value, likelihood.value])
         weights.append(weight)
         costs.append(cost)
-    of_arm = runs if control is None else []
+    measured = [run.metrics.reindex(columns=["val/error_ratio"]).dropna() for run in runs]
+    ratios = [None if table.empty else float(table.iloc[-1, 0]) for table in measured]  # of the last validation
     return Line(
         name, [run.results.seed for run in runs], scores, pilot,
         nll=tuple(_mean(column) for column in zip(*likelihoods, strict=True)),
-        error_ratio=_mean(map(_last_error_ratio, of_arm)),
-        best_weight=_mean(run.results.best_weight for run in of_arm),
+        error_ratio=_mean(ratios if control is None else []),
+        best_weight=_mean(run.results.best_weight for run in runs if control is None),
         weights=weights if control is None else [],
         rounds=_mean(cost.rounds for cost in costs),
         seconds=_mean(cost.train_seconds for cost in costs),
@@ -215,12 +214,6 @@ def _scores(run: FinishedRun, folder: RunDirectory, benchmark: str, metric: str,
         (run.results.seed, row): (prediction["scores"][metric], f"{prediction['prompt']}\n{prediction['target']}")
         for row, prediction in found.items()
     }
-
-
-def _last_error_ratio(run: FinishedRun) -> float | None:
-    """`val/error_ratio` of the last validation while training; None where there was none."""
-    measured = run.metrics.get("val/error_ratio", pd.Series(dtype=float)).dropna()
-    return None if measured.empty else float(measured.iloc[-1])
 
 
 def _compared(before: Scores, after: Scores, lower_is_better: bool) -> Comparison:

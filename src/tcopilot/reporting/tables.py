@@ -99,17 +99,10 @@ def without_formulas(table: pd.DataFrame) -> pd.DataFrame:
     return table.map(lambda cell: f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell)
 
 
-def print_any_sign() -> None:
-    """Let λ and the like be printed as an escape where the output's encoding lacks them, instead of an error."""
+def accept_any_sign(encoding: str | None = None) -> None:
+    """Let signs that stdout's encoding lacks, such as λ, be printed as escapes; a file on it is in an encoding of its own."""
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def print_file(text: str) -> None:
-    """Print the content of a file to stdout, in UTF-8 as the file would be."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")
-    print(text, end="")
+        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
 
 
 def as_json(summaries: Sequence[Summary], found: Found) -> str:
@@ -140,9 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--{kind}", metavar="FILE", help=f"also write {kind}; - is stdout, which then holds nothing else"
         )
     asked = parser.parse_args(arguments)
-    print_any_sign()
     wanted = {kind: path for kind in FORMATS if (path := getattr(asked, kind))}
     quiet = "-" in wanted.values()
+    accept_any_sign("utf-8" if quiet else None)
     if list(wanted.values()).count("-") > 1:
         parser.error("only one of --markdown, --csv and --json can be - (stdout)")
     try:
@@ -165,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for kind, path in wanted.items():
         text = FORMATS[kind](summaries, found)
         try:
-            print_file(text) if path == "-" else Path(path).write_text(text, encoding="utf-8")
+            print(text, end="") if path == "-" else Path(path).write_text(text, encoding="utf-8")
         except OSError as error:
             print(f"error: --{kind} {path}: cannot be written, {error.strerror}", file=sys.stderr)
             return 1

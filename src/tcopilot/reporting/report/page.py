@@ -31,7 +31,7 @@ from tcopilot.reporting.report import drawing
 from tcopilot.reporting.report.corrections import frequent_mistakes
 from tcopilot.reporting.report.examples import examples
 from tcopilot.reporting.report.plots import all_plots
-from tcopilot.reporting.tables import print_any_sign, without_formulas
+from tcopilot.reporting.tables import accept_any_sign, without_formulas
 from tcopilot.run_directory import RunDirectory, override
 
 MOST_MISTAKES = 20
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FOLDER", help="where to write; by default <RUN>/report")
     parser.add_argument("--evidence", metavar="FILE", help="its tables are shown too; by default docs/evidence.md")
     asked = parser.parse_args(arguments)
-    print_any_sign()
+    accept_any_sign()
     try:
         if asked.evidence and not Path(asked.evidence).is_file():
             raise RunError(f"--evidence {asked.evidence}: there is no such file; leave it out, or name the page")
