@@ -100,7 +100,7 @@ def without_formulas(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def accept_any_sign(encoding: str | None = None) -> None:
-    """Let signs that stdout's encoding lacks, such as λ, be printed as escapes; a file on it is in an encoding of its own."""
+    """Let signs that stdout's encoding lacks, such as λ, be printed as escapes; a file on it has its own encoding."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
 
