@@ -246,7 +246,9 @@ def test_a_call_whose_time_is_over_starts_nothing(script, smoke, tmp_path):
 def test_every_run_of_the_grid_composes(script, settings, tmp_path, preset):
     about = settings["presets"][preset]
     places = {"{pilot}": str(tmp_path), "{data}": str(tmp_path)}
-    jobs = list(script.grid({**about, "seeds": [0]}, settings["arms"], list(about["parts"]), tmp_path, places))
+    jobs = list(
+        script.grid({**about, "seeds": [0]}, settings["arms"], list(about["parts"]), tmp_path / "[a], b", places)
+    )
     assert len({job.folder for job in jobs}) == len(jobs)
     for job in jobs:
         if job.program == "eval.py":
