@@ -64,13 +64,19 @@ def grid(
                         given += [f"seed={seed}"]
                         given += [text for level in (part, about, extra) for text in level.get("overrides", [])]
                         given += [f"control=[{','.join(part['controls'])}]"] if arm == DEFAULT else []
-                    for mark, value in {**places, "{default}": str(home / DEFAULT / str(seed))}.items():
-                        split = [text.partition("=") for text in given]
-                        given = [override(k, v.replace(mark, value)) if mark in v else f"{k}={v}" for k, _, v in split]
+                    known = {**places, "{default}": str(home / DEFAULT / str(seed))}
                     yield ArmJob(
-                        folder=home / arm / str(seed), overrides=tuple(given), program=program,
-                        part=name, task=task, arm=arm, seed=seed,
+                        folder=home / arm / str(seed), overrides=tuple(_fill(text, known) for text in given),
+                        program=program, part=name, task=task, arm=arm, seed=seed,
                     )  # fmt: skip
+
+
+def _fill(text: str, places: dict[str, str]) -> str:
+    """Put folders in the place of their marks in an override."""
+    key, _, value = text.partition("=")
+    for mark, place in places.items():
+        value = value.replace(mark, place)
+    return override(key, value) if any(mark in text for mark in places) else text
 
 
 def run_all(jobs: list[ArmJob], at_once: int, minutes: float | None) -> dict[Job, str]:
