@@ -36,6 +36,12 @@ format: .venv/dev ## Format the code
 performance: .venv/run ## Measure speed and memory again and update docs/performance.md (about six minutes)
 	$(RUN) performance/all.py
 
+DEVICE ?= cuda
+
+.PHONY: gpu
+gpu: ## Prove the project on a GPU: tests, invariants, speed (eight minutes); DEVICE=cpu is a dry run with tiny shapes
+	$(or $(wildcard $(RUN)),$(PYTHON)) performance/gpu.py --device $(DEVICE)
+
 .PHONY: clean
 clean: ## Remove the virtual environment and caches, but no runs
 	rm -rf .venv .pytest_cache .ruff_cache

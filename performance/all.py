@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 PAGE, FOUND = HERE.parent / "docs" / "performance.md", HERE.parent / "docs" / "performance.json"
 GPU = torch.cuda.is_available()
 BF16 = ["--dtype", "bfloat16"]
+ALL_BATCHES = ["--cases", "gpu", "--static", "--repeats", "3"]
 ON_CPU = {
     "round": ["round.py", "--rounds", "5"],
     "decode": ["decode.py", "--repeats", "7"],
@@ -35,9 +36,9 @@ ON_GPU = {
                         "--architectures", "llama", "--source", "150", "--targets", "10"],
     "gpu_round_t5": ["round.py", *BF16, "--size", "flan-t5-base", "--architectures", "t5", "--source", "150",
                      "--targets", "10"],
-    "gpu_decode_1b": ["decode.py", *BF16, "--static", "--size", "llama-3.2-1b", "--architectures", "llama"],
-    "gpu_decode_3b": ["decode.py", *BF16, "--static", "--size", "llama-3.2-3b", "--architectures", "llama"],
-    "gpu_decode_t5": ["decode.py", *BF16, "--static", "--size", "flan-t5-base", "--architectures", "t5"],
+    "gpu_decode_1b": ["decode.py", *BF16, *ALL_BATCHES, "--size", "llama-3.2-1b", "--architectures", "llama"],
+    "gpu_decode_3b": ["decode.py", *BF16, *ALL_BATCHES, "--size", "llama-3.2-3b", "--architectures", "llama"],
+    "gpu_decode_t5": ["decode.py", *BF16, *ALL_BATCHES, "--size", "flan-t5-base", "--architectures", "t5"],
     "gpu_memory": ["memory.py", "--full"],
 }  # fmt: skip
 SCRIPTS = ON_CPU | ON_GPU
@@ -72,6 +73,9 @@ def render(page: str, found: dict[str, Any]) -> str:
     tables = {name: table(rows(found[name], of), columns) for name, (of, columns) in TABLES.items() if name in found}
     if "memory" in found:
         tables["records"] = table(found["memory"]["sizes"], RECORDS)
+    if "gpu" in found:
+        card = found["gpu"]
+        tables["gpu_device"] = f"{card['device']}, torch {card['torch']}, transformers {card['transformers']}"
     if checks := bars(found):
         tables["bars"] = "\n".join(f"- {line}" for line in checks)
     for name, text in tables.items():

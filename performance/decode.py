@@ -1,6 +1,6 @@
 """Time of decoding: the stock Pilot, ours at λ = 0, and fused, side by side, with the floor beside it.
 
-    python performance/decode.py [--full] [--static] [--repeats 3] [--device cuda] [--dtype bfloat16] [--json FILE]
+    python performance/decode.py [--cases full] [--static] [--device cuda] [--dtype bfloat16] [--json FILE]
 
 Every figure is a ratio of medians measured alternately in one process; every text has its full length. The floor is
 what no implementation can beat: the smaller one of the ratio of weight bytes read at each step and the ratio of FLOPs
@@ -30,8 +30,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.modeling import fused_class
 
-SHORT = [((128, 16), 8, 1), ((128, 16), 8, 4), ((8, 64), 1, 1), ((256, 8), 8, 1)]
-FULL = list(itertools.product([(8, 512), (512, 8), (8, 8), (128, 16)], [1, 8, 32], [1, 4]))
+CASES = {  # prompt and answer, batch, beams
+    "tiny": [((4, 4), 1, 1), ((4, 4), 2, 4)],
+    "short": [((128, 16), 8, 1), ((128, 16), 8, 4), ((8, 64), 1, 1), ((256, 8), 8, 1)],
+    "gpu": list(itertools.product([(128, 32)], [1, 8, 32], [1, 4])),
+    "full": list(itertools.product([(8, 512), (512, 8), (8, 8), (128, 16)], [1, 8, 32], [1, 4])),
+}
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Case:
 def main() -> None:
     """Measure all cases and print them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="all shapes, batches and beams")
+    parser.add_argument("--cases", choices=CASES, default="short", help="which shapes, batches and beams")
     parser.add_argument("--static", action="store_true", help="also static caches, which compiles for each shape")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -73,9 +77,10 @@ def main() -> None:
     for architecture in arguments.architectures:
         model = _model(architecture, arguments.size, arguments.copilot_layers)
         model = model.to(arguments.device, getattr(torch, arguments.dtype)).eval()
-        for (prompt, answer), batch, beams in FULL if arguments.full else SHORT:
+        for (prompt, answer), batch, beams in CASES[arguments.cases]:
             shape = (architecture, prompt, answer, batch, beams)
             cases.append(measure(model, *shape, arguments.repeats, arguments.static))
+            _write(cases, arguments)  # a visit that is cut short keeps what it has measured
     table = Table(
         title=f"Time of decoding over the stock Pilot's, {arguments.size}, {arguments.dtype}, {arguments.device}"
     )
@@ -88,11 +93,15 @@ def main() -> None:
         static = "" if case.static is None else f"{case.static:.2f}"
         table.add_row(case.architecture, *shape, *(f"{ratio:.2f}" for ratio in ratios), static)
     Console(width=None if sys.stdout.isatty() else 110).print(table)
-    if arguments.json:
-        kept = [asdict(case) | {"overhead": case.overhead} for case in cases]
-        if not arguments.device.startswith("cuda"):
-            kept = [{name: value for name, value in case.items() if name != "milliseconds"} for case in kept]
-        arguments.json.write_text(json.dumps({"arguments": vars(arguments) | {"json": None}, "cases": kept}, indent=1))
+
+
+def _write(cases: list[Case], arguments: argparse.Namespace) -> None:
+    if arguments.json is None:
+        return
+    kept = [asdict(case) | {"overhead": case.overhead} for case in cases]
+    if not arguments.device.startswith("cuda"):
+        kept = [{name: value for name, value in case.items() if name != "milliseconds"} for case in kept]
+    arguments.json.write_text(json.dumps({"arguments": vars(arguments) | {"json": None}, "cases": kept}, indent=1))
 
 
 @torch.no_grad()
