@@ -39,19 +39,16 @@ class Step:
     Attributes:
         name: under which its result is kept; that of a measurement is its key in docs/performance.json.
         seconds: its limit.
-        on_gpu: what runs there: arguments of pytest, or a script of this folder with its arguments.
+        on_gpu: what runs there: a script of this folder with its arguments, or arguments of pytest.
         on_cpu: the same in small, for the dry run; None where there is nothing to try without a GPU.
+        measures: whether it is a script that writes figures, else arguments of pytest.
     """
 
     name: str
     seconds: int
     on_gpu: list[str]
     on_cpu: list[str] | None = None
-
-    @property
-    def measures(self) -> bool:
-        """Whether it is a script that writes figures."""
-        return self.on_gpu[0].endswith(".py")
+    measures: bool = True
 
 
 def _measurement(name: str, seconds: int, *on_cpu: str) -> Step:
@@ -59,8 +56,8 @@ def _measurement(name: str, seconds: int, *on_cpu: str) -> Step:
 
 
 STEPS = [
-    Step("gpu_tests", 120, ["-m", "gpu", "tests"], ["-m", "gpu", "tests", "--collect-only"]),
-    Step("invariants", 150, ["tests/test_device.py"], ["tests/test_device.py"]),
+    Step("gpu_tests", 120, ["-m", "gpu", "tests"], ["-m", "gpu", "tests", "--collect-only"], measures=False),
+    Step("invariants", 150, ["tests/test_device.py"], ["tests/test_device.py"], measures=False),
     _measurement("gpu_round_llama", 90, "round.py", *TINY_ROUND, "--architectures", "llama"),
     _measurement("gpu_round_t5", 60, "round.py", *TINY_ROUND, "--architectures", "t5"),
     _measurement("gpu_decode_1b", 150, "decode.py", *TINY_DECODE, "--architectures", "llama"),
