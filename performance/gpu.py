@@ -142,8 +142,8 @@ def print_table(visit: dict[str, Any], out: Path) -> None:
     for column in ("step", "state", "seconds", "last line"):
         table.add_column(column)
     for name, found in visit["steps"].items():
-        last = found.get("tail", "").strip().splitlines()[-1:] or [""]
-        table.add_row(name, found["state"], str(found.get("seconds", "")), last[0][:70])
+        lines = [line for line in found.get("tail", "").splitlines() if any(map(str.isalnum, line))]
+        table.add_row(name, found["state"], str(found.get("seconds", "")), lines[-1][:70] if lines else "")
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     print(f"results: {out / 'visit.json'}")
 
