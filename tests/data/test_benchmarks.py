@@ -289,7 +289,7 @@ def test_a_label_is_read_as_what_it_is_and_becomes_the_target():
 
 
 def test_a_solution_without_its_marker_is_refused():
-    with pytest.raises(DataError, match=r"a is '2 eggs, 3 more: 5', without '####' before the number"):
+    with pytest.raises(DataError, match=r"a is '2 eggs, 3 more: 5', which gives no number: it has no '####'"):
         number(split_on="####").render({"q": "?", "a": "2 eggs, 3 more: 5"})
 
 

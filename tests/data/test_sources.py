@@ -52,7 +52,7 @@ def test_bytes_that_are_not_utf8_name_file_and_line(tmp_path):
         (ROW.encode("utf-16-be"), "line 1: .*looks like UTF-16"),
         (
             ROW.encode() + '{"prompt": "caf\xe9", "target": "b"}\n'.encode("cp1252"),
-            r"line 2: .*perhaps Windows' cp1252: save it as UTF-8",
+            r"line 2: .*Mend it: it may be Windows' cp1252",
         ),
     ],
 )

@@ -144,29 +144,23 @@ class MultipleChoice(NamedAnswer):
     def _gold(self, row: Row, options: int) -> int:
         """Return the place of the gold option."""
         label = lookup(row, self.label_column)
-        text = str(label).strip()
         *path, key = (self.option_labels_column or "").split(".")
         held = lookup(row, ".".join(path)) if path else row
         if key and key in held:
-            labels = held[key]
-            names = [str(name).strip().upper() for name in labels] if isinstance(labels, list) else []
+            names = [str(name).strip().upper() for name in held[key]] if isinstance(held[key], list) else []
             if len(set(names)) != options or len(names) != options:
                 expected = f"{options} different labels, one for each option"
-                raise DataError(f"{self.option_labels_column} is {labels!r:.80}, expected {expected}")
-            index = names.index(text.upper()) if text.upper() in names else -1
-            expected = f"{names[0]} to {names[-1]}" if names == sorted(names) else f"one of {', '.join(names)}"
+                raise DataError(f"{self.option_labels_column} is {held[key]!r:.80}, expected {expected}")
         elif self.label == "letter":
-            index = ascii_uppercase.find(text.upper()) if len(text) == 1 else -1
-            expected = f"A to {ascii_uppercase[options - 1]}"
+            names = list(ascii_uppercase[:options])
         else:
-            first = int(self.label == "one_based")
-            index = int(text) - first if text.isdecimal() else -1
-            expected = f"{first} to {first + options - 1}"
-        if not 0 <= index < options:
+            names = [str(number + (self.label == "one_based")) for number in range(options)]
+        if (text := str(label).strip().upper()) not in names:
+            expected = f"{names[0]} to {names[-1]}" if names == sorted(names) else f"one of {', '.join(names)}"
             raise DataError(
                 f"{self.label_column} is {label!r}, expected {expected} (a {self.label} label of {options} options)"
             )
-        return index
+        return names.index(text)
 
 
 @dataclass(kw_only=True)
@@ -229,7 +223,8 @@ class NumberAnswer(TwoReadings):
         text = text_at(row, self.answer_column)
         reasoning, found, tail = text.rpartition(self.split_on) if self.split_on else ("", True, text)
         if not found:
-            raise DataError(f"{self.answer_column} is {text[-40:]!r}, without {self.split_on!r} before the number")
+            lack = f"no {self.split_on!r} before a number"
+            raise DataError(f"{self.answer_column} is {text[-40:]!r}, which gives no number: it has {lack}")
         number = read_number(tail)
         if number is None:
             raise DataError(

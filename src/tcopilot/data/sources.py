@@ -109,12 +109,12 @@ def _likely_cause(line: bytes, number: int) -> str:
     for first, advice in STARTS.items():
         if number == 1 and start.startswith(first) and (first != b"{" or not start[1:].strip()):
             return f"The file looks like {advice}."
-    if b"\0" in line:
+    if 3 * line.count(b"\0") > len(line):
         return "The file looks like UTF-16: save it as UTF-8, as iconv -f UTF-16 -t UTF-8 does."
     try:
         line.decode()
     except UnicodeDecodeError:
-        return "It is not UTF-8 but perhaps Windows' cp1252: save it as UTF-8, as iconv -f CP1252 -t UTF-8 does."
+        return "Mend it: it may be Windows' cp1252, which iconv -f CP1252 -t UTF-8 saves as UTF-8."
     return "Mend or remove it."
 
 
