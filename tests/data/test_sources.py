@@ -2,6 +2,7 @@ import gzip
 import os
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import datasets
 import pytest
@@ -75,6 +76,15 @@ def test_a_split_that_is_no_file_is_refused(tmp_path, split, make, kind):
     make(tmp_path / f"{split}.jsonl")
     with pytest.raises(DataError, match=rf"{split}\.jsonl is {kind}\. Give a file there, or remove it"):
         read(tmp_path, None, split)
+
+
+def test_a_folder_that_may_not_be_entered_is_refused(tmp_path, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", closed)  # the superuser, as whom tests may run, enters every folder
+    with pytest.raises(DataError, match=rf"mine: {tmp_path}/mine is not accessible\. Allow it to be entered"):
+        read(tmp_path, None)
 
 
 def test_a_missing_column_names_it_and_what_is_there(tmp_path):

@@ -143,7 +143,11 @@ def open_split(
     if rows is not None:
         found = f"built-in task {benchmark.name}, {split}", rows
     elif path is not None:
-        found = _local_rows(benchmark, split, Path(path))
+        try:
+            found = _local_rows(benchmark, split, Path(path))
+        except PermissionError as error:
+            mend = "Allow it to be entered and read, or give another data.path."
+            raise DataError(f"{benchmark.name}: {error.filename or path} is not accessible. {mend}") from error
     else:
         found = _hub_rows(benchmark, split, streaming) if split in benchmark.splits else None
     return found and RowSource(found[0], benchmark, found[1], check)
