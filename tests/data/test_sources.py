@@ -74,7 +74,7 @@ def test_a_file_of_another_kind_names_the_likely_cause(tmp_path, content, cause)
 )
 def test_a_split_that_is_no_file_is_refused(tmp_path, split, make, kind):
     make(tmp_path / f"{split}.jsonl")
-    with pytest.raises(DataError, match=rf"{split}\.jsonl is {kind}\. Give a file there, or remove it"):
+    with pytest.raises(DataError, match=rf"{split}\.jsonl does not exist as a file: it is {kind}\. Put a file"):
         read(tmp_path, None, split)
 
 

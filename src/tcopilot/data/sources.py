@@ -188,7 +188,9 @@ def _local_rows(benchmark: Benchmark, split: str, root: Path) -> tuple[str, Iter
         return str(file), benchmark.derive(split, JsonLines(file))
     if os.path.lexists(file):
         kind = "a folder" if file.is_dir() else "a link to nothing" if file.is_symlink() else "no regular file"
-        raise DataError(f"{benchmark.name}: {file} is {kind}. Give a file there, or remove it.")
+        raise DataError(
+            f"{benchmark.name}: {file} does not exist as a file: it is {kind}. Put a file there, or remove it."
+        )
     if split == "validation" or split not in benchmark.splits:
         return None
     there = sorted(path.name for path in file.parent.glob("*"))[:10] if file.parent.is_dir() else "no such folder"
