@@ -51,20 +51,54 @@ def test_the_lines_of_other_processes_are_read_too(tmp_path):
 def test_another_key_removes_what_was_predicted(tmp_path):
     file = tmp_path / "test-a-weight=1.jsonl"
     for key, kept in (({"model": "a"}, False), ({"model": "a"}, True), ({"model": "b"}, False)):
-        claim(tmp_path, key)
+        claim(tmp_path, "test-a", key)
         assert file.exists() == kept
         file.write_text("{}\n")
+    other = tmp_path / "test-b-weight=1.jsonl"
+    other.write_text("{}\n")
+    claim(tmp_path, "test-a", {"model": "c"})
+    assert (file.exists(), other.exists()) == (False, True)
 
 
-def test_the_fingerprint_follows_every_weight():
+def test_a_key_that_cannot_be_read_keeps_nothing(tmp_path):
+    for text in ("", "{", '{"model": "a"}', "{}"):
+        (tmp_path / "key.json").write_text(text)
+        (tmp_path / "test-a-weight=1.jsonl").write_text("{}\n")
+        claim(tmp_path, "test-a", {"model": "a"})
+        assert not (tmp_path / "test-a-weight=1.jsonl").exists()
+
+
+@pytest.mark.parametrize("change", ["one value", "two rows exchanged", "two columns exchanged", "type"])
+def test_the_fingerprint_follows_every_weight(change):
     model = tiny_model("t5", head_std=0.1)
     before = fingerprint(model)
     assert fingerprint(tiny_model("t5", head_std=0.1)) == before
     for name, parameter in list(model.named_parameters()):
-        with torch.no_grad():
-            parameter.view(-1)[0] += 0.1
-            assert fingerprint(model) != before, name
-            parameter.view(-1)[0] -= 0.1
+        kept = parameter.data.clone()
+        if change == "one value":
+            parameter.data.view(-1)[0] += 0.1
+        elif change == "type":
+            parameter.data = kept.bfloat16()
+        elif parameter.dim() > 1:
+            parameter.data = kept.roll(1, dims=("rows" not in change) * 1)
+        else:
+            continue
+        assert (fingerprint(model) == before) == torch.equal(parameter, kept) * (parameter.dtype == kept.dtype), name
+        parameter.data = kept
+    assert fingerprint(model) == before
+
+
+def test_the_fingerprint_follows_the_config_but_for_the_weight_of_the_copilot():
+    model = tiny_model("llama", head_std=0.1)
+    before = fingerprint(model)
+    model.weight = 0.3
+    model.config._name_or_path = "elsewhere"
+    assert fingerprint(model) == before
+    model.config.feedback = "own"
+    assert fingerprint(model) != before
+    model.config.feedback = "observed"
+    model.pilot.config.rms_norm_eps = model.config.pilot.rms_norm_eps = 1e-3
+    assert fingerprint(model) != before
 
 
 # Two processes ---------------------------------------------------------------------------------------------------

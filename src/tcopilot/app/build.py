@@ -120,13 +120,13 @@ def read_export(run_dir: Path) -> tuple[TCopilotConfig, PreTrainedTokenizerBase]
 
 
 def load_export(run_dir: Path, config: TCopilotConfig) -> TCopilotModel:
-    """The fused model of a finished run's export, in float32.
+    """The fused model of a finished run's export, with the Pilot in the type in which it was trained.
 
     Raises:
         ModelSourceError: if weights are missing, of other shapes than the config says, or not finite.
     """
     source = ModelSource(str(RunDirectory(run_dir).export), key="run")
-    return source.whole_model(fused_class(config.is_encoder_decoder), torch.float32)
+    return source.whole_model(fused_class(config.is_encoder_decoder), config.dtype or torch.float32)
 
 
 def read_config(file: Path, key: str, trusted: Collection[str] = ()) -> DictConfig:
@@ -262,6 +262,7 @@ def export(model: TCopilotModel, tokenizer: PreTrainedTokenizerBase, folder: str
     if not is_first():
         return
     model.save_pretrained(folder)
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # or it is not written, and the default is right
     tokenizer.save_pretrained(folder)
 
 

@@ -212,9 +212,7 @@ def _evaluate(cfg: DictConfig) -> float:
             raise ConfigError(problems)
     data = build.prepare_data(trained, tokenizer, config.pilot)
     model = build.load_export(source.folder, config)
-    if other is None:
-        model.pilot.to(getattr(torch, trained.pilot.dtype))  # as it answered when it was trained; the export has these
-    else:
+    if other is not None:
         model = put_on(other, model, tokenizer)
     model.set_fusion(build.fusion_rule(trained.fusion))
     model.config.feedback = trained.fusion.feedback

@@ -47,10 +47,10 @@ _UNIT = re.compile(r"[\s.,)!]*(?:\(?(?!(?:or|and|to|but|not)\b)[^\W\d_][^\s=:,;]
 _LOOSE_NUMBER = re.compile(r"-?\d+\.?\d*")
 
 
-def until_end(token_ids: Sequence[int], end_id: int) -> list[int]:
+def until_end(token_ids: Sequence[int], *end_ids: int) -> list[int]:
     """Cut generated tokens at the first end token: what a model writes after it is no part of its answer."""
     ids = list(token_ids)
-    return ids[: ids.index(end_id)] if end_id in ids else ids
+    return ids[: next((place for place, token in enumerate(ids) if token in end_ids), len(ids))]
 
 
 def tidy(text: str) -> str | None:

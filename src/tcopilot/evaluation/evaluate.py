@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.likelihood import Likelihood
 from tcopilot.evaluation.modes import Decoding, Mode
-from tcopilot.evaluation.predictions import PredictionFiles, claim, fingerprint
+from tcopilot.evaluation.predictions import PredictionFiles, claim, digest_of, fingerprint
 from tcopilot.evaluation.ranking import ItemRanking
 from tcopilot.evaluation.results import Gain, Row, direction_and_unit
 from tcopilot.evaluation.significance import compare_by, interval_of
@@ -101,6 +101,7 @@ class Evaluator:
         self.model.eval()
         side = "right" if self.model.config.is_encoder_decoder else "left"
         self.collate = PromptTargetCollator(self.tokenizer.pad_token_id, side)
+        self._fingerprint: str | None = None  # while weights cannot change
 
     def run(self, weights: Sequence[float] | None, splits: Sequence[str] = ("validation", "test")) -> Evaluation:
         """Evaluate at every λ, choose λ on validation, and compare with the Pilot on test.
@@ -116,6 +117,7 @@ class Evaluator:
             weights = [0.0]
         else:
             self._fit_gate(chosen_on)
+        self._fingerprint = fingerprint(self.model)
         given = [float(weight) for weight in weights or ()]
         statistics = self._statistics(chosen_on, sorted({0.0, *given}))
         closed_form = {name: round(of_name.best_weight, 3) for name, of_name in statistics.items()}
@@ -144,6 +146,7 @@ class Evaluator:
             chosen = ", ".join(f"{name} {found.weight_of(name):g}" for name in outcomes)
             found.verdicts.append(f"λ of each benchmark: {chosen}; the model keeps the best for all, {for_all:g}")
         self.model.weight, self.model.static_decoder = for_all, None  # its caches are no longer needed
+        self._fingerprint = None
         return found
 
     @torch.no_grad()
@@ -165,11 +168,12 @@ class Evaluator:
         Predictions go to `<folder>/<split>-<benchmark>-weight=<λ>.jsonl` batch by batch (likelihoods to a file of
         their own), so that whatever is done stays, should the run be stopped, and is not done again.
         """
-        claim(self.folder, self._key())
         rows = self.data.evaluation_rows(split, benchmark)
         found: dict[float, Scores] = {weight: {} for weight in weights}
         for mode in self.modes(benchmark):
-            files = PredictionFiles(self.folder, f"{split}-{benchmark}{mode.suffix}", weights)
+            stem = f"{split}-{benchmark}{mode.suffix}"
+            claim(self.folder, stem, self._key(mode, rows))
+            files = PredictionFiles(self.folder, stem, weights)
             self._answer(mode, files, rows, weights, f"{split} {benchmark}{mode.suffix}")
             for weight, predictions in files.finish([row["id"] for row in rows], mode.judged).items():
                 for metric in mode.metrics:
@@ -266,21 +270,14 @@ class Evaluator:
         longest = self.data.summary()
         return 2 + int(longest.get(f"{benchmark}/train", longest[f"{benchmark}/validation"])["target_max"])
 
-    def _key(self) -> dict[str, Any]:
-        """Everything that an answer depends on."""
-        config, gate = self.model.config, self.model.copilot and self.model.copilot.gate
-        benchmarks = {name: task.answer_settings() for name, task in self.data.benchmarks.items()}
-        decoding = asdict(self.decoding)
-        for name in ("batch_size", "decoding", "compile", "modes"):  # change no answer, or have files of their own
-            decoding.pop(name)
+    def _key(self, mode: Mode, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Everything that an answer depends on, in contents, not in names."""
         return {
-            "model": fingerprint(self.model),
-            "data": self.data.fingerprint(),
-            "benchmarks": benchmarks,
-            "fusion": config.fusion,
-            "feedback": config.feedback,
-            "decoding": decoding,
-            **({"gate": gate.settings()} if gate else {}),
+            "model": self._fingerprint or fingerprint(self.model),
+            "vocabulary": digest_of(self.tokenizer.get_vocab()),
+            "rows": digest_of([{key: value for key, value in row.items() if key != "benchmark"} for row in rows]),
+            "benchmark": mode.benchmark.answer_settings(),
+            **mode.settings,
         }
 
 

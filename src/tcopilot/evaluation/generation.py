@@ -12,6 +12,7 @@ from tcopilot.data.answers import until_end
 from tcopilot.data.metrics import Answer
 from tcopilot.evaluation.modes import Mode, about
 from tcopilot.evaluation.predictions import Prediction
+from tcopilot.models.pilot import end_ids
 
 
 @dataclass
@@ -20,16 +21,23 @@ class Generation(Mode):
 
     max_new_tokens: int
 
+    def __post_init__(self) -> None:
+        self.ends = end_ids(self.tokenizer, self.model)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Beams, longest answer and end tokens."""
+        return {"beams": self.decoding.num_beams, "max_new_tokens": self.max_new_tokens, "ends": self.ends}
+
     def rows_at_once(self, weights: int) -> int:
         """Prompts of a batch at that many λ."""
         return max(1, self.decoding.batch_size // weights)
 
     def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
         """Return one prediction per λ and row, with the text, what was read out of it, and its scores."""
-        end = self.tokenizer.eos_token_id
 
         def prediction(row: dict[str, Any], tokens: list[int]) -> Prediction:
-            text = self.tokenizer.decode(until_end(tokens, end), skip_special_tokens=True)
+            text = self.tokenizer.decode(until_end(tokens, *self.ends), skip_special_tokens=True)
             return self.judged(about(row) | {"prediction": text})
 
         found = self.emit(rows, weights)
@@ -43,7 +51,7 @@ class Generation(Mode):
         found = self.model.generate_at_weights(
             weights, batch.source_ids_BM, batch.source_mask_BM.long(), do_sample=False,
             num_beams=self.decoding.num_beams, max_new_tokens=self.max_new_tokens,
-            pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.ends,
             cache_implementation=self.decoding.decoding, disable_compile=not self.decoding.compile,
         )  # fmt: skip
         return {weight: tokens[:, start:].tolist() for weight, tokens in zip(weights, found, strict=True)}

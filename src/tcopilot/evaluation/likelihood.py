@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class Likelihood(Mode):
 
     suffix = "-likelihood"
     metrics = (Metric("accuracy_sum"), Metric("accuracy_mean"))
+    settings: ClassVar[dict[str, Any]] = {}
 
     def rows_at_once(self, weights: int) -> int:
         """Rows of a batch; all λ share it."""

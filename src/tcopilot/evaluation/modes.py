@@ -68,6 +68,11 @@ class Mode(ABC):
         """What is measured, the deciding metric first."""
         return self.benchmark.metrics
 
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What an answer depends on beside model, row and benchmark; plain values."""
+
     @abstractmethod
     def rows_at_once(self, weights: int) -> int:
         """Rows of a batch at that many λ."""

@@ -5,14 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tcopilot.processes import barrier, is_first, rank
 from tcopilot.run_directory import write_whole
+
+NOT_ESSENTIAL = (
+    "weight",
+    "architectures",
+    "transformers_version",
+    "_name_or_path",
+    "name_or_path",
+    "dtype",
+    "use_cache",
+)
+"""Keys of a model's config on which its distribution does not depend; types are those of the weights themselves."""
 
 Prediction = dict[str, Any]
 """One row at one λ: its `id`, what was said, and `scores`, a value for each metric."""
@@ -66,31 +78,45 @@ class PredictionFiles:
         return ordered
 
 
-def claim(folder: Path, key: Mapping[str, Any]) -> None:
-    """Keep the predictions in a folder if they were made under the same key, else remove them.
+def claim(folder: Path, stem: str, key: Mapping[str, Any]) -> None:
+    """Keep the predictions of a stem (see `PredictionFiles`) if they were made under the same key, else remove them.
 
-    The key is everything that an answer depends on, in plain JSON values.
+    The key is everything that an answer depends on, in plain JSON values; `key.json` has those of all stems.
     """
     if is_first():
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(key, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         file = folder / "key.json"
-        if not file.exists() or file.read_text(encoding="utf-8") != text:
-            for old in folder.glob("*.jsonl*"):
+        key = json.loads(json.dumps(key, default=str))
+        try:
+            known = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError, TypeError):
+            known = {}
+        if known.get(stem) != key:
+            for old in folder.glob(f"{escape(stem)}-weight=*.jsonl*"):
                 old.unlink()
-            file.write_text(text, encoding="utf-8")
+            known = {name: of_name for name, of_name in known.items() if isinstance(of_name, dict)} | {stem: key}
+            write_whole(file, json.dumps(known, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
     barrier()
 
 
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """Return 16 hex digits that change with the weights; sums of each tensor, rounded as devices disagree."""
-    digest = hashlib.sha256()
+def digest_of(value: Any) -> str:
+    """Return 16 hex digits of plain values, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Return 16 hex digits of all that a model's distribution depends on: its config but for λ, and every weight."""
+    digest = hashlib.sha256(digest_of(_essential(model.config.to_dict())).encode())
     for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            total, size = tensor.sum(dtype=torch.float64), tensor.abs().sum(dtype=torch.float64)
-            digest.update(f"{name} {tuple(tensor.shape)} {total.item():.6g} {size.item():.6g};".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def _essential(settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {key: _essential(value) for key, value in settings.items() if key not in NOT_ESSENTIAL}
 
 
 def _parts(file: Path) -> list[Path]:

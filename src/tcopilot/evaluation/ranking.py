@@ -11,7 +11,7 @@ from tcopilot.data.next_item import NextItem
 from tcopilot.evaluation.item_search import Ranking, rank_by_beams, rank_exhaustively
 from tcopilot.evaluation.item_trie import ItemTrie
 from tcopilot.evaluation.modes import Mode, about
-from tcopilot.evaluation.predictions import Prediction
+from tcopilot.evaluation.predictions import Prediction, digest_of
 
 SHOWN = 10  # best items that a prediction lists
 NODES_OF_A_USER = 32  # of the trie, in a pass; a pass that has room for more nodes takes further users
@@ -26,6 +26,12 @@ class ItemRanking(Mode):
     def __post_init__(self) -> None:
         self._trie = ItemTrie.from_texts(self.benchmark.catalogue, self.tokenizer)
         self._places = {text: place for place, text in enumerate(self.benchmark.catalogue)}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How the catalogue is searched, and what is in it."""
+        beams = self.decoding.ranking_beams if self.decoding.ranking == "beam" else None
+        return {"ranking": self.decoding.ranking, "beams": beams, "catalogue": digest_of(self.benchmark.catalogue)}
 
     def rows_at_once(self, weights: int) -> int:
         """Users of a batch at that many λ."""

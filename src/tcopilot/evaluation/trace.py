@@ -123,7 +123,6 @@ class _Tracer:
 
     def __init__(self, evaluator: Evaluator, benchmark: str) -> None:
         self._model, self._collate = evaluator.model, evaluator.collate
-        self._end = evaluator.tokenizer.eos_token_id
         self._text = partial(token_text, evaluator.tokenizer)
         mode = evaluator.modes(benchmark)[0]
         self._generation = mode if isinstance(mode, Generation) else None
@@ -165,6 +164,6 @@ class _Tracer:
             began = time.perf_counter()
             answers = self._generation.emit(rows, [weight])[weight]
             self._seconds[name] += time.perf_counter() - began
-            found[name] = [ids[: len(until_end(ids, self._end)) + 1] for ids in answers]
+            found[name] = [ids[: len(until_end(ids, *self._generation.ends)) + 1] for ids in answers]
         self._rows += len(rows)
         return found

@@ -32,6 +32,7 @@ class TCopilotModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _no_split_modules = []
+    _keep_in_fp32_modules_strict = ["copilot"]  # as it was trained, whatever the type of its Pilot
     auto_class: Any
 
     def __init__(self, config: TCopilotConfig, pilot: PreTrainedModel | None = None, copilot: Copilot | None = None):
@@ -116,13 +117,8 @@ class TCopilotModel(PreTrainedModel):
         """Both models initialise themselves."""
 
     def fuse(self, log_probs_BNV: Tensor, corrections_BNV: Tensor | None, weight: float | Tensor) -> Tensor:
-        """Return log p̃ at one λ or at one per row [B]; it is log p̂ where λ is 0 or there is no f^C."""
-        if corrections_BNV is None or (not isinstance(weight, Tensor) and weight == 0):
-            return log_probs_BNV
-        if not isinstance(weight, Tensor):
-            return self.fusion(log_probs_BNV, corrections_BNV, weight)
-        weight = weight.to(log_probs_BNV.device).view(-1, 1, 1)
-        return torch.where(weight == 0, log_probs_BNV, self.fusion(log_probs_BNV, corrections_BNV, weight))
+        """Return log p̃ at one λ or at one per row [B]; where λ or all of f^C is 0, it is log p̂ to the bit."""
+        return self.fusion.fuse(log_probs_BNV, corrections_BNV, weight)
 
     def next_logits(self, given: dict[str, Any], token_B1: Tensor, cache: Cache, weights_B: Tensor) -> Tensor:
         """Logits [B, 1, V] of the target after `token_B1`; `given` are the Pilot's arguments but for the cache."""
@@ -196,8 +192,6 @@ class TCopilotModel(PreTrainedModel):
         return out, log_probs_B1V, conclude(copilot, feedback, hidden_B1C, log_probs_B1V, states_B1P, state)
 
     def _fused_logits(self, pilot_BNV, log_probs_BNV, corrections_BNV, weights_B: Tensor | None) -> Tensor:
-        """What generation reads: log p̃; the Pilot's own logits where λ is 0, since log p̂ may round two into a tie."""
-        if weights_B is None:
-            return pilot_BNV.float() if self.weight == 0 else self.fuse(log_probs_BNV, corrections_BNV, self.weight)
-        fused_BNV = self.fuse(log_probs_BNV, corrections_BNV, weights_B)
-        return torch.where(weights_B.to(fused_BNV.device).view(-1, 1, 1) == 0, pilot_BNV.float(), fused_BNV)
+        """Return log p̃; the Pilot's logits where λ or f^C is 0, since log p̂ may round two of them to a tie."""
+        weight = self.weight if weights_B is None else weights_B
+        return self.fusion.fuse(log_probs_BNV, corrections_BNV, weight, pilot_BNV.float())

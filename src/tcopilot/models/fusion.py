@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from tcopilot.functional import fuse_logits, fuse_probabilities
@@ -34,6 +35,26 @@ class FusionRule(ABC):
     @abstractmethod
     def __call__(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, weight: float | Tensor) -> Tensor:
         """Return log p̃ [B, N, V], float32, from log p̂, f^C and λ, which is a number or [B, 1, 1]."""
+
+    def fuse(
+        self,
+        log_probs_BNV: Tensor,
+        corrections_BNV: Tensor | None,
+        weight: float | Tensor,
+        pilot_BNV: Tensor | None = None,
+    ) -> Tensor:
+        """Return log p̃ [B, N, V]; where λ or the whole of f^C is 0, `pilot_BNV` to the bit, by default log p̂.
+
+        λ is a number or one for each row [B]. Without a Copilot f^C is None.
+        """
+        pilot_BNV = log_probs_BNV if pilot_BNV is None else pilot_BNV
+        if corrections_BNV is None or (not isinstance(weight, Tensor) and weight == 0):
+            return pilot_BNV
+        unchanged_BN1 = (corrections_BNV == 0).all(-1, keepdim=True)
+        if isinstance(weight, Tensor):
+            weight = weight.to(log_probs_BNV.device).view(-1, 1, 1)
+            unchanged_BN1 = unchanged_BN1 | (weight == 0)
+        return torch.where(unchanged_BN1, pilot_BNV, self(log_probs_BNV, corrections_BNV, weight))
 
     def settings(self) -> dict[str, Any]:
         """The class and its settings as plain values, from which `build_fusion` makes the rule again."""

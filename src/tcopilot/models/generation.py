@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers.generation import LogitNormalization
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from tcopilot.models.caches import CANNOT_UNDO, TCopilotCache
@@ -70,6 +71,16 @@ class FusedGenerationMixin(GenerationMixin):
             return by_weight(found)
         pairs = zip(by_weight(found.sequences), by_weight(getattr(found, "sequences_scores", None)), strict=True)
         return [ModelOutput(sequences=tokens, sequences_scores=scores) for tokens, scores in pairs]
+
+    def _get_logits_processor(self, generation_config, *args, **kwargs):
+        """Let processors read log-probabilities at λ = 0 too, where the model returns the Pilot's logits.
+
+        Some, such as `repetition_penalty`, act otherwise on logits, and would tell λ = 0 from a Copilot that says 0.
+        """
+        found = super()._get_logits_processor(generation_config, *args, **kwargs)
+        if not found or generation_config.num_beams not in (None, 1):  # beam search normalises by itself
+            return found
+        return LogitsProcessorList([LogitNormalization(), *found])
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         implementation = generation_config.cache_implementation

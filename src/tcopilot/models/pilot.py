@@ -99,9 +99,12 @@ class ModelSource:
             model = getattr(model, "pilot", model)  # an export of ours: its Pilot
         else:
             self._fit_config(tokenizer)
-            model = auto.from_config(self.model_config).to(dtype)
+            model = auto.from_config(self.model_config)
+            for weights in model.state_dict(keep_vars=True).values():  # as `from_pretrained` does; rotary frequencies
+                weights.data = weights.data.to(dtype)  # and other computed buffers keep their type
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        ends = end_ids(tokenizer, model)
+        model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
         return model
 
     def _fit_config(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -173,6 +176,18 @@ class ModelSource:
         if self.path.startswith(("/", ".", "~")) and not path.is_dir():
             mend = "give a folder with config.json, weights and tokenizer, or a Hub id"
             raise ModelSourceError(f"{self._name}: there is no such folder; {mend}")
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[int]:
+    """Return every token that ends an answer: the tokenizer's, which ends targets, and those of the model's configs.
+
+    They may differ, as in chat models, which end a turn by one token and a text by another.
+    """
+    found = [tokenizer.eos_token_id]
+    for config in (model.config, model.generation_config):
+        ids = getattr(config, "eos_token_id", None)
+        found += ids if isinstance(ids, list) else [ids]
+    return list(dict.fromkeys(token for token in found if token is not None))
 
 
 @contextmanager

@@ -79,7 +79,7 @@ class ErrorStatistics:
         ]
         self._norms.append((torch.stack([v.float() for v in per_token[1:3]]).sqrt(), mask_BN))  # no sync now
         for weight in self.weights:
-            fused_BNV = log_probs_BNV if weight == 0 else self._fusion(log_probs_BNV, no_correction, weight)
+            fused_BNV = self._fusion.fuse(log_probs_BNV, corrections_BNV, weight)
             per_token.append(-fused_BNV.gather(-1, index).squeeze(-1))
         of_all = torch.stack([(value.double() * mask_BN).sum() for value in per_token])
         tokens_B = mask_BN.sum(1).double()

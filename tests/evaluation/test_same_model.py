@@ -1,0 +1,128 @@
+"""Evaluation answers with the very model that was trained: same weights, same types, same settings of generation."""
+
+import pytest
+import torch
+from family_models import make_batch, perturb, prompts, tiny_pilot
+
+from tcopilot.app import build
+from tcopilot.data.tokenizers import byte_tokenizer
+from tcopilot.models.adapters import Lora, merge_adapters
+from tcopilot.models.families import SUPPORTED
+from tcopilot.models.fusion import LogitFusion, ProbabilityFusion
+from tcopilot.models.modeling import fused_class
+from tcopilot.models.pilot import ModelSource
+from tcopilot.training.error_statistics import correct_targets
+
+FAST = ("t5", "bart", "llama")
+
+
+@pytest.mark.parametrize("family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in SUPPORTED])
+def test_an_export_of_a_bfloat16_run_scores_as_the_model_that_was_trained_to_the_bit(family, tmp_path):
+    tokenizer, checkpoint = byte_tokenizer(), tiny_pilot(family, vocab_size=259)
+    if family == "bart":
+        checkpoint.final_logits_bias.normal_()  # a buffer that is stored, unlike rotary frequencies
+    for written in (checkpoint, tokenizer):
+        written.save_pretrained(tmp_path / "pilot")
+    source = ModelSource(str(tmp_path / "pilot"), dtype="bfloat16")
+    pilot = source.load(source.tokenizer())
+    model = fused_class(source.is_encoder_decoder).from_pilot(pilot, layers=2)
+    perturb(model.copilot)
+    linear = {n.rpartition(".")[2] for n, part in pilot.named_modules() if isinstance(part, torch.nn.Linear)}
+    for part in (pilot, model.copilot.body):
+        Lora(r=4, targets=tuple(linear - {"lm_head"}))(part)
+        perturb(torch.nn.ParameterList(p for p in part.parameters() if p.requires_grad))
+    merge_adapters(model.eval())
+
+    build.export(model, tokenizer, tmp_path / "run" / "export")
+    config, _ = build.read_export(tmp_path / "run")
+    ours = build.load_export(tmp_path / "run", config).eval()
+    theirs = fused_class(source.is_encoder_decoder).from_pretrained(tmp_path / "run" / "export").eval()
+    batch = make_batch(checkpoint)
+    for loaded in (ours, theirs):
+        for trained, evaluated in zip(correct_targets(model, batch), correct_targets(loaded, batch), strict=True):
+            assert torch.equal(trained, evaluated)
+    assert {p.dtype for p in ours.pilot.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in ours.copilot.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_bfloat16_pilot_built_from_a_config_keeps_the_type_of_its_computed_buffers(family):
+    config = tiny_pilot(family).config.to_diff_dict() | {"model_type": family}
+    narrow, wide = (ModelSource(config=config, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    tokenizer = narrow.tokenizer()
+    pilots = []
+    for source in (narrow, wide):
+        torch.manual_seed(0)
+        pilots.append(source.load(tokenizer))
+    assert {p.dtype for p in pilots[0].parameters()} == {torch.bfloat16}
+    for half, full in zip(pilots[0].buffers(), pilots[1].buffers(), strict=True):
+        assert torch.equal(half, full)
+        assert half.dtype == full.dtype
+
+
+# Generation settings ----------------------------------------------------------------------------------------------
+
+SAMPLED = {"do_sample": True, "top_k": 0}
+PROCESSORS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "sampling": SAMPLED,
+    "min_length": {"min_length": 12},
+    "min_new_tokens": {"min_new_tokens": 5},
+    "temperature": SAMPLED | {"temperature": 0.3},
+    "top_k": {"do_sample": True, "top_k": 5},
+    "top_p": SAMPLED | {"top_p": 0.6},
+    "top_h": SAMPLED | {"top_h": 0.4},
+    "min_p": SAMPLED | {"min_p": 0.05},
+    "typical_p": SAMPLED | {"typical_p": 0.5},
+    "epsilon_cutoff": SAMPLED | {"epsilon_cutoff": 0.02},
+    "eta_cutoff": SAMPLED | {"eta_cutoff": 0.02},
+    "repetition_penalty": {"repetition_penalty": 1.3},
+    "repetition_penalty with beams": {"repetition_penalty": 1.3, "num_beams": 3},
+    "encoder_repetition_penalty": {"encoder_repetition_penalty": 1.3},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
+    "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},
+    "sequence_bias": {"sequence_bias": [[[7], 3.0], [[5, 6], -2.0]]},
+    "bad_words_ids": {"bad_words_ids": [[token] for token in range(40)]},
+    "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": lambda batch, ids: [9, 17, 33]},
+    "forced_bos_token_id": {"forced_bos_token_id": 11},
+    "forced_eos_token_id": {"forced_eos_token_id": 1},
+    "remove_invalid_values": {"remove_invalid_values": True},
+    "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (2, 1.4)},
+    "suppress_tokens": {"suppress_tokens": [7, 8, 9]},
+    "begin_suppress_tokens": {"begin_suppress_tokens": [7, 8, 9]},
+    "renormalize_logits": {"repetition_penalty": 1.3, "renormalize_logits": True},
+    "static": {"cache_implementation": "static", "disable_compile": True, "repetition_penalty": 1.3},
+}
+
+
+@pytest.fixture(scope="module", params=["t5", "llama"])
+def silent(request):
+    """A model whose Copilot says 0, with the logits of a real one: far from 0 in the mean."""
+    pilot = tiny_pilot(request.param)
+    pilot.get_output_embeddings().weight.data.mul_(6)
+    return fused_class(request.param == "t5").from_pilot(pilot, layers=2).eval()
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_copilot_that_says_nothing_changes_no_answer_under_any_processor(silent, name):
+    tokens = prompts(silent.pilot, padded=True)
+    said = []
+    for weight in (0.0, 1.0):
+        silent.weight = weight
+        torch.manual_seed(0)
+        said.append(silent.generate(**tokens, max_new_tokens=8, **PROCESSORS[name]).tolist())
+    assert said[0] == said[1]
+    if not PROCESSORS[name].get("do_sample"):
+        together = silent.generate_at_weights((0.0, 0.5, 1.0), *tokens.values(), max_new_tokens=8, **PROCESSORS[name])
+        assert [t.tolist() for t in together] == [said[0]] * 3
+
+
+@pytest.mark.parametrize("rule", [ProbabilityFusion(), LogitFusion()])
+def test_where_nothing_is_corrected_the_fused_distribution_is_the_pilots_to_the_bit(rule):
+    log_probs = torch.tensor([[[0.0, -1.0, -200.0]], [[0.0, -1.0, -200.0]]]).log_softmax(-1)
+    corrections = torch.tensor([[[0.0, 0.0, 0.0]], [[0.1, -0.1, 0.0]]])
+    fused = rule.fuse(log_probs, corrections, 2.0)
+    assert torch.equal(fused[0], log_probs[0])
+    assert not torch.equal(fused[1], log_probs[1])
+    assert torch.equal(rule.fuse(log_probs, corrections, torch.tensor([2.0, 0.0])), log_probs)
