@@ -34,6 +34,7 @@ from tcopilot.version import __version__
 DATA = composed.ROOT.parent / "shared" / "data"
 TASKS = {"t5": "word_problems", "llama": "multiple_choice"}
 ACCURACY = Metric("accuracy")
+SWEPT = ("fusion.weight=[0,0.5,1,2]",)
 SHORT = [*composed.SMALL, "fusion.weight=[0,1]"]
 LLAMA = ["pilot=tiny_llama"]
 LORA = [
@@ -60,7 +61,7 @@ def learnt(family: str) -> list[str]:
         "data.batch_size=32",
         "seed=1",
         "trainer.val_check_interval=60",
-        "fusion.weight=[0,0.5,1,2]",
+        *SWEPT,
     ]
 
 
@@ -277,7 +278,7 @@ def test_the_choice_of_the_weight_does_not_see_the_test_rows(finished, tmp_path,
             return found if split == "validation" else {w: {ACCURACY: [float(w == favoured)] * rows} for w in found}
 
         monkeypatch.setattr(Evaluator, "scores", scores)
-        found = composed.results(composed.evaluate(finished.folder, tmp_path / str(favoured)))
+        found = composed.results(composed.evaluate(finished.folder, tmp_path / str(favoured), *SWEPT))
         assert found["selected_weight"] == chosen
         assert found["gain"][0]["fused"] == (chosen == favoured)
 
@@ -292,13 +293,59 @@ def no_training(monkeypatch):
 
 def test_an_evaluation_of_the_export_repeats_the_numbers_of_training(finished, tmp_path, no_training):
     before = composed.results(finished.folder)
-    after = composed.results(composed.evaluate(finished.folder, tmp_path / "eval"))
+    after = composed.results(composed.evaluate(finished.folder, tmp_path / "eval", *SWEPT))
     for key in ("gain", "selected_weight", "rounds", "train_seconds", "params", "seed"):
         assert after[key] == before[key], key
     for old, new in zip(before["rows"], after["rows"], strict=True):
         assert new["value"] == pytest.approx(old["value"], rel=1e-5), old
     for name in ("config.yaml", "predictions"):
         assert (tmp_path / "eval" / name).exists()
+
+
+def test_an_evaluation_keeps_the_weight_of_the_run_unless_told_otherwise(finished, tmp_path, no_training):
+    before = composed.results(finished.folder)
+    folder = composed.evaluate(finished.folder, tmp_path / "eval")
+    after = composed.results(folder)
+    assert (
+        after["selected_weight"] == before["selected_weight"] == OmegaConf.load(folder / "config.yaml").fusion.weight
+    )
+    assert {row["weight"] for row in after["rows"]} == {0.0, before["selected_weight"]}
+    assert after["gain"] == before["gain"]
+    assert "λ is the one that the training run chose (fusion.weight=run)" in after["notes"]
+    old = {(row["split"], row["metric"], row["weight"]): row["value"] for row in before["rows"]}
+    for row in after["rows"]:
+        assert row["value"] == pytest.approx(old[row["split"], row["metric"], row["weight"]], rel=1e-5)
+
+
+def test_a_test_file_alone_is_enough_and_chooses_nothing(tmp_path):
+    def write(name: str, count: int) -> None:
+        lines = [json.dumps({"q": f"{name} {i}?", "a": "yes" if i % 3 else "no"}) for i in range(count)]
+        (tmp_path / name).mkdir(exist_ok=True)
+        for split in ("test",) if name == "new" else ("train", "test"):
+            (tmp_path / name / f"{split}.jsonl").write_text("\n".join(lines))
+
+    write("old", 30)
+    write("new", 7)
+    columns = ("data.benchmarks.jsonl.prompt_column=q", "data.benchmarks.jsonl.target_column=a")
+    given = ("debug=limit", "data=jsonl", f"data.path={tmp_path}/old", *columns, "fusion.weight=[0,0.5,1]")
+    run = composed.train(tmp_path / "run", *given)
+    chosen = composed.results(run)["selected_weight"]
+    assert any("too few to choose λ on, and it may be luck" in note for note in composed.results(run)["notes"])
+    folder = composed.evaluate(run, tmp_path / "alone", f"data.path={tmp_path}/new")
+    found = composed.results(folder)
+    assert found["selected_weight"] == chosen
+    assert {(row["split"], row["n"]) for row in found["rows"] if row["metric"] == "accuracy"} == {("test", 7)}
+    with (folder / "generations.csv").open(newline="") as file:
+        answers = list(csv.DictReader(file))
+    assert [row["prompt"] for row in answers if row["prompt"].startswith("new")] == [row["prompt"] for row in answers]
+    assert len(answers) == 7
+    assert {"pilot", "fused", "outcome"} <= answers[0].keys()
+    again = composed.results(
+        composed.evaluate(run, tmp_path / "few", f"data.path={tmp_path}/new", "fusion.weight=[0,2]")
+    )
+    assert again["selected_weight"] == chosen
+    assert {0.0, 2.0, chosen} == {row["weight"] for row in again["rows"]}
+    assert any("0 validation rows are too few to choose λ on, and the run's own is kept" in n for n in again["notes"])
 
 
 def test_weights_are_swept_without_training(finished, tmp_path, no_training, capsys):

@@ -13,6 +13,7 @@ from tcopilot.data.metrics import Metric
 from tcopilot.evaluation.evaluate import Evaluator, _select
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.modes import Decoding
+from tcopilot.models.gates import build_gate
 
 FAMILIES = ("t5", "llama")
 WEIGHTS = [0.5, 1.0]
@@ -292,6 +293,60 @@ def test_ties_go_to_the_likelier_and_then_to_the_smaller_weight():
     assert _select(even, dict.fromkeys(even["a"], 1.0)) == 0.0
     better = {"a": even["a"] | {1.0: {ACCURACY: [1.0, 1.0], Metric("another"): [0.0, 0.0]}}}
     assert _select(better, {0.0: 1.0, 0.5: 1.0, 1.0: 9.0}) == 1.0
+
+
+# λ of an earlier run ----------------------------------------------------------------------------------------------
+
+
+def test_the_known_weight_is_taken_where_none_is_given(tmp_path, monkeypatch):
+    outcomes(monkeypatch, lambda split, weight, i: weight == 0)
+    judge = evaluator("t5", tmp_path)
+    found = judge.run([], known=0.3)
+    assert found.selected_weight == judge.model.weight == 0.3
+    assert {row.weight for row in found.rows} == {0.0, 0.3}
+    assert not any("too few" in line or "largest" in line for line in found.verdicts)
+
+
+@pytest.mark.parametrize("weights", [[0.5, 1.0], None])
+@pytest.mark.parametrize("known", [0.3, None])
+def test_a_handful_of_rows_chooses_nothing_where_a_weight_is_known(tmp_path, monkeypatch, weights, known):
+    outcomes(monkeypatch, lambda split, weight, i: weight > 0.4)
+    found = evaluator("t5", tmp_path).run(weights, known=known)
+    (warning,) = [line for line in found.verdicts if "12 validation rows are too few to choose λ on" in line]
+    if known is None:
+        assert found.selected_weight != 0.3
+        assert "it may be luck" in warning
+    else:
+        assert found.selected_weight == 0.3
+        assert {0.0, 0.3, *(weights or [])} == {row.weight for row in found.rows}
+        assert "the run's own is kept" in warning
+
+
+def test_enough_rows_choose_whatever_is_known(tmp_path, monkeypatch):
+    monkeypatch.setattr("tcopilot.evaluation.evaluate.ENOUGH", 12)
+    outcomes(monkeypatch, lambda split, weight, i: weight == 0.5)
+    found = evaluator("t5", tmp_path).run(WEIGHTS, known=0.3)
+    assert found.selected_weight == 0.5
+    assert {row.weight for row in found.rows} == {0.0, 0.5, 1.0}
+    assert not any("too few" in line for line in found.verdicts)
+
+
+@pytest.mark.parametrize("weights", [[], [0.5, 1.0]])
+def test_the_known_weights_of_benchmarks_are_taken_each_and_a_new_one_takes_that_for_all(tmp_path, weights):
+    judge = evaluator("t5", tmp_path, "word_problems", "multiple_choice", per="benchmark")
+    found = judge.run(weights, known={"word_problems": 0.2, "all": 0.4, "elsewhere": 0.9})
+    assert found.selected_weight == {"word_problems": 0.2, "multiple_choice": 0.4, "all": 0.4}
+    assert judge.model.weight == 0.4
+
+
+def test_the_known_weight_keeps_its_gate(tmp_path):
+    judge = evaluator("t5", tmp_path, per="token")
+    gate = {"per": "token", "coefficients": [0.5, -1.0, 0.3, 2.0]}
+    judge.model.set_gate(build_gate(gate))
+    judge.run([], known=0.3)
+    assert judge.model.copilot.gate.settings() == build_gate(gate).settings()
+    judge.run([0.3])
+    assert judge.model.copilot.gate.settings() != build_gate(gate).settings()
 
 
 def test_benchmarks_count_alike_in_the_choice_however_many_rows_they_have():

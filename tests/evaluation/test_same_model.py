@@ -1,16 +1,23 @@
 """Evaluation answers with the very model that was trained: same weights, same types, same settings of generation."""
 
+import json
+
 import pytest
 import torch
 from family_models import make_batch, perturb, prompts, tiny_pilot
+from small_training import tiny_model
+from transformers import AutoTokenizer
 
 from tcopilot.app import build
-from tcopilot.data.tokenizers import byte_tokenizer
+from tcopilot.data import GeneratedTask, TCopilotDataModule
+from tcopilot.data.tokenizers import byte_tokenizer, word_tokenizer
+from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.models.adapters import Lora, merge_adapters
 from tcopilot.models.families import SUPPORTED
 from tcopilot.models.fusion import LogitFusion, ProbabilityFusion
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.pilot import ModelSource
+from tcopilot.models.transfer import put_on
 from tcopilot.training.error_statistics import correct_targets
 
 FAST = ("t5", "bart", "llama")
@@ -43,6 +50,21 @@ def test_an_export_of_a_bfloat16_run_scores_as_the_model_that_was_trained_to_the
             assert torch.equal(trained, evaluated)
     assert {p.dtype for p in ours.pilot.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in ours.copilot.parameters()} == {torch.float32}
+
+
+def test_the_pilot_of_another_run_keeps_its_type_under_a_transferred_copilot(tmp_path):
+    tokenizer, checkpoint = byte_tokenizer(), tiny_pilot("llama", vocab_size=259)
+    for written in (checkpoint, tokenizer):
+        written.save_pretrained(tmp_path / "pilot")
+    runs = {}
+    for dtype in ("bfloat16", "float32"):
+        source = ModelSource(str(tmp_path / "pilot"), dtype=dtype)
+        runs[dtype] = fused_class(False).from_pilot(source.load(tokenizer), layers=2)
+        build.export(runs[dtype], tokenizer, tmp_path / dtype)
+    for dtype, other in (("bfloat16", "float32"), ("float32", "bfloat16")):
+        fused = put_on(ModelSource(str(tmp_path / dtype)), runs[other], tokenizer)
+        assert {str(p.dtype) for p in fused.pilot.parameters()} == {f"torch.{dtype}"}
+        assert {p.dtype for p in fused.copilot.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
@@ -126,3 +148,79 @@ def test_where_nothing_is_corrected_the_fused_distribution_is_the_pilots_to_the_
     assert torch.equal(fused[0], log_probs[0])
     assert not torch.equal(fused[1], log_probs[1])
     assert torch.equal(rule.fuse(log_probs, corrections, torch.tensor([2.0, 0.0])), log_probs)
+
+
+def judge_of(model, folder, tokenizer=None) -> Evaluator:
+    """An evaluator over a few generated rows."""
+    task = GeneratedTask(name="a", kind="word_problems", train=8, validation=6, test=8, max_new_tokens=6)
+    data, side = TCopilotDataModule({"a": task}, rounds=1), "right" if model.config.is_encoder_decoder else "left"
+    tokenizer = tokenizer or word_tokenizer(data.vocabulary)
+    data.prepare(tokenizer, side)
+    return Evaluator(model, tokenizer, data, folder)
+
+
+def said(folder, weight: float) -> list[str]:
+    lines = (folder / f"test-a-weight={weight:g}.jsonl").read_text().splitlines()
+    return [json.loads(line)["prediction"] for line in lines]
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_generation_settings_of_the_checkpoint_change_no_answer_and_are_named(family, tmp_path):
+    found = {}
+    for name in ("plain", "penalised"):
+        model = tiny_model(family, vocab=56, seed=2)  # a new Copilot, which says 0
+        if name == "penalised":
+            model.generation_config.update(repetition_penalty=1.3, forced_eos_token_id=1, num_beams=2)
+        notes = judge_of(model, tmp_path / name).run([1.0]).verdicts
+        found[name] = said(tmp_path / name, 0.0)
+        assert said(tmp_path / name, 1.0) == found[name]
+        assert any("repetition_penalty=1.3" in note for note in notes) == (name == "penalised")
+        assert (model.generation_config.num_beams or 1) == 1 + (name == "penalised")
+    assert found["plain"] == found["penalised"]
+
+
+# Tokenizers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_tokenizer_of_an_export_pads_where_the_pilot_was_trained(side, tmp_path):
+    family = "t5" if side == "right" else "llama"
+    tokenizer = byte_tokenizer()
+    tokenizer.padding_side = side
+    model = tiny_model(family, vocab=len(tokenizer), head_std=0.3, seed=3).eval()
+    build.export(model, tokenizer, tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.padding_side == side
+
+    def answers(prompts: list[str]) -> list[str]:
+        given = loaded(prompts, return_tensors="pt", padding=True)
+        tokens = model.generate(**given, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+        return loaded.batch_decode(tokens[:, -4:])
+
+    texts = ["two and two", "up", "a longer prompt than the others"]
+    assert answers(texts) == [answer for text in texts for answer in answers([text])]
+
+
+def test_every_end_token_of_config_and_tokenizer_ends_an_answer(tmp_path):
+    tokenizer, pilot = byte_tokenizer(), tiny_pilot("llama", vocab_size=259)
+    pilot.config.eos_token_id = 7
+    pilot.generation_config.eos_token_id = [7, 9]
+    pilot.save_pretrained(tmp_path / "pilot")
+    tokenizer.save_pretrained(tmp_path / "pilot")
+    source = ModelSource(str(tmp_path / "pilot"))
+    model = fused_class(False).from_pilot(source.load(source.tokenizer()), layers=2)
+    assert model.generation_config.eos_token_id == [1, 7, 9]
+    build.export(model, tokenizer, tmp_path / "run" / "export")
+    config, tokenizer = build.read_export(tmp_path / "run")
+    loaded = build.load_export(tmp_path / "run", config)
+    assert loaded.generation_config.eos_token_id == [1, 7, 9]
+    judge = judge_of(loaded, tmp_path / "predictions", tokenizer)
+    mode = judge.modes("a")[0]
+    assert mode.ends == [1, 7, 9]
+    monkey = loaded.generate_at_weights
+    loaded.generate_at_weights = lambda *_, **__: [torch.tensor([[0, 40, 9, 41, 1]])]
+    row = judge.data.evaluation_rows("test", "a")[0] | {"source_ids": [5]}
+    assert mode.answer([row], [1.0])[1.0][0]["prediction"] == tokenizer.decode([40])
+    loaded.generate_at_weights = monkey
+    names = ", ".join(tokenizer.convert_ids_to_tokens([1, 7, 9]))
+    assert f"answers end at any of {names}" in judge.run([1.0]).verdicts

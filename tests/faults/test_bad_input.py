@@ -635,7 +635,7 @@ EVALUATIONS = {  # options of eval.py; <run> is a finished run
     "likelihood": (["run=<run>", "evaluation=greedy", "evaluation.modes=[likelihood]"], ("add generation",)),
     "batch": (["run=<run>", "evaluation=greedy", "evaluation.batch_size=0"], ("evaluation.batch_size=0",)),
     "data without a path": (["run=<run>", "data=jsonl"], ("data.path=<folder>",)),
-    "data elsewhere": (["run=<run>", "data=jsonl", "data.path=/no/such"], ("/no/such/train.jsonl", "does not exist")),
+    "data elsewhere": (["run=<run>", "data=jsonl", "data.path=/no/such"], ("/no/such/test.jsonl", "does not exist")),
     "run folder is a file": (["run=<run>", "paths.run_dir=<file>"], ("paths.run_dir=<file>", "is a file")),
     "unknown key": (["run=<run>", "nope=3"], ("nope", "not in struct")),
     "unknown data": (["run=<run>", "data=nope"], ("data/nope", "gsm8k")),

@@ -87,8 +87,12 @@ def prepare(cfg: DictConfig) -> Prepared:
     return Prepared(pilot, donor, tokenizer, data, log)
 
 
-def prepare_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, pilot: PreTrainedConfig) -> TCopilotDataModule:
-    """Read and check the data of a config for a tokenizer that is already loaded.
+def prepare_data(
+    cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, pilot: PreTrainedConfig, chooses: bool = True
+) -> TCopilotDataModule:
+    """Read and check the data of a config, without training on it, for a tokenizer that is already loaded.
+
+    Validation rows are needed if λ is to be chosen (`chooses`).
 
     Raises:
         ConfigError: with every problem found in the data.
@@ -96,9 +100,9 @@ def prepare_data(cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, pilot: Pre
     problems: list[str] = []
     data = attempt(problems, lambda: instantiate(cfg.data))
     if data is not None:
-        attempt(problems, lambda: data.prepare(tokenizer, "right" if pilot.is_encoder_decoder else "left"))
+        attempt(problems, lambda: data.prepare(tokenizer, "right" if pilot.is_encoder_decoder else "left", False))
     if not problems:
-        problems += data_problems(cfg, pilot, data)
+        problems += data_problems(cfg, pilot, data, chooses)
     if problems:
         raise ConfigError(problems)
     return data

@@ -98,7 +98,7 @@ def _train(cfg: DictConfig) -> float:
     model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
     merge_adapters(model)
     build.export(model, prepared.tokenizer, run_dir.export)
-    results = _run_evaluator(cfg, model, prepared, run_dir)
+    results = _run_evaluator(cfg, model, prepared, run_dir, build.evaluation_weights(cfg.fusion.weight))
     if is_first():
         model.config.save_pretrained(run_dir.export)  # now with the selected λ
     results.params, results.rounds = params, module.round
@@ -200,7 +200,7 @@ def _evaluate(cfg: DictConfig) -> float:
     source = _run_to_evaluate(cfg)
     trained = build.read_config(source.config, f"run={source}", cfg.trust)
     run_dir = _join_processes(cfg)
-    _override(trained, cfg)
+    known = _override(trained, cfg, source)
     if problems := [*config_problems(trained, training=False), *trace_problems(cfg, trained)]:
         raise ConfigError(problems)
 
@@ -210,17 +210,22 @@ def _evaluate(cfg: DictConfig) -> float:
         trained.name, trained.pilot.path, trained.copilot.path = "transfer", cfg.pilot.path, str(source.export)
         if problems := transfer_problems(other, config, tokenizer):
             raise ConfigError(problems)
-    data = build.prepare_data(trained, tokenizer, config.pilot)
+    keeps = known is not None and cfg.fusion.weight == "run" and cfg.fusion.per is None
+    weights = [] if keeps else build.evaluation_weights(trained.fusion.weight)
+    chooses = known is None and (weights is None or len(weights) > 1)
+    data = build.prepare_data(trained, tokenizer, config.pilot, chooses)
     model = build.load_export(source.folder, config)
     if other is not None:
         model = put_on(other, model, tokenizer)
     model.set_fusion(build.fusion_rule(trained.fusion))
     model.config.feedback = trained.fusion.feedback
+    if keeps:
+        trained.fusion.weight = known["all"] if isinstance(known, dict) else known
     _save_config(trained, run_dir)
 
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     prepared = Prepared(build.model_source(trained.pilot, "pilot"), None, tokenizer, data, None)
-    results = _run_evaluator(trained, model, prepared, run_dir)
+    results = _run_evaluator(trained, model, prepared, run_dir, weights, known)
     if cfg.trace and is_first():
         decoding = replace(build.decoding(trained.evaluation), decoding="dynamic")  # timed, so nothing may compile
         evaluator = Evaluator(model, tokenizer, data, run_dir.predictions, decoding)
@@ -228,20 +233,33 @@ def _evaluate(cfg: DictConfig) -> float:
         write_trace(evaluator, trained.evaluation.report_on, run_dir, cfg.trace_rows, source.folder, weights)
     results.params = build.parameter_counts(model)
     _add_training(results, cfg, source)
+    log_evaluation([], results, run_dir.folder, most=sys.maxsize)
     if other is not None:
         results.notes.insert(0, f"the Copilot of {source} on a Pilot that it was not trained with: {cfg.pilot.path}")
     return _finish(results, run_dir)
 
 
-def _override(trained: DictConfig, cfg: DictConfig) -> None:
-    """Put what an evaluation asks for in place of the training run's own settings."""
-    for key in ("data", "evaluation"):
-        if cfg.get(key) is not None:
-            trained[key] = cfg[key]
+def _override(trained: DictConfig, cfg: DictConfig, source: RunDirectory) -> float | dict[str, float] | None:
+    """Put what an evaluation asks for in place of the training run's own settings.
+
+    Returns:
+        The run's λ; None if there is none, or none that fits: for another fusion rule or another Pilot.
+    """
+    if "_target_" in cfg.data:
+        trained.data = cfg.data
+    elif cfg.data.path is not None:
+        trained.data.path = cfg.data.path
+    if cfg.get("evaluation") is not None:
+        trained.evaluation = cfg.evaluation
     for key, value in cfg.fusion.items():
-        if value is not None:
+        if value is not None and (key, value) != ("weight", "run"):
             trained.fusion[key] = value
     trained.paths.run_dir, trained.control = cfg.paths.run_dir, None
+    if cfg.fusion.rule is not None and cfg.fusion.weight == "run":
+        raise ConfigError(["fusion.weight=run: that λ suits the run's own fusion rule only; leave fusion=… out"])
+    if cfg.fusion.rule is not None or cfg.pilot.path or not source.results.exists():
+        return None
+    return _results_of(source).selected_weight
 
 
 def _run_to_evaluate(cfg: DictConfig) -> RunDirectory:
@@ -266,18 +284,29 @@ def _add_training(results: Results, cfg: DictConfig, source: RunDirectory) -> No
     results.train_flops = before.train_flops
     if not cfg.pilot.path:
         results.params = before.params
-        if cfg.get("data") is None and cfg.get("evaluation") is None:
+        if cfg.data == {"path": None} and cfg.get("evaluation") is None:
             results.controls = before.controls
 
 
-def _run_evaluator(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_dir: RunDirectory) -> Results:
+def _run_evaluator(
+    cfg: DictConfig,
+    model: TCopilotModel,
+    prepared: Prepared,
+    run_dir: RunDirectory,
+    weights: list[float] | None,
+    known: float | dict[str, float] | None = None,
+) -> Results:
     decoding = build.decoding(cfg.evaluation)
     where, per = run_dir.predictions, cfg.fusion.per
     evaluator = Evaluator(model, prepared.tokenizer, prepared.data, where, decoding, per)
     splits = ("validation", cfg.evaluation.report_on)
-    found = evaluator.run(build.evaluation_weights(cfg.fusion.weight), splits)
+    found = evaluator.run(weights, splits, known)
     notes = list(found.verdicts)
-    if model.fusion.has_closed_form:
+    if weights == []:
+        notes.insert(0, "λ is the one that the training run chose (fusion.weight=run)")
+    if not model.fusion.has_closed_form:
+        found.best_weight = None
+    if found.best_weight is not None:
         notes.insert(0, f"λ* in closed form on {splits[0]}: {found.best_weight:.3f}")
     if splits[0] == splits[1]:
         notes.append(f"λ was chosen on the very rows reported ({splits[0]}): the gain is optimistic")
@@ -290,7 +319,7 @@ def _run_evaluator(cfg: DictConfig, model: TCopilotModel, prepared: Prepared, ru
         seed=cfg.seed, git=git_revision(), config=RunDirectory.config.name, params={}, rounds=0, train_seconds=0.0,
         selected_weight=found.selected_weight, selected_on=splits[0], reported_on=splits[1],
         rows=found.rows, gain=found.gain, notes=notes,
-        best_weight=found.best_weight if model.fusion.has_closed_form else None,
+        best_weight=found.best_weight,
     )  # fmt: skip
 
 

@@ -105,6 +105,8 @@ def validation_gain(results: Results) -> float:
     of = results.gain[0]
     weights = (0.0, results.weight_of(of.benchmark))
     pilot, fused = (results.find(of.benchmark, of.metric, results.selected_on, weight) for weight in weights)
+    if pilot is None or fused is None:  # an evaluation of test rows alone
+        return 0.0
     return fused.value - pilot.value if of.higher_is_better else pilot.value - fused.value
 
 

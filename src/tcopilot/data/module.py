@@ -122,12 +122,13 @@ class TCopilotDataModule(LightningDataModule):
         words = [getattr(benchmark, "vocabulary", None) for benchmark in self.benchmarks.values()]
         return None if None in words else list(dict.fromkeys(word for part in words for word in part))
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase, source_side: Side) -> None:
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, source_side: Side, training: bool = True) -> None:
         """Load, render, tokenise and check all rows; needs no model. A stream's rows are checked as they are read.
 
         Args:
             tokenizer: The Pilot's. Without a pad token its end token pads, which the masks make harmless.
             source_side: ``left`` for decoder-only Pilots, ``right`` for encoder-decoders.
+            training: Whether there must be rows to train on.
 
         Raises:
             DataError: With every problem found, one a line.
@@ -141,7 +142,7 @@ class TCopilotDataModule(LightningDataModule):
         train: list[datasets.Dataset | datasets.IterableDataset] = []
         complaints: list[str] = []
         for index, (name, benchmark) in enumerate(self.benchmarks.items()):
-            splits, found = self._reader(benchmark)
+            splits, found = self._reader(benchmark, training)
             complaints += found
             for split, part in splits.items():
                 training, skips, place = split == "train", self.on_error == "skip", f"{name}, {part.where}, "
@@ -162,8 +163,10 @@ class TCopilotDataModule(LightningDataModule):
                     self._evaluation[split, name] = rows
         if complaints:
             raise DataError("\n".join(dict.fromkeys(complaints)))
-        weights = None if self.weights is None else [self.weights[name] for name in self.benchmarks]
-        self._train = mixture(train, weights, self.seed)
+        weighed = self.weights is not None and len(train) == len(self.benchmarks)
+        weights = [self.weights[name] for name in self.benchmarks] if weighed else None
+        none = datasets.Dataset.from_dict({"id": [], "length": []})
+        self._train = mixture(train, weights, self.seed) if train else none
         self._lengths = None if self.streaming or not self.group_by_length else np.asarray(self._train["length"][:])
 
     def setup(self, stage: str | None = None) -> None:

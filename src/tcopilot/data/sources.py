@@ -128,12 +128,18 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def open_split(
-    benchmark: Benchmark, split: str, path: str | Path | None, streaming: bool = False, check: bool = True
+    benchmark: Benchmark,
+    split: str,
+    path: str | Path | None,
+    streaming: bool = False,
+    check: bool = True,
+    training: bool = True,
 ) -> RowSource | None:
     """Find the rows of a split; None for a validation split that does not exist or a test split that is not asked for.
 
-    A built-in task brings its own. With ``path`` they come from ``<path>/<folder>/<file>`` if that folder exists, else
-    from ``<path>/<file>``. Without it the Hub's copy is loaded; ``streaming`` reads its files while they are used.
+    Local train rows may be missing too if ``training`` is false. A built-in task brings its own. With ``path`` they
+    come from ``<path>/<folder>/<file>`` if that folder exists, else from ``<path>/<file>``. Without it the Hub's copy
+    is loaded; ``streaming`` reads its files while they are used.
 
     Raises:
         DataError: If a required file is missing.
@@ -144,7 +150,7 @@ def open_split(
         found = f"built-in task {benchmark.name}, {split}", rows
     elif path is not None:
         try:
-            found = _local_rows(benchmark, split, Path(path))
+            found = _local_rows(benchmark, split, Path(path), training)
         except PermissionError as error:
             mend = "Allow it to be entered and read, or give another data.path."
             raise DataError(f"{benchmark.name}: {error.filename or path} is not accessible. {mend}") from error
@@ -181,7 +187,7 @@ def _call(rows: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, An
     yield from rows()
 
 
-def _local_rows(benchmark: Benchmark, split: str, root: Path) -> tuple[str, Iterable[Any]] | None:
+def _local_rows(benchmark: Benchmark, split: str, root: Path, training: bool) -> tuple[str, Iterable[Any]] | None:
     folder = root / (benchmark.folder or benchmark.name)
     file = (folder if folder.is_dir() else root) / benchmark.file(split)
     if file.is_file():
@@ -191,7 +197,7 @@ def _local_rows(benchmark: Benchmark, split: str, root: Path) -> tuple[str, Iter
         raise DataError(
             f"{benchmark.name}: {file} does not exist as a file: it is {kind}. Put a file there, or remove it."
         )
-    if split == "validation" or split not in benchmark.splits:
+    if split == "validation" or split not in benchmark.splits or (split == "train" and not training):
         return None
     there = sorted(path.name for path in file.parent.glob("*"))[:10] if file.parent.is_dir() else "no such folder"
     raise DataError(

@@ -48,14 +48,14 @@ class SplitReader:
     seed: int
     on_error: str = "stop"
 
-    def __call__(self, benchmark: Benchmark) -> tuple[dict[str, Split], list[str]]:
-        """Return the splits and, if there are any, the problems found on the way."""
+    def __call__(self, benchmark: Benchmark, training: bool = True) -> tuple[dict[str, Split], list[str]]:
+        """Return the splits and the problems found on the way; train rows must be there if ``training``."""
         splits: dict[str, Split] = {}
         problems: list[str] = []
         for name in SPLITS:
             streamed = self.streaming and name == "train"
             try:
-                source = open_split(benchmark, name, self.path, streamed, check=self.on_error == "stop")
+                source = open_split(benchmark, name, self.path, streamed, self.on_error == "stop", training)
                 if source is not None:
                     rows = NumberedRows(source)
                     splits[name] = Split(source.where, rows if streamed else list(rows))
@@ -65,7 +65,7 @@ class SplitReader:
                     break
         if not problems:
             try:
-                if "validation" not in splits:
+                if "validation" not in splits and (training or "train" in splits):
                     splits |= self._carve(splits["train"])
                 splits = {name: self._subsample(name, split) for name, split in splits.items()}
             except DataError as error:

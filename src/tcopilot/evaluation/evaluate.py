@@ -6,7 +6,7 @@ How a row is answered is a mode: as generated text, as the likeliest option, or 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,11 +31,15 @@ from tcopilot.evaluation.results import Gain, Row, direction_and_unit
 from tcopilot.evaluation.significance import compare_by, interval_of
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.gates import GATES, Observations, build_gate
+from tcopilot.models.pilot import end_ids
 from tcopilot.processes import agree_on, gather, is_first, rank, sum_over_processes, world_size
 from tcopilot.settings import Rule, is_number, one_of
 from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 
 log = logging.getLogger(__name__)
+SPECIAL = (*(f"{name}_token_id" for name in ("pad", "bos", "eos", "decoder_start")), "transformers_version")
+ENOUGH = 50
+"""Rows to choose λ on; the best of several on fewer is mostly luck."""
 PER = ("all", "benchmark", *GATES)
 """What has a λ of its own."""
 
@@ -52,7 +56,7 @@ class Evaluation:
     rows: list[Row] = field(default_factory=list)
     gain: list[Gain] = field(default_factory=list)
     selected_weight: float | dict[str, float] = 0.0
-    best_weight: float = 0.0
+    best_weight: float | None = None
     verdicts: list[str] = field(default_factory=list)
 
     def weight_of(self, benchmark: str) -> float:
@@ -103,51 +107,81 @@ class Evaluator:
         self.collate = PromptTargetCollator(self.tokenizer.pad_token_id, side)
         self._fingerprint: str | None = None  # while weights cannot change
 
-    def run(self, weights: Sequence[float] | None, splits: Sequence[str] = ("validation", "test")) -> Evaluation:
+    def run(
+        self,
+        weights: Sequence[float] | None,
+        splits: Sequence[str] = ("validation", "test"),
+        known: float | Mapping[str, float] | None = None,
+    ) -> Evaluation:
         """Evaluate at every λ, choose λ on validation, and compare with the Pilot on test.
 
         Args:
-            weights: the λ to choose from; 0 is always evaluated. A single one is taken as it is. None takes λ* in
-                closed form on validation.
-            splits: `validation` to choose on, then the split to report.
+            weights: the λ to choose from; 0 is always evaluated. A single one is taken as it is, and if there is none
+                the `known` one. None takes λ* in closed form on validation.
+            splits: `validation` to choose on, which may have no rows if there is nothing to choose, then the split to
+                report.
+            known: λ that an earlier run chose, one or one for each benchmark with `all`. Where there are fewer than
+                `ENOUGH` rows to choose on, it is kept, and the gate with it.
         """
-        found = Evaluation()
+        found, names = Evaluation(), self.data.benchmark_names
         chosen_on, reported = splits
         if self.model.copilot is None:
-            weights = [0.0]
-        else:
+            weights, known = [0.0], None
+        own = {} if known is None else dict(known) if isinstance(known, Mapping) else {"all": known}
+        summary = self.data.summary()
+        rows = [int(summary[part]["rows"]) if (part := f"{name}/{chosen_on}") in summary else 0 for name in names]
+        few = (weights is None or len(weights) > 1) and (min if self.per == "benchmark" else sum)(rows) < ENOUGH
+        keeps = bool(own) and (few or (weights is not None and not weights))
+        of_own = ("all", *names) if self.per == "benchmark" else ("all",)
+        chosen = {name: own.get(name, own["all"]) for name in of_own} if keeps else {}
+        if not (all(rows) or keeps or (weights is not None and len(weights) == 1)):
+            raise ValueError(f"there are no {chosen_on} rows to choose λ on; give one λ")
+        if self.model.copilot is not None and not keeps:
             self._fit_gate(chosen_on)
         self._fingerprint = fingerprint(self.model)
-        given = [float(weight) for weight in weights or ()]
-        statistics = self._statistics(chosen_on, sorted({0.0, *given}))
-        closed_form = {name: round(of_name.best_weight, 3) for name, of_name in statistics.items()}
-        found.best_weight = ErrorStatistics.joined(statistics.values()).best_weight
-        if weights is None:
+
+        given, statistics, closed_form = [float(weight) for weight in (*(weights or ()), *chosen.values())], {}, {}
+        if all(rows):
+            statistics = self._statistics(chosen_on, sorted({0.0, *given}))
+            closed_form = {name: round(of_name.best_weight, 3) for name, of_name in statistics.items()}
+            found.best_weight = ErrorStatistics.joined(statistics.values()).best_weight
+        if not given:
             given = sorted({*closed_form.values()}) if self.per == "benchmark" else [round(found.best_weight, 3)]
             statistics = self._statistics(chosen_on, sorted({0.0, *given}))
         candidates = sorted({0.0, *given})
-        for split in dict.fromkeys((chosen_on, reported)):
-            outcomes = {name: self.scores(split, name, candidates) for name in self.data.benchmark_names}
+        for split in dict.fromkeys((chosen_on, reported) if all(rows) else (reported,)):
+            outcomes = {name: self.scores(split, name, candidates) for name in names}
             by_name = statistics if split == chosen_on else self._statistics(split, candidates)
             self._report(found, split, outcomes, by_name)
-            if split == chosen_on:
-                likelihood = ErrorStatistics.joined(by_name.values()).nll()
-                for_all = found.selected_weight = given[0] if len(given) == 1 else _select(outcomes, likelihood)
-                if self.per == "benchmark":
-                    each = {
-                        name: given[0] if len(given) == 1 else _select({name: outcomes[name]}, by_name[name].nll())
-                        for name in outcomes
-                    }
-                    found.selected_weight = {**(closed_form if weights is None else each), "all": for_all}
+            for name in of_own if not chosen else ():
+                of_name = names if name == "all" else [name]
+                nll = ErrorStatistics.joined(by_name[one] for one in of_name).nll()
+                best = given[0] if len(given) == 1 else _select({one: outcomes[one] for one in of_name}, nll)
+                chosen[name] = closed_form.get(name, best) if weights is None else best
+        found.selected_weight = chosen if self.per == "benchmark" else chosen["all"]
         self._compare(found, outcomes)
-        if weights is not None and len(given) > 1 and max(given) in map(found.weight_of, outcomes):
+        if not keeps and weights is not None and len(given) > 1 and max(given) in map(found.weight_of, names):
             found.verdicts.append(f"λ = {max(given):g} is the largest one tried: a larger one may be better still")
+        if few:
+            kept = "the run's own is kept" if keeps else "it may be luck"
+            what = f"{sum(rows)} {chosen_on} rows are too few to choose λ on, and {kept}; {ENOUGH} or more are advised"
+            found.verdicts.append(what)
+            log.warning(what)
         if self.per == "benchmark":
-            chosen = ", ".join(f"{name} {found.weight_of(name):g}" for name in outcomes)
-            found.verdicts.append(f"λ of each benchmark: {chosen}; the model keeps the best for all, {for_all:g}")
-        self.model.weight, self.model.static_decoder = for_all, None  # its caches are no longer needed
+            each = ", ".join(f"{name} {chosen[name]:g}" for name in names)
+            found.verdicts.append(f"λ of each benchmark: {each}; the model keeps the best for all, {chosen['all']:g}")
+        found.verdicts += self._settings_of_the_pilot()
+        self.model.weight, self.model.static_decoder = chosen["all"], None  # its caches are no longer needed
         self._fingerprint = None
         return found
+
+    def _settings_of_the_pilot(self) -> Iterator[str]:
+        """Say what a checkpoint brings for generation: further end tokens, which act, and settings, which do not."""
+        if len(ends := end_ids(self.tokenizer, self.model)) > 1:
+            yield f"answers end at any of {', '.join(map(str, self.tokenizer.convert_ids_to_tokens(ends)))}"
+        settings = self.model.generation_config.to_diff_dict()
+        if unused := [f"{key}={value}" for key, value in settings.items() if key not in SPECIAL and key[0] != "_"]:
+            yield f"the Pilot's generation_config.json is not used in evaluation: {', '.join(unused)}"
 
     @torch.no_grad()
     def _fit_gate(self, split: str) -> None:
@@ -267,8 +301,8 @@ class Evaluator:
         limit = self.decoding.max_new_tokens or self.data.benchmarks[benchmark].max_new_tokens
         if limit is not None:
             return limit
-        longest = self.data.summary()
-        return 2 + int(longest.get(f"{benchmark}/train", longest[f"{benchmark}/validation"])["target_max"])
+        parts = (self.data.summary().get(f"{benchmark}/{split}") for split in ("train", "validation", "test"))
+        return 2 + int(next(part for part in parts if part)["target_max"])
 
     def _key(self, mode: Mode, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Everything that an answer depends on, in contents, not in names."""

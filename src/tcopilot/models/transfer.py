@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PreTrainedTokenizerBase
 
 from tcopilot.models.configuration import TCopilotConfig
@@ -35,6 +37,10 @@ def transfer_problems(pilot: ModelSource, trained: TCopilotConfig, tokenizer: Pr
 
 def put_on(pilot: ModelSource, trained: TCopilotModel, tokenizer: PreTrainedTokenizerBase) -> TCopilotModel:
     """Return a fused model of another Pilot and the Copilot of a trained model, which is left without one."""
-    config = trained.config
+    config, stored = trained.config, pilot.stored_config
+    if (
+        isinstance(stored, TCopilotConfig) and stored.dtype is not None
+    ):  # it answers in the type that it was trained in
+        pilot = replace(pilot, dtype=str(stored.dtype).removeprefix("torch."))
     options = {"fusion": trained.fusion, "weight": config.weight, "feedback": config.feedback}
     return type(trained).from_pilot(pilot.load(tokenizer), trained.detach_copilot(), **options)

@@ -23,8 +23,11 @@ WEIGHT_COLUMNS = ["benchmark", "split", "metric", "weight", "value", "ci95_low",
 
 
 @rank_zero_only
-def log_evaluation(loggers: Sequence[Logger], results: Results, run_dir: str | Path) -> None:
-    """Show the final evaluation on every logger, and write both tables as `weights.csv` and `generations.csv`."""
+def log_evaluation(loggers: Sequence[Logger], results: Results, run_dir: str | Path, most: int = SHOWN) -> None:
+    """Show the final evaluation on every logger, and write both tables as `weights.csv` and `generations.csv`.
+
+    The latter has at most so many rows.
+    """
     run = RunDirectory(run_dir)
     figures: dict[str, float] = {"round": float(results.rounds)}
     for gain in results.gain:
@@ -38,7 +41,7 @@ def log_evaluation(loggers: Sequence[Logger], results: Results, run_dir: str | P
     weights = results.table()
     weights["selected"] = [row.weight == results.weight_of(row.benchmark) for row in results.rows]
     weights = weights[WEIGHT_COLUMNS]
-    generations = pd.DataFrame(side_by_side(results, run.predictions), columns=list(Answers._fields))
+    generations = pd.DataFrame(side_by_side(results, run.predictions, most), columns=list(Answers._fields))
     for path, table in ((run.weights, weights), (run.generations, generations)):
         write_whole(path, without_formulas(table).to_csv(index=False, lineterminator="\r\n"))
     for logger in loggers:
@@ -50,8 +53,8 @@ def log_evaluation(loggers: Sequence[Logger], results: Results, run_dir: str | P
         logger.finalize("success")  # flushes
 
 
-def side_by_side(results: Results, predictions: Path) -> list[Answers]:
-    """Answers of Pilot and fused model to the same rows, at most `SHOWN`; what the Copilot changed comes first.
+def side_by_side(results: Results, predictions: Path, most: int = SHOWN) -> list[Answers]:
+    """Answers of Pilot and fused model to the same rows, at most so many; what the Copilot changed comes first.
 
     They are shared out evenly among benchmarks and then among outcomes as far as there are rows, so shares in this
     table are not those of the split.
@@ -59,7 +62,7 @@ def side_by_side(results: Results, predictions: Path) -> list[Answers]:
     benchmarks = list(dict.fromkeys(gain.benchmark for gain in results.gain))
     shown: list[Answers] = []
     for place, name in enumerate(benchmarks):
-        room = (SHOWN - len(shown)) // (len(benchmarks) - place)
+        room = (most - len(shown)) // (len(benchmarks) - place)
         rows = answers_of_both(results, predictions, name)
         of_each = {kind: [row for row in rows if row.outcome == kind] for kind in OUTCOMES}
         ranked = sorted((place, kind) for kind, some in of_each.items() for place in range(len(some)))[:room]

@@ -14,10 +14,13 @@ from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.pilot import ModelSource
 
 
-def data_problems(cfg: DictConfig, pilot: PreTrainedConfig, data: TCopilotDataModule) -> list[str]:
-    """Problems that the prepared rows show: no rows to score, texts longer than the model."""
+def data_problems(
+    cfg: DictConfig, pilot: PreTrainedConfig, data: TCopilotDataModule, chooses: bool = True
+) -> list[str]:
+    """Problems that the prepared rows show: no rows to score or to choose λ on, texts longer than the model."""
     summary, reported = data.summary(), cfg.evaluation.report_on
-    needed_for = {"validation": "λ is chosen on validation rows", reported: f"evaluation.report_on={reported}"}
+    needed_for = {"validation": "λ is chosen on validation rows"} if chooses else {}
+    needed_for |= {reported: f"evaluation.report_on={reported}"}
     mends = {"validation": "set data.validation_size", "test": "add some, or use evaluation.report_on=validation"}
     problems = [
         f"{why}: {name} has no {split} rows; there are "
@@ -28,8 +31,8 @@ def data_problems(cfg: DictConfig, pilot: PreTrainedConfig, data: TCopilotDataMo
     ]
     for name, task in data.benchmarks.items():
         if task.catalogue is not None:
-            rows = (row for split in ("validation", "test") for row in data.evaluation_rows(split, name))
-            most_seen = max(len(row["seen"]) for row in rows)
+            splits = (split for split in ("validation", "test") if f"{name}/{split}" in summary)
+            most_seen = max(len(row["seen"]) for split in splits for row in data.evaluation_rows(split, name))
             problems += ranking_problems(name, task, cfg.evaluation.ranking, cfg.evaluation.ranking_beams, most_seen)
         elif "generation" not in cfg.evaluation.modes and not data.has_options(name):
             problems.append(
