@@ -347,6 +347,10 @@ def test_the_known_weight_keeps_its_gate(tmp_path):
     assert judge.model.copilot.gate.settings() == build_gate(gate).settings()
     judge.run([0.3])
     assert judge.model.copilot.gate.settings() != build_gate(gate).settings()
+    judge.model.set_gate(build_gate(gate))
+    judge.per = "all"
+    judge.run([0.5, 1.0], known=0.3)  # too few rows to choose on, but no gate was asked for
+    assert judge.model.copilot.gate is None
 
 
 def test_benchmarks_count_alike_in_the_choice_however_many_rows_they_have():

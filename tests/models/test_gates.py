@@ -177,7 +177,7 @@ def test_a_run_fits_its_gate_and_exports_it(family, tmp_path):
     fitted = config["copilot"]["gate"]
     assert fitted["per"] == "token"
     assert any(fitted["coefficients"])
-    again = composed.evaluate(folder, tmp_path / "again")
+    again = composed.evaluate(folder, tmp_path / "again", "fusion.weight=[0,1]")
     assert composed.results(again)["rows"] == composed.results(folder)["rows"]
     plain = composed.evaluate(folder, tmp_path / "plain", "fusion.per=all")
     of_pilot = [[row for row in composed.results(each)["rows"] if not row["weight"]] for each in (folder, plain)]
@@ -189,5 +189,5 @@ def test_a_run_fits_its_gate_and_exports_it(family, tmp_path):
 def test_an_evaluation_of_bfloat16_weights_repeats_the_figures_of_the_run(tmp_path):
     given = [*composed.SMALL, "pilot=tiny_llama", "adapter@pilot.adapter=lora", "pilot.dtype=bfloat16"]
     folder = composed.train(tmp_path / "run", *given, "copilot.head=soft", "fusion.weight=[0,1]")
-    again = composed.evaluate(folder, tmp_path / "again")
+    again = composed.evaluate(folder, tmp_path / "again", "fusion.weight=[0,1]")
     assert composed.results(again)["rows"] == composed.results(folder)["rows"]

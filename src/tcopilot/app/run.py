@@ -33,6 +33,7 @@ from tcopilot.evaluation.results import Results, git_revision
 from tcopilot.evaluation.trace import trace_problems, write_trace
 from tcopilot.models.adapters import merge_adapters
 from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.models.gates import GATES
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.models.transfer import put_on, transfer_problems
 from tcopilot.processes import (
@@ -212,7 +213,7 @@ def _evaluate(cfg: DictConfig) -> float:
             raise ConfigError(problems)
     keeps = known is not None and cfg.fusion.weight == "run" and cfg.fusion.per is None
     weights = [] if keeps else build.evaluation_weights(trained.fusion.weight)
-    chooses = known is None and (weights is None or len(weights) > 1)
+    chooses = cfg.fusion.per in GATES or (known is None and (weights is None or len(weights) > 1))
     data = build.prepare_data(trained, tokenizer, config.pilot, chooses)
     model = build.load_export(source.folder, config)
     if other is not None:

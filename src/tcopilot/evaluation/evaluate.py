@@ -136,8 +136,10 @@ class Evaluator:
         chosen = {name: own.get(name, own["all"]) for name in of_own} if keeps else {}
         if not (all(rows) or keeps or (weights is not None and len(weights) == 1)):
             raise ValueError(f"there are no {chosen_on} rows to choose λ on; give one λ")
-        if self.model.copilot is not None and not keeps:
-            self._fit_gate(chosen_on)
+        if self.model.copilot is not None:
+            gate, wanted = self.model.copilot.gate, self.per if self.per in GATES else None
+            if not keeps or (gate and gate.settings()["per"]) != wanted:
+                self._fit_gate(chosen_on)
         self._fingerprint = fingerprint(self.model)
 
         given, statistics, closed_form = [float(weight) for weight in (*(weights or ()), *chosen.values())], {}, {}
