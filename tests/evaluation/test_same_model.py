@@ -150,12 +150,15 @@ def test_where_nothing_is_corrected_the_fused_distribution_is_the_pilots_to_the_
     assert torch.equal(rule.fuse(log_probs, corrections, torch.tensor([2.0, 0.0])), log_probs)
 
 
-def judge_of(model, folder, tokenizer=None) -> Evaluator:
-    """An evaluator over a few generated rows."""
+def generated_rows() -> TCopilotDataModule:
     task = GeneratedTask(name="a", kind="word_problems", train=8, validation=6, test=8, max_new_tokens=6)
-    data, side = TCopilotDataModule({"a": task}, rounds=1), "right" if model.config.is_encoder_decoder else "left"
-    tokenizer = tokenizer or word_tokenizer(data.vocabulary)
-    data.prepare(tokenizer, side)
+    return TCopilotDataModule({"a": task}, rounds=1)
+
+
+def judge_of(model, folder, tokenizer) -> Evaluator:
+    """An evaluator over a few generated rows."""
+    data = generated_rows()
+    data.prepare(tokenizer, "right" if model.config.is_encoder_decoder else "left")
     return Evaluator(model, tokenizer, data, folder)
 
 
@@ -166,12 +169,12 @@ def said(folder, weight: float) -> list[str]:
 
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_generation_settings_of_the_checkpoint_change_no_answer_and_are_named(family, tmp_path):
-    found = {}
+    found, tokenizer = {}, word_tokenizer(generated_rows().vocabulary)
     for name in ("plain", "penalised"):
-        model = tiny_model(family, vocab=56, seed=2)  # a new Copilot, which says 0
+        model = tiny_model(family, vocab=len(tokenizer), seed=2)  # a new Copilot, which says 0
         if name == "penalised":
             model.generation_config.update(repetition_penalty=1.3, forced_eos_token_id=1, num_beams=2)
-        notes = judge_of(model, tmp_path / name).run([1.0]).verdicts
+        notes = judge_of(model, tmp_path / name, tokenizer).run([1.0]).verdicts
         found[name] = said(tmp_path / name, 0.0)
         assert said(tmp_path / name, 1.0) == found[name]
         assert any("repetition_penalty=1.3" in note for note in notes) == (name == "penalised")
