@@ -6,6 +6,7 @@ How a row is answered is a mode: as generated text, as the likeliest option, or 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,7 +38,8 @@ from tcopilot.settings import Rule, is_number, one_of
 from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 
 log = logging.getLogger(__name__)
-SPECIAL = (*(f"{name}_token_id" for name in ("pad", "bos", "eos", "decoder_start")), "transformers_version")
+SPECIAL = re.compile(r"(pad|bos|eos|decoder_start)_token_id|_|transformers_version|output_|return_dict|use_cache")
+"""Keys of a generation config that say nothing about how to decode."""
 ENOUGH = 50
 """Rows to choose λ on; the best of several on fewer is mostly luck."""
 PER = ("all", "benchmark", *GATES)
@@ -181,8 +183,8 @@ class Evaluator:
         """Say what a checkpoint brings for generation: further end tokens, which act, and settings, which do not."""
         if len(ends := end_ids(self.tokenizer, self.model)) > 1:
             yield f"answers end at any of {', '.join(map(str, self.tokenizer.convert_ids_to_tokens(ends)))}"
-        settings = self.model.generation_config.to_diff_dict()
-        if unused := [f"{key}={value}" for key, value in settings.items() if key not in SPECIAL and key[0] != "_"]:
+        settings = self.model.generation_config.to_diff_dict().items()
+        if unused := [f"{key}={value}" for key, value in settings if value and not SPECIAL.match(key)]:
             yield f"the Pilot's generation_config.json is not used in evaluation: {', '.join(unused)}"
 
     @torch.no_grad()
