@@ -59,7 +59,8 @@ def token_share_interval(hits: Sequence[int], tokens: Sequence[int]) -> Interval
     squared = stats.norm.ppf(0.975) ** 2
     middle = share + squared / (2 * effective)
     half = np.sqrt(squared * (share * (1 - share) + squared / (4 * effective)) / effective)
-    return tuple(float(np.clip(end / (1 + squared / effective), 0, 1)) for end in (middle - half, middle + half))
+    low, high = ((middle + sign * half) / (1 + squared / effective) for sign in (-1, 1))
+    return max(0.0, float(min(low, share))), min(1.0, float(max(high, share)))  # rounding must not lose the share
 
 
 def mean_interval(values: Sequence[float]) -> Interval:

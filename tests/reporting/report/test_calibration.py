@@ -46,4 +46,8 @@ def test_the_interval_covers_the_share_as_often_as_it_says():
         low, high = token_share_interval(draw.binomial(tokens_R, rate_R), tokens_R)
         covered += low <= 0.8 <= high
     assert 0.91 < covered / 400 < 0.99
+    for hits, share in ((0, 0.0), (3, 1.0)):
+        for rows in range(1, 200):
+            low, high = token_share_interval([hits] * rows, [3] * rows)
+            assert 0 <= low <= share <= high <= 1
     assert token_share_interval([4], [8])[1] - token_share_interval([4], [8])[0] > 0.7  # one row says little
