@@ -62,16 +62,13 @@ class Benchmark(ABC):
 
     Attributes:
         name: Its key in ``data.benchmarks`` and in the results.
-        prompt: Template of the prompt.
         target: Template of the target, without the end token.
         hub: Data set id on the Hugging Face Hub; None for data that is only local.
-        config: The Hub's configuration name.
-        revision: The Hub's revision (commit, tag); None is the newest.
+        revision: The Hub's commit or tag; None is the newest.
         splits: Our split names to the Hub's. Without ``validation`` the data module carves one from train.
         folder: Folder of the local copy under a common root; ``name`` unless given.
         metric: What λ is chosen by: a name for the share of right answers, or a metric of your own, which the
             benchmark's usual metrics then follow.
-        more_metrics: Further metrics to report.
         version: Raised whenever prompt, target or extraction change, since scores are then no longer comparable.
         max_new_tokens: Longest answer that decoding waits for, in tokens; None is what the longest training target
             needs with the Pilot's tokenizer.

@@ -214,13 +214,11 @@ def impossible_steps(figures: Mapping[str, float], tolerance: float = 1e-9) -> l
     different rankings, or from a metric that is computed wrongly.
 
     Args:
-        figures: ``hit@K`` and ``ndcg@K``, means over the same rows, as shares or all in per cent; others are ignored,
-            and so is a cutoff that has only one of the two.
+        figures: Means over the same rows, as shares or all in per cent. Only cutoffs with both ``hit@K`` and
+            ``ndcg@K`` count.
         tolerance: How far each figure may be off, such as half a unit of its last digit, in the figures' unit.
     """
-    cutoffs = sorted(
-        int(name.removeprefix("hit@")) for name in figures if name.startswith("hit@") and f"ndcg@{name[4:]}" in figures
-    )
+    cutoffs = sorted(int(name[4:]) for name in figures if name[:4] == "hit@" and f"ndcg@{name[4:]}" in figures)
     points = [(0, 0.0, 0.0), *((k, figures[f"hit@{k}"], figures[f"ndcg@{k}"]) for k in cutoffs)]
     steps = []
     for (k1, hit1, ndcg1), (k2, hit2, ndcg2) in pairwise(points):
@@ -241,13 +239,11 @@ def consistency_problems(figures: Mapping[str, float], tolerance: float = 1e-9) 
     >>> consistency_problems({"hit@1": 0.3, "ndcg@1": 0.2})
     ['from 0 to 1: hit rises by 0.3, so ndcg must rise by 0.3 to 0.3; it rises by 0.2']
     """
-    return [
-        f"from {step.first} to {step.last}: "
-        + (
-            f"hit falls by {-step.hit:.4g}, and it can only rise"
-            if step.hit < 0
-            else f"hit rises by {step.hit:.4g}, so ndcg must rise by {step.low:.4g} to {step.high:.4g}; "
-            f"it rises by {step.ndcg:.4g}"
-        )
-        for step in impossible_steps(figures, tolerance)
-    ]
+    problems = []
+    for step in impossible_steps(figures, tolerance):
+        said = f"hit falls by {-step.hit:.4g}, and it can only rise"
+        if step.hit >= 0:
+            must = f"{step.low:.4g} to {step.high:.4g}; it rises by {step.ndcg:.4g}"
+            said = f"hit rises by {step.hit:.4g}, so ndcg must rise by {must}"
+        problems.append(f"from {step.first} to {step.last}: {said}")
+    return problems

@@ -1,6 +1,7 @@
 """The types of question that reasoning benchmarks ask: named options, true or false, a number, a lettered option.
 
-All of them are judged twice, see :class:`TwoReadings`. A benchmark of one of these types is one YAML.
+All of them are judged twice, see :class:`TwoReadings`. A benchmark of one of these types is one YAML. Its settings
+called ``…_column`` name a column of the rows or a path into one, such as ``question.stem``.
 """
 
 from __future__ import annotations
@@ -87,14 +88,12 @@ class MultipleChoice(NamedAnswer):
     Further template word: ``options``, a line ``answer1: …`` for each.
 
     Attributes:
-        heading_column: Column of a heading that is put before the question with a colon; left out where it is empty.
-        question_column: Column of the question, or a path such as ``question.stem``.
-        option_columns: Columns or paths, each of one option or of a list of them, in order.
-        option_labels_column: Column or path of the list of the options' own labels, one of which the gold label is.
-            None, or a row without the last key of the path, counts the options as ``label`` says.
+        heading_column: A heading that is put before the question with a colon; left out where it is empty.
+        option_columns: Each holds one option or a list of them, in order.
+        option_labels_column: The list of the options' own labels, one of which the gold label is. None, or a row
+            without the last key of the path, counts the options as ``label`` says.
         option_name: Name of an option without its number.
         option_count: Options that each row must have; None takes what the row has.
-        label_column: Column or path of the gold option.
         label: How the label counts: ``zero_based`` or ``one_based`` (int or digits), or ``letter`` (A is the first).
     """
 
@@ -165,12 +164,7 @@ class MultipleChoice(NamedAnswer):
 
 @dataclass(kw_only=True)
 class YesNo(NamedAnswer):
-    """Ask whether something holds; the answer is ``true`` or ``false``.
-
-    Attributes:
-        question_column: Column or path of the question.
-        label_column: Column or path of the gold answer, a boolean.
-    """
+    """Ask whether something holds; the label is a boolean, the answer is ``true`` or ``false``."""
 
     words: ClassVar[frozenset[str]] = frozenset({"question", "names", "answer"})
     _pattern: ClassVar[str] = "true|false"
@@ -196,8 +190,7 @@ class NumberAnswer(TwoReadings):
     template by that column's name. Numbers are equal if they differ by at most 0.001.
 
     Attributes:
-        answer_column: Column or path of the answer, a text or a number.
-        split_on: Text between reasoning and number in that column; None if the column is the number alone.
+        split_on: Text between reasoning and number in the answer column; None if the column is the number alone.
         remove: Regular expression of what is taken out of the reasoning, such as a calculator's notes.
         marker: Text that stands before the number in targets and predictions.
     """
@@ -256,11 +249,8 @@ class LetteredOptions(TwoReadings):
     are not known, and a letter without reasoning is no text that the model was trained to write.
 
     Attributes:
-        question_column: Column or path of the question.
-        options_column: Column or path of the list of options, each of which begins with its letter, as in "A)12".
+        options_column: The list of options, each of which begins with its letter, as in "A)12".
         option_count: Options that each row must have.
-        label_column: Column or path of the gold letter.
-        reasoning_column: Column or path of the reasoning; None if there is none.
         marker: Text that stands before the letter in targets and predictions.
     """
 
