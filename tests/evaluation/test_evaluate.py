@@ -194,6 +194,26 @@ def test_editing_a_remark_answers_no_row_again(tmp_path, monkeypatch):
     assert list(written(tmp_path)[0]["scores"]) == ["exact_match"]
 
 
+def test_a_change_asks_only_those_rows_again_whose_answers_depend_on_it(tmp_path, monkeypatch):
+    asked = []
+    answered_by(monkeypatch, lambda row, weight: True, lambda rows: asked.append(rows[0]["benchmark"]))
+    names = ("word_problems", "multiple_choice")
+
+    def judged(**changes) -> list[int]:
+        asked.clear()
+        judge = evaluator("t5", tmp_path, *names)
+        judge.data.benchmarks["word_problems"].max_new_tokens = changes.get("max_new_tokens", 5)
+        judge.decoding.ranking_beams = changes.get("ranking_beams", 100)
+        judge.model.weight = changes.get("weight", 1.0)
+        for name in names:
+            judge.scores("test", name, [1.0])
+        return asked
+
+    assert judged() == [0, 1]
+    assert judged(ranking_beams=7, weight=0.5) == []  # nothing is ranked, and answers are at the λ that is asked for
+    assert judged(max_new_tokens=3) == [0]
+
+
 def test_repeating_an_evaluation_replaces_its_predictions(tmp_path):
     judge = evaluator("t5", tmp_path)
     for _ in range(2):
