@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
-from family_models import of_families
+from family_models import DECODER_ONLY, of_families
 
 from tcopilot import Copilot
 from tcopilot.models.log_attention import additive, causal_mask, log_mask, log_positions
+from tcopilot.models.states import StatePooler, trace_pilot
 
 SOURCE_MASK = torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()
 
@@ -164,6 +165,41 @@ def test_eager_and_sdpa_attention_agree(case, family):
     torch.testing.assert_close(run(copilot, log), before, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", of_families(*DECODER_ONLY))
+def test_rows_of_the_log_are_read_at_the_scale_that_the_projections_were_trained_on(tiny_pilot, family):
+    """Norms as in SmolLM2, about 0.25: rows of unit scale would make keys and values four times too large."""
+    pilot = tiny_pilot(family)
+    decoder = pilot.get_decoder()
+    with torch.no_grad():
+        for layer in decoder.layers:
+            layer.input_layernorm.weight.mul_(0.1).add_(0.15 - float(family.startswith("gemma")))
+        copilot = Copilot.from_pilot(pilot, pattern=2).eval()
+        rows, at = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0)), torch.arange(6)[None]
+        rotary = decoder.rotary_emb(rows, position_ids=at)
+        mask = additive(causal_mask(6, rows.device), rows.dtype)
+        for layer, own in zip(decoder.layers, copilot.body.layers, strict=True):
+            inputs = layer.input_layernorm(5 * rows)
+            expected, _ = layer.self_attn(inputs, position_embeddings=rotary, attention_mask=mask)
+            unit = copilot.source_in(5 * rows)
+            found, _ = own.self_attn(inputs, rotary, log_BSC=unit, log_mask=mask, log_rotary=rotary)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", of_families("t5", "bart"))
+def test_cross_attention_reads_the_encoders_output_at_the_scale_it_has_in_the_pilot(tiny_pilot, make_batch, family):
+    pilot = tiny_pilot(family)
+    norm = pilot.get_encoder().final_layer_norm if family == "t5" else pilot.get_encoder().layers[-1].final_layer_norm
+    with torch.no_grad():
+        norm.weight.fill_(0.2)
+        if family == "bart":
+            norm.bias.zero_()
+        states = trace_pilot(pilot, make_batch(pilot), StatePooler())
+        copilot = Copilot.from_pilot(pilot, layers=2)
+        torch.testing.assert_close(copilot.source_in(states.source_BMP), states.source_BMP, atol=1e-4, rtol=1e-3)
+        scale = copilot.states_in(states.states_BNP).square().mean(-1).sqrt()
+    torch.testing.assert_close(scale, torch.full_like(scale, 0.2), atol=1e-3, rtol=0)
+
+
 # An independent Copilot of the llama family: weights from the state dict, one position and one head at a time.
 
 
@@ -207,13 +243,14 @@ def copilot_by_hand(copilot, inputs, source, states, inclusive, log_layers=(1,))
         prefix = f"body.layers.{layer}"
         normed = [rms(h, weights[f"{prefix}.input_layernorm.weight"]) for h in hidden]
         for i in range(len(hidden)):
-            at = len(source) - 1 + i
+            place = len(source) - 1 + i
             if layer in log_layers:
-                memory = log[: 1 + len(source) + i + int(inclusive)]
-                hidden[i] = hidden[i] + attend(weights, f"{prefix}.self_attn.attention", normed[i], at, memory)
+                norm = weights[f"{prefix}.self_attn.norm.weight"]
+                memory = [(rms(row, norm), at) for row, at in log[: 1 + len(source) + i + int(inclusive)]]
+                hidden[i] = hidden[i] + attend(weights, f"{prefix}.self_attn.attention", normed[i], place, memory)
             else:
                 past = [(normed[j], len(source) - 1 + j) for j in range(i + 1)]
-                hidden[i] = hidden[i] + attend(weights, f"{prefix}.self_attn", normed[i], at, past)
+                hidden[i] = hidden[i] + attend(weights, f"{prefix}.self_attn", normed[i], place, past)
             x = rms(hidden[i], weights[f"{prefix}.post_attention_layernorm.weight"])
             gate, up, down = (weights[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
             hidden[i] = hidden[i] + down @ (torch.nn.functional.silu(gate @ x) * (up @ x))

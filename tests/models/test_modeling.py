@@ -7,7 +7,7 @@ import torch
 from family_models import FAST, of_families
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from tcopilot import Copilot, TCopilotCache, TCopilotConfig, TCopilotForCausalLM, TCopilotForSeq2SeqLM
@@ -598,6 +598,19 @@ def test_a_saved_model_loads_in_bfloat16(fuse, prompts, tmp_path, family):
     for parameter in model.pilot.parameters():  # model.bfloat16() would round the rotary frequencies too
         parameter.data = parameter.data.bfloat16()
     assert torch.equal(decode(loaded, tokens), decode(model, tokens))
+
+
+def test_an_export_of_an_earlier_format_is_refused_with_what_to_do(fuse, tmp_path):
+    fuse("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["copilot"].pop("format") == 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = (
+        "Copilot has weights of format 1, and this version of tcopilot reads format 2; use the version that saved it"
+    )
+    for read in (AutoConfig, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match=said):
+            read.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])

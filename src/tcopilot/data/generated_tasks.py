@@ -92,6 +92,30 @@ def _next_item(random: Random) -> tuple[str, str]:
     return " ".join(history), target
 
 
+UNITS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+
+
+def _in_words(number: int) -> str:
+    """Spell a number from -99 to 99.
+
+    >>> _in_words(-47), _in_words(30), _in_words(0)
+    ('minus forty seven', 'thirty', 'zero')
+    """
+    tens, unit = divmod(abs(number), 10)
+    said = UNITS[abs(number)] if tens < 2 else " ".join([TENS[tens - 2], *([UNITS[unit]] if unit else [])])
+    return f"minus {said}" if number < 0 else said
+
+
+def _signed_difference(random: Random) -> tuple[str, str]:
+    """Subtract: the words of x - y and of y - x are the same, and only their order tells the sign."""
+    x, y = random.randrange(100), random.randrange(100)
+    return f"what is {_in_words(x)} minus {_in_words(y)} ?", _in_words(x - y)
+
+
 class Kind(NamedTuple):
     """One family of tasks: ``draw`` makes a (prompt, target), ``words`` lists every word that it may use."""
 
@@ -102,6 +126,7 @@ class Kind(NamedTuple):
 KINDS = {
     "word_problems": Kind(_word_problem, WORD_PROBLEM_WORDS),
     "multiple_choice": Kind(_choice, CHOICE_WORDS),
+    "signed_difference": Kind(_signed_difference, ["what", "is", "minus", "?", *UNITS, *TENS]),
     "next_item": Kind(_next_item, [f"i{item}" for item in range(ITEMS)]),
 }
 
@@ -114,7 +139,7 @@ class GeneratedTask(ExactMatch):
     Prompts may repeat within train. The target starts with a space for the sake of byte and subword tokenizers.
 
     Attributes:
-        kind: ``word_problems``, ``multiple_choice`` or ``next_item``.
+        kind: ``word_problems``, ``multiple_choice``, ``signed_difference`` or ``next_item``.
         train: Number of rows; likewise ``validation`` and ``test``.
         seed: Seed of the draw. The world of ``multiple_choice`` is the same for every seed.
     """

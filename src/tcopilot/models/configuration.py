@@ -5,7 +5,7 @@ import math
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from tcopilot.models.copilot import CopilotConfig
+from tcopilot.models.copilot import FORMAT, CopilotConfig
 from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fusion import FusionRule, ProbabilityFusion, build_fusion
 
@@ -33,6 +33,11 @@ class TCopilotConfig(PreTrainedConfig):
         pilot = copy.deepcopy(pilot)
         if isinstance(copilot, CopilotConfig):
             copilot = copilot.to_dict()
+        if copilot is not None and copilot.get("format") != FORMAT:
+            raise ValueError(
+                f"this model's Copilot has weights of format {copilot.get('format', 1)}, and this version of tcopilot "
+                f"reads format {FORMAT}; use the version that saved it, or train it again"
+            )
         fusion = ProbabilityFusion() if fusion is None else fusion
         self.fusion = fusion.settings() if isinstance(fusion, FusionRule) else fusion
         build_fusion(self.fusion)

@@ -27,6 +27,8 @@ over which of the Pilot's layers h is pooled. An encoder-decoder has cross-atten
 POSITIONS = ("pilot", "none")
 READS = ("errors", "source", "states")
 """What a Copilot reads: ℓ_{<i}, X̃ and h̄. The paper's reads all; leaving one out is an ablation."""
+FORMAT = 2
+"""Of a Copilot's weights in an export. Since 2, each log attention layer has a norm for the rows of the log."""
 
 
 @dataclass
@@ -43,6 +45,7 @@ class CopilotConfig:
         tied: the soft head reads the error input's matrix as its unembedding.
         reads: which of `READS` it is shown; what is left out is hidden in training and decoding alike.
         gate: settings of the gate that scales its corrections in decoding and scoring; None for none.
+        format: of its weights; see `FORMAT`.
     """
 
     SETTINGS: ClassVar = {
@@ -65,6 +68,7 @@ class CopilotConfig:
     tied: bool = False
     reads: list[str] = field(default_factory=lambda: list(READS))
     gate: dict[str, Any] | None = None
+    format: int = FORMAT
 
     def __post_init__(self) -> None:
         require(self.SETTINGS, vars(self), "copilot")
@@ -167,6 +171,11 @@ class Copilot(nn.Module):
                 copilot.error_in.copy_(embeddings_VC)
             # A start at 0 would send a huge gradient through the first norm, and clipping would stall the rest.
             copilot.start.normal_(std=copilot.error_in.std().item())
+            if families.is_cross_attending(copilot.body):
+                for rows in (copilot.source_in, copilot.states_in):
+                    rows.norm.weight.fill_(families.memory_scale(donor))
+            else:  # like `start`, the null row meets a norm
+                copilot.null.normal_()
             if hasattr(copilot, "unembedding"):
                 copilot.unembedding.copy_(output_VC)
         copilot.error_in.requires_grad_(train_error_input and "errors" in config.reads)

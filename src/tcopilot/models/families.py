@@ -73,7 +73,7 @@ def _try_log_attention(config: PreTrainedConfig) -> None:
                 parameter.normal_(std=std)
             for index, layer in enumerate(body.layers):
                 stock, read = layer.self_attn, []
-                hook = stock.register_forward_pre_hook(
+                hook = layer.register_forward_pre_hook(
                     lambda _, given, named, read=read: read.extend((*given, *named.values())), with_kwargs=True
                 )
                 expected_BNC = body(inputs_embeds=inputs_BNC, **options).last_hidden_state
@@ -133,7 +133,10 @@ def build_body(config: PreTrainedConfig) -> nn.Module:
 def load_decoder_weights(body: nn.Module, donor: PreTrainedModel) -> None:
     """Copy the donor's first decoder layers into `body`, wrapped or not; a donor with LoRA adapters is refused."""
     given = donor.get_decoder().state_dict()
-    origin = {name: name.replace(f".{LogAttention.WRAPPED}.", ".") for name in body.state_dict()}
+    origin = {  # log attention holds the stock attention and a copy of the layer's input norm
+        name: name.replace(".self_attn.norm.", ".input_layernorm.").replace(".self_attn.attention.", ".self_attn.")
+        for name in body.state_dict()
+    }
     if missing := sorted(set(origin.values()) - set(given)):
         raise ValueError(
             f"the donor's decoder has no weights {missing[:3]} ({len(missing)} in all). Build the Copilot before "
@@ -145,13 +148,13 @@ def load_decoder_weights(body: nn.Module, donor: PreTrainedModel) -> None:
 def install_log_attention(body: nn.Module, layers: list[int]) -> None:
     """Replace the self-attention of decoder-only layers (0-based) by log attention (Eq. 5–6)."""
     for index in layers:
-        attention = body.layers[index].self_attn
+        attention, norm = body.layers[index].self_attn, getattr(body.layers[index], "input_layernorm", nn.Identity())
         if not all(hasattr(attention, name) for name in LogAttention.NEEDED):
             raise UnsupportedFamilyError(
                 f"{type(attention).__name__} has no separate q_proj, k_proj, v_proj and o_proj, which log "
                 f"attention needs"
             )
-        body.layers[index].self_attn = LogAttention(attention)
+        body.layers[index].self_attn = LogAttention(attention, copy.deepcopy(norm))
 
 
 def remove_positions(body: nn.Module) -> None:
@@ -194,6 +197,16 @@ def new_cache(body: nn.Module) -> Cache:
     """An empty cache for `run_body`. Built without a config, so that sliding windows never truncate the log."""
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if is_cross_attending(body) else DynamicCache()
     return with_room(cache)
+
+
+def memory_scale(donor: PreTrainedModel) -> float:
+    """Root mean square of what a donor's cross-attention was trained to read: its encoder's output, behind a norm."""
+    encoder = donor.get_encoder()
+    norm = encoder.layers[-1] if hasattr(encoder, "layers") else encoder
+    squares = [
+        parameter.detach().float().square() for parameter in norm.final_layer_norm.parameters()
+    ]  # w, and b if any
+    return sum(squares).mean().sqrt().item()
 
 
 def input_embeddings(model: PreTrainedModel) -> Tensor:

@@ -19,23 +19,23 @@ CONTEXTS = ("strict", "inclusive")
 class LogAttention(nn.Module):
     """Stands in for a decoder-only layer's self-attention; queries from the Copilot, keys and values from the log.
 
-    Wraps the family's own attention module, so weights, head layout, kernels and adapters stay the family's. The
-    log's arguments reach it through the stock decoder, which hands unknown keyword arguments on to its attention.
+    Wraps the family's own attention module, so weights, head layout, kernels and adapters stay the family's. Rows of
+    the log pass through a copy of the layer's input norm, since the projections were trained behind it. The log's
+    arguments reach it through the stock decoder, which hands unknown keyword arguments on to its attention.
     """
 
     NEEDED = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling")
-    WRAPPED = "attention"  # name of the stock module, in weight names too
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: nn.Module, norm: nn.Module) -> None:
         super().__init__()
-        self.attention = attention
+        self.attention, self.norm = attention, norm
 
     def forward(
         self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None,
         *, log_BSC, log_mask, log_rotary, **kwargs,
     ):  # fmt: skip
         """Attend from `hidden_states` [B, N, C] to the log; new rows `log_BSC` join those in the cache."""
-        stock = self.attention
+        stock, log_BSC = self.attention, self.norm(log_BSC)
         query_BHND = _heads(stock.q_proj(hidden_states), stock.head_dim, getattr(stock, "q_norm", None))
         key_BHSD = _heads(stock.k_proj(log_BSC), stock.head_dim, getattr(stock, "k_norm", None))
         value_BHSD = _heads(stock.v_proj(log_BSC), stock.head_dim)

@@ -27,7 +27,7 @@ from tcopilot import processes
 from tcopilot.training.serialization import CheckpointError, pack, unpack
 
 log = logging.getLogger(__name__)
-FORMAT, VERSION = "tcopilot checkpoint", 1
+FORMAT, VERSION = "tcopilot checkpoint", 2
 PER_RANK = "per_rank"  # key of the state that belongs to one process; `save` puts it into that process's files
 MANIFEST = "manifest.json"
 KINDS = ("json", "safetensors")
