@@ -25,7 +25,7 @@ from tcopilot.mistake_log.rounds import LoggedRecords, LoggedRound, SeenRows, jo
 from tcopilot.mistake_log.spill import Spill
 from tcopilot.mistake_log.storage import DenseStorage, Storage, dtype_name, is_frozen
 from tcopilot.models.states import PilotStates
-from tcopilot.settings import DTYPE, SEED, one_of, require, whole
+from tcopilot.settings import DTYPE, FLAG, SEED, one_of, require, whole
 
 ROWS_AT_ONCE = 64  # whose p̂ is formed together, which bounds the temporary memory of an append
 
@@ -63,6 +63,8 @@ class MistakeLog:
         seed: of the draws.
         spill: folder for memory-mapped files, to which all rounds but the newest go; draws are the same.
         rows: `all`, or `first_visit` to log only errors from before the Pilot was ever trained on their row.
+        dropout: whether what training records comes from the pass that the Pilot learns from, dropout included; if
+            not, a further pass without dropout is recorded.
 
     Attributes:
         pilot: what rebuilds X̃ and p̂ from frozen parts: the Pilot of the last append. Set it to draw from a restored
@@ -76,6 +78,7 @@ class MistakeLog:
         "dtype": DTYPE,
         "seed": SEED,
         "rows": one_of(("all", "first_visit")),
+        "dropout": FLAG,
     }
 
     def __init__(
@@ -88,13 +91,15 @@ class MistakeLog:
         seed: int = 0,
         spill: str | None = None,
         rows: str = "all",
+        dropout: bool = True,
     ) -> None:
-        given = {"capacity_rounds": capacity_rounds, "max_bytes": max_bytes, "rows": rows}
+        given = {"capacity_rounds": capacity_rounds, "max_bytes": max_bytes, "rows": rows, "dropout": dropout}
         require(self.SETTINGS, given, "mistake_log.log")
         self.capacity_rounds, self.max_bytes = capacity_rounds, max_bytes
         self.policy, self.storage = policy or Fifo(), storage or DenseStorage()
         self.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         self.spill = None if spill is None else Spill(spill)
+        self.dropout = dropout
         self.pilot: PreTrainedModel | None = None
         self.seen_rounds = 0
         self._held = LoggedRecords(self.policy.weights)

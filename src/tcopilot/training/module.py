@@ -239,7 +239,8 @@ class TCopilotModule(LightningModule):
         """Trace a micro-batch and log it; returns its share of the Pilot's loss, times the number of ranks."""
         states = self._trace(batch)  # steps 2 to 4: p̂, X̃ and h
         if is_logged:
-            self.mistake_log.append(states, extend=extend)  # steps 5 and 6: ℓ follows from p̂ and the targets
+            recorded = states if self.mistake_log.dropout else self._trace_without_dropout(batch)
+            self.mistake_log.append(recorded, extend=extend)  # steps 5 and 6: ℓ follows from p̂ and the targets
         return self._pilot_loss(states) * self.trainer.world_size / tokens
 
     def _pilot_loss(self, states: PilotStates) -> Tensor:
@@ -254,15 +255,20 @@ class TCopilotModule(LightningModule):
         return loss.detach()
 
     @torch.no_grad()
-    def _log_held_out(self, batch: Batch | None) -> None:
-        """Log errors on rows that the Pilot never trains on, as it would answer them: without dropout."""
-        if batch is None or not self.copilot_learns:
-            return
+    def _trace_without_dropout(self, batch: Batch) -> PilotStates:
+        """A further forward pass, in which the Pilot errs as it does when it answers."""
         training = self.model.pilot.training
         self.model.pilot.eval()
-        for i, part in enumerate(batch.split(self.micro_batch_size or len(batch))):
-            self.mistake_log.append(self._trace(part), extend=i > 0)
+        states = self._trace(batch)
         self.model.pilot.train(training)
+        return states
+
+    def _log_held_out(self, batch: Batch | None) -> None:
+        """Log errors on rows that the Pilot never trains on."""
+        if batch is None or not self.copilot_learns:
+            return
+        for i, part in enumerate(batch.split(self.micro_batch_size or len(batch))):
+            self.mistake_log.append(self._trace_without_dropout(part), extend=i > 0)
 
     def _draw(self) -> MistakeRecord:
         return self.mistake_log.sample(self.copilot_batch_size // self.trainer.world_size, self.device)
