@@ -98,6 +98,28 @@ def test_prioritised_next_to_never_draws_a_record_without_error():
     assert follows(observed[1:], [1, 2])
 
 
+@pytest.mark.parametrize("correction", [0.0, 0.5, 1.0])
+def test_importance_makes_up_for_how_often_prioritised_draws_a_record(correction):
+    log = filled(Prioritised(correction=correction), rows=(3, 4))
+    shares = log.concatenated("energy").double().sqrt()
+    shares /= shares.sum()
+    importance = log.policy.importance(log.held, torch.arange(7))
+    if not correction:
+        assert importance is None
+        assert log.sample(5).importance_B is None
+        return
+    torch.testing.assert_close(importance.double(), (7 * shares) ** -correction, rtol=1e-4, atol=0)
+    values = torch.arange(7.0).double()  # a loss of each record: its mean over draws is that of uniform draws, at 1
+    expected = (shares * importance.double() * values).sum()
+    assert (expected.item() == pytest.approx(values.mean().item(), rel=1e-4)) == (correction == 1)
+    assert set(log.sample(64).importance_B.tolist()) <= set(importance.tolist())
+
+
+def test_a_correction_that_is_no_share_is_refused():
+    with pytest.raises(ValueError, match=r"mistake_log\.log\.policy\.correction=2: must be a number, from 0 to 1"):
+        Prioritised(correction=2)
+
+
 @pytest.mark.parametrize("policy", [Prioritised, Balanced])
 def test_policies_with_replacement_always_give_the_records_asked_for(policy):
     assert len(filled(policy()).sample(40).targets_BN) == 40

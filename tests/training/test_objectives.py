@@ -111,6 +111,25 @@ def test_the_chunked_loss_equals_the_naive_one_in_value_and_gradients(
     assert all(grad.abs().max() > 1e-4 for grad in grads)
 
 
+@pytest.mark.parametrize("rows_per_chunk", [5, 100])
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_importance_of_a_record_multiplies_its_losses(case, monkeypatch, padded, rows_per_chunk):
+    monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", rows_per_chunk * 56)
+    copilot, record, hidden = case("linear")
+    if not padded:
+        record = record._replace(target_mask_BN=torch.ones(3, 5, dtype=torch.bool), tokens_R=torch.arange(15))
+    of_rows = []
+    for row in range(3):
+        alone = {
+            name: value[row : row + 1] for name, value in record._asdict().items() if name.endswith(("BN", "BNV"))
+        }
+        alone["tokens_R"] = record.target_mask_BN[row].nonzero().squeeze(-1)
+        of_rows.append(objective_sum(MeanSquaredError(), copilot, record._replace(**alone), hidden[row : row + 1]))
+    weighed = record._replace(importance_B=torch.tensor([0.5, 3.0, 1.5]))
+    expected = 0.5 * of_rows[0] + 3 * of_rows[1] + 1.5 * of_rows[2]
+    torch.testing.assert_close(objective_sum(MeanSquaredError(), copilot, weighed, hidden), expected)
+
+
 def test_padding_has_no_part_in_the_loss(case):
     copilot, record, hidden = case("linear")
     before = objective_sum(MeanSquaredError(), copilot, record, hidden)

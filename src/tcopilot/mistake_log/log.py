@@ -34,6 +34,7 @@ class MistakeRecord(NamedTuple):
     """Records drawn from the log, padded to one shape, on the training device.
 
     `tokens_R` indexes the target tokens in the flattened [B, N]; it is made on the host, where the masks are known.
+    `importance_B` multiplies the records' losses, see `SamplingPolicy.importance`.
     """
 
     source_BMP: Tensor
@@ -43,6 +44,7 @@ class MistakeRecord(NamedTuple):
     targets_BN: Tensor
     target_mask_BN: Tensor
     tokens_R: Tensor
+    importance_B: Tensor | None = None
 
     @property
     def errors_BNV(self) -> Tensor:
@@ -224,8 +226,9 @@ class MistakeLog:
         held = self.held
         if not len(held):
             raise ValueError("the Mistake Log is empty: append a round before drawing from it")
-        found = map(held.find, self.policy.draw(held, records, self._generator).tolist())
-        drawn = [logged.record(row) for logged, row in found]
+        indices = self.policy.draw(held, records, self._generator)
+        importance_B = self.policy.importance(held, indices)
+        drawn = [logged.record(row) for logged, row in map(held.find, indices.tolist())]
         on_host = {name: pad_sequence([one[name] for one in drawn], batch_first=True) for name in drawn[0]}
         tokens_R = on_host["target_mask"].flatten().nonzero().squeeze(-1)
         padded = {name: to_device(tensor, device) for name, tensor in on_host.items()}
@@ -237,6 +240,7 @@ class MistakeLog:
             padded["targets"],
             padded["target_mask"],
             to_device(tokens_R, device),
+            None if importance_B is None else to_device(importance_B, device),
         )
 
     def _embedded(self, source_ids_BM: Tensor, source_mask_BM: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ A policy should not walk over the log in a draw: weighted draws go through the l
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from tcopilot.mistake_log.rounds import LoggedRecords, LoggedRound
+from tcopilot.settings import number, require
 
 WEIGHT_UNIT = 2**32  # a weight of 1.0 as a whole number
 
@@ -28,6 +29,10 @@ class SamplingPolicy(ABC):
     @abstractmethod
     def draw(self, log: LoggedRecords, records: int, generator: Generator) -> Tensor:
         """Indices of the records drawn, counted over the log oldest first."""
+
+    def importance(self, log: LoggedRecords, drawn: Tensor) -> Tensor | None:
+        """Factors of the drawn records' losses, to make up for how often each is drawn; None leaves losses alone."""
+        return None
 
 
 class Fifo(SamplingPolicy):
@@ -57,7 +62,17 @@ class Reservoir(Fifo):
 
 
 class Prioritised(SamplingPolicy):
-    """The newest rounds, each record drawn in proportion to the root of its mean ‖ℓ‖², with replacement."""
+    """The newest rounds, each record drawn in proportion to the root of its mean ‖ℓ‖², with replacement.
+
+    So the Copilot minimises a loss in which large errors count more. `correction` β makes up for it in part (0 to 1):
+    a record drawn with probability p from a log of n counts (n p)^−β times; at 1 the loss is that of uniform draws.
+    """
+
+    SETTINGS: ClassVar = {"correction": number(0, 1)}
+
+    def __init__(self, correction: float = 0.0) -> None:
+        require(self.SETTINGS, {"correction": correction}, "mistake_log.log.policy")
+        self.correction = correction
 
     def weights(self, logged: LoggedRound) -> dict[Any, Tensor]:
         """√energy, a NaN counting as 1 (the loss reports it); ‖ℓ‖² is at most 2."""
@@ -68,6 +83,14 @@ class Prioritised(SamplingPolicy):
         """Independent draws; a record without any error is almost never drawn."""
         places = _random_integers(records, generator)
         return torch.tensor([log.pick("error", place) for place in places])
+
+    def importance(self, log: LoggedRecords, drawn: Tensor) -> Tensor | None:
+        """(n p)^−β of each record."""
+        if not self.correction:
+            return None
+        found = map(log.find, drawn.tolist())
+        weights_B = torch.stack([self.weights(logged)["error"][row] for logged, row in found])
+        return (log.total("error") / (len(log) * weights_B)).float() ** self.correction
 
 
 class Balanced(SamplingPolicy):
@@ -90,8 +113,8 @@ class Balanced(SamplingPolicy):
 def _without_replacement(n: int, k: int, generator: Generator) -> Tensor:
     """The first min(k, n) places of a random order of 0 … n − 1, in O(k): Fisher–Yates on the swapped places only."""
     swapped, drawn = dict[int, int](), []
-    for i, number in enumerate(_random_integers(min(k, n), generator)):
-        j = i + number % (n - i)
+    for i, chosen in enumerate(_random_integers(min(k, n), generator)):
+        j = i + chosen % (n - i)
         drawn.append(swapped.get(j, j))
         swapped[j] = swapped.get(i, i)
     return torch.tensor(drawn, dtype=torch.int64)

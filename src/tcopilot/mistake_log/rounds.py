@@ -97,6 +97,10 @@ class LoggedRecords:
         """Groups of weights of which some record held has one above 0."""
         return [group for group, sums in self._sums.items() if sums[-1] and group is not RECORDS]
 
+    def total(self, group: Any) -> int:
+        """Sum of a group's weights over all records."""
+        return int(self._sums[group][-1])
+
     def find(self, index: int) -> tuple[LoggedRound, int]:
         """Return the round of a record, counted over all rounds oldest first, and its row there."""
         place, row = self._place(RECORDS, index)
@@ -107,7 +111,7 @@ class LoggedRecords:
 
         Uniform numbers thus find records in proportion to their weight.
         """
-        place, rest = self._place(group, number % int(self._sums[group][-1]))
+        place, rest = self._place(group, number % self.total(group))
         ends_B = self._weigh(self.rounds[place])[group].cumsum(0)
         return int(self._sums[RECORDS][place]) + int(torch.searchsorted(ends_B, rest, right=True))
 
