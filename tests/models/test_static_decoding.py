@@ -63,7 +63,8 @@ def test_the_step_compiles_as_one_graph_and_gives_the_same_tokens(fuse, prompts,
     assert torch.equal(decode(model, tokens, **COMPILED), decode(model, tokens))
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["t5", "llama"])
 def test_one_compilation_serves_every_weight_and_texts_of_similar_length(fuse, prompts, family):
     model = fuse(family)
     tokens = prompts(model.pilot, padded=True)
