@@ -101,7 +101,7 @@ def test_prioritised_next_to_never_draws_a_record_without_error():
 @pytest.mark.parametrize("correction", [0.0, 0.5, 1.0])
 def test_importance_makes_up_for_how_often_prioritised_draws_a_record(correction):
     log = filled(Prioritised(correction=correction), rows=(3, 4))
-    shares = log.concatenated("energy").double().sqrt()
+    shares = torch.cat([logged.tensors["energy"] for logged in log.rounds]).double().sqrt()
     shares /= shares.sum()
     importance = log.policy.importance(log.held, torch.arange(7))
     if not correction:
