@@ -228,7 +228,7 @@ class MistakeLog:
             raise ValueError("the Mistake Log is empty: append a round before drawing from it")
         indices = self.policy.draw(held, records, self._generator)
         importance_B = self.policy.importance(held, indices)
-        drawn = [logged.record(row) for logged, row in map(held.find, indices.tolist())]
+        drawn = [self._record(*held.find(index)) for index in indices.tolist()]
         on_host = {name: pad_sequence([one[name] for one in drawn], batch_first=True) for name in drawn[0]}
         tokens_R = on_host["target_mask"].flatten().nonzero().squeeze(-1)
         padded = {name: to_device(tensor, device) for name, tensor in on_host.items()}
@@ -242,6 +242,9 @@ class MistakeLog:
             to_device(tokens_R, device),
             None if importance_B is None else to_device(importance_B, device),
         )
+
+    def _record(self, logged: LoggedRound, row: int) -> dict[str, Tensor]:
+        return logged.record(row)  # the memory estimate has another one
 
     def _embedded(self, source_ids_BM: Tensor, source_mask_BM: Tensor) -> Tensor:
         """X̃ from the prompt's ids, through the Pilot's frozen embedding."""

@@ -21,7 +21,7 @@ from tcopilot.app.memory.live_memory import LiveMemory
 from tcopilot.app.trainer import FIXED, quiet_lightning
 from tcopilot.data.batch import Batch
 from tcopilot.mistake_log.log import MistakeLog
-from tcopilot.mistake_log.rounds import ABOUT_RECORD
+from tcopilot.mistake_log.rounds import ABOUT_RECORD, LoggedRound
 from tcopilot.models.caches import LEAST_ROOM
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.training.callbacks import MistakeLogCallback
@@ -131,8 +131,8 @@ class _ShapesOnly(LiveMemory):
 class _FullLog(MistakeLog):
     """A log whose records are all as long as the longest."""
 
-    def _record(self, index: int) -> dict[str, Tensor]:
-        return {name: rows[0] for name, rows in self.rounds[-1].tensors.items() if name not in ABOUT_RECORD}
+    def _record(self, logged: LoggedRound, row: int) -> dict[str, Tensor]:
+        return {name: rows[0] for name, rows in logged.tensors.items() if name not in ABOUT_RECORD}
 
 
 def _fit(
