@@ -16,9 +16,6 @@ class TCopilotConfig(PreTrainedConfig):
     Pilot and Copilot may be configs or their dictionaries; no Copilot is a bare Pilot. `fusion` is a rule or its
     settings, the dotted path of its class among them; None is Eq. 8. λ = 0 is the Pilot, exactly. Feedback is
     `observed`, or `own` (Algorithm 2 as written).
-
-    Raises:
-        ValueError: if λ is negative, the feedback is unknown, or the fusion rule is none or is not imported.
     """
 
     model_type = "t_copilot"

@@ -121,22 +121,18 @@ class Copilot(nn.Module):
         error_input: str = "embedding", train_error_input: bool = True, tokens: int | None = None,
         dropout: float | None = None, **options: Any,
     ) -> "Copilot":  # fmt: skip
-        """Build a Copilot for a Pilot, from the Pilot's own decoder or from another checkpoint of its family.
+        """Build a Copilot for a Pilot, before adapters are injected, from the decoder of a donor of the same family.
 
         Args:
-            pilot: the Pilot, before adapters are injected.
+            pilot: the Pilot.
             layers: depth; the donor's first layers are copied. Default: all of them.
-            donor: another model of the family with the same vocabulary, of any width (the paper's small Copilots).
+            donor: a model with the same vocabulary, of any width (the paper's small Copilots). Default: the Pilot.
             error_input: start of the map that reads ℓ: `embedding` (Eᵀℓ) or `normal` (N(0, 1)).
             train_error_input: whether that map is trained. Keep it frozen with LoRA.
             tokens: size of the tokenizer that both share. Needed where their matrices differ in padding rows, as
                 those of Qwen2.5-7B (152,064) and Qwen2.5-0.5B (151,936) do; the Copilot takes the Pilot's rows.
             dropout: of the body while it is trained; None keeps the donor's.
             **options: fields of `CopilotConfig`.
-
-        Raises:
-            ValueError: if the vocabularies differ, the depth does not fit or an option is unknown.
-            UnsupportedFamilyError: if the family's decoder cannot carry log attention.
         """
         donor = pilot if donor is None else donor
         families.check_family(donor.config)

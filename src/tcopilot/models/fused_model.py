@@ -52,15 +52,9 @@ class TCopilotModel(PreTrainedModel):
         cls, pilot: PreTrainedModel, copilot: Copilot | None = None, *, fusion: FusionRule | None = None,
         weight: float = 1.0, feedback: str = "observed", **copilot_options: Any,
     ) -> "TCopilotModel":  # fmt: skip
-        """Fuse a loaded Pilot, which is not copied, with a Copilot; None builds one, a no-op until trained.
+        """Fuse a loaded Pilot, which is not copied, with a Copilot, by Eq. 8 unless another rule is given.
 
-        Args:
-            pilot: the Pilot.
-            copilot: a Copilot for it, or None for `Copilot.from_pilot(pilot, **copilot_options)`.
-            fusion: the fusion rule; None is `ProbabilityFusion` (Eq. 8).
-            weight: λ.
-            feedback: `observed` or `own`.
-            **copilot_options: `layers`, `head`, `context`, ….
+        None builds a Copilot by `Copilot.from_pilot(pilot, **copilot_options)`, which is a no-op until trained.
         """
         if copilot is None:
             copilot = Copilot.from_pilot(pilot, **copilot_options)
@@ -172,22 +166,17 @@ class TCopilotModel(PreTrainedModel):
         stream of its own on a GPU, before it elsewhere. In inclusive context it reads h̄ of this step and comes after.
         """
         if token_B1.shape[1] != 1:
-            raise ValueError(
-                f"{token_B1.shape[1]} tokens after a filled cache: a fused model takes them one at a time; "
-                f"pass the whole text without a cache, or use generate"
-            )
+            mend = "takes them one at a time; pass the whole text without a cache, or use generate"
+            raise ValueError(f"{token_B1.shape[1]} tokens after a filled cache: a fused model {mend}")
         if self.copilot is None:
             out = run_pilot()
             return out, torch.log_softmax(out.logits.float(), dim=-1), None
         copilot, feedback, state = self.copilot, self.config.feedback, cache.copilot
         if copilot.is_strict:
             body = Beside(token_B1.device, lambda: advance(copilot, feedback, token_B1, state.pending_B1P, state))
-            out = run_pilot()
-            hidden_B1C, states_B1P = body.result(), self._pooled(out)
-        else:
-            out = run_pilot()
-            states_B1P = self._pooled(out)
-            hidden_B1C = advance(copilot, feedback, token_B1, states_B1P, state)
+        out = run_pilot()
+        states_B1P = self._pooled(out)
+        hidden_B1C = body.result() if copilot.is_strict else advance(copilot, feedback, token_B1, states_B1P, state)
         log_probs_B1V = torch.log_softmax(out.logits.float(), dim=-1)
         return out, log_probs_B1V, conclude(copilot, feedback, hidden_B1C, log_probs_B1V, states_B1P, state)
 
