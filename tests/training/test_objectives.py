@@ -77,6 +77,7 @@ def case(tiny_pilot, randomise):
             targets_BN=torch.randint(0, 56, (3, 5), generator=generator),
             target_mask_BN=mask,
             tokens_R=mask.flatten().nonzero().squeeze(-1),
+            importance_B=torch.ones(3),
         )
         return copilot, record, torch.randn(3, 5, 32, generator=generator, requires_grad=True)
 
@@ -123,7 +124,7 @@ def test_the_importance_of_a_record_multiplies_its_losses(case, monkeypatch, pad
         alone = {
             name: value[row : row + 1] for name, value in record._asdict().items() if name.endswith(("BN", "BNV"))
         }
-        alone["tokens_R"] = record.target_mask_BN[row].nonzero().squeeze(-1)
+        alone |= {"tokens_R": record.target_mask_BN[row].nonzero().squeeze(-1), "importance_B": torch.ones(1)}
         of_rows.append(objective_sum(MeanSquaredError(), copilot, record._replace(**alone), hidden[row : row + 1]))
     weighed = record._replace(importance_B=torch.tensor([0.5, 3.0, 1.5]))
     expected = 0.5 * of_rows[0] + 3 * of_rows[1] + 1.5 * of_rows[2]

@@ -44,7 +44,7 @@ class MistakeRecord(NamedTuple):
     targets_BN: Tensor
     target_mask_BN: Tensor
     tokens_R: Tensor
-    importance_B: Tensor | None = None
+    importance_B: Tensor
 
     @property
     def errors_BNV(self) -> Tensor:
@@ -227,7 +227,6 @@ class MistakeLog:
         if not len(held):
             raise ValueError("the Mistake Log is empty: append a round before drawing from it")
         indices = self.policy.draw(held, records, self._generator)
-        importance_B = self.policy.importance(held, indices)
         drawn = [self._record(*held.find(index)) for index in indices.tolist()]
         on_host = {name: pad_sequence([one[name] for one in drawn], batch_first=True) for name in drawn[0]}
         tokens_R = on_host["target_mask"].flatten().nonzero().squeeze(-1)
@@ -240,7 +239,7 @@ class MistakeLog:
             padded["targets"],
             padded["target_mask"],
             to_device(tokens_R, device),
-            None if importance_B is None else to_device(importance_B, device),
+            to_device(self.policy.importance(held, indices), device),
         )
 
     def _record(self, logged: LoggedRound, row: int) -> dict[str, Tensor]:

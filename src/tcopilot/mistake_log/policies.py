@@ -30,9 +30,9 @@ class SamplingPolicy(ABC):
     def draw(self, log: LoggedRecords, records: int, generator: Generator) -> Tensor:
         """Indices of the records drawn, counted over the log oldest first."""
 
-    def importance(self, log: LoggedRecords, drawn: Tensor) -> Tensor | None:
-        """Factors of the drawn records' losses, to make up for how often each is drawn; None leaves losses alone."""
-        return None
+    def importance(self, log: LoggedRecords, drawn: Tensor) -> Tensor:
+        """Factors [B] of the drawn records' losses, by which a policy can make up for how often it draws each."""
+        return torch.ones(len(drawn))
 
 
 class Fifo(SamplingPolicy):
@@ -84,10 +84,10 @@ class Prioritised(SamplingPolicy):
         places = _random_integers(records, generator)
         return torch.tensor([log.pick("error", place) for place in places])
 
-    def importance(self, log: LoggedRecords, drawn: Tensor) -> Tensor | None:
+    def importance(self, log: LoggedRecords, drawn: Tensor) -> Tensor:
         """(n p)^−β of each record."""
         if not self.correction:
-            return None
+            return super().importance(log, drawn)
         found = map(log.find, drawn.tolist())
         weights_B = torch.stack([self.weights(logged)["error"][row] for logged, row in found])
         return (log.total("error") / (len(log) * weights_B)).float() ** self.correction

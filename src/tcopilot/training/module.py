@@ -289,10 +289,7 @@ class TCopilotModule(LightningModule):
             inputs_BNC = torch.where(use_own_B11, copilot.inputs(own_BNV), inputs_BNC)
         hidden_BNC, _ = copilot(inputs_BNC, *memory)
         total = objective_sum(self.objective, copilot, record, hidden_BNC)
-        counted_BN = record.target_mask_BN.float()
-        if record.importance_B is not None:
-            counted_BN = counted_BN * record.importance_B[:, None]
-        tokens = self._sum_over_ranks(counted_BN.sum())
+        tokens = self._sum_over_ranks((record.target_mask_BN * record.importance_B[:, None]).sum())
         others = self._sum_over_ranks(total.detach()) - total.detach()
         return self.objective.reduce(total + others, tokens)
 

@@ -77,16 +77,13 @@ def objective_sum(objective: Objective, copilot: Copilot, record: MistakeRecord,
         whole.flatten(0, 1) for whole in (hidden_BNC, record.probs_BNV, record.targets_BN)
     )
     padded = len(tokens_R) < len(targets_R)
-    importance_R = None
-    if record.importance_B is not None:
-        importance_R = record.importance_B.repeat_interleave(record.targets_BN.shape[1])
+    importance_R = record.importance_B.repeat_interleave(record.targets_BN.shape[1])
 
     def row_losses(hidden_rC: Tensor, chunk: slice) -> Tensor:
         here = tokens_R[chunk] if padded else chunk  # without padding no row of p̂ is copied
         probs_rV = probs_RV[here]
         corrections_rV = copilot.correct(hidden_rC, _log(probs_rV) if copilot.head.reads_pilot else None)
-        losses_r = objective.row_losses(corrections_rV, probs_rV, targets_R[here])
-        return losses_r if importance_R is None else losses_r * importance_R[here]
+        return objective.row_losses(corrections_rV, probs_rV, targets_R[here]) * importance_R[here]
 
     hidden_RC = hidden_RC[tokens_R] if padded else hidden_RC
     return chunked_sum(row_losses, hidden_RC, list(copilot.head.parameters()), probs_RV.shape[-1])
