@@ -52,6 +52,25 @@ def test_word_problems_are_solved_by_arithmetic():
         assert int(row["target"]) in (first + second, first - second)
 
 
+def test_signed_differences_are_solved_by_subtraction_and_turn_with_the_order_of_the_numbers():
+    numbers = dict(zip("one two three four five six seven eight nine ten".split(), range(1, 11), strict=True))
+    numbers |= dict(zip("eleven twelve thirteen fourteen fifteen sixteen".split(), range(11, 17), strict=True))
+    numbers |= {"zero": 0, "seventeen": 17, "eighteen": 18, "nineteen": 19}
+    numbers |= dict(
+        zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10), strict=True)
+    )
+
+    def read(said: str) -> int:
+        words = said.split()
+        sign = -1 if words[0] == "minus" else 1
+        return sign * sum(numbers[word] for word in words if word != "minus")
+
+    for row in task("signed_difference").builtin_rows("train"):
+        first, second = row["prompt"].removeprefix("what is ").removesuffix(" ?").split(" minus ")
+        assert read(row["target"]) == read(first) - read(second)
+        assert 0 <= read(second) < 100
+
+
 def test_the_gold_option_of_multiple_choice_is_among_the_three():
     for row in task("multiple_choice").builtin_rows("train"):
         assert row["target"].split()[-1] in row["prompt"].split()[-3:]
