@@ -3,7 +3,7 @@ import time
 import pytest
 
 from tcopilot.data import DataError, GeneratedTask, word_tokenizer
-from tcopilot.data.generated_tasks import KINDS
+from tcopilot.data.generated_tasks import KINDS, TENS, UNITS
 
 SPLITS = ("train", "validation", "test")
 
@@ -53,12 +53,7 @@ def test_word_problems_are_solved_by_arithmetic():
 
 
 def test_signed_differences_are_solved_by_subtraction_and_turn_with_the_order_of_the_numbers():
-    numbers = dict(zip("one two three four five six seven eight nine ten".split(), range(1, 11), strict=True))
-    numbers |= dict(zip("eleven twelve thirteen fourteen fifteen sixteen".split(), range(11, 17), strict=True))
-    numbers |= {"zero": 0, "seventeen": 17, "eighteen": 18, "nineteen": 19}
-    numbers |= dict(
-        zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10), strict=True)
-    )
+    numbers = dict(zip([*UNITS, *TENS], [*range(20), *range(20, 100, 10)], strict=True))
 
     def read(said: str) -> int:
         words = said.split()
