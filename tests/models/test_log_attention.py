@@ -246,7 +246,7 @@ def copilot_by_hand(copilot, inputs, source, states, inclusive, log_layers=(1,))
             place = len(source) - 1 + i
             if layer in log_layers:
                 norm = weights[f"{prefix}.self_attn.norm.weight"]
-                memory = [(rms(row, norm), at) for row, at in log[: 1 + len(source) + i + int(inclusive)]]
+                memory = [(norm * row, at) for row, at in log[: 1 + len(source) + i + int(inclusive)]]
                 hidden[i] = hidden[i] + attend(weights, f"{prefix}.self_attn.attention", normed[i], place, memory)
             else:
                 past = [(normed[j], len(source) - 1 + j) for j in range(i + 1)]

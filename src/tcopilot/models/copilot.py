@@ -28,7 +28,7 @@ POSITIONS = ("pilot", "none")
 READS = ("errors", "source", "states")
 """What a Copilot reads: ℓ_{<i}, X̃ and h̄. The paper's reads all; leaving one out is an ablation."""
 FORMAT = 2
-"""Of a Copilot's weights in an export. Since 2, each log attention layer has a norm for the rows of the log."""
+"""Of a Copilot's weights in an export. Since 2, each log attention layer has its own norm weight for the log."""
 
 
 @dataclass
@@ -170,8 +170,6 @@ class Copilot(nn.Module):
             if families.is_cross_attending(copilot.body):
                 for rows in (copilot.source_in, copilot.states_in):
                     rows.norm.weight.fill_(families.memory_scale(donor))
-            else:  # like `start`, the null row meets a norm
-                copilot.null.normal_()
             if hasattr(copilot, "unembedding"):
                 copilot.unembedding.copy_(output_VC)
         copilot.error_in.requires_grad_(train_error_input and "errors" in config.reads)

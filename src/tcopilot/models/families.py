@@ -73,12 +73,13 @@ def _try_log_attention(config: PreTrainedConfig) -> None:
                 parameter.normal_(std=std)
             for index, layer in enumerate(body.layers):
                 stock, read = layer.self_attn, []
-                hook = layer.register_forward_pre_hook(
+                hook = stock.register_forward_pre_hook(
                     lambda _, given, named, read=read: read.extend((*given, *named.values())), with_kwargs=True
                 )
                 expected_BNC = body(inputs_embeds=inputs_BNC, **options).last_hidden_state
                 hook.remove()
                 install_log_attention(body, [index])
+                layer.self_attn.norm = None  # what is read here is behind the norm already
                 found_BNC = run_body(
                     body, inputs_BNC, mask_B1NK, positions_BN, read[0], mask_B1NK, positions_BN, cache=None
                 )
@@ -148,7 +149,7 @@ def load_decoder_weights(body: nn.Module, donor: PreTrainedModel) -> None:
 def install_log_attention(body: nn.Module, layers: list[int]) -> None:
     """Replace the self-attention of decoder-only layers (0-based) by log attention (Eq. 5–6)."""
     for index in layers:
-        attention, norm = body.layers[index].self_attn, getattr(body.layers[index], "input_layernorm", nn.Identity())
+        attention, norm = body.layers[index].self_attn, getattr(body.layers[index], "input_layernorm", None)
         if not all(hasattr(attention, name) for name in LogAttention.NEEDED):
             raise UnsupportedFamilyError(
                 f"{type(attention).__name__} has no separate q_proj, k_proj, v_proj and o_proj, which log "

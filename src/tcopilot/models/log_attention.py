@@ -19,14 +19,16 @@ CONTEXTS = ("strict", "inclusive")
 class LogAttention(nn.Module):
     """Stands in for a decoder-only layer's self-attention; queries from the Copilot, keys and values from the log.
 
-    Wraps the family's own attention module, so weights, head layout, kernels and adapters stay the family's. Rows of
-    the log pass through a copy of the layer's input norm, since the projections were trained behind it. The log's
+    Wraps the family's own attention module, so weights, head layout, kernels and adapters stay the family's. The log's
     arguments reach it through the stock decoder, which hands unknown keyword arguments on to its attention.
+
+    The projections were trained behind the layer's input norm, so a copy of it weights the rows of the log, which have
+    been normalised before. It leaves a row's own scale as it is: that is how null row, X̃ and h̄ can be told apart.
     """
 
     NEEDED = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling")
 
-    def __init__(self, attention: nn.Module, norm: nn.Module) -> None:
+    def __init__(self, attention: nn.Module, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.attention, self.norm = attention, norm
 
@@ -35,7 +37,9 @@ class LogAttention(nn.Module):
         *, log_BSC, log_mask, log_rotary, **kwargs,
     ):  # fmt: skip
         """Attend from `hidden_states` [B, N, C] to the log; new rows `log_BSC` join those in the cache."""
-        stock, log_BSC = self.attention, self.norm(log_BSC)
+        stock = self.attention
+        if self.norm is not None:
+            log_BSC = self.norm(log_BSC) * (log_BSC.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         query_BHND = _heads(stock.q_proj(hidden_states), stock.head_dim, getattr(stock, "q_norm", None))
         key_BHSD = _heads(stock.k_proj(log_BSC), stock.head_dim, getattr(stock, "k_norm", None))
         value_BHSD = _heads(stock.v_proj(log_BSC), stock.head_dim)
