@@ -185,6 +185,14 @@ def test_rows_of_the_log_are_read_at_the_scale_that_the_projections_were_trained
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
+def test_a_pilot_of_another_width_is_read_at_unit_scale_too(tiny_pilot):
+    copilot = Copilot.from_pilot(tiny_pilot("llama", width=64), layers=2, donor=tiny_pilot("llama"))
+    rows = 7 * torch.randn(1, 100, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for read in (copilot.source_in, copilot.states_in):
+            assert 0.85 < read(rows).square().mean().sqrt() < 1.15
+
+
 @pytest.mark.parametrize("family", of_families("t5", "bart"))
 def test_cross_attention_reads_the_encoders_output_at_the_scale_it_has_in_the_pilot(tiny_pilot, make_batch, family):
     pilot = tiny_pilot(family)

@@ -284,6 +284,8 @@ class _LogInput(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(pilot_width, eps=1e-6)
         self.project = nn.Identity() if pilot_width == width else nn.Linear(pilot_width, width, bias=False)
+        if pilot_width != width:
+            nn.init.normal_(self.project.weight, std=pilot_width**-0.5)  # rows keep their scale
 
     def forward(self, rows_BSP: Tensor) -> Tensor:
         return self.project(self.norm(rows_BSP.to(self.norm.weight.dtype)))
