@@ -100,14 +100,16 @@ def test_prioritised_next_to_never_draws_a_record_without_error():
 
 @pytest.mark.parametrize("correction", [0.0, 0.5, 1.0])
 def test_importance_makes_up_for_how_often_prioritised_draws_a_record(correction):
-    log = filled(Prioritised(correction=correction), rows=(3, 4))
-    shares = torch.cat([logged.tensors["energy"] for logged in log.rounds]).double().sqrt()
-    shares /= shares.sum()
-    importance = log.policy.importance(log.held, torch.arange(7))
-    torch.testing.assert_close(importance.double(), (7 * shares) ** -correction, rtol=1e-3, atol=0)
-    values = torch.arange(7.0).double()  # a loss of each record: its mean over draws is that of uniform draws, at 1
-    expected = (shares * importance.double() * values).sum()
-    assert (expected.item() == pytest.approx(values.mean().item(), rel=2e-3)) == (correction == 1)
+    log = filled(Prioritised(correction=correction), rows=(3,))
+    state = log.state_dict()
+    state["rounds"][0]["tensors"]["energy"] = torch.tensor([0.04, 0.25, 1.0])
+    log.load_state_dict(state)
+    shares = torch.tensor([0.2, 0.5, 1.0]) / 1.7
+    importance = log.policy.importance(log.held, torch.arange(3))
+    torch.testing.assert_close(importance, (3 * shares) ** -correction, rtol=1e-4, atol=0)
+    losses = torch.tensor([0.0, 1.0, 2.0])
+    over_draws = (shares * importance * losses).sum().item()
+    assert (over_draws == pytest.approx(losses.mean().item(), rel=1e-3)) == (correction == 1)
     assert set(log.sample(64).importance_B.tolist()) <= set(importance.tolist())
 
 

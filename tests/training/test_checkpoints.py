@@ -323,7 +323,7 @@ def test_a_manifest_cannot_name_anything_but_the_files_of_a_checkpoint(name, fol
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"version": 2}, "format version 2; this program reads 1"),
+        ({"version": 3}, "format version 3; this program reads 2"),
         ({"version": None}, "format version None"),
         ({"format": "another"}, "does not describe a checkpoint"),
         ({"round": 14}, "has been renamed"),
