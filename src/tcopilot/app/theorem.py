@@ -98,16 +98,13 @@ def refuse_other_kinds(runs: Sequence[TrainedRun], split: str) -> None:
         raise ConfigError(problems)
 
 
-def measure(runs: Sequence[TrainedRun], split: str, passes: int = 0) -> tuple[DistanceSums, PilotSpread | None]:
-    """Score the rows of a split, teacher-forced, with the feedback that decoding uses.
+def estimate(runs: Sequence[TrainedRun], split: str, passes: int = 0) -> dict[str, Any]:
+    """Score the rows of a split, teacher-forced, with the feedback that decoding uses; returns `theorem.json`.
 
     Args:
         runs: the run to estimate, then runs of other seeds, for ε_P² and σ_P² only.
         split: `validation` or `test`.
         passes: passes with dropout, instead of other seeds; a ConfigError says that the Pilot has no dropout.
-
-    Returns:
-        Sums of the first run; the spread of Pilots, or None if there is one Pilot only.
     """
     first = runs[0]
     torch.manual_seed(0)  # of the dropout
@@ -132,12 +129,6 @@ def measure(runs: Sequence[TrainedRun], split: str, passes: int = 0) -> tuple[Di
                 raise ConfigError([f"{lack}; {mend}"])
         elif spread:
             spread.update(batch, chain([scored], (correct_targets(run.model, batch) for run in runs[1:])))
-    return distances, spread
-
-
-def estimate(runs: Sequence[TrainedRun], split: str, passes: int = 0) -> dict[str, Any]:
-    """Return what `theorem.json` holds; arguments and errors as those of `measure`."""
-    first, (distances, spread) = runs[0], measure(runs, split, passes)
     pilots = spread.summary() if spread else None
     found = {
         "version": 1, "run": str(first.folder), "split": split, "fusion": first.model.config.fusion["_target_"],
@@ -159,10 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, then those of other seeds")
     parser.add_argument("--split", default="test", choices=("validation", "test"), help="rows to measure on")
     parser.add_argument("--dropout-passes", type=int, default=0, metavar="K", help="variance of one Pilot by dropout")
-    trust = "modules of your own that the runs' configs may name"
-    parser.add_argument("--trust", nargs="+", default=[], metavar="MODULE", help=trust)
-    where = "also write the figures here; - is stdout, and nothing else there"
-    parser.add_argument("--json", metavar="FILE", help=where)
+    parser.add_argument("--trust", nargs="+", default=[], metavar="MODULE", help="your own modules that configs name")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures here; - is stdout, for nothing else")
     asked = parser.parse_args(arguments)
     if asked.dropout_passes and (len(asked.runs) > 1 or asked.dropout_passes < 2):
         parser.error(f"--dropout-passes {asked.dropout_passes}: give 2 or more, with one run directory only")

@@ -86,10 +86,9 @@ def gather(name: str, arms: Mapping[str, Sequence[FinishedRun]], controls: Mappi
             if runs := [run for run in arms[DEFAULT] if any(c.name == title for c in run.results.controls)]:
                 lines.append(_line(title, runs, benchmark, metric, folder))
         for line in lines:
-            line.gain = _compared(line.pilot, line.scores, lower)
+            line.gain, _ = _compared(line.pilot, line.scores, lower)
         for line in lines[1:]:
-            line.against = _compared(lines[0].scores, line.scores, lower)
-            line.ahead = _seeds_ahead(lines[0].scores, line.scores, lower)
+            line.against, line.ahead = _compared(lines[0].scores, line.scores, lower)
         task = f"{name}/{benchmark}" if len(deciding) > 1 else name
         found.append(TaskEvidence(task, metric, lines, gain.unit))
     return found
@@ -216,21 +215,18 @@ def _scores(run: FinishedRun, folder: RunDirectory, benchmark: str, metric: str,
     }
 
 
-def _compared(before: Scores, after: Scores, lower_is_better: bool) -> Comparison:
+def _compared(before: Scores, after: Scores, lower_is_better: bool) -> tuple[Comparison, list[int]]:
+    """Compare the rows that both have; and the seeds on whose rows `after` is better in sum."""
     common = sorted(before.keys() & after.keys())
     if not common:
         raise ValueError("two arms have no row in common: they were run on other data or other seeds")
     pairs = ([scores[key][0] for key in common] for scores in (before, after))
     rows = [(row, after[seed, row][1]) for seed, row in common]
-    return compare(*pairs, lower_is_better=lower_is_better, groups=rows)
-
-
-def _seeds_ahead(default: Scores, other: Scores, lower_is_better: bool) -> list[int]:
-    """The seeds on whose rows the other is better in sum."""
-    sums: dict[int, float] = {}
-    for key in default.keys() & other.keys():
-        sums[key[0]] = sums.get(key[0], 0.0) + other[key][0] - default[key][0]
-    return sorted(seed for seed, difference in sums.items() if (-difference if lower_is_better else difference) > 0)
+    sums = dict.fromkeys((seed for seed, _ in common), 0.0)
+    for key in common:
+        sums[key[0]] += (after[key][0] - before[key][0]) * (-1 if lower_is_better else 1)
+    ahead = [seed for seed, improvement in sums.items() if improvement > 0]
+    return compare(*pairs, lower_is_better=lower_is_better, groups=rows), ahead
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

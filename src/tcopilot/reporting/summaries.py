@@ -106,8 +106,8 @@ def summarise(group: Group, metric: str | None = None) -> Summary:
     strict, lenient = ({name for name, metrics in shown.items() if kind in metrics} for kind in ACCURACIES)
     compared = "accuracy_lenient" if lenient and strict <= lenient else metric or "accuracy"
     summary = Summary(group, compared, list(group.notes))
-    for suite, members in groupby(shown, lambda name: known[name].suite if name in known else None):
-        here = [(name, m) for name in members for m in shown[name]]
+    for suite, names in groupby(shown, lambda name: known[name].suite if name in known else None):
+        here = [(name, m) for name in names for m in shown[name]]
         summary.lines += [line_over_seeds(name, m, list(seen[name, m].values())) for name, m in here]
         for m in dict.fromkeys(m for _, m in here) if suite in published.REASONING else ():
             _average(summary, suite, m, seen)

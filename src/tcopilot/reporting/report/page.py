@@ -156,7 +156,8 @@ def _page(run: FinishedRun, *, gain: list[dict[str, Any]], **parts: Any) -> str:
         loader=PackageLoader("tcopilot.reporting.report"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"number": _number, "value": _value, "step": show_difference, "p": p_text}
+    environment.filters |= {"number": _number, "step": show_difference, "p": p_text}
+    environment.filters["value"] = lambda value, unit: f"{scale(unit) * value:.{digits_of(unit)}f}"
     again = shlex.quote(override("run", run.folder)) if run.directory.export.exists() else "run=<training run>"
     templates, shown = files("tcopilot.reporting.report") / "templates", examples(run)
     data = json.dumps(shown | {"gain": gain}, ensure_ascii=False, separators=(",", ":"))
@@ -178,10 +179,6 @@ def _number(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{int(value):,}" if value == int(value) and abs(value) >= 1 else f"{value:.4g}"
-
-
-def _value(value: float, unit: str) -> str:
-    return f"{scale(unit) * value:.{digits_of(unit)}f}"
 
 
 if __name__ == "__main__":

@@ -55,9 +55,21 @@ def show(found: dict[str, Any]) -> None:
 
 def verdict(found: dict[str, Any]) -> list[str]:
     """Say in plain words what the figures say, and what they do not."""
-    said = [_range(found), _condition(found)]
+    said, entries, least = (
+        [_range(found), _condition(found)],
+        found["entries"],
+        found["entries"]["common_zero_crossing"],
+    )
     if found["lambda_star"] > 0:
-        said += [_served(found), _per_entry(found)]
+        single, best, held_out = (
+            _percent(entries[f"removed_{kind}"]) for kind in ("single", "per_entry", "per_entry_held_out")
+        )
+        common = f"every λ in (0, {least:.3g}) helps every entry" if least > 0 else "no λ > 0 helps every entry"
+        said += [
+            _served(entries),
+            f"One λ for each entry would remove at most {best} of S² ({held_out} on rows that it was not chosen on), "
+            f"the single one removes {single}; {common}.",
+        ]
         worse = [
             f"{kind} {name} ({_percent(part['energy'])} of the error energy)"
             for kind in ("benchmark", "position")
@@ -65,10 +77,14 @@ def verdict(found: dict[str, Any]) -> list[str]:
             if part["removed_single"] < 0
         ]
         said.append(f"By benchmark and position, λ* makes {', '.join(worse) or 'nothing'} worse as a whole.")
-    said += [_measured(found), _pilots(found)]
-    said.append(
-        "p is the one-hot target: S², ε_P² and ε_C² hold its noise too; σ_P², λ* and the zero crossing do not."
-    )
+    on_it = "lies on" if found["curve_error"] < TOLERANCE else "DEPARTS FROM"
+    weight, *_, least = min(found["curve"], key=lambda point: point[3])
+    said += [
+        f"The measured curve {on_it} the parabola (largest difference {found['curve_error']:.1e}). "
+        f"As decoded, floored and renormalised, the distance is least at λ = {weight:g} of those tried, {least:.4f}.",
+        _pilots(found["pilots"]),
+        "p is the one-hot target: S², ε_P² and ε_C² hold its noise too; σ_P², λ* and the zero crossing do not.",
+    ]
     if not found["is_eq_8"]:
         said.append(f"This run decodes with the rule {found['fusion']}; all of this is about p̂ + λ f^C (Eq. 8).")
     return said
@@ -95,42 +111,19 @@ def _condition(found: dict[str, Any]) -> str:
     return f"Theorem 4.1 promises (0, {promised:.3g}) with σ_C² set apart; {whole}, {alone}."
 
 
-def _served(found: dict[str, Any]) -> str:
-    harmed, never = found["entries"]["harmed"], found["entries"]["never"]
+def _served(entries: dict[str, Any]) -> str:
+    harmed, never = entries["harmed"], entries["never"]
     served = f"A single λ* serves {_percent(1 - harmed['energy'])} of the error energy"
     if not harmed["entries"]:
         return f"{served}: no entry of the vocabulary gets worse."
-    worst = ", ".join(repr(entry["token"]) for entry in found["entries"]["worst"])
+    worst = ", ".join(repr(entry["token"]) for entry in entries["worst"])
     lost = f"{_percent(harmed['entries'])} of the entries ({_percent(harmed['occurrences'])} of target occurrences)"
     increase = _percent(harmed["increase"])
     unhelped = f" For {_percent(never['energy'])} of the energy no λ > 0 helps." if never["entries"] else ""
     return f"{served}; for {lost} it makes matters worse, by {increase} of S² in all, most for {worst}.{unhelped}"
 
 
-def _per_entry(found: dict[str, Any]) -> str:
-    entries = found["entries"]
-    single, best, held_out = (
-        _percent(entries[f"removed_{kind}"]) for kind in ("single", "per_entry", "per_entry_held_out")
-    )
-    least = entries["common_zero_crossing"]
-    common = f"every λ in (0, {least:.3g}) helps every entry" if least > 0 else "no λ > 0 helps every entry"
-    return (
-        f"One λ for each entry would remove at most {best} of S² ({held_out} on rows that it was not chosen on), the "
-        f"single one removes {single}; {common}."
-    )
-
-
-def _measured(found: dict[str, Any]) -> str:
-    on_it = "lies on" if found["curve_error"] < TOLERANCE else "DEPARTS FROM"
-    weight, *_, least = min(found["curve"], key=lambda point: point[3])
-    return (
-        f"The measured curve {on_it} the parabola (largest difference {found['curve_error']:.1e}). "
-        f"As decoded, floored and renormalised, the distance is least at λ = {weight:g} of those tried, {least:.4f}."
-    )
-
-
-def _pilots(found: dict[str, Any]) -> str:
-    pilots = found["pilots"]
+def _pilots(pilots: dict[str, Any] | None) -> str:
     if pilots is None:
         return "One Pilot cannot tell ε_P² from σ_P²; give runs of other seeds, or --dropout-passes K."
     count = f"{len(pilots['draws'])} {'passes with dropout' if pilots['kind'] == 'dropout' else 'runs'}"
