@@ -55,16 +55,13 @@ def show(found: dict[str, Any]) -> None:
 
 def verdict(found: dict[str, Any]) -> list[str]:
     """Say in plain words what the figures say, and what they do not."""
-    said, entries, least = (
-        [_range(found), _condition(found)],
-        found["entries"],
-        found["entries"]["common_zero_crossing"],
-    )
+    said, entries = [_range(found), _condition(found)], found["entries"]
     if found["lambda_star"] > 0:
+        smallest = entries["common_zero_crossing"]
         single, best, held_out = (
             _percent(entries[f"removed_{kind}"]) for kind in ("single", "per_entry", "per_entry_held_out")
         )
-        common = f"every λ in (0, {least:.3g}) helps every entry" if least > 0 else "no λ > 0 helps every entry"
+        common = f"every λ in (0, {smallest:.3g}) helps every entry" if smallest > 0 else "no λ > 0 helps every entry"
         said += [
             _served(entries),
             f"One λ for each entry would remove at most {best} of S² ({held_out} on rows that it was not chosen on), "
