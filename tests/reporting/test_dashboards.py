@@ -319,6 +319,7 @@ def exit_code(records) -> int:
     return code
 
 
+@pytest.mark.slow  # twice the start and the end of wandb; what is resumed without it is tested with checkpoints
 def test_a_resumed_run_goes_on_with_its_id_and_drops_no_point(tmp_path):
     folder = tmp_path / "stopped"
     with pytest.raises(SystemExit):
