@@ -22,6 +22,7 @@ from tcopilot.reporting import evidence
 from tcopilot.reporting.finished_runs import FinishedRun
 from tcopilot.run_directory import RunDirectory
 
+TINY = ["rounds=1", "trainer.val_check_interval=1", "data.max_eval_rows=8", "copilot.steps_per_round=1"]
 TITLES = {"averaged": "two Pilots averaged"}
 PAGE = f"# Before\n{evidence.BEGIN}\nold\n{evidence.END}\nafter\n"
 
@@ -45,7 +46,7 @@ def carry_out(job):
     if job.program == "eval.py":
         run.evaluate(composed.compose_config(*job.overrides, f"paths.run_dir={job.folder}", name="eval"))
     else:
-        composed.train(job.folder, *job.overrides, "rounds=2", "data.max_eval_rows=8")
+        composed.train(job.folder, *job.overrides, *TINY)
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +209,7 @@ def test_finished_runs_are_not_run_again_and_a_stopped_one_goes_on(script, smoke
     page = tmp_path / "page.md"
     page.write_text(PAGE)
     jobs[-1].notes.start()
-    composed.train(jobs[-1].folder, *jobs[-1].overrides)  # with a checkpoint, but not noted as finished
+    composed.train(jobs[-1].folder, *jobs[-1].overrides, *TINY)  # with a checkpoint, but not noted as finished
     monkeypatch.setattr(job_runner.subprocess, "Popen", Program)
     given = ["smoke", "--folder", str(folder), "--page", str(page)]
     capsys.readouterr()

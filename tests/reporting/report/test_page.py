@@ -227,7 +227,7 @@ def test_the_evidence_tables_are_shown_once_there_are_some(reported, tmp_path, u
     assert "<b>+1.5</b>" not in shown[1]
 
 
-def test_a_training_run_is_reported_without_a_trace_and_told_how_to_get_one(run, tmp_path):
+def test_a_training_run_is_reported_without_a_trace_and_told_how_to_get_one(run, tmp_path, unplotted):
     trained = run.parent / "train"
     assert main([str(trained), "--out", str(tmp_path)]) == 0
     page = (tmp_path / "index.html").read_text()
