@@ -23,7 +23,6 @@ from tcopilot.reporting.finished_runs import FinishedRun
 from tcopilot.run_directory import RunDirectory
 
 TINY = ["rounds=1", "trainer.val_check_interval=1", "data.max_eval_rows=8", "copilot.steps_per_round=1"]
-TITLES = {"averaged": "two Pilots averaged"}
 PAGE = f"# Before\n{evidence.BEGIN}\nold\n{evidence.END}\nafter\n"
 
 
