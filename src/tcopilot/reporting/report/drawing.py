@@ -76,7 +76,10 @@ def lines(
                 axes.axvspan(0, mark.x, color=INK, alpha=0.08, linewidth=0, label=mark.label)
             else:
                 axes.axvline(mark.x, color=INK, linewidth=1, linestyle=mark.line, label=mark.label)
-        axes.set(xlabel=x_label, ylabel=y_label, xscale="log" if log_x else "linear")
+        axes.set(xlabel=x_label, ylabel=y_label)
+        places = [x for one in series for x in one.x]
+        if log_x and max(places) >= 10 * min(places):  # within a decade its labels would cover each other
+            axes.set_xscale("log")
         if whole_x:
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         if not any(value for one in series for value in one.y):

@@ -146,8 +146,10 @@ def likelihood_lines(run: FinishedRun) -> list[dict[str, Any]]:
     for split in dict.fromkeys(row.split for row in run.results.rows):
         pilot, fused = (run.results.find("all", NLL.name, split, w) for w in (0.0, weight))
         if pilot and fused:
-            line = {"split": split, "tokens": pilot.n, "pilot": pilot.value, "pilot_ci95": pilot.ci95}
-            found.append(line | {"fused": fused.value, "fused_ci95": fused.ci95})
+            line = {"split": split, "tokens": pilot.n}
+            for name, row in (("pilot", pilot), ("fused", fused)):
+                line |= {name: row.value, f"{name}_ci95_low": row.ci95[0], f"{name}_ci95_high": row.ci95[1]}
+            found.append(line)
     return found
 
 
