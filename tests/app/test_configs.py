@@ -95,7 +95,17 @@ def test_two_data_configs_make_a_mixture():
 def test_one_budget_and_one_seed_reach_every_part():
     cfg = composed.compose_config("rounds=7", "seed=5")
     assert cfg.data.rounds == 7
-    assert [cfg.data.seed, cfg.data.benchmarks.word_problems.seed, cfg.mistake_log.log.seed] == [5, 5, 5]
+    assert [cfg.data.seed, cfg.mistake_log.log.seed] == [5, 5]
+
+
+def test_the_rows_of_generated_tasks_and_of_splits_are_those_of_every_seed():
+    cfg = composed.compose_config("seed=5")
+    assert [cfg.data.split_seed, cfg.data.benchmarks.word_problems.seed] == [0, 0]
+    cfg = composed.compose_config("seed=5", "data.split_seed=3")
+    assert [cfg.data.split_seed, cfg.data.benchmarks.word_problems.seed] == [3, 3]
+    for name in ("multiple_choice", "next_item", "signed_difference"):
+        cfg = composed.compose_config(f"data={name}", "seed=5", "data.split_seed=3")
+        assert (cfg.data.seed, cfg.data.benchmarks[name].seed) == (5, 3)
 
 
 def test_both_models_have_an_optimiser_of_their_own():

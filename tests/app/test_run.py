@@ -142,6 +142,9 @@ def test_results_keep_to_their_contract(finished):
     assert found["train_seconds"] > 0
     assert set(found["params"]) >= {"pilot", "copilot", "pilot_trainable", "copilot_trainable"}
     assert all(type(count) is int and count > 0 for count in found["params"].values())
+    parts = {f"{row['benchmark']}/{row['split']}": row["n"] for row in found["rows"] if row["benchmark"] != "all"}
+    assert {part: found["data"][part]["rows"] for part in parts} == parts
+    assert not any(found["data"][part][odd] for part in parts for odd in ("cut_targets", "trained_on", "unreachable"))
     kinds = {"benchmark": str, "split": str, "metric": str, "weight": float, "value": float, "n": int, "ci95": list}
     for row in found["rows"]:
         assert {key: type(row[key]) for key in kinds} == kinds
@@ -539,10 +542,14 @@ def test_a_copilot_is_trained_for_a_finished_pilot(tmp_path):
 def test_a_copilot_is_trained_for_the_pilot_of_an_earlier_run(tmp_path):
     first = composed.train(tmp_path / "first", *SHORT, *LLAMA, "copilot=none")
     given = ["pilot.frozen=true", f"pilot.path={first}/export", "copilot.scheduler.num_warmup_steps=0"]
+    given += ["data.split_seed=1"]
     second = composed.train(tmp_path / "second", *SHORT, *LLAMA, *given)
     before, after = (AutoModelForCausalLM.from_pretrained(run / "export") for run in (first, second))
     assert before.copilot is None
     assert after.copilot is not None
+    assert (before.config.split_seed, after.config.split_seed) == (0, 1)
+    notes = "\n".join(composed.results(second)["notes"])
+    assert "was trained with data.split_seed=0, and here it is 1" in notes
     for name, weight in before.pilot.state_dict().items():
         assert torch.equal(after.pilot.state_dict()[name], weight), name
 

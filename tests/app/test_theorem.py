@@ -334,7 +334,7 @@ def runs(tmp_path_factory):
         "first": [*SAME_ROWS],
         "second": ["seed=1", *SAME_ROWS],
         "dropout": ["seed=2", *SAME_ROWS, "pilot.config.dropout_rate=0.2"],
-        "other_rows": ["seed=1"],
+        "other_rows": ["seed=1", "data.split_seed=1"],
         "alone": ["copilot=none"],
     }
     for name, overrides in made.items():

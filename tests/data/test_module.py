@@ -200,7 +200,9 @@ def test_subsamples_are_seeded(tmp_path):
     limits = {"max_train_rows": 9, "max_eval_rows": 5}
     first, second = (prepared(local(tmp_path, **limits)) for _ in range(2))
     assert (first.train_rows, len(first.evaluation_rows("test", "mine"))) == (9, 5)
-    assert first.fingerprint() == second.fingerprint() != prepared(local(tmp_path, **limits, seed=1)).fingerprint()
+    assert (
+        first.fingerprint() == second.fingerprint() != prepared(local(tmp_path, **limits, split_seed=1)).fingerprint()
+    )
 
 
 def test_all_problems_are_told_at_once(tmp_path):

@@ -71,15 +71,73 @@ def test_drop_leaves_train_rows_out_and_refuses_evaluation_rows():
     assert len(complaints) == 1
 
 
-def test_truncate_cuts_the_prompts_start_and_the_targets_end():
+def test_truncate_cuts_the_prompts_start_and_the_targets_end_which_then_has_no_end_token():
     limits = {"max_source_length": 2, "max_target_length": 3, "overflow": "truncate"}
-    assert prepare(**limits)[0] == [([4, 5], [6, 1]), ([3], [4, 5, 1])]
+    assert prepare(**limits)[0] == [([4, 5], [6, 1]), ([3], [4, 5, 6])]
     assert prepare("right", framed_tokenizer(), **(limits | {"max_source_length": 4}))[0][0][0] == [0, 4, 5, 1]
 
 
-def test_a_target_that_truncation_empties_is_refused():
-    _, complaints, _ = prepare(max_target_length=1, overflow="truncate")
-    assert complaints[0] == "row 1: the target is empty after truncation; raise the limit"
+def test_what_was_cut_is_counted():
+    preparer = RowPreparer(word_tokenizer(["a", "b", "c", "d"]), "left", 2, 3, "truncate")
+    list(preparer(ROWS, BENCHMARK, 0, 1, True, print))
+    assert preparer.counts == {"cut_prompts": 1, "cut_targets": 1}
+
+
+def test_a_long_prompt_loses_its_middle():
+    rows = [(0, {"prompt": "a " * 8 + "b " * 8 + "c", "target": "d"})]
+    ((source, _),), _, _ = prepare(rows=rows, max_source_length=8, overflow="truncate")
+    assert source == [3, 3, *[4] * 5, 5]
+
+
+@pytest.mark.parametrize("question", ["Why? " * 40, "Why?"])
+def test_options_and_what_follows_them_are_cut_last(question):
+    row, ending = CHOICE | {"q": question}, "answer1: so\nanswer2: thus\nReply with one of answer1/answer2.\nReply:"
+    whole = choice_rows([row])[0][0]["source_ids"]
+    limits = {"max_source_length": len(ending) + 20, "overflow": "truncate"}
+    (cut,), complaints, _ = choice_rows([row], **limits)
+    text = byte_tokenizer().decode(cut["source_ids"])
+    assert text.endswith(ending)
+    assert text.startswith("Quest" if len(whole) > len(ending) + 20 else "Question: Why?")
+    assert len(cut["source_ids"]) == min(len(whole), len(ending) + 20)
+    assert not complaints
+
+
+def test_options_that_do_not_fit_are_counted():
+    columns = {"question_column": "q", "option_columns": ["o"], "label_column": "l", "label": "letter"}
+    preparer = RowPreparer(byte_tokenizer(), "left", max_source_length=20, overflow="truncate")
+    (row,) = preparer(enumerate([CHOICE]), MultipleChoice(name="mine", **columns), 0, 1, False, print)
+    assert preparer.counts == {"cut_prompts": 1, "cut_options": 1}
+    assert byte_tokenizer().decode(row["source_ids"]).endswith("1/answer2.\nReply:")
+
+
+def test_a_prompt_that_truncation_empties_is_refused():
+    _, complaints, _ = prepare("right", framed_tokenizer(), max_source_length=2, overflow="truncate")
+    assert complaints[0] == "row 1: the prompt is empty after truncation; raise the limit"
+
+
+def chat_tokenizer():
+    """A tokenizer of digits that knows two end tokens, as those of chat models do, and ends texts with the first."""
+    tokenizer = word_tokenizer([*"0123", "Q"])
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|end|>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize(("ending", "kept"), [("<|im_end|>", []), (" <|im_end|> ", []), ("<|end|>", ["<|end|>"])])
+def test_an_end_token_in_the_target_is_not_doubled_and_no_part_of_the_answer(ending, kept):
+    tokenizer = chat_tokenizer()
+    preparer = RowPreparer(tokenizer, "left")
+    (row,) = preparer([(0, {"prompt": "Q", "target": f"2{ending}"})], BENCHMARK, 0, 1, False, print)
+    assert tokenizer.convert_ids_to_tokens(row["target_ids"]) == ["2", *kept, "<|im_end|>"]
+    assert (row["answer"], row["target"].strip()) == ("2", "2")
+    assert preparer.counts == {"end_tokens": 1}
+    assert BENCHMARK.correct(tokenizer.decode(row["target_ids"], skip_special_tokens=True), row["answer"])
+
+
+def test_text_that_spells_an_end_token_without_being_one_stays():
+    (row,) = RowPreparer(byte_tokenizer(), "left")(
+        [(0, {"prompt": "Q", "target": "2<eos>"})], BENCHMARK, 0, 1, False, print
+    )
+    assert row["answer"] == "2<eos>"
 
 
 @pytest.mark.parametrize("column", ["prompt", "target"])

@@ -179,6 +179,13 @@ def test_gain_table_shows_percent_points_and_verdict(results):
     assert "500 rounds, 62 s; λ chosen on validation" in text(gain_table(results))
 
 
+def test_rows_that_were_trained_on_are_named_beneath_the_gain(results):
+    assert "trained on" not in text(gain_table(results))
+    parts = {"gsm8k/test": {"rows": 1319, "trained_on": 20}, "gsm8k/validation": {"rows": 500, "trained_on": 3}}
+    results.data = parts
+    assert "gsm8k: 20 of 1319 rows ask what was trained on" in text(gain_table(results))
+
+
 def test_the_number_of_rows_is_that_of_the_reported_split_also_where_the_weight_was_chosen(results):
     results.rows = [replace(row, n=77) if row.split == "validation" else row for row in results.rows]
     assert " 1319 " in line(gain_table(results), "accuracy")

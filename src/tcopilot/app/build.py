@@ -78,8 +78,10 @@ def prepare(cfg: DictConfig) -> Prepared:
     if tokenizer is not None:
         problems += tokenizer_problems(pilot, tokenizer)
         problems += [] if donor is None else donor_problems(pilot, donor, tokenizer)
-        attempt(problems, lambda: data.prepare(tokenizer, pilot.source_side))
+        longest = cfg.evaluation.max_new_tokens
+        attempt(problems, lambda: data.prepare(tokenizer, pilot.source_side, max_new_tokens=longest))
     if not problems:
+        data.remarks += split_seed_remarks(data, pilot, donor)
         problems += data_problems(cfg, pilot.model_config, data)
         problems += [] if log is None else memory_problems(cfg, pilot, data, log)
     if problems:
@@ -100,7 +102,8 @@ def prepare_data(
     problems: list[str] = []
     data = attempt(problems, lambda: instantiate(cfg.data))
     if data is not None:
-        attempt(problems, lambda: data.prepare(tokenizer, "right" if pilot.is_encoder_decoder else "left", False))
+        side, longest = "right" if pilot.is_encoder_decoder else "left", cfg.evaluation.max_new_tokens
+        attempt(problems, lambda: data.prepare(tokenizer, side, training=False, max_new_tokens=longest))
     if not problems:
         problems += data_problems(cfg, pilot, data, chooses)
     if problems:
@@ -162,6 +165,18 @@ def read_config(file: Path, key: str, trusted: Collection[str] = ()) -> DictConf
     return config
 
 
+def split_seed_remarks(data: TCopilotDataModule, *sources: ModelSource | None) -> list[str]:
+    """Say which exports were trained on another division of the rows than the one they are now judged by."""
+    exports = {source.path: source.stored_config for source in sources if source is not None and source.path}
+    seeds = {path: getattr(config, "split_seed", data.split_seed) for path, config in exports.items()}
+    return [
+        f"{path} was trained with data.split_seed={seed}, and here it is {data.split_seed}: it may know the rows that "
+        f"it is judged on; use data.split_seed={seed}"
+        for path, seed in seeds.items()
+        if seed != data.split_seed
+    ]
+
+
 def model_source(node: DictConfig, key: str) -> ModelSource:
     """Where the Pilot, or the checkpoint that a Copilot starts from, comes from."""
     values = OmegaConf.to_container(node, resolve=True)
@@ -193,7 +208,8 @@ def fused_model(cfg: DictConfig, prepared: Prepared) -> TCopilotModel:
     if copilot is not None:
         _adapt(cfg.copilot, copilot.body)
     fusion = {"fusion": fusion_rule(cfg.fusion), "feedback": cfg.fusion.feedback, "weight": training_weight(cfg)}
-    config = TCopilotConfig(pilot.config, None if copilot is None else copilot.config, **fusion)
+    rows = {"split_seed": prepared.data.split_seed}  # for whoever goes on with the export
+    config = TCopilotConfig(pilot.config, None if copilot is None else copilot.config, **fusion, **rows)
     return fused_class(prepared.pilot.is_encoder_decoder)(config, pilot, copilot)
 
 

@@ -16,6 +16,7 @@ from tcopilot.app.build import Prepared
 from tcopilot.app.checks.data import log_bytes
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.memory.estimate import Budget, bytes_text
+from tcopilot.data.summary import summary_table
 from tcopilot.evaluation.results import Results, gain_table, weight_table
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.processes import is_first
@@ -55,7 +56,7 @@ def show_summary(
         rows += f", {prepared.data.held_out_rows:,} held out for the log"
     table.add_row("budget", f"{rounds:,} rounds of {cfg.data.batch_size} rows; {rows}")
     table.add_row("run directory", str(cfg.paths.run_dir))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table, summary_table(prepared.data.summary()))
 
 
 def show_results(results: Results, path: Path) -> None:

@@ -215,6 +215,7 @@ def _evaluate(cfg: DictConfig) -> float:
     weights = [] if keeps else build.evaluation_weights(trained.fusion.weight)
     chooses = cfg.fusion.per in GATES or (known is None and (weights is None or len(weights) > 1))
     data = build.prepare_data(trained, tokenizer, config.pilot, chooses)
+    data.remarks += build.split_seed_remarks(data, ModelSource(str(source.export), key="run"), other)
     model = build.load_export(source.folder, config)
     if other is not None:
         model = put_on(other, model, tokenizer)
@@ -319,7 +320,7 @@ def _run_evaluator(
     return Results(
         seed=cfg.seed, git=git_revision(), config=RunDirectory.config.name, params={}, rounds=0, train_seconds=0.0,
         selected_weight=found.selected_weight, selected_on=splits[0], reported_on=splits[1],
-        rows=found.rows, gain=found.gain, notes=notes,
+        rows=found.rows, gain=found.gain, notes=notes + prepared.data.remarks, data=prepared.data.summary(),
         best_weight=found.best_weight,
     )  # fmt: skip
 

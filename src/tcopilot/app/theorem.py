@@ -92,7 +92,7 @@ def refuse_other_kinds(runs: Sequence[TrainedRun], split: str) -> None:
         elif run.tokenizer.get_vocab() != first.tokenizer.get_vocab():
             problems.append(f"{run.folder}: another vocabulary than {first.folder} has; give runs of one tokenizer")
         elif asked(run) != asked(first):
-            mend = "train all seeds with data.seed=0, generated tasks also with data.benchmarks.<name>.seed=0"
+            mend = "train all seeds with the same data.split_seed"
             problems.append(f"{run.folder}: its {split} rows are not those of {first.folder}; {mend}")
     if problems:
         raise ConfigError(problems)

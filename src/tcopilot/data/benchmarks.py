@@ -11,6 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import PurePath
 from string import Formatter
 from typing import Any, ClassVar, NamedTuple
@@ -48,6 +49,13 @@ class Example(NamedTuple):
     """Every target that the row allows, ``target`` among them; empty where answers are open."""
     seen: tuple[int, ...] = ()
     """Places in ``Benchmark.catalogue`` that are no answer, since the user has them already."""
+    ending: int = 0
+    """Characters at the prompt's end that are no part of the question: the options and what follows them."""
+
+    @property
+    def question(self) -> str:
+        """What is asked, without the options; case and white space are alike for all who ask the same."""
+        return " ".join(self.prompt[: len(self.prompt) - self.ending].split()).casefold()
 
 
 @dataclass(kw_only=True)
@@ -234,8 +242,18 @@ class Benchmark(ABC):
         return [word for text in (self.prompt, self.target) for word in words_of(text) if word not in self.words]
 
     def _example(self, row: Row, answer: str, /, **words: str) -> Example:
-        prompt, target = (_Filler(words).vformat(text, (), row) for text in (self.prompt, self.target))
-        return Example(prompt.rstrip(" ") if target.startswith(" ") else prompt, target, answer)
+        texts = self.prompt, self.target, self._ending
+        prompt, target, ending = (_Filler(words).vformat(text, (), row) for text in texts)
+        if target.startswith(" "):
+            prompt, ending = prompt.rstrip(" "), ending.rstrip(" ")
+        return Example(prompt, target, answer, ending=len(ending))
+
+    @cached_property
+    def _ending(self) -> str:
+        """The prompt's template from the options on, or what follows its last field."""
+        fields = list(re.finditer(r"(?<!\{)\{\w[^{}]*\}", self.prompt))
+        options = [field.start() for field in fields[1:] if field[0] == "{options}"]
+        return self.prompt[(options or [fields[-1].end() if fields else len(self.prompt)])[0] :]
 
 
 @dataclass(kw_only=True)

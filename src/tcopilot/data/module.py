@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,12 +17,13 @@ from lightning import LightningDataModule
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from tcopilot.data.benchmarks import Benchmark, DataError
+from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError
 from tcopilot.data.collate import HeldOutCollator, PromptTargetCollator, Side
-from tcopilot.data.prepare import Overflow, RowPreparer
+from tcopilot.data.prepare import SHOWN, Overflow, RowPreparer, StreamedRows, shortened
 from tcopilot.data.samplers import HeldOutSampler, RoundSampler, StreamRounds
 from tcopilot.data.sources import as_stream, mixture
 from tcopilot.data.splits import SplitReader
+from tcopilot.data.summary import Figures, measure, remarks, unreachable
 from tcopilot.settings import FLAG, POSITIVE, SEED, Rule, is_number, problems, whole
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,6 @@ SHARES = {
     "held_out": Rule(lambda v: is_number(v) and 0 <= v < 1, "give a share of the train rows in [0, 1), such as 0.1"),
 }
 WEIGHT = Rule(POSITIVE.allows, "must be a number above 0; leave out a benchmark to drop it")
-SHOWN = 3  # complaints about one split that are printed in full
 
 PreparedRow = dict[str, Any]
 
@@ -50,6 +49,8 @@ class TCopilotDataModule(LightningDataModule):
         epochs: A pass is rounded up to whole rounds.
         validation_size: A stream gives its first rows, so it needs a number.
         held_out: Each round then brings as many rows held out as rows to train on, as ``Batch.held_out``.
+        split_seed: Seed of the rows that are carved for validation and of the subsamples. Runs of other ``seed`` are
+            thus tested on the same rows, and on none that another one trained on.
         max_train_rows: Of a stream, its first rows.
         on_error: With ``skip``, rows left out are counted in ``summary`` and named in the log and in ``skipped``. A
             file that cannot be read, or whose rows all lack a column, is refused either way.
@@ -57,6 +58,7 @@ class TCopilotDataModule(LightningDataModule):
 
     Attributes:
         skipped: Benchmark name to a complaint for each row that was skipped; of a streamed train, in the log only.
+        remarks: What is odd about the rows, a sentence each: cut, trained on and tested, out of reach.
 
     Raises:
         DataError: If the settings contradict each other.
@@ -71,6 +73,7 @@ class TCopilotDataModule(LightningDataModule):
         "epochs": POSITIVE.or_null(),
         "num_workers": whole(0),
         "seed": SEED,
+        "split_seed": SEED,
     }
 
     def __init__(
@@ -95,21 +98,24 @@ class TCopilotDataModule(LightningDataModule):
         num_workers: int = 0,
         shuffle_buffer: int = 1000,
         seed: int = 0,
+        split_seed: int = 0,
     ) -> None:
         super().__init__()
         self.benchmarks, self.weights, self.streaming = benchmarks, weights, streaming
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.rounds, self.epochs, self.held_out = rounds, epochs, held_out
-        self._reader = SplitReader(path, streaming, validation_size, max_train_rows, max_eval_rows, seed, on_error)
+        alone, sizes = len(benchmarks) == 1, (validation_size, max_train_rows, max_eval_rows)
+        self._reader = SplitReader(path, alone, streaming, *sizes, split_seed, on_error)
         self.limits = (max_source_length, max_target_length, overflow)
         self.on_error = on_error
         self.group_by_length, self.num_workers, self.shuffle_buffer = group_by_length, num_workers, shuffle_buffer
-        self.seed = seed
+        self.seed, self.split_seed = seed, split_seed
         self._check_settings()
         self._train: datasets.Dataset | datasets.IterableDataset | None = None
         self._evaluation: dict[tuple[str, str], list[PreparedRow]] = {}
-        self._summary: dict[str, dict[str, float]] = {}
+        self._summary: dict[str, Figures] = {}
         self.skipped: dict[str, list[str]] = {}
+        self.remarks: list[str] = []
 
     @property
     def benchmark_names(self) -> list[str]:
@@ -122,13 +128,20 @@ class TCopilotDataModule(LightningDataModule):
         words = [getattr(benchmark, "vocabulary", None) for benchmark in self.benchmarks.values()]
         return None if None in words else list(dict.fromkeys(word for part in words for word in part))
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase, source_side: Side, training: bool = True) -> None:
+    def prepare(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        source_side: Side,
+        training: bool = True,
+        max_new_tokens: int | None = None,
+    ) -> None:
         """Load, render, tokenise and check all rows; needs no model. A stream's rows are checked as they are read.
 
         Args:
             tokenizer: The Pilot's. Without a pad token its end token pads, which the masks make harmless.
             source_side: ``left`` for decoder-only Pilots, ``right`` for encoder-decoders.
             training: Whether there must be rows to train on.
+            max_new_tokens: Tokens that decoding waits for, if the evaluation says so for all benchmarks.
 
         Raises:
             DataError: With every problem found, one a line.
@@ -138,7 +151,8 @@ class TCopilotDataModule(LightningDataModule):
         preparer = RowPreparer(*fixed)
         self._collate = PromptTargetCollator(pad, source_side)
         self._evaluation, self._summary, self._digest = {}, {}, hashlib.sha256()
-        self.skipped = {name: [] for name in self.benchmarks}
+        self.skipped, self.remarks, self._longest = {name: [] for name in self.benchmarks}, [], max_new_tokens
+        questions: dict[str, list[str]] = {}
         train: list[datasets.Dataset | datasets.IterableDataset] = []
         complaints: list[str] = []
         for index, (name, benchmark) in enumerate(self.benchmarks.items()):
@@ -148,21 +162,28 @@ class TCopilotDataModule(LightningDataModule):
                 training, skips, place = split == "train", self.on_error == "skip", f"{name}, {part.where}, "
                 shared = part.rows, benchmark, index, len(self.benchmarks), training
                 if training and self.streaming:
-                    train.append(as_stream(_Stream(RowPreparer(*fixed), shared, place, skips)))
+                    streamed = RowPreparer(*fixed)
+                    streamed.reserved = preparer.reserved
+                    train.append(as_stream(StreamedRows(streamed, shared, place, skips)))
                     continue
                 prepare = partial(preparer, *shared)
                 refused: list[str] = []
                 skipped: list[str] = []
+                asked = questions[f"{name}/{split}"] = []
                 preparer.counts.clear()
-                rows = list(prepare(refused.append, skipped.append if skips else None))
-                complaints += [place + text for text in _shortened(refused, skipped, rows)]
-                self._note(name, split, rows, preparer.counts["dropped"], [place + text for text in skipped])
+                rows = list(prepare(refused.append, skipped.append if skips else None, asked.append))
+                complaints += [place + text for text in shortened(refused, skipped, rows)]
+                figures = measure(rows, preparer.counts, len(skipped))
+                self._note(name, split, rows, figures, [place + text for text in skipped])
+                if part.carved and self.streaming:
+                    preparer.reserved.update(asked)
                 if training:
                     train.append(datasets.Dataset.from_list(rows))
                 else:
                     self._evaluation[split, name] = rows
         if complaints:
             raise DataError("\n".join(dict.fromkeys(complaints)))
+        self._judge(tokenizer, questions)
         weighed = self.weights is not None and len(train) == len(self.benchmarks)
         weights = [self.weights[name] for name in self.benchmarks] if weighed else None
         none = datasets.Dataset.from_dict({"id": [], "length": []})
@@ -247,14 +268,24 @@ class TCopilotDataModule(LightningDataModule):
             raise DataError(f"no rows of {benchmark_name} {split} to evaluate; there are {there}")
         return rows
 
+    def longest_answer(self, benchmark_name: str) -> int:
+        """Return how many tokens decoding waits for: as configured, else the longest training target and a little."""
+        parts = [self._summary.get(f"{benchmark_name}/{split}") for split in SPLITS]
+        limit = self.benchmarks[benchmark_name].max_new_tokens
+        return limit or 2 + int(next(figures["target_max"] for figures in parts if figures))
+
     def has_options(self, benchmark_name: str) -> bool:
         """Tell whether the evaluation rows of a benchmark come with options to choose from."""
         return any(
             row["options"] for (_, name), rows in self._evaluation.items() if name == benchmark_name for row in rows
         )
 
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Return counts and token lengths (mean, max) for each ``<benchmark>/<split>``; not of a streamed train."""
+    def summary(self) -> dict[str, Figures]:
+        """Return counts and token lengths for each ``<benchmark>/<split>``, see ``measure``; not of a streamed train.
+
+        Of evaluation rows also ``trained_on``, how many ask a question that some benchmark's train rows ask, whatever
+        the options, and ``unreachable``, how many gold answers would not count as right if they were generated.
+        """
         self.setup()
         return self._summary
 
@@ -304,55 +335,31 @@ class TCopilotDataModule(LightningDataModule):
         if self.held_out and self.streaming:
             raise DataError("data.held_out needs all rows in memory; use data.streaming=false, or data.held_out=0")
 
-    def _note(self, name: str, split: str, rows: list[PreparedRow], dropped: int, skipped: list[str]) -> None:
+    def _note(self, name: str, split: str, rows: list[PreparedRow], figures: Figures, skipped: list[str]) -> None:
         self.skipped[name] += skipped
-        everything = len(rows) + dropped + len(skipped)
-        self._summary[f"{name}/{split}"] = {"rows": len(rows), "dropped": dropped, "skipped": len(skipped)}
-        for what in ("source", "target"):
-            lengths = [len(row[f"{what}_ids"]) for row in rows] or [0]
-            longest_and_mean = {f"{what}_mean": sum(lengths) / len(lengths), f"{what}_max": max(lengths)}
-            self._summary[f"{name}/{split}"] |= longest_and_mean
+        self._summary[f"{name}/{split}"] = figures
         for row in rows:
             texts = [row.get(key) for key in ("answer", "option_ids", "seen")]  # of evaluation rows
             self._digest.update(repr((name, split, row["id"], row["source_ids"], row["target_ids"], texts)).encode())
-        if dropped:
-            log.info("%s/%s: dropped %d of %d rows as too long", name, split, dropped, everything)
+        everything = len(rows) + figures["dropped"] + len(skipped)
+        if figures["dropped"]:
+            log.info("%s/%s: dropped %d of %d rows as too long", name, split, figures["dropped"], everything)
         if skipped:
             shown = "\n".join(skipped[:SHOWN])
             log.warning("%s/%s: skipped %d of %d rows, such as\n%s", name, split, len(skipped), everything, shown)
 
-
-@dataclass
-class _Stream:
-    """Prepare the rows of a streamed split, as often as called, and log the number of those that a pass leaves out."""
-
-    preparer: RowPreparer
-    shared: tuple[Any, ...]
-    place: str
-    skips: bool
-
-    def __call__(self) -> Iterator[PreparedRow]:
-        self.preparer.counts.clear()
-        yield from self.preparer(*self.shared, partial(_complain, self.place), self._skip if self.skips else None)
-        if left := ", ".join(f"{count} {what}" for what, count in self.preparer.counts.items()):
-            log.warning("%sof this pass over the stream: %s", self.place, left)
-
-    def _skip(self, text: str) -> None:
-        count = self.preparer.counts["skipped"] = self.preparer.counts["skipped"] + 1
-        if count <= SHOWN or count % 1000 == 0:
-            log.warning("skipped %s%s (%d so far)", self.place, text, count)
-
-
-def _shortened(complaints: list[str], skipped: list[str], rows: list[PreparedRow]) -> list[str]:
-    """Return the first complaints and the number of the others; one if no row is left without any."""
-    if len(complaints) > SHOWN:
-        return [*complaints[:SHOWN], f"and {len(complaints) - SHOWN} more such problems"]
-    if complaints or rows:
-        return complaints
-    if skipped:
-        return [f"no row is left: {len(skipped)} were skipped, the first since {skipped[0]}"]
-    return ["no row is left: all were dropped as too long"]
-
-
-def _complain(where: str, text: str) -> None:
-    raise DataError(where + text)
+    def _judge(self, tokenizer: PreTrainedTokenizerBase, questions: dict[str, list[str]]) -> None:
+        """Complete the summary by what needs all splits, and say what is odd about the rows."""
+        trained = {asked for part, all_asked in questions.items() if part.endswith("/train") for asked in all_asked}
+        for part, figures in self._summary.items():
+            name, split = part.split("/")
+            why: Counter[str] = Counter()
+            if split != "train":
+                if trained:
+                    figures["trained_on"] = sum(asked in trained for asked in questions[part])
+                longest = self._longest or self.longest_answer(name)
+                why = unreachable(self._evaluation[split, name], self.benchmarks[name], tokenizer, longest)
+                figures["unreachable"] = sum(why.values())
+            self.remarks += remarks(part, figures, why)
+        for remark in self.remarks:
+            log.warning(remark)

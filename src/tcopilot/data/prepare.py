@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -15,6 +18,8 @@ from tcopilot.data.collate import Side
 Overflow = Literal["error", "drop", "truncate"]
 Report = Callable[[str], None]
 CHUNK = 512  # rows a tokenizer call
+SHOWN = 3  # complaints about one split that are printed in full
+log = logging.getLogger(__name__)
 
 
 class RowPreparer:
@@ -23,19 +28,25 @@ class RowPreparer:
     Prompt and target are tokenised apart. A decoder-only Pilot's prompt (``source_side="left"``) gets what the
     tokenizer puts at a text's start, such as a begin token, and never an end token; an encoder-decoder's (``"right"``)
     gets both ends as the tokenizer itself writes them. What a prompt spells out already, as those of chat templates
-    do, is not written twice. A target is its tokens and one end token.
+    do, is not written twice. A target is its tokens and one end token. Where its text brings special tokens of its own
+    at the end, as chat data does, the end token is not doubled, and answers are judged without them, since generated
+    texts have none.
 
     Args:
         tokenizer: The Pilot's.
         source_side: On which side prompts are padded.
         max_source_length: Longest source in tokens; None is no limit.
         max_target_length: Longest target in tokens, end token included; None is no limit.
-        overflow: What happens to a longer row. ``error`` refuses it. ``drop`` leaves it out of train, counted in
-            ``dropped``, and refuses it elsewhere. ``truncate`` cuts a prompt's start and a target's end; the
-            begin and end tokens stay. Targets that are one of a few options are never cut, but refused.
+        overflow: What happens to a longer row. ``error`` refuses it. ``drop`` leaves it out of train and refuses it
+            elsewhere. ``truncate`` cuts. A prompt loses its middle: its start and above all its end, with the options
+            and whatever the template puts behind them, stay for as long as they fit. A target loses its end, and gets
+            no end token, since the answer does not end there. Targets that are one of a few options are never cut,
+            but refused.
 
     Attributes:
-        counts: What was ``dropped``; whoever wants other counts clears it.
+        counts: How many rows were ``dropped``, had ``cut_prompts``, ``cut_options`` or ``cut_targets``, or brought
+            ``end_tokens`` in their targets. To be cleared by whoever counts.
+        reserved: Questions (see ``Example.question``) that no row may train on; those rows are left out.
 
     Raises:
         DataError: If ``overflow`` is none of these, or the tokenizer has no end token.
@@ -59,6 +70,8 @@ class RowPreparer:
         self.tokenizer, self.overflow = tokenizer, overflow
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
         self.counts: Counter[str] = Counter()
+        self.reserved: set[str] = set()
+        self._special = tuple(tokenizer.all_special_tokens)
         self._start, self._end = _frame(tokenizer)
         if source_side == "left":
             self._end = []
@@ -72,6 +85,7 @@ class RowPreparer:
         training: bool,
         report: Report,
         skip: Report | None = None,
+        note: Report | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Yield prepared rows.
 
@@ -88,12 +102,13 @@ class RowPreparer:
             report: Called with each complaint; if it returns, the row is left out.
             skip: Called in its place where a row cannot be rendered or tokenised or gives an empty text. Overlong rows
                 are not among these: ``overflow`` decides on those.
+            note: Called with the question of each row that is yielded.
         """
         rows, skip = iter(rows), skip or report
         while chunk := list(islice(rows, CHUNK)):
             for number, example, source, target in self._tokenised(chunk, benchmark, skip):
                 try:
-                    fitted = self._fit(source, target, bool(example.options), training)
+                    fitted = self._fit(example, source, target, training)
                     texts = {} if training or fitted is None else self._texts(example)
                 except _Empty as error:
                     skip(f"row {number + 1}: {error}")
@@ -102,6 +117,8 @@ class RowPreparer:
                         report(f"row {number + 1}: {complaint}")
                 else:
                     if fitted is not None:
+                        if note:
+                            note(example.question)
                         ids = dict(zip(("source_ids", "target_ids"), fitted, strict=True))
                         place = {"id": number * stride + index, "benchmark": index}
                         yield ids | place | {"length": sum(map(len, fitted))} | texts
@@ -126,7 +143,22 @@ class RowPreparer:
         if examples:
             sources = map(self._unframed, self._ids([example.prompt for example in examples.values()]))
             targets = self._ids([example.target for example in examples.values()])
-            yield from zip(examples, examples.values(), sources, targets, strict=True)
+            for (number, example), source, target in zip(examples.items(), sources, targets, strict=True):
+                if target and target[-1] in self.tokenizer.all_special_ids:
+                    self.counts["end_tokens"] += 1
+                    example = self._without_end(example)
+                    while target and target[-1] == self.tokenizer.eos_token_id:
+                        target.pop()
+                yield number, example, source, target
+
+    def _without_end(self, example: Example) -> Example:
+        def bare(text: str) -> str:
+            while found := next((token for token in self._special if text.rstrip().endswith(token)), None):
+                text = text.rstrip().removesuffix(found)
+            return text
+
+        options = tuple(map(bare, example.options))
+        return example._replace(target=bare(example.target), answer=bare(example.answer).rstrip(), options=options)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
@@ -139,21 +171,22 @@ class RowPreparer:
 
     def _texts(self, example: Example) -> dict[str, Any]:
         """Return what only evaluation needs of a row."""
+        texts = {name: value for name, value in example._asdict().items() if name != "ending"}
         if not example.options:
-            return example._asdict()
+            return texts
         option_ids = [[*ids, self.tokenizer.eos_token_id] for ids in self._ids(list(example.options))]
         longest, limit = max(map(len, option_ids)), self.max_target_length
         if limit is not None and longest > limit:
             raise _TooLong(f"its longest option has {longest} tokens, data.max_target_length is {limit}; raise it")
-        return example._asdict() | {"option_ids": option_ids}
+        return texts | {"option_ids": option_ids}
 
     def _fit(
-        self, source: list[int], target: list[int], closed: bool, training: bool
+        self, example: Example, source: list[int], target: list[int], training: bool
     ) -> tuple[list[int], list[int]] | None:
-        """Add the special tokens and apply the limits; None if the row is dropped.
-
-        A ``closed`` target is one of a few options, so that cutting it would cut the answer.
-        """
+        """Add the special tokens and apply the limits; None if the row is left out."""
+        if training and self.reserved and example.question in self.reserved:
+            self.counts["asked_in_validation"] += 1
+            return None
         for what, ids in (("prompt", source), ("target", target)):
             if not ids:
                 raise _Empty(f"the {what} is empty")
@@ -162,25 +195,72 @@ class RowPreparer:
             ("prompt", len(source) + frame, "max_source_length", self.max_source_length),
             ("target", len(target) + 1, "max_target_length", self.max_target_length),
         )
+        closed = bool(example.options)  # cutting such a target would cut the answer
         over = [item for item in lengths if item[3] is not None and item[1] > item[3]]
         if over and self.overflow == "drop" and training:
             self.counts["dropped"] += 1
             return None
         if over and (self.overflow != "truncate" or (closed and over[-1][0] == "target")):
             raise _TooLong(*(self._advice(closed, training, *item) for item in over))
-        if self.max_source_length is not None:
-            source = source[max(0, len(source) + frame - self.max_source_length) :]
-        if self.max_target_length is not None:
-            target = target[: max(0, self.max_target_length - 1)]
-        for what, ids in (("prompt", source), ("target", target)):
-            if not ids:
-                raise _TooLong(f"the {what} is empty after truncation; raise the limit")
-        return self._start + source + self._end, [*target, self.tokenizer.eos_token_id]
+        end = [self.tokenizer.eos_token_id]
+        for what, *_ in over:
+            self.counts[f"cut_{what}s"] += 1
+            if what == "prompt":
+                source = self._middle_cut(example, source, self.max_source_length - frame)
+            else:
+                target, end = target[: self.max_target_length], []
+        return self._start + source + self._end, target + end
+
+    def _middle_cut(self, example: Example, source: list[int], room: int) -> list[int]:
+        if room < 1:
+            raise _TooLong("the prompt is empty after truncation; raise the limit")
+        ending = len(self._ids([example.prompt[-example.ending :]])[0]) if example.ending else 0
+        if ending > room:
+            self.counts["cut_options"] += 1
+        first = max(0, room - ending) // 4  # the larger part of what fits is the later one, which is nearer the answer
+        return source[:first] + source[len(source) - room + first :]
 
     def _advice(self, closed: bool, training: bool, what: str, length: int, key: str, limit: int) -> str:
         ways = ["drop"] * training + ["truncate"] * (not closed or what == "prompt")
         mend = f"raise it or set data.overflow={'|'.join(ways)}" if ways else "raise it: an option is never cut"
         return f"the {what} has {length} tokens, data.{key} is {limit}; {mend}"
+
+
+@dataclass
+class StreamedRows:
+    """Prepare the rows of a streamed split, as often as called, and log the number of those that a pass leaves out."""
+
+    preparer: RowPreparer
+    shared: tuple[Any, ...]
+    place: str
+    skips: bool
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        """Start a pass."""
+        self.preparer.counts.clear()
+        yield from self.preparer(*self.shared, partial(_complain, self.place), self._skip if self.skips else None)
+        if left := ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in self.preparer.counts.items()):
+            log.warning("%sof this pass over the stream: %s", self.place, left)
+
+    def _skip(self, text: str) -> None:
+        count = self.preparer.counts["skipped"] = self.preparer.counts["skipped"] + 1
+        if count <= SHOWN or count % 1000 == 0:
+            log.warning("skipped %s%s (%d so far)", self.place, text, count)
+
+
+def shortened(complaints: list[str], skipped: list[str], rows: list[dict[str, Any]]) -> list[str]:
+    """Return the first complaints and the number of the others; one if no row is left without any."""
+    if len(complaints) > SHOWN:
+        return [*complaints[:SHOWN], f"and {len(complaints) - SHOWN} more such problems"]
+    if complaints or rows:
+        return complaints
+    if skipped:
+        return [f"no row is left: {len(skipped)} were skipped, the first since {skipped[0]}"]
+    return ["no row is left: all were dropped as too long"]
+
+
+def _complain(where: str, text: str) -> None:
+    raise DataError(where + text)
 
 
 class _Empty(DataError):

@@ -56,7 +56,7 @@ class Resumable:
 class RoundSampler(Resumable, Sampler[list[int]]):
     """Yield the row indices of this rank's part of each round.
 
-    A pass is a permutation of all rows by ``seed + pass``, filled up from its own start to whole batches. With
+    A pass is a permutation of all rows by seed and pass, filled up from its own start to whole batches. With
     ``lengths`` each run of 50 batches is sorted by length and cut into batches, which are then shuffled.
 
     Args:
@@ -91,7 +91,9 @@ class RoundSampler(Resumable, Sampler[list[int]]):
 
     def _pass(self, number: int) -> np.ndarray:
         """Return the global batches of a pass, [batches, batch_size]."""
-        random = np.random.default_rng(self.seed + number)
+        random = np.random.default_rng(
+            [self.seed, number]
+        )  # not their sum: seed 0's second pass is not seed 1's first
         batches = -(-self.rows // self.batch_size)
         order = np.resize(random.permutation(self.rows), batches * self.batch_size)
         if self.lengths is None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import datasets
 
-from tcopilot.data.benchmarks import Benchmark, DataError
+from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError
 
 STARTS = {  # of files that are no JSON lines
     b"[": "one JSON array: write one object a line, as jq -c '.[]' does",
@@ -139,7 +139,8 @@ def open_split(
 
     Local train rows may be missing too if ``training`` is false. A built-in task brings its own. With ``path`` they
     come from ``<path>/<folder>/<file>`` if that folder exists, else from ``<path>/<file>``. Without it the Hub's copy
-    is loaded; ``streaming`` reads its files while they are used.
+    is loaded; ``streaming`` reads its files while they are used. The file is the benchmark's for that split, or has
+    the name that ``splits`` gives it, where that is not one of ours.
 
     Raises:
         DataError: If a required file is missing.
@@ -189,7 +190,14 @@ def _call(rows: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, An
 
 def _local_rows(benchmark: Benchmark, split: str, root: Path, training: bool) -> tuple[str, Iterable[Any]] | None:
     folder = root / (benchmark.folder or benchmark.name)
-    file = (folder if folder.is_dir() else root) / benchmark.file(split)
+    place, name = folder if folder.is_dir() else root, benchmark.splits.get(split, split)
+    own = place / f"{name}.jsonl"  # the Hub calls its splits otherwise too; then the file has our name
+    file = own if name not in SPLITS and own.is_file() else place / benchmark.file(split)
+    if split == "validation" and name not in SPLITS and benchmark.hub is None and file != own:
+        raise DataError(
+            f"data.benchmarks.{benchmark.name}.splits.validation={name}: {own} does not exist; add it, or leave "
+            "splits.validation out to take a part of the train rows"
+        )
     if file.is_file():
         return str(file), benchmark.derive(split, JsonLines(file))
     if os.path.lexists(file):

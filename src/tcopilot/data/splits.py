@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -34,6 +35,7 @@ class Split:
 
     where: str
     rows: list[NumberedRow] | NumberedRows
+    carved: bool = False  # whether they were taken from train
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class SplitReader:
     """Read the splits of a benchmark; the attributes are arguments of the data module."""
 
     path: str | Path | None
+    alone: bool  # whether there is no other benchmark
     streaming: bool
     validation_size: float | int
     max_train_rows: int | None
@@ -51,8 +54,8 @@ class SplitReader:
     def __call__(self, benchmark: Benchmark, training: bool = True) -> tuple[dict[str, Split], list[str]]:
         """Return the splits and the problems found on the way; train rows must be there if ``training``."""
         splits: dict[str, Split] = {}
-        problems: list[str] = []
-        for name in SPLITS:
+        problems = self._without_folder(benchmark)
+        for name in () if problems else SPLITS:
             streamed = self.streaming and name == "train"
             try:
                 source = open_split(benchmark, name, self.path, streamed, self.on_error == "stop", training)
@@ -66,23 +69,44 @@ class SplitReader:
         if not problems:
             try:
                 if "validation" not in splits and (training or "train" in splits):
-                    splits |= self._carve(splits["train"])
+                    splits |= self._carve(splits["train"], benchmark)
                 splits = {name: self._subsample(name, split) for name, split in splits.items()}
             except DataError as error:
                 problems.append(str(error))
         name = benchmark.name
         return splits, [text if text.startswith(name) else f"{name}: {text}" for text in problems]
 
-    def _carve(self, train: Split) -> dict[str, Split]:
-        """Divide train: a seeded draw of it becomes validation; of a stream, its first rows."""
+    def _without_folder(self, benchmark: Benchmark) -> list[str]:
+        """Refuse one of several benchmarks without a folder of its own, as the root would be that of all of them."""
+        if self.alone or self.path is None or benchmark.builtin_rows("train") is not None:
+            return []
+        folder = Path(self.path) / (benchmark.folder or benchmark.name)
+        if os.path.isdir(folder):  # Path's own asks too much of a root that may not be entered
+            return []
+        mend = f"give it one, or name it in data.benchmarks.{benchmark.name}.folder"
+        return [f"there is no folder {folder}, and one of several benchmarks needs its own; {mend}"]
+
+    def _carve(self, train: Split, benchmark: Benchmark) -> dict[str, Split]:
+        """Divide train: seeded draws of it become validation; of a stream, its first rows.
+
+        All rows that ask the same question, whatever the options, go to the same side.
+        """
         if isinstance(train.rows, NumberedRows):
             head = self._carved_rows(None)
             held, kept = list(NumberedRows(train.rows.source, 0, head)), NumberedRows(train.rows.source, head)
         else:
-            chosen = {number for number, _ in Random(self.seed).sample(train.rows, self._carved_rows(len(train.rows)))}
+            groups: dict[Any, list[int]] = {}
+            for row in train.rows:
+                groups.setdefault(_question(benchmark, row), []).append(row[0])
+            if len(groups) == 1:  # nothing else is possible
+                groups = {number: [number] for number, _ in train.rows}
+            wanted, chosen = self._carved_rows(len(train.rows)), set[int]()
+            for group in Random(self.seed).sample(list(groups.values()), min(wanted, len(groups) - 1)):
+                if len(chosen) < wanted:
+                    chosen.update(group)
             held = [row for row in train.rows if row[0] in chosen]
             kept = [row for row in train.rows if row[0] not in chosen]
-        return {"train": Split(train.where, kept), "validation": Split(train.where, held)}
+        return {"train": Split(train.where, kept), "validation": Split(train.where, held, carved=True)}
 
     def _carved_rows(self, rows: int | None) -> int:
         """Return how many of ``rows`` train rows (None: unknown) become validation."""
@@ -102,5 +126,13 @@ class SplitReader:
         if limit is None:
             return split
         if isinstance(rows, NumberedRows):
-            return Split(split.where, NumberedRows(rows.source, rows.start, rows.start + limit))
-        return Split(split.where, sorted(Random(self.seed).sample(rows, min(limit, len(rows))), key=itemgetter(0)))
+            return replace(split, rows=NumberedRows(rows.source, rows.start, rows.start + limit))
+        return replace(split, rows=sorted(Random(self.seed).sample(rows, min(limit, len(rows))), key=itemgetter(0)))
+
+
+def _question(benchmark: Benchmark, row: NumberedRow) -> str | int:
+    """Return what a row asks; a row that cannot be rendered is told of later and stands by itself."""
+    try:
+        return benchmark.render(row[1]).question
+    except Exception:
+        return row[0]

@@ -302,11 +302,7 @@ class Evaluator:
 
     def _longest_answer(self, benchmark: str) -> int:
         """Tokens to wait for: as configured, else the longest training target with a little room."""
-        limit = self.decoding.max_new_tokens or self.data.benchmarks[benchmark].max_new_tokens
-        if limit is not None:
-            return limit
-        parts = (self.data.summary().get(f"{benchmark}/{split}") for split in ("train", "validation", "test"))
-        return 2 + int(next(part for part in parts if part)["target_max"])
+        return self.decoding.max_new_tokens or self.data.longest_answer(benchmark)
 
     def _key(self, mode: Mode, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Everything that an answer depends on, in contents, not in names."""

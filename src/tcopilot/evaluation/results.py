@@ -113,6 +113,7 @@ class Results:
         reported_on: Split of `gain` and `controls`, and of every table.
         best_weight: λ* in closed form on `selected_on`; None for a fusion rule that has none.
         notes: Remarks a reader of the figures needs, one sentence each.
+        data: Counts and lengths of the rows of each `<benchmark>/<split>`, as the data module's `summary` gives them.
     """
 
     version: int = VERSION
@@ -131,6 +132,7 @@ class Results:
     controls: list[Control] = field(default_factory=list)
     best_weight: float | None = None
     notes: list[str] = field(default_factory=list)
+    data: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def weight_of(self, benchmark: str) -> float | None:
         """Return the λ selected for a benchmark, or None if none was."""
@@ -189,11 +191,17 @@ def gain_table(results: Results) -> Table:
 
     A control's difference to the Pilot comes without an interval, as its rows are not paired here.
     """
+    known = {
+        gain.benchmark: f"\n{gain.benchmark}: {part['trained_on']} of {part['rows']} rows ask what was trained on"
+        for gain in results.gain
+        if (part := results.data.get(f"{gain.benchmark}/{results.reported_on}", {})).get("trained_on")
+    }
     table = Table(
         *("benchmark", "metric", "Pilot", "Pilot + Copilot", "difference [95 %]"),
         *("fixed / broken", "p", "n", "λ", "verdict"),
         title="Gain of the Copilot",
-        caption=f"{results.rounds} rounds, {results.train_seconds:.0f} s; λ chosen on {results.selected_on}",
+        caption=f"{results.rounds} rounds, {results.train_seconds:.0f} s; λ chosen on {results.selected_on}"
+        + "".join(known.values()),
     )
     for column in table.columns[2:9]:
         column.justify = "right"

@@ -53,20 +53,11 @@ class MistakeRecord(NamedTuple):
 
 
 class MistakeLog:
-    """A bounded log of the Pilot's mistakes.
+    """A bounded log of the Pilot's mistakes; `configs/mistake_log/base.yaml` says what each argument does.
 
-    Args:
-        capacity_rounds: most rounds held (the paper: 128).
-        max_bytes: most bytes of tensors held after an append, in memory or in files; None for no limit. The newest
-            round is added before others leave, so there is one round more for a moment. One round always stays.
-        policy: which round leaves when the log is full, and how records are drawn.
-        storage: how p̂ is stored.
-        dtype: type of X̃ and h̄ in the log.
-        seed: of the draws.
-        spill: folder for memory-mapped files, to which all rounds but the newest go; draws are the same.
-        rows: `all`, or `first_visit` to log only errors from before the Pilot was ever trained on their row.
-        dropout: whether what training records comes from the pass that the Pilot learns from, dropout included; if
-            not, a further pass without dropout is recorded.
+    The bytes of `max_bytes` are those of the tensors held after an append, in memory or in files. The newest round is
+    added before others leave, so there is one round more for a moment, and one round always stays. With `spill`, all
+    rounds but the newest go to files, and draws are the same. `dropout=False` records a further pass.
 
     Attributes:
         pilot: what rebuilds X̃ and p̂ from frozen parts: the Pilot of the last append. Set it to draw from a restored

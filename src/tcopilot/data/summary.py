@@ -1,0 +1,104 @@
+"""What is said of the prepared rows before training: how many, how long, and what spoils their use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from tcopilot.data.answers import until_end
+from tcopilot.data.benchmarks import Benchmark
+
+MUCH = 0.01  # share of rows above which cutting them is a warning
+Figures = dict[str, float]
+
+
+def measure(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int], skipped: int) -> Figures:
+    """Count the rows of a split and describe their lengths in tokens: mean, median, 95th percentile and longest."""
+    kinds = ("dropped", "cut_prompts", "cut_options", "cut_targets", "end_tokens")
+    figures: Figures = {"rows": len(rows), "skipped": skipped} | {kind: counts.get(kind, 0) for kind in kinds}
+    for what in ("source", "target"):
+        lengths = np.array([len(row[f"{what}_ids"]) for row in rows] or [0])
+        middle = {"mean": lengths.mean(), "median": np.median(lengths), "p95": np.percentile(lengths, 95)}
+        figures |= {f"{what}_{name}": float(value) for name, value in middle.items()}
+        figures[f"{what}_max"] = int(lengths.max())
+    return figures
+
+
+def unreachable(
+    rows: Sequence[Mapping[str, Any]], benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> Counter[str]:
+    """Judge the gold targets as if they had been generated, and count those that count as wrong by the reason.
+
+    Args:
+        rows: Evaluation rows.
+        benchmark: What they are of; one that ranks a catalogue reads no text, so none of its rows fails.
+        tokenizer: The Pilot's.
+        longest: Tokens that decoding waits for.
+    """
+    why: Counter[str] = Counter()
+    if benchmark.catalogue is not None:
+        return why
+    answers = [until_end(row["target_ids"][:longest], tokenizer.eos_token_id) for row in rows]
+    for row, text in zip(rows, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
+        if benchmark.correct(text, row["answer"]):
+            continue
+        if row["target_ids"][-1] != tokenizer.eos_token_id:
+            why["cut by data.max_target_length"] += 1
+        elif len(row["target_ids"]) > longest:
+            why[f"longer than the {longest} tokens that decoding waits for"] += 1
+        else:
+            why["read back otherwise by the tokenizer"] += 1
+            why.setdefault(f"such as {row['answer']!r:.60} as {text!r:.60}", 0)
+    return why
+
+
+def remarks(part: str, figures: Mapping[str, float], why: Mapping[str, int]) -> list[str]:
+    """Say what somebody who reads the figures of a split must know, each in a sentence with its mend."""
+    rows, found = figures["rows"], []
+    for kind, key in (("prompt", "max_source_length"), ("target", "max_target_length")):
+        if (count := figures[f"cut_{kind}s"]) > MUCH * rows:
+            end = "; a target that is cut has no end token and mostly no answer" if kind == "target" else ""
+            found.append(f"{part}: {count} of {rows} {kind}s were cut{end}; raise data.{key}")
+    if count := figures["cut_options"]:
+        found.append(f"{part}: {count} prompts lost part of their options; raise data.max_source_length")
+    if count := figures["end_tokens"]:
+        found.append(f"{part}: {count} of {rows} targets bring an end token of their own, which is not doubled")
+    if count := figures.get("trained_on"):
+        found.append(f"{part}: {count} of {rows} rows ask a question that is trained on; remove them from one side")
+    if why:
+        reasons = ", ".join(f"{number} {reason}" if number else reason for reason, number in why.items())
+        found.append(f"{part}: {figures['unreachable']} of {rows} gold answers are out of reach ({reasons})")
+    return found
+
+
+def summary_table(summary: Mapping[str, Figures]) -> Table:
+    """Lay out the summary of a data module, one line per split; lengths are median, 95th percentile and longest."""
+    table = Table("rows of", "rows", "prompt tokens", "target tokens", title="Data")
+    named = {
+        "dropped": ("dropped", "skipped"),
+        "cut": ("cut_prompts", "cut_targets"),
+        "end tokens": ("end_tokens",),
+        "trained on": ("trained_on",),
+        "out of reach": ("unreachable",),
+    }
+    shown = {name: keys for name, keys in named.items() if _any(summary.values(), keys)}
+    for column in (*table.columns[1:], *map(table.add_column, shown)):
+        if column is not None:
+            column.justify = "right"
+    for part, figures in summary.items():
+        lengths = (
+            " / ".join(f"{figures[f'{what}_{name}']:.0f}" for name in ("median", "p95", "max"))
+            for what in ("source", "target")
+        )
+        counts = (f"{sum(figures.get(key, 0) for key in keys):,.0f}" for keys in shown.values())
+        table.add_row(part, f"{figures['rows']:,.0f}", *lengths, *counts)
+    return table
+
+
+def _any(parts: Collection[Figures], keys: Sequence[str]) -> bool:
+    return any(figures.get(key) for figures in parts for key in keys)
