@@ -343,6 +343,8 @@ def test_a_test_file_alone_is_enough_and_chooses_nothing(tmp_path):
     assert [row["prompt"] for row in answers if row["prompt"].startswith("new")] == [row["prompt"] for row in answers]
     assert len(answers) == 7
     assert {"pilot", "fused", "outcome"} <= answers[0].keys()
+    given = (f"data.path={tmp_path}/new", "fusion=probability")  # the run's own rule, with the λ of its YAML
+    assert composed.results(composed.evaluate(run, tmp_path / "rule", *given))["selected_weight"] == chosen
     again = composed.results(
         composed.evaluate(run, tmp_path / "few", f"data.path={tmp_path}/new", "fusion.weight=[0,2]")
     )

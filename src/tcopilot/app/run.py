@@ -253,13 +253,14 @@ def _override(trained: DictConfig, cfg: DictConfig, source: RunDirectory) -> flo
         trained.data.path = cfg.data.path
     if cfg.get("evaluation") is not None:
         trained.evaluation = cfg.evaluation
+    is_other_rule = cfg.fusion.rule not in (None, trained.fusion.rule)
     for key, value in cfg.fusion.items():
         if value is not None and (key, value) != ("weight", "run"):
             trained.fusion[key] = value
     trained.paths.run_dir, trained.control = cfg.paths.run_dir, None
-    if cfg.fusion.rule is not None and cfg.fusion.weight == "run":
+    if is_other_rule and cfg.fusion.weight == "run":
         raise ConfigError(["fusion.weight=run: that λ suits the run's own fusion rule only; leave fusion=… out"])
-    if cfg.fusion.rule is not None or cfg.pilot.path or not source.results.exists():
+    if is_other_rule or cfg.pilot.path or not source.results.exists():
         return None
     return _results_of(source).selected_weight
 
