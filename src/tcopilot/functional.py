@@ -18,13 +18,6 @@ def token_errors(probs_BNV: Tensor, targets_BN: Tensor) -> Tensor:
 
     Every row sums to 0 and lies in [−1, 1]. Rows of padding get an error too: mask them where they are used.
 
-    Args:
-        probs_BNV: the Pilot's distribution p̂, rows summing to 1.
-        targets_BN: target token ids.
-
-    Returns:
-        ℓ, shape [B, N, V].
-
     >>> token_errors(torch.tensor([[[0.25, 0.75]]]), torch.tensor([[1]]))
     tensor([[[-0.2500,  0.2500]]])
     """
@@ -36,11 +29,8 @@ def shift_right(past_BKC: Tensor, start_C: Tensor) -> Tensor:
     """Put the start vector before the embedded errors of the past, so that position i reads ℓ_{<i} (Algorithm 1).
 
     Args:
-        past_BKC: embedded errors of positions 0 … K−1.
+        past_BKC: embedded errors of positions 0 … K−1; the result has one position more.
         start_C: what position 0 reads, having no past.
-
-    Returns:
-        Inputs of positions 0 … K, shape [B, K + 1, C].
 
     >>> shift_right(torch.tensor([[[1.0], [2.0]]]), torch.tensor([0.0])).flatten().tolist()
     [0.0, 1.0, 2.0]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
+import threading
+import time
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 T = TypeVar("T")
+PARENT = "TCOPILOT_PARENT"  # environment variable: the process that starts the others of a job
 
 
 class DisagreementError(RuntimeError):
     """Processes of one job were started with different configs or data."""
-
-
-class LostProcessError(RuntimeError):
-    """Another process of the job is gone, so that this one cannot go on."""
 
 
 def is_lost_process(error: RuntimeError) -> bool:
@@ -28,13 +29,44 @@ def is_lost_process(error: RuntimeError) -> bool:
 def start() -> None:
     """Join the processes that `torchrun` has started, so that they can agree before training sets anything up.
 
-    Processes that Lightning starts itself join when training begins, and a single process never does.
+    Processes that Lightning starts itself join when training begins, and a single process never does. They end with
+    the process that has started them, wherever they are waiting for it then.
     """
+    if not rank():
+        os.environ[PARENT] = str(os.getpid())  # for those that Lightning starts
+    elif PARENT in os.environ:
+        threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _on():
         gpu = torch.cuda.is_available()
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    print(f"error: the first process of this job is gone, so process {rank()} stops too", file=sys.stderr, flush=True)
+    os._exit(1)  # the main thread may be waiting for a process that will never answer
+
+
+def address_problem(size: int, nodes: int) -> str | None:
+    """Say why the others cannot reach the first process of a job at MASTER_ADDR and MASTER_PORT, if they cannot."""
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if size == 1 or _on() or rank() or "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun listens there itself
+        return None
+    here = nodes == 1 and "LOCAL_RANK" not in os.environ  # all processes are started from this one
+    for name, address, mend in (
+        ("MASTER_PORT", ("", port), "give the number of a free port, or leave it out"),
+        ("MASTER_ADDR", (host if here else "", 0), "give an address of this machine, or leave it out"),
+    ):
+        try:
+            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+            socket.create_server((address[0], int(address[1] or 0)), family=family).close()
+        except (OSError, OverflowError, ValueError) as error:
+            reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+            return f"{name}={os.environ.get(name)}: {reason}; {mend}"
+    return None
 
 
 def rank() -> int:
@@ -75,10 +107,7 @@ def refuse_differences(settings: dict[str, Any]) -> None:
     Raises:
         DisagreementError: on every process, naming each setting that differs and its values.
     """
-    if not _on():
-        return
-    everyone: list[Any] = [None] * world_size()
-    distributed.all_gather_object(everyone, settings)
+    everyone = gather([settings])
     different = [name for name in settings if any(other[name] != everyone[0][name] for other in everyone)]
     if different:
         shown = "; ".join(f"{name}: {', '.join(str(other[name]) for other in everyone)}" for name in different)

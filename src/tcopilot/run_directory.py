@@ -9,8 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
+
+SECONDS_TO_END = 10  # for the loader processes of a run that was killed, which hold its lock
 
 
 class _Entry:
@@ -46,6 +51,7 @@ class RunDirectory:
     job = _Entry("job.yaml")  # what a job of a sweep was asked to do
     done = _Entry("done.json")  # that it has done it
     failed = _Entry("failed.json")  # or why it could not
+    lock = _Entry(".lock")  # held by the program that writes here
     output = _Entry("output.txt")  # what the job printed, where it ran in a process of its own
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -53,6 +59,17 @@ class RunDirectory:
 
     def __str__(self) -> str:
         return str(self.folder)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other programs out of this folder, which is made if need be; a process that dies lets go of it.
+
+        Raises:
+            Timeout: if another program holds it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.lock, SECONDS_TO_END):
+            yield
 
     def control(self, name: str) -> RunDirectory:
         """The directory of a control, such as `equal_time`."""
@@ -103,13 +120,10 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     >>> flatten({"seed": 0, "log": {"policy": {"_target_": "tcopilot.mistake_log.policies.Fifo", "power": 2}}})
     {'seed': 0, 'log.policy': 'tcopilot.mistake_log.policies.Fifo', 'log.policy.power': 2}
     """
-    return dict(_leaves(config, ""))
-
-
-def _leaves(node: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        name = above[:-1] if key == "_target_" and above else f"{above}{key}"
+    flat = {}
+    for key, value in config.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{name}.")
+            flat |= {f"{key}.{name}" if name else key: leaf for name, leaf in flatten(value).items()}
         else:
-            yield name, value
+            flat["" if key == "_target_" else key] = value
+    return flat

@@ -1,8 +1,7 @@
 """Rules for the values of settings, declared beside the component that owns them.
 
-A component lists its rules in `SETTINGS`, a mapping from names to rules. Before anything is built, the checks of a
-config apply the rules of all components, so that every problem is reported at once. Constructors call `require` with
-the same rules, for callers who build a component in Python.
+A component lists its rules in `SETTINGS`. The checks of a config apply those of all components before anything is
+built, so that every problem is reported at once; constructors call `require`, for callers who build them in Python.
 """
 
 from __future__ import annotations

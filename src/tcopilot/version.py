@@ -15,14 +15,10 @@ def version_problem(config: Mapping[str, Any]) -> str | None:
     by the major.minor version that made it, and there is no layer that translates older configs.
     """
     made_by = config.get("version")
-    if made_by is not None and _minor(str(made_by)) == _minor(__version__):
+    if made_by is not None and str(made_by).split(".")[:2] == __version__.split(".")[:2]:
         return None
     maker = "a version before 0.2.0 (its config.yaml names none)" if made_by is None else f"version {made_by}"
     use = "the version that made it" if made_by is None else f"tcopilot {made_by}"
     return (
         f"this run was made by {maker} and this is tcopilot {__version__}; evaluate it with {use}, or train it again"
     )
-
-
-def _minor(version: str) -> list[str]:
-    return version.split(".")[:2]

@@ -54,7 +54,12 @@ def assert_targets_exist(cfg: DictConfig) -> None:
         assert callable(get_object(name)), name
 
 
-@pytest.mark.parametrize("override", group_values())
+def is_first_of_its_group(override: str) -> bool:
+    group = override.partition("=")[0]
+    return override == next(value for value in group_values() if value.startswith(f"{group}="))
+
+
+@pytest.mark.parametrize("override", composed.some_fast(group_values(), is_first_of_its_group))
 def test_every_value_of_every_group_composes_with_classes_that_exist(override, tmp_path):
     if override.endswith("adamw_8bit"):
         pytest.importorskip("bitsandbytes")
@@ -64,7 +69,7 @@ def test_every_value_of_every_group_composes_with_classes_that_exist(override, t
         OmegaConf.to_container(cfg, resolve=True)  # no interpolation is left open
 
 
-@pytest.mark.parametrize("name", names_in("experiment"))
+@pytest.mark.parametrize("name", composed.some_fast(names_in("experiment"), composed.FAST_EXPERIMENTS.__contains__))
 def test_every_experiment_composes_with_classes_that_exist(name, tmp_path):
     cfg = composed.compose_config(f"experiment={name}", f"paths.run_dir={tmp_path}")
     assert_targets_exist(cfg)
@@ -78,7 +83,14 @@ def test_every_experiment_composes_with_classes_that_exist(name, tmp_path):
     assert config_problems(composed.compose_config(*given)) == []
 
 
-@pytest.mark.parametrize("override", ["run=/runs/a", *(f"data={n}" for n in names_in("data")), "evaluation=beam4"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run=/runs/a",
+        *composed.some_fast((f"data={n}" for n in names_in("data")), "data=gsm8k".__eq__),
+        "evaluation=beam4",
+    ],
+)
 def test_evaluations_compose_with_any_data_and_decoding(override, tmp_path):
     given = {"run=/runs/a", override, f"paths.run_dir={tmp_path}"}
     cfg = composed.compose_config(*given, name="eval")
@@ -143,7 +155,7 @@ RECIPES = [name for name in names_in("experiment") if name.rpartition("/")[0] in
 FAST = ("demo_decoder_only", "variant/offline")
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in RECIPES])
+@pytest.mark.parametrize("name", composed.some_fast(RECIPES, FAST.__contains__))
 def test_every_recipe_runs_two_rounds_in_small(name, tmp_path, finished):
     """With the sizes and rows of the demo in place of checkpoints and benchmarks that would be downloaded; the rows of
     the paper's tables are its recipes with other models (tests/test_experiments.py composes them all).

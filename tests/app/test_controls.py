@@ -136,8 +136,14 @@ def test_a_copilot_reads_something():
 # Beside a run -----------------------------------------------------------------------------------------------------
 
 
-def test_all_controls_stand_beside_the_gain_with_what_they_cost(tmp_path):
-    folder = composed.train(tmp_path / "run", *SMALL, f"control=[{','.join(NAMES)}]")
+@pytest.fixture(scope="module")
+def controlled(tmp_path_factory):
+    """A run with all controls."""
+    return composed.train(tmp_path_factory.mktemp("controlled"), *SMALL, f"control=[{','.join(NAMES)}]")
+
+
+def test_all_controls_stand_beside_the_gain_with_what_they_cost(controlled):
+    folder = controlled
     found = composed.results(folder)
     by_name = {name: [c for c in found["controls"] if c["name"] == title] for name, title in NAMES.items()}
     for name, rows in by_name.items():
@@ -162,9 +168,10 @@ def test_the_checks_know_every_control_by_name():
     assert tuple(controls.CONTROLS) == checks.CONTROLS
 
 
-def test_the_second_pilot_is_another_one(tmp_path):
-    folder = composed.train(tmp_path / "run", *SMALL, "control=averaged")
-    nll = next(c["value"] for c in composed.results(folder)["controls"] if c["metric"] == "nll")
+def test_the_second_pilot_is_another_one(controlled, tmp_path):
+    folder, title = controlled, NAMES["averaged"]
+    said = [c for c in composed.results(folder)["controls"] if (c["name"], c["metric"]) == (title, "nll")]
+    (nll,) = [control["value"] for control in said]
     assert nll != composed.value(composed.results(folder), "test", "nll", 0.0, "all")
     again = composed.results(composed.evaluate(folder, tmp_path / "again"))
     assert again["controls"] == composed.results(folder)["controls"]  # a report of the evaluation shows them too

@@ -55,7 +55,7 @@ def exists(cfg: DictConfig, key: str) -> bool:
     return isinstance(node, DictConfig) and name in node
 
 
-@pytest.mark.parametrize("name", files("experiment"))
+@pytest.mark.parametrize("name", composed.some_fast(files("experiment"), composed.FAST_EXPERIMENTS.__contains__))
 def test_every_experiment_gives_parts_that_can_be_built(name, tmp_path):
     cfg = composed.compose_config(f"experiment={name}", ON_A_CPU, f"paths.run_dir={tmp_path}")
     cfg.pilot.path = "/runs/a/export" if cfg.pilot.frozen else cfg.pilot.path  # such an experiment asks for one
@@ -71,7 +71,7 @@ def test_every_experiment_gives_parts_that_can_be_built(name, tmp_path):
     make_callbacks(cfg)
 
 
-@pytest.mark.parametrize("name", files("experiment"))
+@pytest.mark.parametrize("name", composed.some_fast(files("experiment"), composed.FAST_EXPERIMENTS.__contains__))
 def test_an_experiment_sets_only_keys_that_exist_without_it(name):
     """Hydra merges a config group's unknown keys in silence, so a misspelt one would be lost."""
     given = composed.choices(f"experiment={name}")
@@ -108,7 +108,7 @@ PAPER = {
 }
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", composed.some_fast(PAPER, composed.FAST_EXPERIMENTS.__contains__))
 def test_values_are_those_of_the_paper(name):
     _, epochs, batch, micro, pilot_lr, copilot_lr, decay, tokens = PAPER[name]
     cfg = composed.compose_config(f"experiment={name}")
@@ -119,7 +119,7 @@ def test_values_are_those_of_the_paper(name):
     assert (cfg.evaluation.num_beams, cfg.evaluation.max_new_tokens) == (4, tokens)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", composed.some_fast(ROWS, composed.FAST_EXPERIMENTS.__contains__))
 def test_every_row_is_the_papers_method(name):
     cfg = composed.compose_config(f"experiment={name}")
     assert cfg.mistake_log.log.capacity_rounds == 128
@@ -144,7 +144,12 @@ def test_lora_of_recommendation_has_its_own_rank():
         assert (cfg.copilot.adapter.r, cfg.copilot.adapter.alpha, cfg.copilot.adapter.dropout) == (r, alpha, 0.08)
 
 
-@pytest.mark.parametrize("name", [name for name in files("pilot") if not name.startswith(("tiny", "smollm2"))])
+@pytest.mark.parametrize(
+    "name",
+    composed.some_fast(
+        (name for name in files("pilot") if not name.startswith(("tiny", "smollm2"))), ("lora", "t5_base").__contains__
+    ),
+)
 def test_a_pilot_is_trained_as_in_the_paper(name):
     cfg = composed.compose_config(f"pilot={name}").pilot
     if "t5" in name:
@@ -175,10 +180,15 @@ def test_the_command_line_wins_over_an_experiment():
 @pytest.mark.parametrize(
     ("name", "key", "values"),
     [
-        ("weight", "pilot", ["llama_3_2_1b", "llama_3_2_3b", "llama_3_1_8b"]),
-        ("pattern", "copilot.pattern", ["1", "2", "3", "4"]),
         ("pooling", "copilot.pooling", ["mean", "max", "sum"]),
-        ("loss", "objective", ["rmse", "ce", "kl"]),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                ("weight", "pilot", ["llama_3_2_1b", "llama_3_2_3b", "llama_3_1_8b"]),
+                ("pattern", "copilot.pattern", ["1", "2", "3", "4"]),
+                ("loss", "objective", ["rmse", "ce", "kl"]),
+            )
+        ),
     ],
 )
 def test_an_ablation_brings_its_sweep(name, key, values):
@@ -199,8 +209,13 @@ def test_an_ablation_and_a_row_combine():
     assert (cfg.copilot.pattern, cfg.pilot.optimizer.lr, cfg.evaluation.max_new_tokens) == (2, 2e-4, 256)
 
 
-@pytest.mark.parametrize("other", ["demo_decoder_only", "smollm2_openbookqa", "flan_t5_small/arithmetic"])
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "other",
+    composed.some_fast(
+        ["demo_decoder_only", "smollm2_openbookqa", "flan_t5_small/arithmetic"], "demo_decoder_only".__eq__
+    ),
+)
+@pytest.mark.parametrize("name", composed.some_fast(CHANGES, composed.FAST_EXPERIMENTS.__contains__))
 def test_a_control_ablation_or_variant_changes_any_run_and_neither_its_pilot_nor_its_data(name, other):
     plain = composed.compose_config(f"experiment={other}", "pilot.path=x")
     cfg = composed.compose_config(f"experiment=[{other},{name}]", "pilot.path=x", ON_A_CPU)
@@ -243,11 +258,14 @@ def commands() -> list[tuple[str, ...]]:
     return found
 
 
-@pytest.mark.parametrize("overrides", commands(), ids=" ".join)
+@pytest.mark.parametrize(
+    "overrides", composed.some_fast(commands(), lambda given: given in commands()[:3]), ids=" ".join
+)
 def test_every_documented_command_composes(overrides):
     assert config_problems(composed.compose_config(*overrides, ON_A_CPU)) == []
 
 
+@pytest.mark.slow
 def test_every_row_and_every_model_is_documented():
     rows = {name for part in sum(commands(), ()) if part.startswith("experiment=") for name in NAME.findall(part)}
     assert set(ROWS) - set(files("experiment", "paper")) <= rows

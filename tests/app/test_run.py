@@ -22,6 +22,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from tcopilot.app import build
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.data.generated_tasks import GeneratedTask
 from tcopilot.data.metrics import Metric
@@ -65,7 +66,7 @@ def learnt(family: str) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module", params=TASKS)
+@pytest.fixture(scope="module", params=["t5", pytest.param("llama", marks=pytest.mark.slow)])
 def finished(request, tmp_path_factory) -> SimpleNamespace:
     """A finished run of each family: its folder, its task and what it printed."""
     printed = io.StringIO()
@@ -114,8 +115,9 @@ def test_a_run_directory_is_complete(finished):
 
 def test_the_saved_config_is_resolved_and_holds_what_was_asked_for(finished):
     text = (finished.folder / "config.yaml").read_text()
-    assert "${" not in text
-    cfg = OmegaConf.create(text)
+    assert "${" not in text.replace("${paths.run_dir}", "")
+    assert str(finished.folder) not in text  # so that the folder can be moved
+    cfg = build.read_config(finished.folder / "config.yaml", "run")
     assert (cfg.rounds, cfg.data.rounds, cfg.data.batch_size) == (120, 120, 32)
     assert cfg.paths.run_dir == str(finished.folder)
 
@@ -473,10 +475,7 @@ KINDS = {
     "Tensorboard": ["logger=tensorboard"],
     "Llama": LLAMA,
 }
-FAST = (
-    *("top-k log", "balanced", "soft head", "own feedback", "logits", "beam search", "micro batches", "stream"),
-    *("passes instead of rounds", "linear schedule", "Llama"),
-)  # fmt: skip
+FAST = ("top-k log", "own feedback", "beam search", "stream", "passes instead of rounds", "Llama")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -646,7 +645,8 @@ def test_the_returned_gain_is_what_a_sweep_maximises(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Evaluator, "scores", scores)
     small = composed.compose_config(*composed.QUIET, *SHORT, f"paths.run_dir={tmp_path}")
-    assert composed.run.train(small) == pytest.approx(0.6)
+    with composed.without_estimate():
+        assert composed.run.train(small) == pytest.approx(0.6)
     assert composed.results(tmp_path)["gain"][0]["difference"] == pytest.approx(0.9)
 
 
@@ -666,7 +666,7 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_like_any_other(tmp_path):
         before = [line["train/pilot_loss"] for line in csv.DictReader(file) if line["train/pilot_loss"]]
     assert len(before) == 2
 
-    composed.run.train(composed.compose_config(f"resume={folder}", "trust=[composed]", "traceback=true"))
+    composed.resume(folder)
     found = composed.results(folder)
     assert found["rounds"] == 4
     with (folder / "metrics.csv").open() as file:
@@ -682,7 +682,7 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_like_any_other(tmp_path):
 def test_a_finished_run_can_be_resumed_and_says_the_same_again(tmp_path):
     folder = composed.train(tmp_path / "run", *SHORT)
     before = composed.results(folder)
-    composed.run.train(composed.compose_config(f"resume={folder}", "traceback=true"))
+    composed.resume(folder)
     after = composed.results(folder)
     assert (after["rows"], after["rounds"]) == (before["rows"], before["rounds"])
 
@@ -693,7 +693,7 @@ def test_resuming_what_cannot_be_resumed_says_why(files, tmp_path):
         config = composed.compose_config(*SHORT, f"paths.run_dir={tmp_path}", f"+version={__version__}")
         OmegaConf.save(config, tmp_path / name, resolve=True)
     with pytest.raises(ConfigError) as refused:
-        composed.run.train(composed.compose_config(f"resume={tmp_path}", "traceback=true"))
+        composed.resume(tmp_path)
     assert f"resume={tmp_path}" in str(refused.value)
     assert ("no checkpoint" if files else "no config.yaml") in str(refused.value)
 

@@ -62,12 +62,18 @@ def job(folder: Path, *overrides: str):
 
 
 def train(folder: Path, *overrides: str) -> float | None:
-    with job(folder, *overrides) as cfg:
+    with job(folder, *overrides) as cfg, composed.without_estimate():
         return run.train(cfg)
 
 
 def failure(folder: Path) -> str:
     return json.loads((folder / "failed.json").read_text())["error"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Folders named by the time are made where nobody minds."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -85,9 +91,10 @@ def fits(monkeypatch) -> list[int]:
 def swept(tmp_path_factory) -> SimpleNamespace:
     """Three jobs, the one in the middle impossible; then the same sweep again with a fourth."""
     folder = tmp_path_factory.mktemp("sweep") / "jobs"
-    first = composed.forked("train.py", "-m", *SHORT, "copilot.layers=1,99,2", f"hydra.sweep.dir={folder}")
-    times = {path: path.stat().st_mtime_ns for path in folder.glob("*/results.json")}
-    again = composed.forked("train.py", "-m", *SHORT, "copilot.layers=1,99,2,0.5", f"hydra.sweep.dir={folder}")
+    with composed.without_estimate():
+        first = composed.forked("train.py", "-m", *SHORT, "copilot.layers=1,99,2", f"hydra.sweep.dir={folder}")
+        times = {path: path.stat().st_mtime_ns for path in folder.glob("*/results.json")}
+        again = composed.forked("train.py", "-m", *SHORT, "copilot.layers=1,99,2,0.5", f"hydra.sweep.dir={folder}")
     return SimpleNamespace(folder=folder, first=first, again=again, times=times)
 
 
@@ -325,6 +332,12 @@ def test_jobs_of_different_names_share_the_folder_of_their_sweep():
     found = with_hydra("experiment=demo_decoder_only", *cfg.hydra.overrides.hydra)
     assert found.name != cfg.name
     assert found.hydra.sweep.dir == cfg.hydra.sweep.dir
+    again = multirun("experiment=demo,demo_decoder_only")
+    with open_dict(again):
+        again.hydra.sweep.dir = cfg.hydra.sweep.dir.replace("runs", "${now:r}uns")  # in the same second
+    sweep.SweepCallback().on_multirun_start(again)
+    assert again.hydra.sweep.dir == f"{cfg.hydra.sweep.dir}_2"
+    assert again.hydra.overrides.hydra[0] == f"hydra.sweep.dir='{again.hydra.sweep.dir}'"
     given = multirun("experiment=demo,demo_decoder_only", "hydra.sweep.dir=/jobs")
     with open_dict(given):
         given.hydra.overrides.hydra = ["hydra.sweep.dir=/jobs"]

@@ -129,7 +129,7 @@ def resume(folder, tmp_path):
     composed.run.train(composed.compose_config(*composed.QUIET[2:], f"resume={folder}", "rounds=9"))
 
 
-@pytest.mark.parametrize("program", [evaluate, resume])
+@pytest.mark.parametrize("program", [evaluate, pytest.param(resume, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_a_config_from_disk_runs_nothing_but_what_the_package_uses(kind, program, hostile, tmp_path):
     place = PLACES[list(HOSTILE).index(kind) % len(PLACES)]

@@ -8,7 +8,10 @@ import pytest
 SEPARATORS = {"U+2028": "\u2028", "U+2029": "\u2029", "U+0085": "\x85", "form feed": "\f", "carriage return": "\r"}
 
 
-@pytest.mark.parametrize("character", SEPARATORS.values(), ids=SEPARATORS)
+@pytest.mark.parametrize(
+    "character",
+    [pytest.param(c, id=name, marks=[] if name == "U+2028" else pytest.mark.slow) for name, c in SEPARATORS.items()],
+)
 def test_a_row_with_a_line_separator_goes_through_training_tables_and_back(character, tmp_path):
     data = tmp_path / "data"
     data.mkdir()

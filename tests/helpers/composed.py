@@ -9,8 +9,8 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +39,20 @@ SMALL = [
     "data.benchmarks.word_problems.test=20",
 ]
 """Four rounds of the demo on few generated rows, which are quick to draw."""
+FAST_EXPERIMENTS = (
+    "demo",
+    "flan_t5_small/arithmetic",
+    "llama_3_2_1b/commonsense",
+    "control/equal_time",
+    "variant/offline",
+)
+"""What stands for all experiments where each would take its time; the slow suite takes them all."""
 QUIET = ["trainer.enable_progress_bar=false", "~callbacks.progress", "traceback=true"]
+
+
+def some_fast(values: Iterable[Any], fast: Callable[[Any], bool]) -> list[Any]:
+    """Values of a parameter, of which all but a few are left to the slow suite."""
+    return [value if fast(value) else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def compose_config(*overrides: str, name: str = "train") -> DictConfig:
@@ -116,9 +129,21 @@ def train(folder: Path, *overrides: str, estimate: bool = False) -> Path:
     The estimate of memory is left out unless asked for, since it takes as long as all the rest of a small run.
     """
     cfg = compose_config(*QUIET, *overrides, f"paths.run_dir={folder}")
-    with nullcontext() if estimate else patch.object(run, "budget", lambda *_: None):
+    with nullcontext() if estimate else without_estimate():
         run.train(cfg)
     return folder
+
+
+def resume(folder: Path, *overrides: str) -> Path:
+    """Go on with a run in process, by its own config; errors arrive as exceptions. Returns the run directory."""
+    with without_estimate():
+        run.train(compose_config(f"resume={folder}", "trust=[composed]", "traceback=true", *overrides))
+    return folder
+
+
+def without_estimate() -> AbstractContextManager:
+    """Leave out the estimate of memory, also in processes that are forked meanwhile."""
+    return patch.object(run, "budget", lambda *_: None)
 
 
 def evaluate(run_dir: Path, folder: Path, *overrides: str) -> Path:
@@ -173,10 +198,10 @@ def value(found: dict[str, Any], split: str, metric: str, weight: float, benchma
 class InterruptAfter(Callback):
     """Presses Ctrl-C during a round, as a user would."""
 
-    def __init__(self, rounds: int) -> None:
-        self.rounds = rounds
+    def __init__(self, rounds: int | Sequence[int]) -> None:
+        self.rounds = [rounds] if isinstance(rounds, int) else rounds
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Send the signal in the last round wanted."""
-        if pl_module.round + 1 == self.rounds:
+        if pl_module.round + 1 in self.rounds:
             signal.raise_signal(signal.SIGINT)

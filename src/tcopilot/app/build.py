@@ -15,15 +15,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from yaml import YAMLError
 
+from tcopilot.app.checks import models as checks
 from tcopilot.app.checks.config import config_problems, fusion_rule, refuse_missing, values_for_groups
 from tcopilot.app.checks.data import data_problems, memory_problems
-from tcopilot.app.checks.models import (
-    copilot_layers,
-    donor_problems,
-    model_problems,
-    source_problems,
-    tokenizer_problems,
-)
 from tcopilot.app.checks.problems import ConfigError, attempt
 from tcopilot.app.checks.targets import target_problems
 from tcopilot.app.checks.trial_build import trial_problems
@@ -57,7 +51,7 @@ def prepare(cfg: DictConfig) -> Prepared:
     """Check the config, read and check the data, size the log; no weights are loaded.
 
     Raises:
-        ConfigError: with every problem found in config and data.
+        ConfigError: with every problem found.
     """
     refuse_missing(cfg)
     if problems := list(values_for_groups(cfg)):
@@ -69,15 +63,15 @@ def prepare(cfg: DictConfig) -> Prepared:
     if cfg.copilot.enabled and not any(problem.startswith(("mistake_log.log", "seed")) for problem in problems):
         log = attempt(problems, lambda: instantiate(cfg.mistake_log.log, _convert_="all"))
     data = attempt(problems, lambda: instantiate(cfg.data))
-    unreadable = source_problems(pilot, donor)
+    unreadable = checks.source_problems(pilot, donor)
     problems += unreadable
     if not unreadable:
-        problems += model_problems(cfg, pilot, donor)
+        problems += checks.model_problems(cfg, pilot, donor)
     if data is not None and not unreadable:
         tokenizer = attempt(problems, lambda: pilot.tokenizer(data.vocabulary))
     if tokenizer is not None:
-        problems += tokenizer_problems(pilot, tokenizer)
-        problems += [] if donor is None else donor_problems(pilot, donor, tokenizer)
+        problems += checks.tokenizer_problems(pilot, tokenizer)
+        problems += [] if donor is None else checks.donor_problems(pilot, donor, tokenizer)
         longest = cfg.evaluation.max_new_tokens
         attempt(problems, lambda: data.prepare(tokenizer, pilot.source_side, max_new_tokens=longest))
     if not problems:
@@ -136,13 +130,35 @@ def load_export(run_dir: Path, config: TCopilotConfig) -> TCopilotModel:
     return source.whole_model(fused_class(config.is_encoder_decoder), config.dtype or torch.float32)
 
 
-def read_config(file: Path, key: str, trusted: Collection[str] = ()) -> DictConfig:
+def saved_config(cfg: DictConfig) -> str:
+    """The text of a run's `config.yaml`: resolved, but good in any folder that the run directory is moved to.
+
+    Paths in the run directory refer to `paths.run_dir`, which `read_config` sets; other local paths become absolute.
+    """
+    values = OmegaConf.to_container(cfg, resolve=True)
+    run_dir = values["paths"]["run_dir"]
+
+    def portable(node: Any, key: str = "") -> Any:
+        if isinstance(node, dict):
+            return {name: portable(value, name) for name, value in node.items()}
+        if isinstance(node, list):
+            return [portable(value) for value in node]
+        if isinstance(node, str) and f"{node}/".startswith(f"{run_dir}/"):
+            return "${paths.run_dir}" + node.removeprefix(run_dir)
+        is_local = key in ("path", "spill") and isinstance(node, str) and Path(node).exists()
+        return str(Path(node).absolute()) if is_local else node
+
+    return OmegaConf.to_yaml(OmegaConf.create(portable(values) | {"paths": {"run_dir": "."}}))
+
+
+def read_config(file: Path, key: str, trusted: Collection[str] = (), run_dir: Path | None = None) -> DictConfig:
     """The config of an earlier run.
 
     Args:
         file: its `config.yaml`.
         key: what the user gave, for messages.
         trusted: modules whose classes it may name, see `target_problems`.
+        run_dir: where to write; by default the folder that the file lies in now.
 
     Raises:
         ConfigError: if the file is no mapping in YAML, of a run that another version made, or names a class that a
@@ -150,6 +166,8 @@ def read_config(file: Path, key: str, trusted: Collection[str] = ()) -> DictConf
     """
     try:
         config = OmegaConf.load(file)
+        if isinstance(config, DictConfig) and isinstance(config.get("paths"), DictConfig):
+            config.paths.run_dir = str((run_dir or file.parent).absolute())
         OmegaConf.resolve(config)  # so that what is checked below is what will be built
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
@@ -180,8 +198,8 @@ def split_seed_remarks(data: TCopilotDataModule, *sources: ModelSource | None) -
 def model_source(node: DictConfig, key: str) -> ModelSource:
     """Where the Pilot, or the checkpoint that a Copilot starts from, comes from."""
     values = OmegaConf.to_container(node, resolve=True)
-    names = ("path", "config", "dtype", "revision")
-    return ModelSource(**{name: values[name] for name in names if name in values}, key=key)
+    given = {name: values[name] for name in ("path", "config", "dtype", "revision") if name in values}
+    return ModelSource(**given, key=key)
 
 
 def fused_model(cfg: DictConfig, prepared: Prepared) -> TCopilotModel:
@@ -190,20 +208,15 @@ def fused_model(cfg: DictConfig, prepared: Prepared) -> TCopilotModel:
     copilot = None
     if cfg.copilot.enabled:
         donor = None if prepared.donor is None else prepared.donor.load(prepared.tokenizer)
+        same = ["head", "pattern", "pooling", "context", "positions", "error_input", "train_error_input", "dropout"]
         copilot = Copilot.from_pilot(
             pilot,
-            layers=copilot_layers(cfg.copilot.layers, decoder_depth((donor or pilot).config)),
+            layers=checks.copilot_layers(cfg.copilot.layers, decoder_depth((donor or pilot).config)),
             donor=donor,
             tokens=len(prepared.tokenizer),
             reads=list(cfg.copilot.reads),
-            **{
-                name: cfg.copilot[name]
-                for name in (
-                    "head", "pattern", "pooling", "context", "positions", "error_input", "train_error_input",
-                    "dropout",
-                )
-            },
-        )  # fmt: skip
+            **{name: cfg.copilot[name] for name in same},
+        )
     _adapt(cfg.pilot, pilot)
     if copilot is not None:
         _adapt(cfg.copilot, copilot.body)
@@ -240,12 +253,8 @@ def training_module(cfg: DictConfig, model: TCopilotModel, rounds: int) -> TCopi
         model.copilot.body.gradient_checkpointing_enable({"use_reentrant": False})
     options: dict[str, Any] = {}
     if cfg.copilot.enabled:
-        options = {
-            "objective": instantiate(cfg.objective),
-            "copilot_batch_size": cfg.copilot.batch_size,
-            "steps_per_round": cfg.copilot.steps_per_round,
-            "own_feedback": cfg.copilot.own_feedback,
-        }
+        options = {name: cfg.copilot[name] for name in ("steps_per_round", "own_feedback")}
+        options |= {"objective": instantiate(cfg.objective), "copilot_batch_size": cfg.copilot.batch_size}
     return TCopilotModule(
         model,
         pilot=None if cfg.pilot.frozen else learner(cfg.pilot, rounds),
@@ -270,8 +279,7 @@ def parameter_counts(model: TCopilotModel) -> dict[str, int]:
     """Parameters of both models, all and trainable."""
     counts = {}
     for name in ("pilot", "copilot"):
-        part: nn.Module | None = getattr(model, name)
-        parameters = [] if part is None else list(part.parameters())
+        parameters = list((getattr(model, name) or nn.Module()).parameters())
         counts[name] = sum(p.numel() for p in parameters)
         counts[f"{name}_trainable"] = sum(p.numel() for p in parameters if p.requires_grad)
     return counts

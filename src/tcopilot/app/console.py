@@ -29,7 +29,7 @@ def show_summary(
     model: TCopilotModel,
     params: dict[str, int],
     rounds: int,
-    memory: Budget | None = None,
+    memory: Budget | None,
 ) -> None:
     """Say before training what is trained, what the log keeps and how large it grows, memory, and the budget.
 
@@ -56,19 +56,20 @@ def show_summary(
         rows += f", {prepared.data.held_out_rows:,} held out for the log"
     table.add_row("budget", f"{rounds:,} rounds of {cfg.data.batch_size} rows; {rows}")
     table.add_row("run directory", str(cfg.paths.run_dir))
-    Console(width=None if sys.stdout.isatty() else 140).print(table, summary_table(prepared.data.summary()))
+    _console().print(table, summary_table(prepared.data.summary()))
 
 
 def show_results(results: Results, path: Path) -> None:
     """Print both tables, the notes and, as the last line, where the figures are."""
     if not is_first():
         return
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(weight_table(results))
-    console.print(gain_table(results))
-    for note in results.notes:
-        console.print(note)
+    for part in (weight_table(results), gain_table(results), *results.notes):
+        _console().print(part)
     print(f"results: {path}", flush=True)
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def quiet_libraries() -> None:

@@ -1,8 +1,7 @@
 """Jobs: runs that are done once, go on from where they were left, and fail without stopping the others.
 
-The folder of a job says what it is to do (`job.yaml`) and that it is done (`done.json`) or why it failed
-(`failed.json`). Two runners share this: `tcopilot.app.sweep` for the jobs of a Hydra sweep, whose launcher has started
-the process already, and `run_jobs` for a list of commands, each in a process of its own.
+The folder of a job says what it is to do, that it is done, or why it failed. `tcopilot.app.sweep` runs the jobs of a
+Hydra sweep, whose launcher has started the process already; `run_jobs` a list of commands, each in its own process.
 """
 
 from __future__ import annotations
@@ -52,13 +51,14 @@ class JobFolder:
         return "done" if self.run.done.exists() else "started"
 
     def start(self) -> None:
-        """Write down what the job is to do."""
+        """Note what the job is to do."""
         self.run.failed.unlink(missing_ok=True)
         write_whole(self.run.job, OmegaConf.to_yaml(OmegaConf.create(self.settings)))
 
     def finish(self, **found: Any) -> None:
-        """Write down that the job is done, and what it found."""
-        _write(self.run.done, {"config": fingerprint(self.settings), **found, "time": _now()})
+        """Note that the job is done, and what it found."""
+        self.run.failed.unlink(missing_ok=True)
+        _write(self.run.done, {"config": fingerprint(self.settings), **found})
 
     def _other_job(self, before: dict[str, Any]) -> str:
         old, new = flatten(before), flatten(self.settings)
@@ -73,7 +73,7 @@ class JobFolder:
 
 def note_failure(folder: str | Path, error: str, trace: str = "") -> None:
     """Leave in the folder of a job what ended it; it runs again when its list of jobs is started again."""
-    _write(RunDirectory(folder).failed, {"error": error, "traceback": trace, "time": _now()})
+    _write(RunDirectory(folder).failed, {"error": error, "traceback": trace})
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
@@ -119,7 +119,11 @@ class Job:
             try:
                 process.wait(None if deadline == FOREVER else max(1.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                _stop(process)
+                process.terminate()
+                try:
+                    process.wait(SECONDS_TO_STOP)
+                except subprocess.TimeoutExpired:
+                    process.kill()
                 return "stopped"
         if process.returncode == STOPPED:
             return "stopped"
@@ -131,16 +135,13 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, deadline: float = FOREVER, cwd: Path | None = None) -> dict[Job, str]:
-    """Run the jobs that are not done yet, in their order.
+    """Run the jobs that are not done yet, `at_once` of them side by side, and return how each ended.
 
     Args:
-        jobs: what to run.
-        at_once: how many run side by side, sharing the machine's cores.
+        jobs: in the order in which they are started.
+        at_once: they share the machine's cores.
         deadline: see `Job.run`.
         cwd: the folder that holds the programs.
-
-    Returns:
-        How each ended: `finished`, `stopped` or `failed`.
     """
     env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once)), **os.environ}
     outcomes = {}
@@ -151,17 +152,6 @@ def run_jobs(jobs: Sequence[Job], at_once: int, deadline: float = FOREVER, cwd: 
     return outcomes
 
 
-def _stop(process: subprocess.Popen) -> None:
-    process.terminate()
-    try:
-        process.wait(SECONDS_TO_STOP)
-    except subprocess.TimeoutExpired:
-        process.kill()
-
-
 def _write(path: Path, values: dict[str, Any]) -> None:
+    values["time"] = datetime.now().astimezone().isoformat(timespec="seconds")
     write_whole(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")

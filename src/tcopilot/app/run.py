@@ -6,11 +6,12 @@ import csv
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from filelock import Timeout
 from hydra.core.hydra_config import HydraConfig
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import LambdaCallback
@@ -24,53 +25,39 @@ from tcopilot.app.checks.config import config_problems, refuse_missing
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.console import quiet_libraries, show_results, show_summary
 from tcopilot.app.controls.training import JointRun, against_controls, train_controls
+from tcopilot.app.failures import errors_for_people
 from tcopilot.app.jobs import STOPPED
-from tcopilot.app.memory.estimate import budget
+from tcopilot.app.memory.estimate import Budget, budget
 from tcopilot.app.trainer import make_callbacks, make_trainer
-from tcopilot.data.benchmarks import DataError
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.results import Results, git_revision
 from tcopilot.evaluation.trace import trace_problems, write_trace
 from tcopilot.models.adapters import merge_adapters
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.gates import GATES
-from tcopilot.models.pilot import ModelSource, ModelSourceError
+from tcopilot.models.pilot import ModelSource
 from tcopilot.models.transfer import put_on, transfer_problems
-from tcopilot.processes import (
-    DisagreementError,
-    LostProcessError,
-    agree_on,
-    is_first,
-    is_lost_process,
-    rank,
-    refuse_differences,
-)
+from tcopilot.processes import agree_on, is_first, rank, refuse_differences
 from tcopilot.reporting.dashboards import log_evaluation
 from tcopilot.run_directory import RunDirectory, flatten, write_whole
 from tcopilot.training.callbacks import FlopCount, GracefulStop, RoundCheckpoint
-from tcopilot.training.checkpoints import CheckpointError, checkpoints, newest_good, round_of
+from tcopilot.training.checkpoints import checkpoints, newest_good, round_of
 from tcopilot.training.loggers import closing_wandb
 from tcopilot.training.module import TCopilotModule, TrainingDivergedError
 from tcopilot.version import __version__
 
 log = logging.getLogger(__name__)
-USER_ERRORS = (
-    *(CheckpointError, ConfigError, DataError, DisagreementError, LostProcessError, ModelSourceError),
-    TrainingDivergedError,
-)
 
 
 def train(cfg: DictConfig) -> float | None:
     """Train Pilot and Copilot, export the fused model, evaluate it and write `results.json`.
 
-    Args:
-        cfg: composed from `configs/train.yaml`. With `resume=<run dir>` the config of that run is used instead.
+    With `resume=<run dir>` the config of that run is used instead of `cfg`.
 
     Returns:
-        The gain on validation in the first benchmark's metric, which sweepers maximise; None for a job of a sweep
-        that failed.
+        The gain on validation, see `sweep.validation_gain`; None for a job of a sweep that failed.
     """
-    with _errors_for_people(cfg), closing_wandb():
+    with errors_for_people(cfg), closing_wandb():
         return sweep.job(_resumed(cfg), _train)
     return None
 
@@ -78,15 +65,17 @@ def train(cfg: DictConfig) -> float | None:
 def _train(cfg: DictConfig) -> float:
     run_dir = _join_processes(cfg)
     quiet_libraries()
-    if checkpoints(run_dir.checkpoints) and not cfg.get("resume"):
-        mend = f"continue it with resume={run_dir}, or choose another folder"
-        raise ConfigError([f"paths.run_dir={run_dir}: holds the checkpoints of an earlier run; {mend}"])
+    if not cfg.get("resume"):
+        _refuse_another_run(cfg, run_dir)
     prepared = build.prepare(cfg)
     memory = budget(cfg, prepared)
     if memory is not None:
         memory.check()
-    _save_config(cfg, run_dir)
+    with _claimed(cfg, run_dir):
+        return _train_prepared(cfg, prepared, memory, run_dir)
 
+
+def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, run_dir: RunDirectory) -> float:
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = build.fused_model(cfg, prepared)
     module = build.training_module(cfg, model, prepared.data.total_rounds)
@@ -128,7 +117,7 @@ def _resumed(cfg: DictConfig) -> DictConfig:
     if ignored := [override for override in given if not override.startswith(("resume=", "trust=", "paths."))]:
         log.warning("resume=%s goes on with that run's own config; not used: %s", cfg.resume, ", ".join(ignored))
     before = build.read_config(path, f"resume={cfg.resume}", cfg.trust)
-    before.resume, before.paths.run_dir = cfg.resume, cfg.resume
+    before.resume = before.paths.run_dir
     return before
 
 
@@ -139,6 +128,8 @@ def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
     stop = next((c for c in callbacks if isinstance(c, GracefulStop)), None)
     saver = next((c for c in callbacks if isinstance(c, RoundCheckpoint)), None)
     start = _newest_checkpoint(cfg, trainer.world_size)
+    if problem := processes.address_problem(trainer.world_size, trainer.num_nodes):
+        raise ConfigError([problem])
     if start is not None:
         _keep_metrics(trainer, RunDirectory(cfg.paths.run_dir).metrics, round_of(start))
     try:
@@ -147,13 +138,10 @@ def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
         saved = checkpoints(saver.folder) if saver else []
         last = f"Last good state: {saved[-1]}" if saved else "No state had been saved yet"
         raise TrainingDivergedError(f"{error}. {last}") from None
-    except RuntimeError as error:
-        if not is_lost_process(error):
+    except SystemExit:  # Lightning turns a second Ctrl-C into status 1
+        if stop is None or not stop.requested:
             raise
-        raise LostProcessError(
-            f"another process of this job is gone (its own message says why), so process {rank()} stops too. "
-            f"Go on with: python train.py resume={cfg.paths.run_dir}"
-        ) from error
+        raise KeyboardInterrupt from None
     if stop is not None and stop.requested:
         log.info("Stopped after round %d. Go on with: python train.py resume=%s", module.round, cfg.paths.run_dir)
         sys.exit(STOPPED)
@@ -190,7 +178,7 @@ def evaluate(cfg: DictConfig) -> float | None:
     Returns:
         The gain on validation in the first benchmark's metric; None for a job of a sweep that failed.
     """
-    with _errors_for_people(cfg):
+    with errors_for_people(cfg):
         return sweep.job(cfg, _evaluate)
     return None
 
@@ -199,8 +187,9 @@ def _evaluate(cfg: DictConfig) -> float:
     quiet_libraries()
     refuse_missing(cfg)
     source = _run_to_evaluate(cfg)
-    trained = build.read_config(source.config, f"run={source}", cfg.trust)
     run_dir = _join_processes(cfg)
+    _refuse_another_run(cfg, run_dir)
+    trained = build.read_config(source.config, f"run={source}", cfg.trust, run_dir.folder)
     known = _override(trained, cfg, source)
     if problems := [*config_problems(trained, training=False), *trace_problems(cfg, trained)]:
         raise ConfigError(problems)
@@ -223,22 +212,23 @@ def _evaluate(cfg: DictConfig) -> float:
     model.config.feedback = trained.fusion.feedback
     if keeps:
         trained.fusion.weight = known["all"] if isinstance(known, dict) else known
-    _save_config(trained, run_dir)
 
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     prepared = Prepared(build.model_source(trained.pilot, "pilot"), None, tokenizer, data, None)
-    results = _run_evaluator(trained, model, prepared, run_dir, weights, known)
-    if cfg.trace and is_first():
-        decoding = replace(build.decoding(trained.evaluation), decoding="dynamic")  # timed, so nothing may compile
-        evaluator = Evaluator(model, tokenizer, data, run_dir.predictions, decoding)
-        weights = {name: results.weight_of(name) for name in data.benchmark_names}
-        write_trace(evaluator, trained.evaluation.report_on, run_dir, cfg.trace_rows, source.folder, weights)
-    results.params = build.parameter_counts(model)
-    _add_training(results, cfg, source)
-    log_evaluation([], results, run_dir.folder, most=sys.maxsize)
-    if other is not None:
-        results.notes.insert(0, f"the Copilot of {source} on a Pilot that it was not trained with: {cfg.pilot.path}")
-    return _finish(results, run_dir)
+    with _claimed(trained, run_dir):
+        results = _run_evaluator(trained, model, prepared, run_dir, weights, known)
+        if cfg.trace and is_first():
+            decoding = replace(build.decoding(trained.evaluation), decoding="dynamic")  # timed, so nothing may compile
+            evaluator = Evaluator(model, tokenizer, data, run_dir.predictions, decoding)
+            weights = {name: results.weight_of(name) for name in data.benchmark_names}
+            write_trace(evaluator, trained.evaluation.report_on, run_dir, cfg.trace_rows, source.folder, weights)
+        results.params = build.parameter_counts(model)
+        _add_training(results, cfg, source)
+        log_evaluation([], results, run_dir.folder, most=sys.maxsize)
+        if other is not None:
+            note = f"the Copilot of {source} on a Pilot that it was not trained with: {cfg.pilot.path}"
+            results.notes.insert(0, note)
+        return _finish(results, run_dir)
 
 
 def _override(trained: DictConfig, cfg: DictConfig, source: RunDirectory) -> float | dict[str, float] | None:
@@ -332,19 +322,36 @@ def _join_processes(cfg: DictConfig) -> RunDirectory:
     if not isinstance(folder, str) or not folder:
         raise ConfigError([f"paths.run_dir={folder}: give the folder that the run writes to"])
     processes.start()
-    cfg.paths.run_dir = agree_on(folder)
+    cfg.paths.run_dir = agree_on(str(Path(folder).absolute()))
     return RunDirectory(cfg.paths.run_dir)
 
 
-def _save_config(cfg: DictConfig, run_dir: RunDirectory) -> None:
+def _refuse_another_run(cfg: DictConfig, run_dir: RunDirectory) -> None:
+    """Refuse a run directory with a training run in it, whose files this program would overwrite."""
+    evaluates = "run" in cfg
+    finished = run_dir.export.exists() and (evaluates or not run_dir.job.exists())  # a job only meets itself
+    if checkpoints(run_dir.checkpoints) or finished:
+        mend = "choose another folder" if evaluates else f"continue it with resume={run_dir}, or choose another folder"
+        raise ConfigError([f"paths.run_dir={run_dir}: holds the checkpoints or export of an earlier run; {mend}"])
+
+
+@contextmanager
+def _claimed(cfg: DictConfig, run_dir: RunDirectory) -> Iterator[None]:
+    """Keep other programs out of the run directory and write the config there; all processes learn if that fails."""
     OmegaConf.update(cfg, "version", __version__, force_add=True)
-    if not is_first():
-        return
-    try:
-        write_whole(run_dir.config, OmegaConf.to_yaml(cfg, resolve=True))
-    except OSError as error:
-        mend = "choose a folder that can be written"
-        raise ConfigError([f"paths.run_dir={run_dir}: {error.strerror}; {mend}"]) from error
+    problem = None
+    with ExitStack() as held:
+        try:
+            if is_first():
+                held.enter_context(run_dir.locked())
+                write_whole(run_dir.config, build.saved_config(cfg))
+        except Timeout:
+            problem = "another program is writing there; wait until it has ended, or choose another folder"
+        except OSError as error:
+            problem = f"{error.strerror}; choose a folder that can be written"
+        if problem := agree_on(problem):
+            raise ConfigError([f"paths.run_dir={run_dir}: {problem}"])
+        yield
 
 
 def _save_results(results: Results, run_dir: RunDirectory) -> None:
@@ -364,27 +371,3 @@ def _finish(results: Results, run_dir: RunDirectory) -> float:
     _save_results(results, run_dir)
     show_results(results, run_dir.results)
     return sweep.validation_gain(results)
-
-
-@contextmanager
-def _errors_for_people(cfg: DictConfig) -> Iterator[None]:
-    """Print an error that the user can mend as one message and exit with status 1, unless `traceback=true`.
-
-    In a sweep an error ends its own job only; Ctrl-C ends the sweep.
-    """
-    try:
-        yield
-    except BaseException as error:
-        explained = isinstance(error, USER_ERRORS) and not cfg.get("traceback", False)
-        if sweep.in_multirun() and isinstance(error, Exception):
-            sweep.report_failure(error, explained)
-            return
-        message = f"error: {error}" if explained else None
-        if sweep.in_multirun():
-            print(sweep.how_to_restart(HydraConfig.get().sweep.dir), file=sys.stderr, flush=True)
-        if isinstance(error, KeyboardInterrupt):
-            message = "stopped; predictions and states written so far are in the run directory"
-        if message is None:
-            raise
-        print(message, file=sys.stderr, flush=True)
-        sys.exit(STOPPED if isinstance(error, KeyboardInterrupt) else 1)

@@ -41,9 +41,7 @@ LONGEST = 100  # characters of a job's folder before it is cut; file systems all
 
 
 def job_folder(overrides: str) -> str:
-    """Turn overrides into a folder name that needs no quotes, neither in a shell nor in an override.
-
-    A name that had to be changed ends with a hash, so that no two jobs share a folder.
+    """Turn overrides into a folder name that needs no quotes; if changed for that, it ends with a hash of its own.
 
     >>> job_folder("copilot-half__seed-1")
     'copilot-half__seed-1'
@@ -56,6 +54,18 @@ def job_folder(overrides: str) -> str:
     return f"{name}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
 
 
+def new_folder(path: str) -> str:
+    """Make a folder that nobody else has made, under this name or with a number behind it, and return its path."""
+    for name in itertools.chain([path], (f"{path}_{number}" for number in itertools.count(2))):
+        try:
+            Path(name).mkdir(parents=True)
+            return name
+        except FileExistsError:
+            continue
+        except OSError:
+            return name  # whoever writes there says what is wrong with it
+
+
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
@@ -65,11 +75,7 @@ def in_multirun() -> bool:
 
 
 def job(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float:
-    """Run a config and return its `validation_gain`; a job of a sweep is done once, and goes on where it was left.
-
-    Raises:
-        ConfigError: if the folder holds a job of another config, or the sweep cannot work.
-    """
+    """Run a config and return its `validation_gain`; a job of a sweep is done once, and goes on where it was left."""
     if not in_multirun():
         return run(cfg)
     if problems := sweep_problems(cfg, HydraConfig.get()):
@@ -95,10 +101,9 @@ def job(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float:
 
 
 def validation_gain(results: Results) -> float:
-    """The figure that sweepers maximise: the gain in the first benchmark's metric on the rows that λ was chosen on.
+    """The gain in the first benchmark's metric on the rows that λ was chosen on, which sweepers maximise.
 
-    It is not the reported gain, since a sweep that maximised that one would select on test rows. The sign is turned
-    where lower is better.
+    The reported gain would make a sweep select on test rows. The sign is turned where lower is better.
     """
     if not results.gain:
         return 0.0
@@ -110,19 +115,17 @@ def validation_gain(results: Results) -> float:
     return fused.value - pilot.value if of.higher_is_better else pilot.value - fused.value
 
 
-def report_failure(error: Exception, explained: bool) -> None:
-    """Print the error that ended a job and note it in the job's folder; no traceback if its message explains it."""
+def report_failure(error: Exception, message: str | None) -> None:
+    """Print the error that ended a job and note it in the job's folder; no traceback if a message explains it."""
     trace = "".join(traceback.format_exception(error))
-    print(f"error: {error}" if explained else trace, file=sys.stderr, flush=True)
-    note_failure(_output_dir(), str(error) if explained else f"{type(error).__name__}: {error}", trace)
+    print(trace if message is None else f"error: {message}", file=sys.stderr, flush=True)
+    note_failure(_output_dir(), message or f"{type(error).__name__}: {error}", trace)
 
 
 def how_to_restart(sweep_dir: str) -> str:
     """Say how to go on with a sweep that did not finish."""
-    return (
-        f"Start the sweep again with the same command and hydra.sweep.dir={sweep_dir}: finished jobs are skipped, "
-        f"others go on from their newest checkpoint"
-    )
+    start = f"Start the sweep again with the same command and hydra.sweep.dir={sweep_dir}"
+    return f"{start}: finished jobs are skipped, others go on from their newest checkpoint"
 
 
 def sweep_problems(cfg: DictConfig, hydra: DictConfig) -> list[str]:
@@ -158,16 +161,18 @@ def sweep_problems(cfg: DictConfig, hydra: DictConfig) -> list[str]:
 
 
 class SweepCallback(Callback):
-    """Hydra's callback around a whole sweep: refuses what cannot work, names the folders, and sets the exit status."""
+    """Hydra's callback around a run or sweep: refuses what cannot work, names folders, and sets the exit status."""
 
     def __init__(self) -> None:
         self.before: dict[Path, int] = {}
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Refuse what cannot work before any job starts, and fix the folders.
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Give a run a folder of its own, also where another run was started in the same second."""
+        if is_first():
+            _make_own(config.hydra.run)
 
-        Jobs with different `name` still share one sweep folder, and each job's own is named by what is swept.
-        """
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuse what cannot work, fix the sweep's folder for all jobs, and name each job's by what is swept."""
         if problems := sweep_problems(config, config.hydra):
             print(f"error: {ConfigError(problems)}", file=sys.stderr, flush=True)
             sys.exit(1)
@@ -178,12 +183,13 @@ class SweepCallback(Callback):
         given = config.hydra.overrides.hydra  # Hydra composes every job with these, whoever launches it
         with read_write(given):
             if not any(text.startswith("hydra.sweep.dir=") for text in given):
+                _make_own(config.hydra.sweep)
                 given.append(f"hydra.sweep.dir='{config.hydra.sweep.dir}'")
             given.append(f"hydra.job.config.override_dirname.exclude_keys=[{keys}]")
         self.before = _failures(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Name the jobs that failed and leave with status 1 if there are any."""
+        """Name the jobs that failed; leave with status 1 if there are any."""
         failed = [path for path, time in _failures(config).items() if self.before.get(path) != time]
         if not failed:
             return
@@ -222,6 +228,13 @@ def _isolated() -> Iterator[None]:
             for name in set(os.environ) - set(environment):
                 del os.environ[name]
             os.environ.update(environment)
+
+
+def _make_own(node: DictConfig) -> None:
+    """Make the folder of a run or sweep that is named by the time, a name that another one may have as well."""
+    if "${now:" in OmegaConf.to_container(node)["dir"]:
+        with read_write(node):
+            node.dir = new_folder(node.dir)
 
 
 def _overrides(hydra: DictConfig) -> list[Override]:

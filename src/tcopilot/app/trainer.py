@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,8 +43,7 @@ def _are_devices(value: Any) -> bool:
         return len(value) > 0 and all(is_whole(number) and number >= 0 for number in value)
     if isinstance(value, bool | float) or str(value) == "0":
         return False
-    parts = str(value).split(",")
-    return str(value) in ("auto", "-1") or all(part.strip().isdigit() for part in parts if part or len(parts) == 1)
+    return re.fullmatch(r"auto|-1|\s*\d+\s*(,\s*\d+\s*)*,?", str(value)) is not None
 
 
 def _is_number_or_share(value: Any) -> bool:
@@ -73,7 +73,7 @@ SETTINGS = {
 
 
 def trainer_problems(cfg: DictConfig) -> Iterator[str]:
-    """Problems of the config's `trainer` group."""
+    """List the problems of the config's `trainer` group."""
     node = cfg.trainer
     required = {name: node[name] for name in SETTINGS if name in node or name != "num_nodes"}
     yield from problems(SETTINGS, required, "trainer")
@@ -103,17 +103,17 @@ def process_count(cfg: DictConfig) -> int:
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Let Lightning say nothing of a trainer that is built on trial, or of a training that is none."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")]
-    levels = [logger.level for logger in loggers]
+    names = ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")
+    levels = {name: logging.getLogger(name).level for name in names}
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def make_callbacks(cfg: DictConfig) -> list[Callback]:

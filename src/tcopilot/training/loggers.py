@@ -59,14 +59,20 @@ class WandbRun(WandbLogger):
     def _open(self) -> Any:
         import wandb
 
-        config = OmegaConf.to_container(OmegaConf.load(self.run.config), resolve=True)
+        here = str(self.run.folder.absolute())
+        saved = OmegaConf.load(self.run.config)
+        OmegaConf.update(saved, "paths.run_dir", here)
+        config = OmegaConf.to_container(saved, resolve=True)
+        swept = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+        group = str(HydraConfig.get().sweep.dir) if swept else self._wandb_init.get("group")
+        identity = {"group": group, "folder": here}
         if config.get("resume") and self.run.wandb.exists():
-            identity = json.loads(self.run.wandb.read_text())
-        else:
-            swept = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-            group = str(HydraConfig.get().sweep.dir) if swept else self._wandb_init.get("group")
-            identity = {"id": secrets.token_hex(4), "group": group}
-            write_whole(self.run.wandb, json.dumps(identity) + "\n")
+            identity |= json.loads(self.run.wandb.read_text())
+        original = RunDirectory(identity["folder"]).wandb
+        if "id" not in identity or (original.exists() and not original.samefile(self.run.wandb)):  # new, or a copy
+            identity["id"] = secrets.token_hex(4)
+        write_whole(self.run.wandb, json.dumps({**identity, "folder": here}) + "\n")
+        del identity["folder"]
         mode = os.environ.get("WANDB_MODE") or (None if has_credentials() else "offline")  # None: wandb's own settings
         options = self._wandb_init | identity | {"config": config, "mode": mode, "reinit": "finish_previous"}
         options.pop("anonymous", None)  # Lightning passes it, wandb warns of it

@@ -28,6 +28,7 @@ from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fusion import FusionRule, build_fusion
 from tcopilot.models.gates import GATES
 from tcopilot.models.pilot import ModelSource
+from tcopilot.run_directory import RunDirectory
 from tcopilot.settings import FLAG, POSITIVE, SEED, Rule, is_whole, number, one_of, whole
 from tcopilot.training.callbacks import MistakeLogCallback
 from tcopilot.training.module import Learner, TCopilotModule
@@ -110,7 +111,8 @@ def config_problems(cfg: DictConfig, training: bool = True) -> list[str]:
 
     An evaluation without training depends on a part of them only.
     """
-    checks = [_settings, _folders, trainer_problems, _machine, _batches, _evaluation, _learners, _controls]
+    checks = [_settings, _folders, _checkpoints, trainer_problems, _machine, _batches, _evaluation]
+    checks += [_learners, _controls]
     if not training:
         checks = [partial(_settings, sections=("fusion", "evaluation")), _folders, _evaluation]
     problems: list[str] = []
@@ -211,6 +213,18 @@ def _folders(cfg: DictConfig) -> Iterator[str]:
         yield f"paths.run_dir={folder}: {there} is a file; give a folder"
     elif not os.access(there, os.W_OK | os.X_OK):
         yield f"paths.run_dir={folder}: {there} cannot be written to; give another folder"
+
+
+def _checkpoints(cfg: DictConfig) -> Iterator[str]:
+    if OmegaConf.is_interpolation(cfg.paths, "run_dir"):
+        return  # Hydra's own folder, before Hydra has one
+    own = RunDirectory(str(cfg.paths.run_dir)).checkpoints
+    states = OmegaConf.select(cfg, "callbacks.checkpoint.folder")
+    if states is not None and Path(states).absolute() != own.absolute():
+        yield (
+            f"callbacks.checkpoint.folder={states}: resume= looks for states in {own} only; leave it out, and give "
+            f"paths.run_dir to write a run elsewhere"
+        )
 
 
 def _machine(cfg: DictConfig) -> Iterator[str]:

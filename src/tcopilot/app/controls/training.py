@@ -33,7 +33,7 @@ from tcopilot.run_directory import RunDirectory
 from tcopilot.training.callbacks import FlopCount
 
 log = logging.getLogger(__name__)
-WARM_UP_ROUNDS, TRIAL_ROUNDS = 5, 30  # at most; a run of few rounds has long ones, which need less of a trial
+WARM_UP_ROUNDS, TRIAL_ROUNDS = 5, 30  # at most
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class JointRun:
     prepared: Prepared
     model: TCopilotModel
     results: Results
+
+    @property
+    def trial_rounds(self) -> int:
+        """A run of few rounds has long ones, which need less of a trial."""
+        return min(TRIAL_ROUNDS, max(5, self.results.rounds // 10))
 
 
 @dataclass(frozen=True)
@@ -57,20 +62,19 @@ class Trained:
 
 
 def equal_time(joint: JointRun) -> Trained:
-    """The Pilot alone, for as many rounds as fit into the joint run's training time.
+    """The Pilot alone, for as many rounds as fit into the joint run's training time; a short trial measures them.
 
-    A short trial measures the time of a Pilot-only round. The schedule then spans exactly the rounds that fit, and
-    never fewer than the joint run had, which did in each round all that a Pilot-only round does.
+    Never fewer than the joint run had, which did in each round all that a Pilot-only round does.
     """
     train_pilot(joint, WARM_UP_ROUNDS)
-    trial = train_pilot(joint, _trial_rounds(joint))
+    trial = train_pilot(joint, joint.trial_rounds)
     fitting = round(joint.results.train_seconds / (trial.seconds / trial.rounds))
     return train_pilot(joint, agree_on(max(joint.results.rounds, fitting)))
 
 
 def equal_flops(joint: JointRun) -> Trained:
     """The Pilot alone, for as many rounds as the joint run's FLOPs pay for; a short trial counts those of a round."""
-    trial = train_pilot(joint, _trial_rounds(joint), count_every=1)
+    trial = train_pilot(joint, joint.trial_rounds, count_every=1)
     return train_pilot(joint, max(1, round(joint.results.train_flops / (trial.flops / trial.rounds))))
 
 
@@ -101,11 +105,7 @@ CONTROLS: dict[str, tuple[str, Callable[[JointRun], Trained]]] = {
 
 
 def train_controls(joint: JointRun, run: RunDirectory) -> Iterator[list[Control]]:
-    """Train and score each control that the run's config names and its results lack.
-
-    Yields:
-        For each control one figure per benchmark and metric, and the likelihood, on the split that the run reports.
-    """
+    """Train and score each control that the run's config names and its results lack; yields the figures of each."""
     for name in control_names(joint.cfg.control):
         title, train = CONTROLS[name]
         if all(control.name != title for control in joint.results.controls):
@@ -132,11 +132,7 @@ def train_pilot(joint: JointRun, rounds: int, seed: int | None = None, count_eve
 
 
 def against_controls(results: Results, run: RunDirectory) -> list[str]:
-    """Hold the fused model against every control, on the rows that both answered and in the metric that decides.
-
-    Returns:
-        A sentence for each control and benchmark: the difference with its 95 % interval, and a verdict.
-    """
+    """Hold the fused model against every control, on the rows that both answered: a sentence for each benchmark."""
     sentences = []
     titles = {control.name for control in results.controls}
     for name, (title, _) in CONTROLS.items():
@@ -150,10 +146,6 @@ def against_controls(results: Results, run: RunDirectory) -> list[str]:
             shown = show_difference(found.difference, gain.unit, found.ci95, named=True)
             sentences.append(f"{benchmark}, {gain.metric}, against {title}: {shown}, {found.verdict}")
     return sentences
-
-
-def _trial_rounds(joint: JointRun) -> int:
-    return min(TRIAL_ROUNDS, max(5, joint.results.rounds // 10))
 
 
 def _scored(title: str, trained: Trained, joint: JointRun, folder: Path) -> list[Control]:

@@ -16,13 +16,8 @@ MOST_TIMES = 16  # as wide as the Pilot given
 def widened(config: dict[str, Any], vocab_size: int, parameters: int) -> dict[str, Any]:
     """Scale all widths of a Pilot's config by one factor, so that it comes closest to a number of parameters.
 
-    Depth and number of heads stay. The model's width moves in steps of two per attention head, which heads and rotary
-    embeddings divide by.
-
-    Args:
-        config: `pilot.config`, with `d_model` or `hidden_size`.
-        vocab_size: V, which follows from the tokenizer.
-        parameters: how many are wanted.
+    Depth and number of heads stay. The model's width (`d_model` or `hidden_size`) moves in steps of two per attention
+    head, which heads and rotary embeddings divide by.
     """
     width = next(config[name] for name in MODEL_WIDTHS if name in config)
     step = 2 * AutoConfig.for_model(**config).num_attention_heads

@@ -62,6 +62,8 @@ class RoundCheckpoint(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Write it before the next round changes anything."""
         self._write_due(trainer)
+        # Lightning counts a step twice when it resumes from a clean stop, and loggers name their lines by it.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = pl_module.round
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """If validation fails, save the state, which is still good. One of several processes cannot save alone."""
@@ -95,6 +97,10 @@ class RoundCheckpoint(Callback):
         path = self.folder / f"round={rounds}"
         if trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == path.resolve():
             return  # no round was trained since it was loaded
+        if not Path(trainer.default_root_dir).exists():
+            raise CheckpointError(
+                f"{trainer.default_root_dir} was removed while the run was going; start the run anew"
+            )
         for logger in trainer.loggers:
             logger.save()
         save(state, path)
