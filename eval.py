@@ -1,8 +1,11 @@
 """Evaluate an exported run: `python eval.py run=<run dir> [fusion.weight=…] [data=…]`."""
 
+from pathlib import Path
+
 import hydra
 from omegaconf import DictConfig
 
+from tcopilot.app.checks.groups import refuse_values_for_group_names
 from tcopilot.app.run import evaluate
 
 
@@ -13,4 +16,5 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
+    refuse_values_for_group_names(Path(__file__).with_name("configs"))
     main()

@@ -1,8 +1,11 @@
 """Train a Pilot and its Copilot: `python train.py [group=value …] [key=value …]`."""
 
+from pathlib import Path
+
 import hydra
 from omegaconf import DictConfig
 
+from tcopilot.app.checks.groups import refuse_values_for_group_names
 from tcopilot.app.run import train
 
 
@@ -13,4 +16,5 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
+    refuse_values_for_group_names(Path(__file__).with_name("configs"))
     main()

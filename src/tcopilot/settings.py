@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+LARGEST = 2**31 - 1  # of whole numbers whose rule names no other: libraries count in 32 or 64 bits
+
 
 def is_whole(value: Any) -> bool:
     """Whether a value is a whole number; `true` is none."""
@@ -22,7 +24,7 @@ def is_number(value: Any) -> bool:
 
 
 def _range(least: float, most: float) -> str:
-    return f"from {least} to {most}" if most < math.inf else f"at least {least}"
+    return f"from {least} to {most}" if most not in (LARGEST, math.inf) else f"at least {least}"
 
 
 class Rule(NamedTuple):
@@ -31,12 +33,17 @@ class Rule(NamedTuple):
     allows: Callable[[Any], bool]
     mend: str
 
+    def message(self, value: Any) -> str:
+        """Say of a value that is not allowed what to give instead."""
+        too_large = is_whole(value) and value > LARGEST and str(LARGEST) not in self.mend
+        return f"{value}: {self.mend}" + (f", and at most {LARGEST}" if too_large else "")
+
     def or_null(self) -> Rule:
         """The same rule, with null allowed."""
         return Rule(lambda value: value is None or self.allows(value), self.mend)
 
 
-def whole(least: int = 1, most: float = math.inf, mend: str | None = None) -> Rule:
+def whole(least: int = 1, most: float = LARGEST, mend: str | None = None) -> Rule:
     """Allow whole numbers in a range."""
     mend = mend or f"must be a whole number, {_range(least, most)}"
     return Rule(lambda value: is_whole(value) and least <= value <= most, mend)
@@ -77,7 +84,7 @@ def problems(settings: Mapping[str, Rule], values: Mapping[str, Any], key: str =
     """
     prefix = f"{key}." if key else ""
     return [
-        f"{prefix}{name}={values[name]}: {rule.mend}"
+        f"{prefix}{name}={rule.message(values[name])}"
         for name, rule in settings.items()
         if name in values and not rule.allows(values[name])
     ]

@@ -483,7 +483,7 @@ FAST = ("top-k log", "own feedback", "beam search", "stream", "passes instead of
     "kind", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
 )
 def test_every_kind_of_run_trains_evaluates_and_exports(kind, tmp_path):
-    budget = ["+unused=0"] if kind == "passes instead of rounds" else []
+    budget = ["seed=0"] if kind == "passes instead of rounds" else []
     warm = ["copilot.scheduler.num_warmup_steps=0"]
     if kind == "Tensorboard":
         pytest.importorskip("tensorboard")

@@ -188,7 +188,7 @@ CONFIGS = {
     "checkpoints of Lightning": given("+trainer.enable_checkpointing=true", says=("callbacks.checkpoint writes",)),
     "sampler of Lightning": given("+trainer.use_distributed_sampler=true", says=("use_distributed_sampler=True",)),
     "steps of Lightning": given("+trainer.max_steps=2", says=("trainer.max_steps=2", "set rounds")),
-    "time of Lightning": given("+trainer.max_time=soon", says=("trainer", "max_time=soon", "DD:HH:MM:SS")),
+    "time of Lightning": given("+trainer.max_time=soon", says=("trainer", "max_time=soon", "leave it out")),
     "accumulation of Lightning": given("+trainer.accumulate_grad_batches=4", says=("set pilot.micro_batch_size",)),
     "clipping of Lightning": given("+trainer.gradient_clip_val=1", says=("set pilot.clip",)),
     "a share of rounds": given("+trainer.limit_train_batches=0.1", says=("limit_train_batches=0.1", "set rounds")),
@@ -232,6 +232,14 @@ CONFIGS = {
     "reference to nothing": given("rounds=${nope}", says=("rounds", "'nope'", "give rounds=<value>")),
     "variable that is not set": given("rounds=${oc.env:NOPE_X}", says=("rounds", "NOPE_X", "give rounds=<value>")),
     "unknown resolver": given("pilot.clip=${nosuch:1}", says=("pilot.clip", "nosuch")),
+    "rounds beyond counting": given(f"rounds={10**30}", says=(f"rounds={10**30}", "at most 2147483647")),
+    "steps beyond counting": given(f"copilot.steps_per_round={10**20}", says=("steps_per_round=1000", "at most 2147")),
+    "passes beyond counting": given("rounds=null", "data.epochs=1e30", says=("data.epochs=1e+30", "give fewer")),
+    "a benchmark that never comes": given(
+        "data=[word_problems,multiple_choice]",
+        "data.weights={word_problems: 1, multiple_choice: 1e-9}",
+        says=("data.weights=[1, 1e-09]", "rarest", "leave the benchmark out"),
+    ),
     "rounds deleted": given("~rounds", says=("'rounds' not found", "data.rounds=<value>")),
     "precision deleted": given("~trainer.precision", says=("trainer.precision is not in the config",)),
     "batch deleted": given("~data.batch_size", says=("data.batch_size is not in the config",)),
@@ -637,6 +645,9 @@ EVALUATIONS = {  # options of eval.py; <run> is a finished run
     "data without a path": (["run=<run>", "data=jsonl"], ("data.path=<folder>",)),
     "data elsewhere": (["run=<run>", "data=jsonl", "data.path=/no/such"], ("/no/such/test.jsonl", "does not exist")),
     "run folder is a file": (["run=<run>", "paths.run_dir=<file>"], ("paths.run_dir=<file>", "is a file")),
+    "a key that nothing reads": (["run=<run>", "+foo=1"], ("foo=1: nothing reads this key", "leave it out")),
+    "a key that is elsewhere": (["run=<run>", "+evaluation.beams=1"], ("evaluation.beams=1", "evaluation.num_beams?")),
+    "beams of the run's own decoding": (["run=<run>", "evaluation.num_beams=0"], ("evaluation.num_beams=0",)),
     "unknown key": (["run=<run>", "nope=3"], ("nope", "not in struct")),
     "unknown data": (["run=<run>", "data=nope"], ("data/nope", "gsm8k")),
 }
@@ -963,10 +974,15 @@ def test_a_traceback_is_there_for_whoever_asks(capsys, tmp_path):
             "error: 2 problems in the config or data:",
         ),
         ("train.py", ["rounds=${nope}"], "error: 1 problem in the config or data:"),
+        (
+            "train.py",
+            ["objective=null"],
+            "objective=null: objective is a config group; leave it out, or",
+        ),
         ("train.py", ["data=jsonl", "data.path=/no/such"], "/no/such/train.jsonl does not exist"),
         ("eval.py", ["run=/no/such"], "give the folder of a finished training run"),
     ],
-    ids=["unknown key", "unknown group", "two problems", "reference to nothing", "no data", "no run"],
+    ids=["unknown key", "unknown group", "two problems", "reference", "no group", "no data", "no run"],
 )
 def test_the_programs_say_it_without_a_traceback(script, overrides, says, tmp_path):
     done = composed.forked(script, *overrides, f"hydra.run.dir={tmp_path}/run")

@@ -5,13 +5,14 @@ import os
 import random
 import signal
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger
-from resumable_run import Crash, Run, assert_equal, assert_same_end, crash_after, finished
+from resumable_run import ROUNDS, Crash, Run, assert_equal, assert_same_end, crash_after, finished
 from small_training import (
     FAMILIES,
     EachRound,
@@ -26,14 +27,14 @@ from small_training import (
     vocabulary_size,
     weights,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, get_scheduler
 
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.policies import Prioritised, Reservoir
 from tcopilot.mistake_log.storage import TopKStorage
 from tcopilot.models.adapters import Lora
 from tcopilot.training import checkpoints as checkpoints_module
-from tcopilot.training.callbacks import CopilotAlarms, RngState, graceful_stop
+from tcopilot.training.callbacks import CopilotAlarms, RngState, Throughput, graceful_stop
 from tcopilot.training.callbacks import alarms as alarms_module
 from tcopilot.training.checkpoints import SafeCheckpointIO, checkpoints, newest_good
 from tcopilot.training.module import TrainingDivergedError
@@ -132,6 +133,21 @@ def test_seconds_go_on_counting_after_a_resume(tmp_path):
     for name in ("pilot", "copilot"):
         assert 0 < saved[name] < resumed.module.seconds[name]
         assert saved[name] < whole.module.seconds[name]
+
+
+def test_a_run_goes_on_at_the_rates_of_its_new_config(tmp_path):
+    whole = finished("llama")
+    rates = []
+    note = EachRound(lambda trainer, module: rates.append([o.param_groups[0]["lr"] for o in trainer.optimizers]))
+    schedule = partial(get_scheduler, name="constant")
+    slow = {"pilot": learner(1e-5, schedule=schedule), "copilot": learner(2e-5, schedule=schedule)}
+    Run("llama", tmp_path, callbacks=[note], **slow).fit(whole.folder / "round=5")
+    assert rates == [[1e-5, 2e-5]] * 5
+
+
+def test_a_run_that_logs_no_lines_trains(tmp_path):
+    run = Run("llama", tmp_path, callbacks=[Throughput()], trainer={"log_every_n_steps": 0}).fit()
+    assert run.module.round == ROUNDS
 
 
 # Checkpoint files ----------------------------------------------------------------------------------------------------

@@ -28,10 +28,12 @@ from small_training import (
 from torch import nn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup, get_scheduler
 
+from tcopilot.data import GeneratedTask, TCopilotDataModule, word_tokenizer
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.policies import Fifo, Prioritised
 from tcopilot.models.decoding import correct_text
 from tcopilot.models.states import trace_pilot
+from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 from tcopilot.training.module import TrainingDivergedError
 
 SGD = partial(learner, lr=1.0, clip=None, optimizer=torch.optim.SGD)  # the update is the negative gradient
@@ -528,3 +530,30 @@ def test_validation_of_a_bare_pilot_reports_its_error_and_no_correction():
     assert metrics["val/fused_nll"] == pytest.approx(metrics["val/pilot_nll"])
     assert metrics["val/error_ratio"] == 1
     assert metrics["val/cosine"] == metrics["val/best_weight"] == metrics["val/correction_energy"] == 0
+
+
+def test_validation_sees_all_benchmarks_alike_and_reports_each():
+    tasks = {
+        name: GeneratedTask(name=name, kind="multiple_choice", train=40, validation=rows, test=8, seed=rows)
+        for name, rows in (("many", 24), ("few", 8))
+    }
+    data = TCopilotDataModule(tasks, batch_size=8, eval_batch_size=8, rounds=2)
+    data.prepare(word_tokenizer(data.vocabulary), "left")
+    batches = list(data.val_dataloader())
+    assert [batch.benchmark_B.bincount().tolist() for batch in batches] == [[6, 2]] * 4
+    assert sorted(id for batch in batches for id in batch.ids_B.tolist()) == sorted(
+        row["id"] for name in tasks for row in data.evaluation_rows("validation", name)
+    )
+    module = small_module(tiny_model("llama", head_std=0.1, vocab=vocabulary_size(data)), 2)
+    trainer = trainer_for(log=MistakeLog(), limit_val_batches=2, val_check_interval=2)
+    trainer.fit(module, datamodule=data)
+    reported = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    for number, name in enumerate(tasks):
+        expected = ErrorStatistics([1.0])
+        for batch in batches[:2]:
+            rows = batch.benchmark_B == number
+            log_probs, corrections = correct_targets(module.model.eval(), batch)
+            expected.update(log_probs[rows], corrections[rows], batch.target_ids_BN[rows], batch.target_mask_BN[rows])
+        for figure in ("pilot_nll", "fused_nll", "error_ratio", "best_weight"):
+            assert reported[f"val/{name}/{figure}"] == pytest.approx(expected.summary()[figure], rel=1e-4, abs=1e-6)
+    assert min(reported["val/many/pilot_nll"], reported["val/few/pilot_nll"]) < reported["val/pilot_nll"]

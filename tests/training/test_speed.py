@@ -1,6 +1,8 @@
 """What makes rounds fast or small leaves what they learn as it is."""
 
+import os
 import shutil
+import time
 from functools import partial
 
 import pytest
@@ -27,6 +29,7 @@ from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models import error_input
 from tcopilot.models.states import StatePooler, trace_pilot
 from tcopilot.training import chunked_loss
+from tcopilot.training import module as training
 from tcopilot.training.callbacks import FlopCount
 from tcopilot.training.objectives import RootMeanSquaredError, objective_sum
 from tcopilot.training.serialization import pack, unpack
@@ -178,3 +181,17 @@ def test_an_update_of_the_copilot_holds_one_tensor_of_tokens_times_vocabulary(fa
         objective_sum(RootMeanSquaredError(), model.copilot, record, hidden).backward()
     assert model.copilot.error_in.grad is not None
     assert large.most == 1  # p̂, as it was drawn
+
+
+def test_an_empty_library_in_the_compilers_cache_is_removed_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "cache_dir", lambda: str(tmp_path))
+    for name, content, age in (
+        ("killed.so", "", 60),
+        ("whole.so", "x", 60),
+        ("linking.so", "", 0),
+        ("empty.txt", "", 60),
+    ):
+        (tmp_path / name).write_text(content)
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    training.clear_empty_libraries()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.so", "linking.so", "empty.txt"}

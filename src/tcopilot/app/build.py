@@ -21,6 +21,7 @@ from tcopilot.app.checks.data import data_problems, memory_problems
 from tcopilot.app.checks.problems import ConfigError, attempt
 from tcopilot.app.checks.targets import target_problems
 from tcopilot.app.checks.trial_build import trial_problems
+from tcopilot.app.checks.unused import watch
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.modes import Decoding
 from tcopilot.mistake_log.log import MistakeLog
@@ -45,6 +46,8 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     data: TCopilotDataModule
     log: MistakeLog | None
+    config: DictConfig | None = None  # as `tcopilot.app.checks.unused.watch` gives it, with the keys read so far
+    read: Collection[str] = ()
 
 
 def prepare(cfg: DictConfig) -> Prepared:
@@ -56,12 +59,13 @@ def prepare(cfg: DictConfig) -> Prepared:
     refuse_missing(cfg)
     if problems := list(values_for_groups(cfg)):
         raise ConfigError(problems)
-    pilot = model_source(cfg.pilot, "pilot")
-    donor = model_source(cfg.copilot, "copilot") if cfg.copilot.enabled and cfg.copilot.path else None
+    watched, read = watch(cfg)
+    pilot = model_source(watched.pilot, "pilot")
+    donor = model_source(watched.copilot, "copilot") if cfg.copilot.enabled and cfg.copilot.path else None
     problems, log, tokenizer = config_problems(cfg), None, None
     problems += [] if problems else trial_problems(cfg)
     if cfg.copilot.enabled and not any(problem.startswith(("mistake_log.log", "seed")) for problem in problems):
-        log = attempt(problems, lambda: instantiate(cfg.mistake_log.log, _convert_="all"))
+        log = attempt(problems, lambda: instantiate(watched.mistake_log.log, _convert_="all"))
     data = attempt(problems, lambda: instantiate(cfg.data))
     unreadable = checks.source_problems(pilot, donor)
     problems += unreadable
@@ -80,7 +84,7 @@ def prepare(cfg: DictConfig) -> Prepared:
         problems += [] if log is None else memory_problems(cfg, pilot, data, log)
     if problems:
         raise ConfigError(problems)
-    return Prepared(pilot, donor, tokenizer, data, log)
+    return Prepared(pilot, donor, tokenizer, data, log, watched, read)
 
 
 def prepare_data(
@@ -197,33 +201,44 @@ def split_seed_remarks(data: TCopilotDataModule, *sources: ModelSource | None) -
 
 def model_source(node: DictConfig, key: str) -> ModelSource:
     """Where the Pilot, or the checkpoint that a Copilot starts from, comes from."""
-    values = OmegaConf.to_container(node, resolve=True)
-    given = {name: values[name] for name in ("path", "config", "dtype", "revision") if name in values}
+    names = ["path", "dtype", "revision"] if node.get("path") is not None else ["path", "config", "dtype"]
+    given = {name: node[name] for name in names if name in node}
+    if OmegaConf.is_config(given.get("config")):
+        given["config"] = OmegaConf.to_container(given["config"], resolve=True)
     return ModelSource(**given, key=key)
 
 
 def fused_model(cfg: DictConfig, prepared: Prepared) -> TCopilotModel:
     """Load the Pilot, build its Copilot, inject adapters."""
     pilot = prepared.pilot.load(prepared.tokenizer)
-    copilot = None
-    if cfg.copilot.enabled:
-        donor = None if prepared.donor is None else prepared.donor.load(prepared.tokenizer)
-        same = ["head", "pattern", "pooling", "context", "positions", "error_input", "train_error_input", "dropout"]
-        copilot = Copilot.from_pilot(
-            pilot,
-            layers=checks.copilot_layers(cfg.copilot.layers, decoder_depth((donor or pilot).config)),
-            donor=donor,
-            tokens=len(prepared.tokenizer),
-            reads=list(cfg.copilot.reads),
-            **{name: cfg.copilot[name] for name in same},
-        )
+    copilot = _copilot(cfg, prepared, pilot) if cfg.copilot.enabled else None
     _adapt(cfg.pilot, pilot)
+    fusion: dict[str, Any] = {}
     if copilot is not None:
         _adapt(cfg.copilot, copilot.body)
-    fusion = {"fusion": fusion_rule(cfg.fusion), "feedback": cfg.fusion.feedback, "weight": training_weight(cfg)}
+        fusion = {"fusion": fusion_rule(cfg.fusion), "feedback": cfg.fusion.feedback, "weight": training_weight(cfg)}
     rows = {"split_seed": prepared.data.split_seed}  # for whoever goes on with the export
     config = TCopilotConfig(pilot.config, None if copilot is None else copilot.config, **fusion, **rows)
     return fused_class(prepared.pilot.is_encoder_decoder)(config, pilot, copilot)
+
+
+def _copilot(cfg: DictConfig, prepared: Prepared, pilot: PreTrainedModel) -> Copilot:
+    """A new Copilot, or the trained one of the export that `copilot.path` names."""
+    donor, encoder_decoder = prepared.donor, prepared.pilot.is_encoder_decoder
+    if donor is not None and donor.trained_copilot is not None:
+        copilot = donor.whole_model(fused_class(encoder_decoder), torch.float32).detach_copilot()
+        copilot.error_in.requires_grad_(cfg.copilot.train_error_input and "errors" in copilot.config.reads)
+        return copilot
+    donor = None if donor is None else donor.load(prepared.tokenizer)
+    names = ("head", "pattern", "pooling", "context", "positions", "error_input", "train_error_input", "dropout")
+    return Copilot.from_pilot(
+        pilot,
+        layers=checks.copilot_layers(cfg.copilot.layers, decoder_depth((donor or pilot).config)),
+        donor=donor,
+        tokens=len(prepared.tokenizer),
+        reads=list(cfg.copilot.reads),
+        **{name: cfg.copilot[name] for name in names},
+    )
 
 
 def training_weight(cfg: DictConfig) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -30,8 +31,9 @@ def show_summary(
     params: dict[str, int],
     rounds: int,
     memory: Budget | None,
+    idle: Sequence[str] = (),
 ) -> None:
-    """Say before training what is trained, what the log keeps and how large it grows, memory, and the budget.
+    """Say before training what is trained, what the log keeps and how large it grows, memory, budget and idle keys.
 
     Raises:
         ConfigError: if the log's storage cannot keep this Pilot's p̂.
@@ -54,7 +56,11 @@ def show_summary(
     rows = "stream" if prepared.data.train_rows is None else f"{prepared.data.train_rows:,} training rows"
     if prepared.data.held_out:
         rows += f", {prepared.data.held_out_rows:,} held out for the log"
+    if prepared.data.rounds is not None and prepared.data.epochs is not None:
+        rows += f"; rounds={rounds} counts, data.epochs={prepared.data.epochs:g} does not (rounds=null makes it count)"
     table.add_row("budget", f"{rounds:,} rounds of {cfg.data.batch_size} rows; {rows}")
+    if idle:
+        table.add_row("not used here", ", ".join(idle))
     table.add_row("run directory", str(cfg.paths.run_dir))
     _console().print(table, summary_table(prepared.data.summary()))
 

@@ -21,8 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 from tcopilot import processes
 from tcopilot.app import build, sweep
 from tcopilot.app.build import Prepared
-from tcopilot.app.checks.config import config_problems, refuse_missing
+from tcopilot.app.checks.config import config_problems, refuse_missing, unread_keys
 from tcopilot.app.checks.problems import ConfigError
+from tcopilot.app.checks.resumed import take_overrides
+from tcopilot.app.checks.unused import idle_overrides
 from tcopilot.app.console import quiet_libraries, show_results, show_summary
 from tcopilot.app.controls.training import JointRun, against_controls, train_controls
 from tcopilot.app.failures import errors_for_people
@@ -43,7 +45,7 @@ from tcopilot.run_directory import RunDirectory, flatten, write_whole
 from tcopilot.training.callbacks import FlopCount, GracefulStop, RoundCheckpoint
 from tcopilot.training.checkpoints import checkpoints, newest_good, round_of
 from tcopilot.training.loggers import closing_wandb
-from tcopilot.training.module import TCopilotModule, TrainingDivergedError
+from tcopilot.training.module import TCopilotModule, TrainingDivergedError, clear_empty_libraries
 from tcopilot.version import __version__
 
 log = logging.getLogger(__name__)
@@ -77,12 +79,13 @@ def _train(cfg: DictConfig) -> float:
 
 def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, run_dir: RunDirectory) -> float:
     seed_everything(cfg.seed, workers=True, verbose=False)
-    model = build.fused_model(cfg, prepared)
-    module = build.training_module(cfg, model, prepared.data.total_rounds)
+    model = build.fused_model(prepared.config, prepared)
+    module = build.training_module(prepared.config, model, prepared.data.total_rounds)
     params = build.parameter_counts(model)  # now that a frozen Pilot is frozen
     if rank():
         seed_everything(cfg.seed + rank(), workers=True, verbose=False)  # every process draws its own dropout
-    show_summary(cfg, prepared, model, params, module.rounds, memory)
+    idle = idle_overrides(cfg, prepared.read, prepared.data, _given())
+    show_summary(cfg, prepared, model, params, module.rounds, memory, idle)
     _fit(cfg, prepared, module)
 
     model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
@@ -113,12 +116,17 @@ def _resumed(cfg: DictConfig) -> DictConfig:
     path = RunDirectory(str(cfg.resume)).config
     if not path.exists():
         raise ConfigError([f"resume={cfg.resume}: no config.yaml there; give the folder of a run that was started"])
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    if ignored := [override for override in given if not override.startswith(("resume=", "trust=", "paths."))]:
-        log.warning("resume=%s goes on with that run's own config; not used: %s", cfg.resume, ", ".join(ignored))
     before = build.read_config(path, f"resume={cfg.resume}", cfg.trust)
     before.resume = before.paths.run_dir
+    given = [override for override in _given() if not override.startswith(("resume=", "trust=", "paths."))]
+    if ignored := take_overrides(before, cfg, given):
+        log.warning("resume=%s goes on with that run's own config; not used: %s", cfg.resume, ", ".join(ignored))
     return before
+
+
+def _given() -> list[str]:
+    """The overrides of the command line."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
@@ -130,13 +138,16 @@ def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
     start = _newest_checkpoint(cfg, trainer.world_size)
     if problem := processes.address_problem(trainer.world_size, trainer.num_nodes):
         raise ConfigError([problem])
+    if start is not None and round_of(start) >= module.rounds:
+        log.warning("resume=%s: all %d rounds are done; rounds=<more> goes on with it", cfg.resume, module.rounds)
     if start is not None:
         _keep_metrics(trainer, RunDirectory(cfg.paths.run_dir).metrics, round_of(start))
     try:
         trainer.fit(module, datamodule=prepared.data, ckpt_path=start, weights_only=True)
     except TrainingDivergedError as error:
         saved = checkpoints(saver.folder) if saver else []
-        last = f"Last good state: {saved[-1]}" if saved else "No state had been saved yet"
+        go_on = f"Go on with: python train.py resume={cfg.paths.run_dir} pilot.optimizer.lr=<lower>"
+        last = f"{go_on}. Last good state: {saved[-1]}" if saved else "No state had been saved yet"
         raise TrainingDivergedError(f"{error}. {last}") from None
     except SystemExit:  # Lightning turns a second Ctrl-C into status 1
         if stop is None or not stop.requested:
@@ -191,7 +202,7 @@ def _evaluate(cfg: DictConfig) -> float:
     _refuse_another_run(cfg, run_dir)
     trained = build.read_config(source.config, f"run={source}", cfg.trust, run_dir.folder)
     known = _override(trained, cfg, source)
-    if problems := [*config_problems(trained, training=False), *trace_problems(cfg, trained)]:
+    if problems := [*unread_keys(cfg), *config_problems(trained, training=False), *trace_problems(cfg, trained)]:
         raise ConfigError(problems)
 
     config, tokenizer = build.read_export(source.folder)
@@ -241,12 +252,12 @@ def _override(trained: DictConfig, cfg: DictConfig, source: RunDirectory) -> flo
         trained.data = cfg.data
     elif cfg.data.path is not None:
         trained.data.path = cfg.data.path
-    if cfg.get("evaluation") is not None:
-        trained.evaluation = cfg.evaluation
     is_other_rule = cfg.fusion.rule not in (None, trained.fusion.rule)
-    for key, value in cfg.fusion.items():
-        if value is not None and (key, value) != ("weight", "run"):
-            trained.fusion[key] = value
+    for group in ("evaluation", "fusion"):
+        whole = group == "evaluation" and None not in (cfg.evaluation.num_beams, cfg.evaluation.modes)
+        for key, value in cfg[group].items():  # evaluation=<name> sets every key, and null is one of its values
+            if (value is not None or whole) and (key, value) != ("weight", "run"):
+                OmegaConf.update(trained, f"{group}.{key}", value, merge=False, force_add=True)
     trained.paths.run_dir, trained.control = cfg.paths.run_dir, None
     if is_other_rule and cfg.fusion.weight == "run":
         raise ConfigError(["fusion.weight=run: that λ suits the run's own fusion rule only; leave fusion=… out"])
@@ -277,7 +288,7 @@ def _add_training(results: Results, cfg: DictConfig, source: RunDirectory) -> No
     results.train_flops = before.train_flops
     if not cfg.pilot.path:
         results.params = before.params
-        if cfg.data == {"path": None} and cfg.get("evaluation") is None:
+        if cfg.data == {"path": None} and not any(value is not None for value in cfg.evaluation.values()):
             results.controls = before.controls
 
 
@@ -291,6 +302,8 @@ def _run_evaluator(
 ) -> Results:
     decoding = build.decoding(cfg.evaluation)
     where, per = run_dir.predictions, cfg.fusion.per
+    if decoding.decoding == "static" and decoding.compile:
+        clear_empty_libraries()
     evaluator = Evaluator(model, prepared.tokenizer, prepared.data, where, decoding, per)
     splits = ("validation", cfg.evaluation.report_on)
     found = evaluator.run(weights, splits, known)

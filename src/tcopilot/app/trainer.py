@@ -26,6 +26,7 @@ FIXED = {"max_epochs": 1, "min_epochs": 0, "enable_checkpointing": False, "use_d
 """One Lightning epoch is the whole budget of rounds; a minimum of 0 lets a clean stop end it early."""
 UNUSABLE = {  # arguments of Lightning's Trainer that a config cannot give, and what to do instead
     **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "limit_train_batches"), "set rounds"),
+    "max_time": "set rounds, or send the signal USR1 when time is up, after which resume= goes on",
     "enable_checkpointing": "callbacks.checkpoint writes the states",
     "use_distributed_sampler": "the data module divides batches among processes",
     "overfit_batches": "set data.max_train_rows, or use debug=overfit",

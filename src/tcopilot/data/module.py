@@ -252,7 +252,10 @@ class TCopilotDataModule(LightningDataModule):
         """Return the validation rows of all benchmarks in fixed order; ranks take every ``world_size``-th row."""
         self.setup()
         rank, world_size = self._place
-        rows = [row for name in self.benchmarks for row in self._evaluation.get(("validation", name), [])]
+        parts = [self._evaluation.get(("validation", name), []) for name in self.benchmarks]
+        # Interleaved in proportion, since training looks at the first batches only.
+        places = sorted(((i + 0.5) / len(part), n, i) for n, part in enumerate(parts) for i in range(len(part)))
+        rows = [parts[n][i] for _, n, i in places]
         return StatefulDataLoader(rows[rank::world_size], batch_size=self.eval_batch_size, collate_fn=self._collate)
 
     def evaluation_rows(self, split: str, benchmark_name: str) -> list[PreparedRow]:

@@ -167,7 +167,7 @@ def mixture(parts: Sequence[Stream], weights: Sequence[float] | None = None, see
     used up at least once, so small parts repeat. None keeps every row exactly once.
 
     Raises:
-        DataError: If a weight is not positive.
+        DataError: If a weight is not positive, or so small that a pass over all parts would never end.
     """
     if len(parts) == 1:
         return parts[0]
@@ -176,6 +176,13 @@ def mixture(parts: Sequence[Stream], weights: Sequence[float] | None = None, see
     if min(weights) <= 0:
         raise DataError(f"data.weights must be positive, got {list(weights)}; leave out a benchmark to drop it.")
     shares = [weight / sum(weights) for weight in weights]
+    if all(isinstance(part, datasets.Dataset) for part in parts):
+        draws = max(len(part) / share for part, share in zip(parts, shares, strict=True))
+        if draws > max(10**7, 100 * sum(map(len, parts))):
+            raise DataError(
+                f"data.weights={list(weights)}: a pass that uses up every row of the rarest benchmark takes "
+                f"{draws:.0e} draws. Raise its weight, or leave the benchmark out."
+            )
     return datasets.interleave_datasets(list(parts), shares, seed=seed, stopping_strategy="all_exhausted")
 
 

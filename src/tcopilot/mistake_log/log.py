@@ -11,6 +11,7 @@ up to the storage, see `storage.py`.
 Shapes: B records, M source length, N target length, P Pilot width, V vocabulary.
 """
 
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ class MistakeLog:
 
     SETTINGS: ClassVar = {
         "capacity_rounds": whole(mend="the log must hold at least one round; give a whole number"),
-        "max_bytes": whole(mend="give a positive number of bytes, or null for no limit").or_null(),
+        "max_bytes": whole(most=math.inf, mend="give a positive number of bytes, or null for no limit").or_null(),
         "dtype": DTYPE,
         "seed": SEED,
         "rows": one_of(("all", "first_visit")),

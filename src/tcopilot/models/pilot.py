@@ -120,6 +120,11 @@ class ModelSource:
         """The config in the folder, of an export of ours with both models."""
         return self._from_hub(AutoConfig)
 
+    @property
+    def trained_copilot(self) -> dict[str, Any] | None:
+        """The architecture of the Copilot in an export of ours; None of any other model."""
+        return None if self.path is None else getattr(self.stored_config, "copilot", None)
+
     def whole_model(self, auto: Any, dtype: torch.dtype) -> PreTrainedModel:
         """Load a model whose weights are complete, of the config's shapes and finite; transformers fills gaps."""
         with _without_reports():

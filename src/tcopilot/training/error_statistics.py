@@ -122,6 +122,11 @@ class ErrorStatistics:
         return dict(zip(self.weights, zip((mean - half).tolist(), (mean + half).tolist(), strict=True), strict=True))
 
     @property
+    def tokens(self) -> int:
+        """Target tokens seen, over all ranks after `reduce`."""
+        return int(self._sums[0].item())
+
+    @property
     def best_weight(self) -> float:
         """λ* in closed form (Theorem 4.1)."""
         return best_weight(self._sums[3].item(), self._sums[2].item())

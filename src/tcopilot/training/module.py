@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from tcopilot.data.batch import Batch
 from tcopilot.mistake_log.log import MistakeLog, MistakeRecord
@@ -19,8 +21,13 @@ from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
 from tcopilot.processes import sum_over_processes
 from tcopilot.settings import POSITIVE, Rule, is_number, whole
-from tcopilot.training.error_statistics import ErrorStatistics
+from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 from tcopilot.training.objectives import Objective, RootMeanSquaredError, objective_sum
+
+OF_BENCHMARK = ("pilot_nll", "fused_nll", "error_ratio", "best_weight")  # validation's figures of each benchmark
+
+
+SECONDS_TO_LINK = 10  # a library of another process may be empty for a moment
 
 
 class TrainingDivergedError(RuntimeError):
@@ -133,6 +140,10 @@ class TCopilotModule(LightningModule):
         self.model.train()
         if self.learners["pilot"] is None:
             self.model.pilot.eval()
+        for optimizer, scheduler in zip(self.trainer.optimizers, self._as_list(self.lr_schedulers()), strict=True):
+            _take_settings(optimizer, scheduler)
+        if self.compile_backend == "inductor":
+            clear_empty_libraries()
         for part in self._compiled_parts():  # in place of the method: a wrapper would rename the weights
             part.forward = torch.compile(part.forward, backend=self.compile_backend, dynamic=True)
 
@@ -193,18 +204,29 @@ class TCopilotModule(LightningModule):
         return pilot_loss, self._backward(loss) if alone else loss, tokens
 
     def on_validation_epoch_start(self) -> None:
-        """Start the validation's sums."""
-        self.validation_statistics = ErrorStatistics([self.model.weight], self.model.fusion)
+        """Start the validation's sums, for each benchmark."""
+        names = getattr(self.trainer.datamodule, "benchmark_names", [""])
+        self._of_benchmark = {name: ErrorStatistics([self.model.weight], self.model.fusion) for name in names}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Teacher-forced pass over held-out rows, to see whether f^C estimates ℓ where it counts."""
-        self.validation_statistics.observe(self.model, batch)
+        log_probs_BNV, corrections_BNV = correct_targets(self.model, batch)
+        tensors = log_probs_BNV, corrections_BNV, batch.target_ids_BN, batch.target_mask_BN
+        for number, statistics in enumerate(self._of_benchmark.values()):
+            rows_B = batch.benchmark_B == number if len(self._of_benchmark) > 1 else slice(None)
+            statistics.update(*(None if tensor is None else tensor[rows_B] for tensor in tensors))
 
     def on_validation_epoch_end(self) -> None:
-        """Report `ErrorStatistics.summary` over all ranks."""
-        self.validation_statistics.reduce(self._sum_over_ranks)
-        summary = self.validation_statistics.summary()
-        self.log_dict({f"val/{name}": value for name, value in summary.items()}, rank_zero_only=True)
+        """Report `ErrorStatistics.summary` over all ranks, and the main figures of each of several benchmarks."""
+        for statistics in self._of_benchmark.values():
+            statistics.reduce(self._sum_over_ranks)
+        self.validation_statistics = ErrorStatistics.joined(self._of_benchmark.values())
+        figures = {f"val/{name}": value for name, value in self.validation_statistics.summary().items()}
+        for benchmark, statistics in self._of_benchmark.items() if len(self._of_benchmark) > 1 else ():
+            if statistics.tokens:
+                summary = statistics.summary()
+                figures |= {f"val/{benchmark}/{name}": summary[name] for name in OF_BENCHMARK}
+        self.log_dict(figures, rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave out the frozen weights of a pretrained model: they never change and can be loaded again."""
@@ -215,13 +237,19 @@ class TCopilotModule(LightningModule):
                     checkpoint["state_dict"].pop(name, None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting seconds; a checkpoint that lacks weights which are trained is refused."""
+        """Go on counting seconds and, if the budget is larger by now, rounds; refuse a checkpoint of another model."""
         trained = (name for name, parameter in self.named_parameters() if parameter.requires_grad)
         if missing := [name for name in trained if name not in checkpoint["state_dict"]]:
             raise ValueError(
                 f"the checkpoint lacks {len(missing)} trained weights, {missing[0]} among them: it is of another model"
             )
         self.seconds = dict(checkpoint["seconds"])
+        loop = checkpoint["loops"]["fit_loop"]
+        rounds, epoch = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
+        if rounds["total"]["completed"] < self.rounds:  # Lightning's epoch is the whole budget, so it is not over
+            rounds["is_last_batch"] = False
+            for counts in (epoch["total"], epoch["current"]):
+                counts["processed"] = counts["completed"] = 0
 
     def _compiled_parts(self) -> list[nn.Module]:
         parts = (self.model.pilot, self.model.copilot) if self.compile_backend is not None else ()
@@ -352,3 +380,21 @@ class TCopilotModule(LightningModule):
     @staticmethod
     def _as_list(value: Any) -> list:
         return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def clear_empty_libraries() -> None:
+    """Remove what a kill during compilation leaves in the compiler's cache and every later run would fail to load."""
+    for library in Path(cache_dir()).rglob("*.so"):
+        with suppress(FileNotFoundError):  # another process clears up too
+            if not library.stat().st_size and time.time() - library.stat().st_mtime > SECONDS_TO_LINK:
+                library.unlink()
+
+
+def _take_settings(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Let the config's settings win over those in a checkpoint, as when a diverged run goes on at a lower rate."""
+    if len(optimizer.param_groups) != 1 or not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        return  # of somebody else's making
+    (group,), rate = optimizer.param_groups, optimizer.defaults["lr"]
+    group.update({name: value for name, value in optimizer.defaults.items() if name in group})
+    scheduler.base_lrs = [rate]
+    group["initial_lr"], group["lr"] = rate, rate * scheduler.lr_lambdas[0](scheduler.last_epoch)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tcopilot.app import build
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.memory import estimate as memory_check
+from tcopilot.app.memory import free as free_memory
 from tcopilot.app.memory.dry_run import Footprint, Load, measure
 from tcopilot.app.memory.estimate import Budget, budget
 from tcopilot.app.memory.live_memory import LiveMemory
@@ -148,7 +149,7 @@ def test_what_may_not_fit_is_said_and_not_refused(training, decoding, mend, capl
 
 def test_a_run_that_cannot_fit_stops_before_weights_load(tmp_path, monkeypatch):
     free = 3_000_000  # enough for the log and for the parameters, but not for all
-    monkeypatch.setattr(memory_check.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(free_memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     monkeypatch.setattr(build.ModelSource, "load", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match="the largest part is"):
         composed.train(tmp_path / "run", *composed.SMALL, estimate=True)

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from tcopilot.app.checks.problems import ConfigError, existing
+from tcopilot.app.checks.unused import slips
 from tcopilot.app.trainer import process_count, trainer_problems
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.modes import Decoding
@@ -52,15 +53,24 @@ PARTS = {  # what is built from a config of its own, and the group that it is ch
     "trainer": "trainer",
     "data": "data",
 }
-LEARNER = {**ModelSource.SETTINGS, **Learner.SETTINGS, "gradient_checkpointing": FLAG}
+ANY = Rule(lambda value: True, "")  # judged elsewhere
+LEARNER = {
+    **dict.fromkeys(("path", "revision"), ANY),
+    **{**ModelSource.SETTINGS, **Learner.SETTINGS, "gradient_checkpointing": FLAG},
+}
 OF_MODULE = TCopilotModule.SETTINGS
 OPTIMIZER = {"lr": POSITIVE, "weight_decay": number()}
 SCHEDULER = {"num_warmup_steps": number(), "min_lr_rate": number(0, 1)}
 RULES: dict[str, Mapping[str, Rule]] = {  # of groups that do not name their class; a class named has its own
-    "": {"seed": SEED, "rounds": whole().or_null()},
-    "pilot": {**LEARNER, "frozen": FLAG, "micro_batch_size": OF_MODULE["micro_batch_size"]},
+    "": {
+        **dict.fromkeys(("name", "resume", "trust", "compile", "traceback", "control", "version"), ANY),
+        **dict.fromkeys(("run", "trace", "trace_rows"), ANY),  # of eval.py
+        **{"seed": SEED, "rounds": whole().or_null()},
+    },
+    "paths": {"run_dir": ANY},
+    "pilot": {**LEARNER, "config": ANY, "frozen": FLAG, "micro_batch_size": OF_MODULE["micro_batch_size"]},
     "copilot": {
-        **{"enabled": FLAG, "batch_size": OF_MODULE["copilot_batch_size"]},
+        **{"enabled": FLAG, "layers": ANY, "batch_size": OF_MODULE["copilot_batch_size"]},
         **{name: OF_MODULE[name] for name in ("steps_per_round", "own_feedback")},
         **(LEARNER | CopilotConfig.SETTINGS | Copilot.SETTINGS),
     },
@@ -69,7 +79,7 @@ RULES: dict[str, Mapping[str, Rule]] = {  # of groups that do not name their cla
     "pilot.scheduler": SCHEDULER,
     "copilot.scheduler": SCHEDULER,
     "mistake_log": MistakeLogCallback.SETTINGS,
-    "fusion": {**Evaluator.SETTINGS, "feedback": one_of(FEEDBACKS)},
+    "fusion": {**Evaluator.SETTINGS, "feedback": one_of(FEEDBACKS), "space": ANY},
     "evaluation": {**Decoding.SETTINGS, "report_on": one_of(("test", "validation"))},
 }
 
@@ -111,10 +121,10 @@ def config_problems(cfg: DictConfig, training: bool = True) -> list[str]:
 
     An evaluation without training depends on a part of them only.
     """
-    checks = [_settings, _folders, _checkpoints, trainer_problems, _machine, _batches, _evaluation]
+    checks = [unread_keys, _settings, _folders, _checkpoints, trainer_problems, _machine, _batches, _evaluation]
     checks += [_learners, _controls]
     if not training:
-        checks = [partial(_settings, sections=("fusion", "evaluation")), _folders, _evaluation]
+        checks = [unread_keys, partial(_settings, sections=("fusion", "evaluation")), _folders, _evaluation]
     problems: list[str] = []
     for check in checks:
         try:
@@ -139,6 +149,13 @@ def control_names(given: Any) -> list[str]:
 
 def _deleted(key: str) -> str:
     return f"{key} is not in the config: do not delete it, give {key}=<value>"
+
+
+def unread_keys(cfg: DictConfig) -> Iterator[str]:
+    """Say which keys nothing reads, in the groups that this package reads key by key."""
+    groups = {key.rpartition(".")[::2] for key in (*SECTIONS, *PARTS)}
+    known = {key: {*RULES[key], *(name for group, name in groups if group == key)} for key in ("", "paths", *COMPLETE)}
+    return slips(cfg, known)
 
 
 def values_for_groups(cfg: DictConfig) -> Iterator[str]:
@@ -173,9 +190,14 @@ def _settings(cfg: DictConfig, sections: Sequence[str] = ()) -> Iterator[str]:
     for refers in (False, True):
         for key, node, rules in groups:
             for name, rule in rules.items() if isinstance(node, DictConfig) else ():
-                if name not in node or OmegaConf.is_interpolation(node, name) != refers or rule.allows(node[name]):
+                if (
+                    rule is ANY
+                    or name not in node
+                    or OmegaConf.is_interpolation(node, name) != refers
+                    or rule.allows(node[name])
+                ):
                     continue
-                message = f"{node[name]}: {rule.mend}"
+                message = rule.message(node[name])
                 if not (refers and message in wrong):
                     yield f"{key}.{name}={message}" if key else f"{name}={message}"
                 wrong.add(message)

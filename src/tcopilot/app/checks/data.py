@@ -8,10 +8,12 @@ from omegaconf import DictConfig
 from transformers import PreTrainedConfig
 
 from tcopilot.app.checks.problems import existing
+from tcopilot.app.memory.free import available_memory
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.ranking import ranking_problems
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.pilot import ModelSource
+from tcopilot.settings import LARGEST
 
 
 def data_problems(
@@ -39,6 +41,8 @@ def data_problems(
                 f"evaluation.modes={list(cfg.evaluation.modes)}: {name} has no options whose likelihoods could be "
                 f"compared; add generation"
             )
+    if data.total_rounds > LARGEST:
+        problems.append(f"data.epochs={data.epochs}: these are {data.total_rounds:.0e} rounds; give fewer")
     longest = {part: int(max(split[f"{part}_max"] for split in summary.values())) for part in ("source", "target")}
     needed = max(longest.values()) if pilot.is_encoder_decoder else sum(longest.values())
     limit = getattr(pilot, "max_position_embeddings", None)
@@ -53,7 +57,7 @@ def data_problems(
 def memory_problems(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModule, log: MistakeLog) -> list[str]:
     """A Mistake Log that would not fit once it is full: into memory, or on the disk that it is spilled to."""
     needed, spill = log_bytes(cfg, pilot, data, log), None if log.spill is None else log.spill.parent
-    free = psutil.virtual_memory().available if spill is None else psutil.disk_usage(existing(spill)).free
+    free = available_memory() if spill is None else psutil.disk_usage(existing(spill)).free
     if needed <= free:
         return []
     where = "in memory" if spill is None else f"on the disk of mistake_log.log.spill={spill}"

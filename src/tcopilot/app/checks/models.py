@@ -29,8 +29,8 @@ def source_problems(*sources: ModelSource | None) -> list[str]:
 def model_problems(cfg: DictConfig, pilot: ModelSource, donor: ModelSource | None) -> list[str]:
     """Problems of models that can be read: a Copilot too deep or too flat, adapters without a place."""
     problems = _adapter_problems(cfg, "pilot", pilot.model_config)
-    if not cfg.copilot.enabled:
-        return problems
+    if not cfg.copilot.enabled or (donor is not None and donor.trained_copilot is not None):
+        return problems  # a trained Copilot brings its architecture
     model = pilot if donor is None else donor
     depth = families.decoder_depth(model.model_config)
     layers = cfg.copilot.layers
@@ -67,8 +67,14 @@ def donor_problems(pilot: ModelSource, donor: ModelSource, tokenizer: PreTrained
     except ModelSourceError:
         words = None
     fits = len(tokenizer) <= theirs.vocab_size if words else ours.vocab_size == theirs.vocab_size
-    problem = None
-    if ours.model_type != theirs.model_type or not fits:
+    problem, trained = None, donor.trained_copilot
+    reads = None if trained is None else (trained["pilot_width"], trained["vocab_size"])
+    if reads not in (None, (ours.hidden_size, ours.vocab_size)):
+        problem = (
+            f"its trained Copilot reads a Pilot of width {reads[0]} with {reads[1]} tokens, and this one has "
+            f"{ours.hidden_size} and {ours.vocab_size}; choose a Pilot like that it was trained with"
+        )
+    elif ours.model_type != theirs.model_type or not fits:
         problem = (
             f"{theirs.model_type} with {theirs.vocab_size} tokens cannot read a {ours.model_type} Pilot with "
             f"{ours.vocab_size} tokens; choose a checkpoint of the same family and tokenizer"

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tcopilot.data.benchmarks import DataError
 from tcopilot.models.pilot import ModelSourceError
 
-REFUSALS = (ValueError, TypeError, ImportError, MisconfigurationException)
+REFUSALS = (ValueError, TypeError, ImportError, OSError, MisconfigurationException)
 """What a constructor, or the import of its class, raises at values that it does not take."""
 
 
@@ -36,6 +36,9 @@ def attempt(problems: list[str], make: Callable[[], Any], key: str | None = None
         return make()
     except (DataError, ModelSourceError) as error:
         problems += str(error).split("\n")  # a row that is quoted may hold other line separators
+    except OSError as error:
+        place = error.filename or key or "a file"
+        problems.append(f"{place}: {error.strerror or error}; make it readable, or give another place")
     except Exception as error:
         by_hydra = isinstance(error, InstantiationException)
         reason = refusal(error) if by_hydra or key else None

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
-import psutil
 import torch
 from omegaconf import DictConfig, ListConfig
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -18,6 +17,7 @@ from tcopilot.app.build import Prepared
 from tcopilot.app.checks.data import log_bytes
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.memory.dry_run import Footprint, Load, measure
+from tcopilot.app.memory.free import available_memory
 from tcopilot.app.trainer import process_count
 from tcopilot.models.pilot import ModelSource
 from tcopilot.processes import gather
@@ -100,7 +100,7 @@ def budget(cfg: DictConfig, prepared: Prepared) -> Budget | None:
 def _free(cfg: DictConfig, on_gpu: bool) -> int:
     """Bytes that are free for this process: on its GPU, or its share of the host's."""
     if not on_gpu:
-        return psutil.virtual_memory().available // max(1, process_count(cfg) // cfg.trainer.get("num_nodes", 1))
+        return available_memory() // max(1, process_count(cfg) // cfg.trainer.get("num_nodes", 1))
     local, devices = int(os.environ.get("LOCAL_RANK", 0)), cfg.trainer.devices
     return torch.cuda.mem_get_info(devices[local] if isinstance(devices, ListConfig) else local)[0]
 
@@ -109,7 +109,12 @@ def _module(cfg: DictConfig, prepared: Prepared) -> TCopilotModule:
     def without_weights(source: ModelSource) -> SimpleNamespace:
         auto = AutoModelForSeq2SeqLM if source.is_encoder_decoder else AutoModelForCausalLM
         made = partial(auto.from_config, source.model_config, dtype=getattr(torch, source.dtype))
-        return SimpleNamespace(is_encoder_decoder=source.is_encoder_decoder, load=lambda tokenizer: made())
+        return SimpleNamespace(
+            is_encoder_decoder=source.is_encoder_decoder,
+            load=lambda tokenizer: made(),
+            trained_copilot=source.trained_copilot,
+            whole_model=lambda fused, dtype: fused(source.stored_config),
+        )
 
     donor = None if prepared.donor is None else without_weights(prepared.donor)
     model = build.fused_model(cfg, replace(prepared, pilot=without_weights(prepared.pilot), donor=donor))

@@ -76,10 +76,6 @@ class RoundCheckpoint(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last state, also after a clean stop."""
         self._due = None
-        if pl_module.round < pl_module.rounds:  # the epoch is the whole budget: it is not over, a resumed run goes on
-            progress = trainer.fit_loop.epoch_progress
-            for counts in (progress.total, progress.current):
-                counts.processed = counts.completed = 0
         self._write(trainer, pl_module.round, _state(trainer))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -30,7 +30,8 @@ class Throughput(Callback):
         self._rows += len(batch) * trainer.world_size
         self._read = self._read + batch.source_mask_BM.sum() + batch.target_mask_BN.sum()
         self._positions += batch.source_mask_BM.numel() + batch.target_mask_BN.numel()
-        if (pl_module.round + 1) % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps  # 0 is never
+        if every and (pl_module.round + 1) % every == 0:
             seconds = {name: total - self._before[name] for name, total in pl_module.seconds.items()}
             whole = max(sum(seconds.values()), 1e-9)
             figures = {

@@ -1,0 +1,30 @@
+"""What Hydra can only refuse with a traceback: a value in place of the name of a config group's file."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+
+def group_problems(overrides: Sequence[str], configs: Path) -> list[str]:
+    """Overrides such as `objective=null` and `pilot=5`, in which a group is given something that names no file."""
+    problems = []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException:
+            continue  # an option such as --cfg, or what Hydra itself refuses in one line
+        folder = configs / override.key_or_group
+        plain = not (override.is_delete() or override.is_add() or override.is_sweep_override())
+        if plain and folder.is_dir() and not isinstance(override.value(), str | list):
+            names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml"))) or "a file below it"
+            problems.append(f"{text}: {override.key_or_group} is a config group; leave it out, or choose of {names}")
+    return problems
+
+
+def refuse_values_for_group_names(configs: Path) -> None:
+    """End the program with one message if its command line has such overrides."""
+    if problems := group_problems(sys.argv[1:], configs):
+        sys.exit("\n".join(["error: the command line cannot work:", *(f"  - {problem}" for problem in problems)]))

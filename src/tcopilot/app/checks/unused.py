@@ -1,0 +1,130 @@
+"""Keys that stand in a config and change nothing: slips, which are refused, and settings that a run has no use for.
+
+Which keys a run has read is noted while it reads them (`watch`), so that no list has to say which part reads what.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from tcopilot.data.generated_tasks import GeneratedTask
+from tcopilot.data.module import TCopilotDataModule
+from tcopilot.run_directory import flatten
+
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")  # `${rounds}`; a resolver such as `${oc.env:HOME}` names no key
+_numbers = itertools.count()
+
+
+def slips(cfg: DictConfig, known: Mapping[str, Collection[str]]) -> Iterator[str]:
+    """Keys that no run reads.
+
+    Args:
+        cfg: the composed config, not resolved.
+        known: the keys of each group that this package reads key by key. Other groups are given whole to the
+            constructor of a class, which refuses what it does not know.
+    """
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    referred = set(REFERENCE.findall(str(plain)))
+    for group, names in known.items():
+        node = OmegaConf.select(cfg, group) if group else cfg
+        for name in node if isinstance(node, DictConfig) else ():
+            key = f"{group}.{name}" if group else str(name)
+            if name in names or any(is_within(other, key) for other in referred):
+                continue
+            prefix = f"{group}." if group else ""
+            deeper = [
+                other
+                for other in flatten(plain)
+                if other.startswith(prefix) and other.endswith(f".{name}") and other != key
+            ]
+            near = [prefix + other for other in difflib.get_close_matches(str(name), names, n=1)]
+            mend = f"did you mean {(deeper or near)[0]}?" if deeper or near else "leave it out"
+            yield f"{key}={node[name]}: nothing reads this key; {mend}"
+
+
+def watch(cfg: DictConfig) -> tuple[DictConfig, set[str]]:
+    """A resolved copy of a config, and the set of those of its keys that have been read so far, by whatever means."""
+    read: set[str] = set()
+    leaves: list[tuple[str, Any, list[str]]] = []
+    resolver = f"watched_{next(_numbers)}"
+
+    def note(number: int) -> Any:
+        key, value, referred = leaves[number]
+        read.update((key, *referred))
+        return value
+
+    def watched(raw: Any, value: Any, key: str) -> Any:
+        if isinstance(value, dict) and value:
+            return {
+                name: watched(raw[name], item, f"{key}.{name}" if key else str(name)) for name, item in value.items()
+            }
+        leaves.append((key, value, REFERENCE.findall(raw) if isinstance(raw, str) else []))
+        return f"${{{resolver}:{len(leaves) - 1}}}"
+
+    OmegaConf.register_new_resolver(resolver, note)
+    raw, resolved = (OmegaConf.to_container(cfg, resolve=resolve) for resolve in (False, True))
+    return OmegaConf.create(watched(raw, resolved, "")), read
+
+
+def idle_overrides(
+    cfg: DictConfig, read: Collection[str], data: TCopilotDataModule, given: Iterable[str]
+) -> list[str]:
+    """The overrides of a command line, such as `pilot.clip=2`, that change nothing in this run.
+
+    Args:
+        cfg: the config of the run.
+        read: the keys that building the models and the log has read.
+        data: the prepared data.
+        given: the overrides.
+    """
+    # Groups that are given whole to a constructor, or read once training has ended.
+    used = {*read, "data", "trainer", "callbacks", "logger", "paths", "evaluation"}
+    used |= {str(key) for key in cfg if not isinstance(cfg[key], DictConfig)}
+    used |= {"mistake_log", "fusion.per"} if cfg.copilot.enabled else set()
+    idle = {key for key, is_idle in _without_effect(cfg, data).items() if is_idle}
+    found = []
+    for override in given:
+        key = key_of(override)
+        if OmegaConf.select(cfg, key, throw_on_missing=False) is None:
+            continue  # a group such as `experiment`, or null, which asks for nothing
+        if key in idle or not any(is_within(key, other) or is_within(other, key) for other in used):
+            found.append(override)
+    return found
+
+
+def _without_effect(cfg: DictConfig, data: TCopilotDataModule) -> dict[str, bool]:
+    """Whether settings that an object was given, read or not, can change nothing, by what else it was given."""
+    tasks, alone = data.benchmarks.values(), len(data.benchmarks) == 1
+    unranked = all(task.catalogue is None for task in tasks)
+    return {
+        "data.path": all(isinstance(task, GeneratedTask) for task in tasks),
+        "data.weights": alone,
+        "data.epochs": data.rounds is not None,
+        "data.shuffle_buffer": not data.streaming,
+        "data.group_by_length": data.streaming,
+        "data.overflow": cfg.data.max_source_length is None and cfg.data.max_target_length is None,
+        "evaluation.ranking": unranked,
+        "evaluation.ranking_beams": unranked or cfg.evaluation.ranking != "beam",
+        "evaluation.compile": cfg.evaluation.decoding != "static",
+        "fusion.per": alone and cfg.fusion.per == "benchmark",
+    }
+
+
+def is_within(key: str, group: str) -> bool:
+    """Whether a dotted key is a group or lies below it."""
+    return key == group or key.startswith(f"{group}.")
+
+
+def key_of(override: str) -> str:
+    """The key that an override sets; of the choice of a group's file, the place where it goes.
+
+    >>> key_of("+pilot.clip=2"), key_of("optimizer@pilot.optimizer=adamw")
+    ('pilot.clip', 'pilot.optimizer')
+    """
+    return override.partition("=")[0].lstrip("+~").rpartition("@")[2]
