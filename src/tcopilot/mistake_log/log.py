@@ -38,8 +38,8 @@ class MistakeRecord(NamedTuple):
     `importance_B` multiplies the records' losses, see `SamplingPolicy.importance`.
     """
 
-    source_BMP: Tensor
-    source_mask_BM: Tensor
+    source_BMP: Tensor | None
+    source_mask_BM: Tensor | None
     states_BNP: Tensor
     probs_BNV: Tensor
     targets_BN: Tensor
@@ -165,18 +165,23 @@ class MistakeLog:
     def _on_host(self, states: PilotStates) -> dict[str, Tensor]:
         """Start to copy what a record keeps."""
         copy, held = self._copies.copy, self._held.rounds
-        source = "source" if states.source_ids_BM is None else _kept_of_source(states.pilot)
-        if held and source not in held[-1].tensors:
+        source: dict[str, Tensor] = {}
+        if states.source_BMP is not None:
+            source["source_mask"] = copy(states.source_mask_BM)
+            if states.source_ids_BM is not None and _kept_of_source(states.pilot) == "source_ids":
+                source["source_ids"] = copy(states.source_ids_BM)
+            else:
+                source["source"] = copy(states.source_BMP, self.dtype)
+        if held and not source.keys() <= held[-1].tensors.keys():
             raise ValueError(
                 "the Mistake Log holds rounds of a Pilot whose input embedding was "
-                f"{'trained' if source == 'source_ids' else 'frozen'} and now is not: start a new log"
+                f"{'trained' if 'source_ids' in source else 'frozen'} and now is not: start a new log"
             )
         probs_BNV = torch.softmax(states.logits_BNV.float(), dim=-1)
         fresh = probs_BNV if probs_BNV.device.type == "cpu" else None  # made here, so that it needs no copy
         packed = self.storage.pack(states, probs_BNV)
         return {
-            source: copy(states.source_ids_BM) if source == "source_ids" else copy(states.source_BMP, self.dtype),
-            "source_mask": copy(states.source_mask_BM),
+            **source,
             "states": copy(states.states_BNP, self.dtype),
             "targets": copy(states.targets_BN),
             "target_mask": copy(states.target_mask_BN),
@@ -223,9 +228,12 @@ class MistakeLog:
         on_host = {name: pad_sequence([one[name] for one in drawn], batch_first=True) for name in drawn[0]}
         tokens_R = on_host["target_mask"].flatten().nonzero().squeeze(-1)
         padded = {name: to_device(tensor, device) for name, tensor in on_host.items()}
+        source_BMP = padded.get("source")
+        if "source_ids" in padded:
+            source_BMP = self._embedded(padded["source_ids"], padded["source_mask"])
         return MistakeRecord(
-            padded["source"] if "source" in padded else self._embedded(padded["source_ids"], padded["source_mask"]),
-            padded["source_mask"],
+            source_BMP,
+            padded.get("source_mask"),
             padded["states"],
             self.storage.unpack({name: padded[name] for name in self.storage.names}, padded["targets"], self.pilot),
             padded["targets"],

@@ -45,9 +45,11 @@ class LoggedRound:
 
     def record(self, row: int) -> dict[str, Tensor]:
         """Return what was logged of one row, without padding."""
-        source_mask, target_mask = self.tensors["source_mask"][row], self.tensors["target_mask"][row]
-        first = int(source_mask.int().argmax())  # the prompt is one run of real tokens, padded on either side
-        prompt, target = slice(first, first + int(source_mask.sum())), slice(0, int(target_mask.sum()))
+        prompt, target = slice(0), slice(0, int(self.tensors["target_mask"][row].sum()))
+        if "source_mask" in self.tensors:
+            source_mask = self.tensors["source_mask"][row]
+            first = int(source_mask.int().argmax())  # the prompt is one run of real tokens, padded on either side
+            prompt = slice(first, first + int(source_mask.sum()))
         return {
             name: tensor[row, prompt if name in ABOUT_SOURCE else target]
             for name, tensor in self.tensors.items()

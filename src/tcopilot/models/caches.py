@@ -160,18 +160,40 @@ def in_place(tensor: Tensor) -> Tensor:
     return tensor
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CopilotState:
-    """What the Copilot carries from one decoding step to the next; the batch dimension comes first everywhere.
+    """What a Copilot carries from one decoding step to the next; the batch dimension comes first everywhere.
+
+    Attributes:
+        target_B1: how many targets come before the next one.
+        pending_B1P: the newest h̄, which strict context has not read yet.
+        feedback_BV: the last p̂ (observed feedback) or the last f^C (own feedback).
+    """
+
+    target_B1: Tensor
+    pending_B1P: Tensor
+    feedback_BV: Tensor | None = None
+
+    def rearrange(self, method: str, argument: Any, rows: Callable[[Tensor], Tensor]) -> None:
+        """Rearrange the batch: `rows` does it to a tensor, a cache has a method of that name for it."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, rows(value))
+
+    def keep(self, states_B1P: Tensor, feedback_BV: Tensor) -> None:
+        """Keep what the next step needs of this one."""
+        self.pending_B1P, self.feedback_BV = states_B1P, feedback_BV
+
+
+@dataclass(kw_only=True)
+class BodyState(CopilotState):
+    """The state of a Copilot with decoder layers, which attend to past errors and to the log.
 
     Attributes:
         cache: keys and values of errors and log.
         log_mask_B11S: additive mask over the rows of the log, with room for rows to come.
         next_mask: what that mask says of rows to come: 0, or closed for a Copilot that is not shown them.
         position_B1: position of the next target.
-        target_B1: how many targets come before the next one.
-        pending_B1P: the newest h̄, not yet in the log (strict context).
-        feedback_BV: the last p̂ (observed feedback) or the last f^C (own feedback).
     """
 
     cache: Cache
@@ -179,15 +201,11 @@ class CopilotState:
     rows: int
     next_mask: float
     position_B1: Tensor
-    target_B1: Tensor
-    pending_B1P: Tensor
-    feedback_BV: Tensor | None = None
 
-    def apply(self, rearrange: Callable[[Tensor], Tensor]) -> None:
-        """Apply a function to every tensor outside the cache."""
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, rearrange(value))
+    def rearrange(self, method: str, argument: Any, rows: Callable[[Tensor], Tensor]) -> None:
+        """Rearrange the batch, in the cache as well."""
+        getattr(self.cache, method)(argument)
+        super().rearrange(method, argument, rows)
 
     def grow(self) -> tuple[Tensor, Tensor]:
         """Add a row to the log; returns the next target's masks over errors [1, 1, 1, K] and log [B, 1, 1, S]."""
@@ -197,10 +215,6 @@ class CopilotState:
             self.log_mask_B11S = nn.functional.pad(self.log_mask_B11S, (0, LEAST_ROOM), value=self.next_mask)
         errors = self.cache.get_seq_length() + 1
         return self.log_mask_B11S.new_zeros(1, 1, 1, errors), self.log_mask_B11S[..., : self.rows]
-
-    def keep(self, states_B1P: Tensor, feedback_BV: Tensor) -> None:
-        """Keep what the next step needs of this one."""
-        self.pending_B1P, self.feedback_BV = states_B1P, feedback_BV
 
 
 class TCopilotCache(Cache):
@@ -245,8 +259,7 @@ class TCopilotCache(Cache):
     def _in_both(self, method: str, argument: Any, rearrange: Callable[[Tensor], Tensor]) -> None:
         getattr(self.pilot, method)(argument)
         if self.copilot is not None:
-            getattr(self.copilot.cache, method)(argument)
-            self.copilot.apply(rearrange)
+            self.copilot.rearrange(method, argument, rearrange)
 
 
 def of_pilot(cache: Cache | None) -> Cache | None:

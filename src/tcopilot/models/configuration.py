@@ -5,7 +5,7 @@ import math
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from tcopilot.models.copilot import FORMAT, CopilotConfig
+from tcopilot.models.base_copilot import FORMAT
 from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fusion import FusionRule, ProbabilityFusion, build_fusion
 
@@ -28,7 +28,7 @@ class TCopilotConfig(PreTrainedConfig):
         # A copy: transformers resets the attention implementation of the configs inside a composite one, and a live
         # model whose config loses it builds no masks and turns non-causal.
         pilot = copy.deepcopy(pilot)
-        if isinstance(copilot, CopilotConfig):
+        if hasattr(copilot, "to_dict"):
             copilot = copilot.to_dict()
         if copilot is not None and copilot.get("format") != FORMAT:
             raise ValueError(

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from tcopilot.functional import POOLINGS, shift_right
 from tcopilot.models import families
-from tcopilot.models.caches import CopilotState
+from tcopilot.models.base_copilot import FORMAT, BaseCopilot
+from tcopilot.models.caches import BodyState
 from tcopilot.models.error_input import project_errors
-from tcopilot.models.gates import Gate, build_gate
+from tcopilot.models.gates import build_gate
 from tcopilot.models.heads import HEADS
 from tcopilot.models.log_attention import CONTEXTS, additive, causal_mask, log_mask, log_positions
 from tcopilot.models.states import StatePooler
@@ -27,8 +28,6 @@ over which of the Pilot's layers h is pooled. An encoder-decoder has cross-atten
 POSITIONS = ("pilot", "none")
 READS = ("errors", "source", "states")
 """What a Copilot reads: ℓ_{<i}, X̃ and h̄. The paper's reads all; leaving one out is an ablation."""
-FORMAT = 2
-"""Of a Copilot's weights in an export. Since 2, each log attention layer has its own norm weight for the log."""
 
 
 @dataclass
@@ -48,6 +47,7 @@ class CopilotConfig:
         format: of its weights; see `FORMAT`.
     """
 
+    kind: ClassVar[str] = "decoder"
     SETTINGS: ClassVar = {
         "head": one_of(HEADS),
         "pattern": one_of(PATTERNS),
@@ -81,10 +81,10 @@ class CopilotConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary for `config.json`."""
-        return asdict(self)
+        return {"kind": self.kind, **asdict(self)}
 
 
-class Copilot(nn.Module):
+class Copilot(BaseCopilot):
     """Reads (ℓ_{<i}, X̃, h) and estimates ℓ_i (Section 3.1). A new Copilot outputs 0: the fused model is the Pilot."""
 
     SETTINGS: ClassVar = {
@@ -97,8 +97,8 @@ class Copilot(nn.Module):
     }
 
     def __init__(self, config: CopilotConfig) -> None:
-        super().__init__()
-        self.config, self.pooler, self.gate = config, config.pooler, build_gate(config.gate)
+        super().__init__(config)
+        self.pooler, self.reads_errors = config.pooler, "errors" in config.reads
         body_config = families.body_config_from_dict(config.body)
         self.body = families.build_body(body_config)
         width, vocab = body_config.hidden_size, config.vocab_size
@@ -175,26 +175,21 @@ class Copilot(nn.Module):
         copilot.error_in.requires_grad_(train_error_input and "errors" in config.reads)
         return copilot
 
-    @property
-    def is_strict(self) -> bool:
-        """Whether target i reads h_{<i} only, so that its body needs nothing of the Pilot's step i."""
-        return self.config.context == "strict"
-
     def inputs(self, past_errors_BKV: Tensor) -> Tensor:
         """Embed past errors as Eᵀℓ and shift them right: the inputs [B, K + 1, C] of targets 0 … K."""
-        if "errors" not in self.config.reads:
+        if not self.reads_errors:
             return self.start.expand(past_errors_BKV.shape[0], past_errors_BKV.shape[1] + 1, -1)
         return shift_right(past_errors_BKV.to(self.error_in.dtype) @ self.error_in, self.start)
 
     def taught_inputs(self, probs_BNV: Tensor, targets_BN: Tensor) -> Tensor:
         """The inputs [B, N, C] of all N targets from the Pilot's own p̂: `inputs` of ℓ_{<i}, without ℓ in memory."""
-        if "errors" not in self.config.reads:
+        if not self.reads_errors:
             return self.inputs(probs_BNV[:, :-1])
         return shift_right(project_errors(probs_BNV[:, :-1], targets_BN[:, :-1], self.error_in), self.start)
 
     def forward(
         self, inputs_BNC: Tensor, source_BMP: Tensor, source_mask_BM: Tensor, states_BNP: Tensor, keep: bool = False
-    ) -> tuple[Tensor, CopilotState | None]:
+    ) -> tuple[Tensor, BodyState | None]:
         """Run all N targets at once, from their `inputs` and the log: X̃ of the prompt and h̄ of the targets.
 
         Returns hidden states [B, N, C] for `correct`, and the state from which `step` goes on (None unless `keep`).
@@ -217,8 +212,8 @@ class Copilot(nn.Module):
         if not keep:
             return hidden_BNC, None
         position_B1 = targets_at_BN[:, -1:] + 1
-        return hidden_BNC, CopilotState(
-            cache,
+        return hidden_BNC, BodyState(
+            cache=cache,
             log_mask_B11S=additive(visible_BNS[:, -1:], inputs_BNC.dtype),
             rows=rows,
             next_mask=0.0 if "states" in self.config.reads else torch.finfo(inputs_BNC.dtype).min,
@@ -227,7 +222,7 @@ class Copilot(nn.Module):
             pending_B1P=states_BNP[:, -1:],
         )
 
-    def step(self, inputs_B1C: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:
+    def step(self, inputs_B1C: Tensor, row_B1P: Tensor, state: BodyState) -> Tensor:
         """Run the body for one more target, from the embedded error of the target before; the state moves on.
 
         The h̄ that joins the log is that of the target before in strict context, of this one in inclusive.
@@ -239,22 +234,6 @@ class Copilot(nn.Module):
         state.position_B1 += 1
         state.target_B1 += 1
         return hidden_B1C
-
-    def correct(self, hidden_BNC: Tensor, log_probs_BNV: Tensor) -> Tensor:
-        """Return the corrections f^C [B, N, V], float32, for the Pilot's log p̂ at the same positions."""
-        return self.head(hidden_BNC, log_probs_BNV, self.unembedding_VC)
-
-    def set_gate(self, gate: Gate | None) -> None:
-        """Scale corrections by a gate from now on; None takes it away."""
-        self.gate, self.config.gate = gate, None if gate is None else gate.settings()
-
-    def gated(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, positions_BN: Tensor | None = None) -> Tensor:
-        """Return g f^C, or f^C without a gate. Positions are counted from 0; None stands for all of a text."""
-        if self.gate is None:
-            return corrections_BNV
-        if positions_BN is None:
-            positions_BN = torch.arange(corrections_BNV.shape[1], device=corrections_BNV.device)[None]
-        return self.gate(log_probs_BNV, corrections_BNV, positions_BN) * corrections_BNV
 
     @property
     def unembedding_VC(self) -> Tensor | None:

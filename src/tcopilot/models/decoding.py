@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tcopilot.functional import token_errors
-from tcopilot.models.copilot import Copilot, CopilotState
+from tcopilot.models.base_copilot import BaseCopilot
+from tcopilot.models.caches import CopilotState
 
 FEEDBACKS = ("observed", "own")
 
@@ -46,7 +47,7 @@ class Beside:
 
 
 def correct_text(
-    copilot: Copilot, feedback: str, log_probs_BNV: Tensor, tokens_BK: Tensor, source_BMP: Tensor,
+    copilot: BaseCopilot, feedback: str, log_probs_BNV: Tensor, tokens_BK: Tensor, source_BMP: Tensor,
     source_mask_BM: Tensor, states_BNP: Tensor, keep: bool = False,
 ) -> tuple[Tensor, CopilotState | None]:  # fmt: skip
     """Correct N targets of which the first K = N − 1 tokens are known.
@@ -57,8 +58,9 @@ def correct_text(
     Returns:
         f^C [B, N, V], float32 and gated, and the state from which `correct_next` goes on (None unless `keep`).
     """
-    if feedback == "observed":
-        errors_BKV = token_errors(log_probs_BNV[:, :-1].exp(), tokens_BK)
+    if feedback == "observed" or not copilot.reads_errors:
+        probs_BKV = log_probs_BNV[:, :-1].exp()
+        errors_BKV = token_errors(probs_BKV, tokens_BK) if copilot.reads_errors else probs_BKV
         hidden, state = copilot(copilot.inputs(errors_BKV), source_BMP, source_mask_BM, states_BNP, keep)
         if state is not None:
             state.feedback_BV = log_probs_BNV[:, -1].exp()
@@ -74,26 +76,36 @@ def correct_text(
 
 
 def correct_next(
-    copilot: Copilot, feedback: str, log_probs_B1V: Tensor, token_B1: Tensor, states_B1P: Tensor, state: CopilotState
+    copilot: BaseCopilot,
+    feedback: str,
+    log_probs_B1V: Tensor,
+    token_B1: Tensor,
+    states_B1P: Tensor,
+    state: CopilotState,
 ) -> Tensor:
     """Return f^C [B, 1, V] of the next target, after `token_B1` was emitted at the last one; the state moves on."""
     hidden_B1C = advance(copilot, feedback, token_B1, state.pending_B1P if copilot.is_strict else states_B1P, state)
     return conclude(copilot, feedback, hidden_B1C, log_probs_B1V, states_B1P, state)
 
 
-def advance(copilot: Copilot, feedback: str, token_B1: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:
+def advance(copilot: BaseCopilot, feedback: str, token_B1: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:
     """Embed the last target's error and run the body, the part of a step before the head; returns [B, 1, C].
 
     In strict context nothing here depends on the Pilot's present step: the row that joins the log is the last h̄.
     """
     error_B1V = state.feedback_BV[:, None]
-    if feedback == "observed":
+    if feedback == "observed" and copilot.reads_errors:
         error_B1V = token_errors(error_B1V, token_B1)
     return copilot.step(copilot.inputs(error_B1V)[:, 1:], row_B1P, state)
 
 
 def conclude(
-    copilot: Copilot, feedback: str, hidden_B1C: Tensor, log_probs_B1V: Tensor, states_B1P: Tensor, state: CopilotState
+    copilot: BaseCopilot,
+    feedback: str,
+    hidden_B1C: Tensor,
+    log_probs_B1V: Tensor,
+    states_B1P: Tensor,
+    state: CopilotState,
 ) -> Tensor:
     """Run the head, once the Pilot's p̂ is there, and keep what the next step needs; feedback is never gated."""
     correction_B1V = copilot.correct(hidden_B1C, log_probs_B1V)

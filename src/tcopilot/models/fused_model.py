@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import ModelOutput
 
+from tcopilot.models.base_copilot import BaseCopilot
 from tcopilot.models.caches import TCopilotCache, of_pilot, with_room
 from tcopilot.models.configuration import TCopilotConfig
-from tcopilot.models.copilot import Copilot, CopilotConfig
 from tcopilot.models.decoding import Beside, advance, conclude, correct_text
 from tcopilot.models.fusion import FusionRule, build_fusion
 from tcopilot.models.gates import Gate
+from tcopilot.models.kinds import empty_copilot, new_copilot
 
 IGNORED_LABEL = -100
 
@@ -35,12 +36,16 @@ class TCopilotModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["copilot"]  # as it was trained, whatever the type of its Pilot
     auto_class: Any
 
-    def __init__(self, config: TCopilotConfig, pilot: PreTrainedModel | None = None, copilot: Copilot | None = None):
+    def __init__(
+        self, config: TCopilotConfig, pilot: PreTrainedModel | None = None, copilot: BaseCopilot | None = None
+    ):
         super().__init__(config)
         self.pilot = self.auto_class.from_config(copy.deepcopy(config.pilot)) if pilot is None else pilot
         if copilot is None and config.copilot is not None:
-            copilot = Copilot(CopilotConfig(**config.copilot))
+            copilot = empty_copilot(config.copilot)
         self.copilot = copilot
+        if copilot is not None:
+            copilot.bind(self.pilot)
         self.fusion = build_fusion(config.fusion)
         self.static_decoder = None  # kept by `static_decoding.sample` from one call to the next
         if getattr(self.pilot, "generation_config", None) is not None:
@@ -49,19 +54,19 @@ class TCopilotModel(PreTrainedModel):
 
     @classmethod
     def from_pilot(
-        cls, pilot: PreTrainedModel, copilot: Copilot | None = None, *, fusion: FusionRule | None = None,
+        cls, pilot: PreTrainedModel, copilot: BaseCopilot | None = None, *, fusion: FusionRule | None = None,
         weight: float = 1.0, feedback: str = "observed", **copilot_options: Any,
     ) -> "TCopilotModel":  # fmt: skip
         """Fuse a loaded Pilot, which is not copied, with a Copilot, by Eq. 8 unless another rule is given.
 
-        None builds a Copilot by `Copilot.from_pilot(pilot, **copilot_options)`, which is a no-op until trained.
+        None builds a Copilot by `new_copilot(pilot, **copilot_options)`, which is a no-op until trained.
         """
         if copilot is None:
-            copilot = Copilot.from_pilot(pilot, **copilot_options)
+            copilot = new_copilot(pilot, **copilot_options)
         config = TCopilotConfig(pilot.config, copilot.config, fusion=fusion, weight=weight, feedback=feedback)
         return cls(config, pilot, copilot)
 
-    def attach(self, copilot: Copilot) -> None:
+    def attach(self, copilot: BaseCopilot) -> None:
         """Attach a Copilot that was built for this Pilot's width and vocabulary, in place of the one at hand."""
         vocab, width = self.pilot.get_input_embeddings().num_embeddings, self.pilot.config.hidden_size
         if (copilot.config.vocab_size, copilot.config.pilot_width) != (vocab, width):
@@ -69,10 +74,11 @@ class TCopilotModel(PreTrainedModel):
                 f"this Copilot reads a Pilot of width {copilot.config.pilot_width} with {copilot.config.vocab_size} "
                 f"tokens; the Pilot at hand has width {width} and {vocab} tokens"
             )
+        copilot.bind(self.pilot)
         self.copilot = copilot
         self.config.copilot = copilot.config.to_dict()
 
-    def detach_copilot(self) -> Copilot | None:
+    def detach_copilot(self) -> BaseCopilot | None:
         """Take the Copilot off and return it; what remains is the Pilot."""
         copilot, self.copilot, self.config.copilot = self.copilot, None, None
         return copilot

@@ -1,4 +1,4 @@
-"""The Copilot's output heads: from its hidden states to corrections f^C [R, V], float32. Both start as a no-op.
+"""The Copilot's output heads: from its hidden states to corrections f^C [R, V], float32. All start as a no-op.
 
 `reads_pilot` says whether a head needs log p̂, so that training forms it only where it is read.
 
@@ -28,19 +28,57 @@ class SoftHead(nn.Module):
 
     It sums to 0 as ℓ does, p̃ = (1 − λ) p̂ + λ softmax(…) stays on the simplex for λ ≤ 1, and no V × d matrix is
     trained: E is the family's frozen unembedding, M a small map started at zero.
+
+    Args:
+        width: C, of z.
+        vocab_size: V.
+        output_width: width of E; that of z unless given.
     """
 
     reads_pilot = True
+    reads_unembedding = True
 
-    def __init__(self, width: int, vocab_size: int) -> None:
+    def __init__(self, width: int, vocab_size: int, output_width: int | None = None) -> None:
         super().__init__()
-        self.map = nn.Linear(width, width, bias=False)
+        self.map = nn.Linear(width, output_width or width, bias=False)
         nn.init.zeros_(self.map.weight)
 
     def forward(self, hidden_RC: Tensor, log_probs_RV: Tensor, unembedding_VC: Tensor | None = None) -> Tensor:
         """Return f^C for the Pilot's log p̂."""
-        shift_RV = nn.functional.linear(self.map(hidden_RC), unembedding_VC).float()
-        return torch.softmax(log_probs_RV + shift_RV, dim=-1) - log_probs_RV.exp()
+        shifted_RV = log_probs_RV + self._shift(hidden_RC, unembedding_VC).float()
+        return torch.softmax(shifted_RV, dim=-1) - log_probs_RV.exp()
+
+    def _shift(self, hidden_RC: Tensor, unembedding_VC: Tensor | None) -> Tensor:
+        return nn.functional.linear(self.map(hidden_RC).to(unembedding_VC.dtype), unembedding_VC)
+
+
+class FullHead(SoftHead):
+    """The soft head with a trained V × C matrix of its own in place of E M; for small vocabularies."""
+
+    reads_unembedding = False
+
+    def __init__(self, width: int, vocab_size: int, output_width: int | None = None) -> None:
+        nn.Module.__init__(self)
+        self.weight = nn.Parameter(torch.zeros(vocab_size, width))
+
+    def _shift(self, hidden_RC: Tensor, unembedding_VC: Tensor | None) -> Tensor:
+        return nn.functional.linear(hidden_RC, self.weight)
+
+
+class LowRankHead(FullHead):
+    """The full head with a matrix of rank 32: V × 32 started at zero, after 32 × C."""
+
+    RANK = 32
+
+    def __init__(self, width: int, vocab_size: int, output_width: int | None = None) -> None:
+        super().__init__(self.RANK, vocab_size)
+        self.narrow = nn.Linear(width, self.RANK, bias=False)
+
+    def _shift(self, hidden_RC: Tensor, unembedding_VC: Tensor | None) -> Tensor:
+        return super()._shift(self.narrow(hidden_RC), None)
 
 
 HEADS = {"linear": LinearHead, "soft": SoftHead}
+"""Heads of the paper's Copilot."""
+SOFT_HEADS = {"soft": SoftHead, "full": FullHead, "low_rank": LowRankHead}
+"""Heads of a head-only Copilot."""

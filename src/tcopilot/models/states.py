@@ -9,6 +9,7 @@ h is defined on what transformers returns as hidden states, without the embeddin
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,10 +31,34 @@ class StatePooler:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
 
+    keeps_source: ClassVar[bool] = True
+
     @torch.no_grad()
     def __call__(self, hidden_states: tuple[Tensor, ...], positions: slice = slice(None)) -> Tensor:
         """Pool `hidden_states` (L + 1 tensors, the embedding first) at `positions`; returns [B, N, P], detached."""
         return pool_states([h[:, positions].detach() for h in hidden_states[1:]], self.pooling, self.layer_range)
+
+
+@dataclass(frozen=True)
+class StackedStates:
+    """The outputs of a few decoder layers side by side, for a Copilot that is only a head; X̃ is not kept.
+
+    Attributes:
+        depths: of the layers, as shares of the decoder's depth.
+    """
+
+    depths: tuple[float, ...]
+    keeps_source: ClassVar[bool] = False
+
+    @torch.no_grad()
+    def __call__(self, hidden_states: tuple[Tensor, ...], positions: slice = slice(None)) -> Tensor:
+        """Take the layers from `hidden_states` (L + 1, the embedding first); returns [B, N, D · P], detached.
+
+        Two depths of a shallow Pilot may be the same layer.
+        """
+        depth = len(hidden_states) - 1
+        layers = [max(1, round(share * depth)) for share in self.depths]
+        return torch.cat([hidden_states[layer][:, positions].detach() for layer in layers], dim=-1)
 
 
 @dataclass
@@ -42,7 +67,8 @@ class PilotStates:
 
     Attributes:
         logits_BNV: the Pilot's logits for the target tokens.
-        source_BMP: X̃, the encoder's output (encoder-decoder) or the embedded prompt (decoder-only).
+        source_BMP: X̃, the encoder's output (encoder-decoder) or the embedded prompt (decoder-only); None where the
+            Copilot does not read it, as the mask and the prompt's ids are then.
         states_BNP: h̄, the pooled decoder states that predict the target tokens.
         ids_B: row ids in the training set.
         source_ids_BM: prompt ids, of a decoder-only Pilot, whose embedding gives X̃; None with an encoder.
@@ -51,8 +77,8 @@ class PilotStates:
     """
 
     logits_BNV: Tensor
-    source_BMP: Tensor
-    source_mask_BM: Tensor
+    source_BMP: Tensor | None
+    source_mask_BM: Tensor | None
     states_BNP: Tensor
     targets_BN: Tensor
     target_mask_BN: Tensor
@@ -67,14 +93,16 @@ class PilotStates:
         return replace(self, **{name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)})
 
 
-def trace_pilot(pilot: PreTrainedModel, batch: Batch, pooler: StatePooler) -> PilotStates:
+def trace_pilot(pilot: PreTrainedModel, batch: Batch, pooler: StatePooler | StackedStates) -> PilotStates:
     """Run the Pilot on a batch and keep X̃, h̄ and the logits of the target positions (Section 2.1)."""
     run = _run_encoder_decoder if pilot.config.is_encoder_decoder else _run_decoder_only
     logits_BNV, source_BMP, hidden_states, predicting = run(pilot, batch)
+    states_BNP = pooler(hidden_states, predicting)
+    source = (source_BMP.detach(), batch.source_mask_BM) if pooler.keeps_source else (None, None)
+    has_ids = pooler.keeps_source and not pilot.config.is_encoder_decoder
     return PilotStates(
-        logits_BNV, source_BMP.detach(), batch.source_mask_BM, pooler(hidden_states, predicting),
-        batch.target_ids_BN, batch.target_mask_BN, batch.ids_B, batch.benchmark_B,
-        source_ids_BM=None if pilot.config.is_encoder_decoder else batch.source_ids_BM,
+        logits_BNV, *source, states_BNP, batch.target_ids_BN, batch.target_mask_BN, batch.ids_B, batch.benchmark_B,
+        source_ids_BM=batch.source_ids_BM if has_ids else None,
         head_input_BNP=hidden_states[-1][:, predicting].detach(),
         pilot=pilot,
     )  # fmt: skip

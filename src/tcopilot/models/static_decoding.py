@@ -19,6 +19,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutput
 
 from tcopilot.models.caches import (
+    BodyState,
     CopilotState,
     TCopilotCache,
     fill_cache,
@@ -39,28 +40,52 @@ _ALL = "all layers"
 
 
 class StaticState(CopilotState):
-    """A Copilot's state in place: masks over all rows to come, of which each step opens one."""
+    """A Copilot's state in place: each step writes into the tensors that compiled code reads."""
 
-    KEPT = ("position_B1", "target_B1", "pending_B1P", "feedback_BV")
+    KEPT = ("target_B1", "pending_B1P", "feedback_BV")
 
     def __init__(self, state: CopilotState, answer: int, block: int) -> None:
+        super().__init__(**self._held(state))
+
+    def fill(self, state: CopilotState) -> None:
+        """Take over the state that a prompt has left."""
+        for name in self.KEPT:
+            getattr(self, name).copy_(getattr(state, name))
+
+    def open_next(self) -> None:
+        """Prepare the next step, outside compiled code."""
+
+    def keep(self, states_B1P: Tensor, feedback_BV: Tensor) -> None:
+        """Keep what the next step needs of this one, in place."""
+        self.pending_B1P.copy_(states_B1P)
+        self.feedback_BV.copy_(feedback_BV)
+
+    def _held(self, state: CopilotState) -> dict[str, Tensor]:
+        return {name: in_place(getattr(state, name).clone()) for name in self.KEPT}
+
+
+class StaticBodyState(StaticState, BodyState):
+    """The same for a Copilot with decoder layers: masks over all rows to come, of which each step opens one."""
+
+    KEPT = (*StaticState.KEPT, "position_B1")
+
+    def __init__(self, state: BodyState, answer: int, block: int) -> None:
         mask_B11S, errors = state.log_mask_B11S, state.cache.get_seq_length()
         log_mask_B11S = mask_B11S.new_empty(len(mask_B11S), 1, 1, rounded(state.rows + answer, block))
-        held = {name: in_place(getattr(state, name).clone()) for name in self.KEPT}
         cache = static_cache(state.cache, answer, answer, block)
-        super().__init__(cache, in_place(log_mask_B11S), rows=0, next_mask=0.0, **held)
+        log_mask = {"log_mask_B11S": in_place(log_mask_B11S), "rows": 0, "next_mask": 0.0}
+        BodyState.__init__(self, cache=cache, **log_mask, **self._held(state))
         self.errors = 0
         self.self_mask_111K = in_place(mask_B11S.new_empty(1, 1, 1, rounded(errors + answer, block)))
 
-    def fill(self, state: CopilotState) -> None:
+    def fill(self, state: BodyState) -> None:
         """Take over the state that a prompt has left."""
         fill_cache(self.cache, state.cache)
         self.rows, self.errors, self.next_mask = state.rows, state.cache.get_seq_length(), state.next_mask
         closed = torch.finfo(self.log_mask_B11S.dtype).min
         self.log_mask_B11S.fill_(closed)[..., : self.rows] = state.log_mask_B11S[..., : self.rows]
         self.self_mask_111K.fill_(closed)[..., : self.errors] = 0
-        for name in self.KEPT:
-            getattr(self, name).copy_(getattr(state, name))
+        super().fill(state)
 
     def open_next(self) -> None:
         """Open the masks for the next step's error and row of the log."""
@@ -71,11 +96,6 @@ class StaticState(CopilotState):
     def grow(self) -> tuple[Tensor, Tensor]:
         """The additive masks of this step over all columns; `open_next` has opened its own."""
         return self.self_mask_111K, self.log_mask_B11S
-
-    def keep(self, states_B1P: Tensor, feedback_BV: Tensor) -> None:
-        """Keep what the next step needs of this one, in place."""
-        self.pending_B1P.copy_(states_B1P)
-        self.feedback_BV.copy_(feedback_BV)
 
 
 class StaticDecoder:
@@ -93,7 +113,8 @@ class StaticDecoder:
         self.cache: Cache = static_cache(of_pilot(cache), answer, 0, block)
         if state is not None:
             self.cache = TCopilotCache(self.cache)
-            self.cache.copilot = StaticState(state, answer, block)
+            kind = StaticBodyState if isinstance(state, BodyState) else StaticState
+            self.cache.copilot = kind(state, answer, block)
         self.weights_B = in_place(torch.zeros(rows, device=model.device))
         self.encoder: dict[str, Any] = {}
         if model.config.is_encoder_decoder:  # transformers asks for it again: a stand-in will do
@@ -108,7 +129,7 @@ class StaticDecoder:
     def key_of(cache: Cache, answer: int, compiler: dict[str, Any] | None) -> tuple:
         """What two calls must share for one decoder to serve both."""
         state, block = _state(cache), _block(compiler)
-        copilot = None if state is None else static_sizes(state.cache, answer, answer, block)
+        copilot = static_sizes(state.cache, answer, answer, block) if isinstance(state, BodyState) else type(state)
         return str(compiler), copilot, static_sizes(of_pilot(cache), answer, 0, block)
 
     def fill(self, model: TCopilotModel, cache: Cache, source_mask_BM: Tensor, answer: int, weights_B: Tensor | None):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tcopilot.functional import fuse_probabilities, root_mean_square, token_errors
 from tcopilot.mistake_log.log import MistakeRecord
-from tcopilot.models.copilot import Copilot
+from tcopilot.models.base_copilot import BaseCopilot
 from tcopilot.training.chunked_loss import chunked_sum
 
 
@@ -67,7 +67,7 @@ class CrossEntropy(MeanSquaredError):
         return -fused_RV.gather(-1, targets_R.unsqueeze(-1)).squeeze(-1)
 
 
-def objective_sum(objective: Objective, copilot: Copilot, record: MistakeRecord, hidden_BNC: Tensor) -> Tensor:
+def objective_sum(objective: Objective, copilot: BaseCopilot, record: MistakeRecord, hidden_BNC: Tensor) -> Tensor:
     """Return the objective's sum over the target tokens of a record, without a second [B, N, V] tensor.
 
     A float32 scalar with gradients for the Copilot, whose hidden states for the record are given.

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from tcopilot.models.copilot import Copilot
+from tcopilot.models.base_copilot import BaseCopilot
 from tcopilot.processes import agree_on, sum_over_processes
 from tcopilot.settings import require, whole
 from tcopilot.training.error_statistics import ErrorStatistics
@@ -81,11 +81,11 @@ class CopilotStop(Callback):
         self._state = dict(state_dict)
 
 
-def _trained(copilot: Copilot) -> dict[str, Tensor]:
+def _trained(copilot: BaseCopilot) -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in copilot.named_parameters() if weight.requires_grad}
 
 
-def _put(copilot: Copilot, weights: dict[str, Tensor]) -> None:
+def _put(copilot: BaseCopilot, weights: dict[str, Tensor]) -> None:
     for name, weight in _trained(copilot).items():
         weight.copy_(weights[name])
 

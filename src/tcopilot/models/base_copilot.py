@@ -1,0 +1,108 @@
+"""What every Copilot is to the rest of the package: inputs → hidden states → corrections, at once or step by step.
+
+Two kinds stand behind this interface: the paper's decoder (`copilot.py`) and a head on the Pilot's own late states
+(`head_copilot.py`). Nothing but `models/configuration.py` asks which one it has.
+
+Shapes: B batch, M source length, N target length, K past targets, P width of the states read, C Copilot width,
+V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tcopilot.models.caches import CopilotState
+from tcopilot.models.gates import Gate, build_gate
+
+
+FORMAT = 2
+"""Of a Copilot's weights in an export. Since 2, each log attention layer has its own norm weight for the log."""
+
+
+class KindConfig(Protocol):
+    """What the config of every kind tells; it is saved beside the weights."""
+
+    kind: str
+    pilot_width: int
+    vocab_size: int
+    context: str
+    gate: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary for `config.json`."""
+
+
+class BaseCopilot(nn.Module, ABC):
+    """Reads what the Pilot did and estimates ℓ. A new Copilot outputs 0: the fused model is the Pilot.
+
+    Attributes:
+        pooler: which of the Pilot's states it reads, see `models/states.py`.
+        head: from hidden states to corrections.
+        body: the decoder layers that run before the head; None for a Copilot without any.
+        reads_errors: whether it reads ℓ_{<i}, so that its own outputs may be fed back in decoding.
+    """
+
+    config: KindConfig
+    pooler: Callable[..., Tensor]
+    head: nn.Module
+    body: nn.Module | None
+    reads_errors: bool
+
+    def __init__(self, config: KindConfig) -> None:
+        super().__init__()
+        self.config, self.gate = config, build_gate(config.gate)
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether target i reads h_{<i} only, so that its body needs nothing of the Pilot's step i."""
+        return self.config.context == "strict"
+
+    def bind(self, pilot: PreTrainedModel) -> None:
+        """Learn which Pilot it corrects, whose frozen parts it may read without a copy of its own."""
+
+    @abstractmethod
+    def inputs(self, past_errors_BKV: Tensor) -> Tensor:
+        """Embed past errors: the inputs [B, K + 1, C] of targets 0 … K."""
+
+    @abstractmethod
+    def taught_inputs(self, probs_BNV: Tensor, targets_BN: Tensor) -> Tensor:
+        """The inputs [B, N, C] of all N targets from the Pilot's own p̂: `inputs` of ℓ_{<i}, without ℓ in memory."""
+
+    @abstractmethod
+    def forward(
+        self, inputs_BNC: Tensor, source_BMP: Tensor | None, source_mask_BM: Tensor | None, states_BNP: Tensor,
+        keep: bool = False,
+    ) -> tuple[Tensor, CopilotState | None]:  # fmt: skip
+        """Run all N targets at once; returns hidden states for `correct`, and the state for `step` (if `keep`)."""
+
+    @abstractmethod
+    def step(self, inputs_B1C: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:
+        """Run one more target; returns hidden states for `correct`, and moves the state on.
+
+        `row_B1P` are the states of the target before in strict context, of this one in inclusive.
+        """
+
+    def correct(self, hidden_BNC: Tensor, log_probs_BNV: Tensor) -> Tensor:
+        """Return the corrections f^C [B, N, V], float32, for the Pilot's log p̂ at the same positions."""
+        return self.head(hidden_BNC, log_probs_BNV, self.unembedding_VC)
+
+    def set_gate(self, gate: Gate | None) -> None:
+        """Scale corrections by a gate from now on; None takes it away."""
+        self.gate, self.config.gate = gate, None if gate is None else gate.settings()
+
+    def gated(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, positions_BN: Tensor | None = None) -> Tensor:
+        """Return g f^C, or f^C without a gate. Positions are counted from 0; None stands for all of a text."""
+        if self.gate is None:
+            return corrections_BNV
+        if positions_BN is None:
+            positions_BN = torch.arange(corrections_BNV.shape[1], device=corrections_BNV.device)[None]
+        return self.gate(log_probs_BNV, corrections_BNV, positions_BN) * corrections_BNV
+
+    @property
+    @abstractmethod
+    def unembedding_VC(self) -> Tensor | None:
+        """The frozen matrix that the head reads, stored once; None for a head that reads none."""

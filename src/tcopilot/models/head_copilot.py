@@ -1,0 +1,132 @@
+"""A Copilot that is only a head: the Pilot's own late states at the very target → an estimate of its error there.
+
+Beyond the paper, whose Copilot is a decoder. It reads neither X̃ nor past errors, so a record of the Mistake Log is a
+few states and p̂ of each target token, and a Copilot is fitted in seconds (docs/algorithm.md).
+
+Shapes: B batch, N target length, K past targets, D layers read, P Pilot width, Q = D · P, C hidden width,
+V vocabulary.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tcopilot.models.base_copilot import FORMAT, BaseCopilot
+from tcopilot.models.caches import CopilotState
+from tcopilot.models.gates import build_gate
+from tcopilot.models.heads import SOFT_HEADS
+from tcopilot.models.log_attention import CONTEXTS
+from tcopilot.models.states import StackedStates
+from tcopilot.settings import Rule, is_number, one_of, require, whole
+
+
+@dataclass
+class HeadCopilotConfig:
+    """Everything that defines a head-only Copilot's architecture; saved beside its weights.
+
+    Attributes:
+        pilot_width: P, width of the Pilot that it reads.
+        depths: of the Pilot's decoder layers whose outputs it reads, as shares of the decoder's depth.
+        hidden: width of its hidden layer.
+        head: what reads the hidden layer, see `SOFT_HEADS`.
+        context: `inclusive` (target i reads h_i, which predicts it) or `strict` (h_{i−1}).
+        gate: settings of the gate that scales its corrections in decoding and scoring; None for none.
+        format: of its weights; see `FORMAT`.
+    """
+
+    kind: ClassVar[str] = "head"
+    SETTINGS: ClassVar = {
+        "depths": Rule(
+            lambda value: isinstance(value, list | tuple) and len(value) > 0
+            and all(is_number(share) and 0 < share <= 1 for share in value),
+            "give shares of the Pilot's depth in (0, 1], such as [0.8, 0.9, 1.0]",
+        ),
+        "hidden": whole(),
+        "head": one_of(SOFT_HEADS),
+        "context": one_of(CONTEXTS),
+    }  # fmt: skip
+
+    pilot_width: int
+    vocab_size: int
+    depths: list[float] = field(default_factory=lambda: [0.8, 0.9, 1.0])
+    hidden: int = 512
+    head: str = "soft"
+    context: str = "inclusive"
+    gate: dict[str, Any] | None = None
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        require(self.SETTINGS, vars(self), "copilot")
+        build_gate(self.gate)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary for `config.json`."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+class HeadCopilot(BaseCopilot):
+    """f^C = softmax(log p̂ + U · MLP(h)) − p̂, with h from a few late layers of the Pilot, each brought to RMS 1."""
+
+    SETTINGS: ClassVar[dict[str, Rule]] = {}
+    body = None
+    reads_errors = False
+
+    def __init__(self, config: HeadCopilotConfig) -> None:
+        super().__init__(config)
+        self.pooler = StackedStates(tuple(config.depths))
+        self.hidden = nn.Linear(len(config.depths) * config.pilot_width, config.hidden)
+        self.head = SOFT_HEADS[config.head](config.hidden, config.vocab_size, config.pilot_width)
+
+    @classmethod
+    def from_pilot(cls, pilot: PreTrainedModel, **options: Any) -> "HeadCopilot":
+        """Build one for a Pilot; options are fields of `HeadCopilotConfig`."""
+        vocab = pilot.get_output_embeddings().weight.shape[0]
+        copilot = cls(HeadCopilotConfig(pilot.config.hidden_size, vocab, **options))
+        copilot.bind(pilot)
+        return copilot
+
+    def bind(self, pilot: PreTrainedModel) -> None:
+        """Read the unembedding of this Pilot, which keeps it: it is neither copied, nor trained or saved here."""
+        self.__dict__["_pilot"] = pilot  # past `nn.Module`, which would take it for a part of the Copilot
+
+    def inputs(self, past_errors_BKV: Tensor) -> Tensor:
+        """Nothing: [B, K + 1, 0]."""
+        batch, past = past_errors_BKV.shape[:2]
+        return past_errors_BKV.new_empty(batch, past + 1, 0)
+
+    def taught_inputs(self, probs_BNV: Tensor, targets_BN: Tensor) -> Tensor:
+        """Nothing: [B, N, 0]."""
+        return self.inputs(probs_BNV[:, :-1])
+
+    def forward(
+        self, inputs_BNC: Tensor, source_BMP: Tensor | None, source_mask_BM: Tensor | None, states_BNQ: Tensor,
+        keep: bool = False,
+    ) -> tuple[Tensor, CopilotState | None]:  # fmt: skip
+        """Run the hidden layer on all targets; only `states_BNQ` is read."""
+        read_BNQ = states_BNQ
+        if self.is_strict:  # target 0 has no state before it
+            read_BNQ = torch.cat([torch.zeros_like(states_BNQ[:, :1]), states_BNQ[:, :-1]], dim=1)
+        hidden_BNC = self._read(read_BNQ)
+        if not keep:
+            return hidden_BNC, None
+        target_B1 = torch.full_like(states_BNQ[:, :1, 0], states_BNQ.shape[1], dtype=torch.long)
+        return hidden_BNC, CopilotState(target_B1=target_B1, pending_B1P=states_BNQ[:, -1:])
+
+    def step(self, inputs_B1C: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:
+        """Run the hidden layer on one more target."""
+        state.target_B1 += 1
+        return self._read(row_B1P)
+
+    @property
+    def unembedding_VC(self) -> Tensor | None:
+        """The Pilot's unembedding [V, P] as it is now; None for a head that has a map of its own."""
+        return self._pilot.get_output_embeddings().weight.detach() if self.head.reads_unembedding else None
+
+    def _read(self, states_BNQ: Tensor) -> Tensor:
+        """Bring each layer's state to RMS 1, since residual streams grow with depth, and run the hidden layer."""
+        layers = states_BNQ.to(self.hidden.weight.dtype).unflatten(-1, (-1, self.config.pilot_width))
+        scaled = nn.functional.rms_norm(layers, (self.config.pilot_width,), eps=1e-6)
+        return nn.functional.gelu(self.hidden(scaled.flatten(-2)))

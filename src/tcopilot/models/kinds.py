@@ -1,0 +1,33 @@
+"""The kinds of Copilot, by the name that a config and an export give (`kind`)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tcopilot.models.base_copilot import BaseCopilot
+from tcopilot.models.copilot import Copilot, CopilotConfig
+from tcopilot.models.head_copilot import HeadCopilot, HeadCopilotConfig
+
+KINDS = {"decoder": (Copilot, CopilotConfig), "head": (HeadCopilot, HeadCopilotConfig)}
+
+
+def new_copilot(pilot: PreTrainedModel, kind: str = "decoder", **options: Any) -> BaseCopilot:
+    """Build a Copilot of a kind for a Pilot; options are those of its `from_pilot`.
+
+    Raises:
+        ValueError: if there is no such kind.
+    """
+    return _of(kind)[0].from_pilot(pilot, **options)
+
+
+def empty_copilot(settings: Mapping[str, Any]) -> BaseCopilot:
+    """A Copilot without trained weights, from the settings that an export keeps of it."""
+    copilot, config = _of(settings.get("kind", "decoder"))
+    return copilot(config(**{name: value for name, value in settings.items() if name != "kind"}))
+
+
+def _of(kind: str) -> tuple[type, type]:
+    if kind not in KINDS:
+        raise ValueError(f"copilot.kind={kind}: use one of {', '.join(KINDS)}")
+    return KINDS[kind]
