@@ -175,11 +175,11 @@ def test_the_readme_is_short_and_names_every_package_and_page():
 
 def test_a_name_that_does_not_exist_would_be_found():
     resolve("tcopilot.mistake_log.log.MistakeRecord.errors_BNV")
-    resolve("tcopilot.models.copilot.CopilotState.cache")
+    resolve("tcopilot.models.caches.BodyState.cache")
     for wrong in (
         "tcopilot.functional.token_error",
         "tcopilot.nothing",
-        "tcopilot.models.copilot.CopilotState.nothing",
+        "tcopilot.models.caches.BodyState.nothing",
     ):
         with pytest.raises(AttributeError):
             resolve(wrong)

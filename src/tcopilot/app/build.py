@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,10 +25,11 @@ from tcopilot.app.checks.unused import watch
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.modes import Decoding
 from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.models.base_copilot import BaseCopilot
 from tcopilot.models.configuration import TCopilotConfig
-from tcopilot.models.copilot import Copilot
 from tcopilot.models.families import decoder_depth
 from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.models.kinds import new_copilot, settings_of
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.processes import is_first
@@ -215,30 +216,29 @@ def fused_model(cfg: DictConfig, prepared: Prepared) -> TCopilotModel:
     _adapt(cfg.pilot, pilot)
     fusion: dict[str, Any] = {}
     if copilot is not None:
-        _adapt(cfg.copilot, copilot.body)
+        if copilot.body is not None:
+            _adapt(cfg.copilot, copilot.body)
         fusion = {"fusion": fusion_rule(cfg.fusion), "feedback": cfg.fusion.feedback, "weight": training_weight(cfg)}
     rows = {"split_seed": prepared.data.split_seed}  # for whoever goes on with the export
     config = TCopilotConfig(pilot.config, None if copilot is None else copilot.config, **fusion, **rows)
     return fused_class(prepared.pilot.is_encoder_decoder)(config, pilot, copilot)
 
 
-def _copilot(cfg: DictConfig, prepared: Prepared, pilot: PreTrainedModel) -> Copilot:
+def _copilot(cfg: DictConfig, prepared: Prepared, pilot: PreTrainedModel) -> BaseCopilot:
     """A new Copilot, or the trained one of the export that `copilot.path` names."""
     donor, encoder_decoder = prepared.donor, prepared.pilot.is_encoder_decoder
     if donor is not None and donor.trained_copilot is not None:
         copilot = donor.whole_model(fused_class(encoder_decoder), torch.float32).detach_copilot()
-        copilot.error_in.requires_grad_(cfg.copilot.train_error_input and "errors" in copilot.config.reads)
+        if copilot.reads_errors:
+            copilot.error_in.requires_grad_(cfg.copilot.train_error_input)
         return copilot
-    donor = None if donor is None else donor.load(prepared.tokenizer)
-    names = ("head", "pattern", "pooling", "context", "positions", "error_input", "train_error_input", "dropout")
-    return Copilot.from_pilot(
-        pilot,
-        layers=checks.copilot_layers(cfg.copilot.layers, decoder_depth((donor or pilot).config)),
-        donor=donor,
-        tokens=len(prepared.tokenizer),
-        reads=list(cfg.copilot.reads),
-        **{name: cfg.copilot[name] for name in names},
-    )
+    given = {name: cfg.copilot[name] for name in settings_of(cfg.copilot.kind)}
+    options = {name: list(value) if isinstance(value, ListConfig) else value for name, value in given.items()}
+    if "layers" in cfg.copilot:
+        donor = None if donor is None else donor.load(prepared.tokenizer)
+        layers = checks.copilot_layers(cfg.copilot.layers, decoder_depth((donor or pilot).config))
+        options |= {"layers": layers, "donor": donor, "tokens": len(prepared.tokenizer)}
+    return new_copilot(pilot, cfg.copilot.kind, **options)
 
 
 def training_weight(cfg: DictConfig) -> float:
@@ -264,7 +264,7 @@ def training_module(cfg: DictConfig, model: TCopilotModel, rounds: int) -> TCopi
     """The LightningModule with both learners."""
     if cfg.pilot.gradient_checkpointing:
         model.pilot.gradient_checkpointing_enable({"use_reentrant": False})
-    if cfg.copilot.enabled and cfg.copilot.gradient_checkpointing:
+    if model.copilot is not None and model.copilot.body is not None and cfg.copilot.gradient_checkpointing:
         model.copilot.body.gradient_checkpointing_enable({"use_reentrant": False})
     options: dict[str, Any] = {}
     if cfg.copilot.enabled:

@@ -39,7 +39,9 @@ def show_summary(
         ConfigError: if the log's storage cannot keep this Pilot's p̂.
     """
     try:
-        kept = None if prepared.log is None else prepared.log.describe(model.pilot)
+        kept = None
+        if prepared.log is not None:
+            kept = prepared.log.describe(model.pilot, model.copilot.pooler.keeps_source)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     if not is_first():

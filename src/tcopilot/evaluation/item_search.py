@@ -22,8 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from tcopilot.data.batch import Batch
 from tcopilot.evaluation.item_trie import ItemTrie
-from tcopilot.models.caches import TCopilotCache
-from tcopilot.models.copilot import CopilotState
+from tcopilot.models.caches import CopilotState, TCopilotCache
 from tcopilot.models.fused_model import TCopilotModel
 
 IMPOSSIBLE = -5e8  # beam search of transformers marks empty places by −1e9; sums of log-probabilities stay far above

@@ -6,6 +6,7 @@ Shapes: B batch, N target length, V vocabulary, C Copilot width, K candidates sh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ def trace_targets(model: TCopilotModel, batch: Batch, others: Sequence[str] = ()
     corrections: dict[str, Tensor] = {}
     copilot_layers: list[Tensor] = []
     for feedback in dict.fromkeys((model.config.feedback, *others)):
-        with families.layer_outputs(copilot.body) as layers:
+        with nullcontext([]) if copilot.body is None else families.layer_outputs(copilot.body) as layers:
             corrections[feedback], _ = correct_text(
                 copilot, feedback, log_probs_BNV, states.targets_BN[:, :-1],
                 states.source_BMP, states.source_mask_BM, states.states_BNP,
@@ -66,7 +67,7 @@ def trace_targets(model: TCopilotModel, batch: Batch, others: Sequence[str] = ()
         copilot_layers = copilot_layers or [torch.cat(calls, dim=1) for calls in layers]
     length = batch.target_ids_BN.shape[1]
     first = 0 if model.config.is_encoder_decoder else batch.source_ids_BM.shape[1] - 1
-    norm = families.final_norm(copilot.body)
+    norm = None if copilot.body is None else families.final_norm(copilot.body)
     used_BNV = next(iter(corrections.values()))
     return TargetTrace(
         log_probs_BNV,

@@ -28,6 +28,7 @@ from tcopilot.mistake_log.storage import DenseStorage, Storage, dtype_name, is_f
 from tcopilot.models.states import PilotStates
 from tcopilot.settings import DTYPE, FLAG, SEED, one_of, require, whole
 
+ROWS = ("all", "first_visit")
 ROWS_AT_ONCE = 64  # whose p̂ is formed together, which bounds the temporary memory of an append
 
 
@@ -71,7 +72,7 @@ class MistakeLog:
         "max_bytes": whole(most=math.inf, mend="give a positive number of bytes, or null for no limit").or_null(),
         "dtype": DTYPE,
         "seed": SEED,
-        "rows": one_of(("all", "first_visit")),
+        "rows": one_of(ROWS),
         "dropout": FLAG,
     }
 
@@ -124,11 +125,11 @@ class MistakeLog:
         """Bytes of the tensors held, in memory or in files."""
         return self.held.nbytes
 
-    def describe(self, pilot: PreTrainedModel) -> str:
+    def describe(self, pilot: PreTrainedModel, keeps_source: bool = True) -> str:
         """Say what a record of this Pilot keeps; raise ValueError if the storage cannot keep this Pilot's p̂."""
         name = dtype_name(self.dtype)
         source = "prompt ids" if _kept_of_source(pilot) == "source_ids" else f"X̃ ({name})"
-        return f"{source}, h̄ ({name}), {self.storage.describe(pilot)}"
+        return f"{f'{source}, ' if keeps_source else ''}h̄ ({name}), {self.storage.describe(pilot)}"
 
     @torch.no_grad()
     def append(self, states: PilotStates, extend: bool = False) -> None:

@@ -7,6 +7,7 @@ Shapes: B batch, N target length, K past targets, D layers read, P Pilot width, 
 V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -21,6 +22,11 @@ from tcopilot.models.heads import SOFT_HEADS
 from tcopilot.models.log_attention import CONTEXTS
 from tcopilot.models.states import StackedStates
 from tcopilot.settings import Rule, is_number, one_of, require, whole
+
+
+def _are_depths(value: Any) -> bool:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return is_list and len(value) > 0 and all(is_number(share) and 0 < share <= 1 for share in value)
 
 
 @dataclass
@@ -39,15 +45,11 @@ class HeadCopilotConfig:
 
     kind: ClassVar[str] = "head"
     SETTINGS: ClassVar = {
-        "depths": Rule(
-            lambda value: isinstance(value, list | tuple) and len(value) > 0
-            and all(is_number(share) and 0 < share <= 1 for share in value),
-            "give shares of the Pilot's depth in (0, 1], such as [0.8, 0.9, 1.0]",
-        ),
+        "depths": Rule(_are_depths, "give shares of the Pilot's depth in (0, 1], such as [0.8, 0.9, 1.0]"),
         "hidden": whole(),
         "head": one_of(SOFT_HEADS),
         "context": one_of(CONTEXTS),
-    }  # fmt: skip
+    }
 
     pilot_width: int
     vocab_size: int

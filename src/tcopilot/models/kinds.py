@@ -8,8 +8,14 @@ from transformers import PreTrainedModel
 from tcopilot.models.base_copilot import BaseCopilot
 from tcopilot.models.copilot import Copilot, CopilotConfig
 from tcopilot.models.head_copilot import HeadCopilot, HeadCopilotConfig
+from tcopilot.settings import Rule
 
 KINDS = {"decoder": (Copilot, CopilotConfig), "head": (HeadCopilot, HeadCopilotConfig)}
+
+
+def settings_of(kind: str) -> dict[str, Rule]:
+    """The rules for the settings of a kind, those of its config and of its `from_pilot`; none for an unknown kind."""
+    return {name: rule for part in KINDS.get(kind, ()) for name, rule in part.SETTINGS.items()}
 
 
 def new_copilot(pilot: PreTrainedModel, kind: str = "decoder", **options: Any) -> BaseCopilot:

@@ -24,10 +24,11 @@ from tcopilot.app.checks.unused import slips
 from tcopilot.app.trainer import process_count, trainer_problems
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.modes import Decoding
-from tcopilot.models.copilot import Copilot, CopilotConfig
+from tcopilot.mistake_log.log import ROWS
 from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fusion import FusionRule, build_fusion
 from tcopilot.models.gates import GATES
+from tcopilot.models.kinds import KINDS, settings_of
 from tcopilot.models.pilot import ModelSource
 from tcopilot.run_directory import RunDirectory
 from tcopilot.settings import FLAG, POSITIVE, SEED, Rule, is_whole, number, one_of, whole
@@ -72,7 +73,8 @@ RULES: dict[str, Mapping[str, Rule]] = {  # of groups that do not name their cla
     "copilot": {
         **{"enabled": FLAG, "layers": ANY, "batch_size": OF_MODULE["copilot_batch_size"]},
         **{name: OF_MODULE[name] for name in ("steps_per_round", "own_feedback")},
-        **(LEARNER | CopilotConfig.SETTINGS | Copilot.SETTINGS),
+        **{"kind": one_of(KINDS), "logged_rows": one_of(ROWS)},
+        **LEARNER,
     },
     "pilot.optimizer": OPTIMIZER,
     "copilot.optimizer": OPTIMIZER,
@@ -180,7 +182,8 @@ def values_for_groups(cfg: DictConfig) -> Iterator[str]:
 
 def _settings(cfg: DictConfig, sections: Sequence[str] = ()) -> Iterator[str]:
     """Apply the rules of every group, or of some. A wrong value that others refer to is reported where it stands."""
-    groups = [(key, OmegaConf.select(cfg, key) if key else cfg, RULES[key]) for key in sections or RULES]
+    rules_of = {**RULES, "copilot": {**RULES["copilot"], **settings_of(str(cfg.copilot.get("kind")))}}
+    groups = [(key, OmegaConf.select(cfg, key) if key else cfg, rules_of[key]) for key in sections or RULES]
     if not sections:
         groups += [(key, node, _rules_of_class(node["_target_"])) for key, node in _groups(cfg) if "_target_" in node]
     for key, node, rules in groups:

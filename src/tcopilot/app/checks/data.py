@@ -89,8 +89,10 @@ def log_bytes(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModule, log
     computed = torch.bfloat16 if "bf16" in str(cfg.trainer.precision) else getattr(torch, pilot.dtype)
     kept = log.storage.bytes_per_token(config.vocab_size, config.hidden_size, computed)
     frozen = cfg.pilot.frozen or "_target_" in (cfg.pilot.adapter or {})
-    prompt = 8 if frozen and not pilot.is_encoder_decoder else vector  # ids where the embedding rebuilds X̃
-    record = source * (prompt + 1) + target * (vector + kept + 9)
+    prompt = 1 + (8 if frozen and not pilot.is_encoder_decoder else vector)  # ids where the embedding rebuilds X̃
+    if depths := cfg.copilot.get("depths"):  # a head-only Copilot's records hold several states and no X̃
+        prompt, vector = 0, len(depths) * vector
+    record = source * prompt + target * (vector + kept + 9)
     rounds = min(log.capacity_rounds, data.total_rounds)
     total = int(record * data.batch_size * rounds)
     return total if log.max_bytes is None else min(total, log.max_bytes)

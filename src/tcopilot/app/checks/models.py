@@ -31,6 +31,14 @@ def model_problems(cfg: DictConfig, pilot: ModelSource, donor: ModelSource | Non
     problems = _adapter_problems(cfg, "pilot", pilot.model_config)
     if not cfg.copilot.enabled or (donor is not None and donor.trained_copilot is not None):
         return problems  # a trained Copilot brings its architecture
+    if "layers" not in cfg.copilot:
+        if donor is not None:
+            problems.append(f"copilot.path={donor.path}: a Copilot that is only a head starts from no checkpoint")
+        if "_target_" in (cfg.copilot.adapter or {}):
+            problems.append(
+                "copilot.adapter: a Copilot that is only a head has no layers; use adapter@copilot.adapter=none"
+            )
+        return problems
     model = pilot if donor is None else donor
     depth = families.decoder_depth(model.model_config)
     layers = cfg.copilot.layers
