@@ -2,10 +2,11 @@ import pytest
 import torch
 from family_models import of_families
 
-from tcopilot import Copilot, CopilotConfig
+from tcopilot import Copilot
 from tcopilot.functional import token_errors
 from tcopilot.models.copilot import PATTERNS
 from tcopilot.models.families import input_embeddings
+from tcopilot.models.kinds import empty_copilot
 from tcopilot.models.log_attention import LogAttention
 from tcopilot.models.states import StatePooler, trace_pilot
 
@@ -283,9 +284,8 @@ def test_steps_through_the_state_equal_one_pass(tiny_pilot, randomise, family, p
 
 def test_a_config_survives_its_dictionary(tiny_pilot):
     copilot = Copilot.from_pilot(tiny_pilot("qwen3"), layers=2, head="soft", context="inclusive", pattern=4)
-    config = CopilotConfig(**copilot.config.to_dict())
-    assert config == copilot.config
-    again = Copilot(config)
+    again = empty_copilot(copilot.config.to_dict())
+    assert again.config == copilot.config
     again.load_state_dict(copilot.state_dict())
     assert {name: value.shape for name, value in again.state_dict().items()} == {
         name: value.shape for name, value in copilot.state_dict().items()
