@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from tcopilot.models.caches import CopilotState
 from tcopilot.models.gates import Gate, build_gate
 
-
 FORMAT = 2
 """Of a Copilot's weights in an export. Since 2, each log attention layer has its own norm weight for the log."""
 
