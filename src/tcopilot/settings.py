@@ -70,6 +70,7 @@ def list_of(allowed: Collection[Any]) -> Rule:
     return Rule(allows, f"give a list of {', '.join(map(str, allowed))}")
 
 
+ANY = Rule(lambda value: True, "")  # judged elsewhere
 FLAG = Rule(lambda value: isinstance(value, bool), "give true or false")
 POSITIVE = Rule(lambda value: is_number(value) and value > 0, "must be a number above 0")
 SEED = whole(0, 2**32 - 1)

@@ -20,7 +20,7 @@ from tcopilot.models.gates import build_gate
 from tcopilot.models.heads import HEADS
 from tcopilot.models.log_attention import CONTEXTS, additive, causal_mask, log_mask, log_positions
 from tcopilot.models.states import StatePooler
-from tcopilot.settings import FLAG, Rule, is_number, list_of, one_of, require
+from tcopilot.settings import ANY, FLAG, Rule, is_number, list_of, one_of, require
 
 PATTERNS = {1: ("even", "all"), 2: ("every", "all"), 3: ("even", "first_half"), 4: ("even", "second_half")}
 """The paper's insertion patterns (Section F.4): which decoder-only layers, counted from 1, become log attention, and
@@ -88,6 +88,7 @@ class Copilot(BaseCopilot):
     """Reads (ℓ_{<i}, X̃, h) and estimates ℓ_i (Section 3.1). A new Copilot outputs 0: the fused model is the Pilot."""
 
     SETTINGS: ClassVar = {
+        "layers": ANY,
         "error_input": one_of(("embedding", "normal")),
         "train_error_input": FLAG,
         "dropout": Rule(

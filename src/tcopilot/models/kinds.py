@@ -14,8 +14,9 @@ KINDS = {"decoder": (Copilot, CopilotConfig), "head": (HeadCopilot, HeadCopilotC
 
 
 def settings_of(kind: str) -> dict[str, Rule]:
-    """The rules for the settings of a kind, those of its config and of its `from_pilot`; none for an unknown kind."""
-    return {name: rule for part in KINDS.get(kind, ()) for name, rule in part.SETTINGS.items()}
+    """The rules for the settings of a kind, those of its config and of its `from_pilot`; an unknown kind has any."""
+    parts = [*KINDS[kind]] if kind in KINDS else [part for parts in KINDS.values() for part in parts]
+    return {name: rule for part in parts for name, rule in part.SETTINGS.items()}
 
 
 def new_copilot(pilot: PreTrainedModel, kind: str = "decoder", **options: Any) -> BaseCopilot:

@@ -31,7 +31,7 @@ from tcopilot.models.gates import GATES
 from tcopilot.models.kinds import KINDS, settings_of
 from tcopilot.models.pilot import ModelSource
 from tcopilot.run_directory import RunDirectory
-from tcopilot.settings import FLAG, POSITIVE, SEED, Rule, is_whole, number, one_of, whole
+from tcopilot.settings import ANY, FLAG, POSITIVE, SEED, Rule, is_whole, number, one_of, whole
 from tcopilot.training.callbacks import MistakeLogCallback
 from tcopilot.training.module import Learner, TCopilotModule
 
@@ -54,7 +54,6 @@ PARTS = {  # what is built from a config of its own, and the group that it is ch
     "trainer": "trainer",
     "data": "data",
 }
-ANY = Rule(lambda value: True, "")  # judged elsewhere
 LEARNER = {
     **dict.fromkeys(("path", "revision"), ANY),
     **{**ModelSource.SETTINGS, **Learner.SETTINGS, "gradient_checkpointing": FLAG},
@@ -71,7 +70,7 @@ RULES: dict[str, Mapping[str, Rule]] = {  # of groups that do not name their cla
     "paths": {"run_dir": ANY},
     "pilot": {**LEARNER, "config": ANY, "frozen": FLAG, "micro_batch_size": OF_MODULE["micro_batch_size"]},
     "copilot": {
-        **{"enabled": FLAG, "layers": ANY, "batch_size": OF_MODULE["copilot_batch_size"]},
+        **{"enabled": FLAG, "batch_size": OF_MODULE["copilot_batch_size"]},
         **{name: OF_MODULE[name] for name in ("steps_per_round", "own_feedback")},
         **{"kind": one_of(KINDS), "logged_rows": one_of(ROWS)},
         **LEARNER,
@@ -156,7 +155,8 @@ def _deleted(key: str) -> str:
 def unread_keys(cfg: DictConfig) -> Iterator[str]:
     """Say which keys nothing reads, in the groups that this package reads key by key."""
     groups = {key.rpartition(".")[::2] for key in (*SECTIONS, *PARTS)}
-    known = {key: {*RULES[key], *(name for group, name in groups if group == key)} for key in ("", "paths", *COMPLETE)}
+    rules = _rules(cfg)
+    known = {key: {*rules[key], *(name for group, name in groups if group == key)} for key in ("", "paths", *COMPLETE)}
     return slips(cfg, known)
 
 
@@ -182,8 +182,8 @@ def values_for_groups(cfg: DictConfig) -> Iterator[str]:
 
 def _settings(cfg: DictConfig, sections: Sequence[str] = ()) -> Iterator[str]:
     """Apply the rules of every group, or of some. A wrong value that others refer to is reported where it stands."""
-    rules_of = {**RULES, "copilot": {**RULES["copilot"], **settings_of(str(cfg.copilot.get("kind")))}}
-    groups = [(key, OmegaConf.select(cfg, key) if key else cfg, rules_of[key]) for key in sections or RULES]
+    all_rules = _rules(cfg)
+    groups = [(key, OmegaConf.select(cfg, key) if key else cfg, all_rules[key]) for key in sections or RULES]
     if not sections:
         groups += [(key, node, _rules_of_class(node["_target_"])) for key, node in _groups(cfg) if "_target_" in node]
     for key, node, rules in groups:
@@ -204,6 +204,11 @@ def _settings(cfg: DictConfig, sections: Sequence[str] = ()) -> Iterator[str]:
                 if not (refers and message in wrong):
                     yield f"{key}.{name}={message}" if key else f"{name}={message}"
                 wrong.add(message)
+
+
+def _rules(cfg: DictConfig) -> Mapping[str, Mapping[str, Rule]]:
+    """`RULES`, with those of the kind of Copilot at hand."""
+    return {**RULES, "copilot": {**RULES["copilot"], **settings_of(cfg.copilot.get("kind"))}}
 
 
 def _rules_of_class(target: str) -> Mapping[str, Rule]:
