@@ -615,6 +615,7 @@ def test_a_state_is_not_lost_when_the_validation_after_it_fails(tmp_path, monkey
     assert_same_end(finished("llama"), resumed, 5)
 
 
+@pytest.mark.slow
 def test_a_user_who_resumes_past_damage_is_told_and_ends_where_an_unbroken_run_does(
     tmp_path, caplog, capsys, monkeypatch
 ):

@@ -96,6 +96,7 @@ def test_it_measures_what_validation_reports(tmp_path):
         assert own == pytest.approx(reported, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_in_a_whole_run(tmp_path):
     given = [
         *composed.SMALL,

@@ -14,6 +14,7 @@ import pytest
 from processes import run_in_processes
 from safetensors.torch import load_file
 
+from tcopilot.app import run
 from tcopilot.app.checks.config import config_problems
 from tcopilot.processes import DisagreementError, agree_on, rank, refuse_differences
 
@@ -83,7 +84,8 @@ def overrides_of(variant: str) -> list[str]:
 @pytest.mark.parametrize(
     "variant", [name if name == "t5" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 )
-def test_two_processes_train_what_one_trains(variant, tmp_path):
+def test_two_processes_train_what_one_trains(variant, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "budget", lambda *_: None)  # forked programs inherit it
     given = overrides_of(variant)
     alone = [g for g in given if not g.startswith("pilot.micro_batch_size")]
     one, two = trained(tmp_path / "one", *alone), tmp_path / "two"
