@@ -126,10 +126,10 @@ def by_hand(lm, context, continuation):
     return log_probs.gather(2, targets[..., None]).sum().item(), torch.equal(log_probs.argmax(-1), targets)
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, relative=1e-6):
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     totals = [torch.tensor([total for total, _ in scores], dtype=torch.float64) for scores in (found, expected)]
-    torch.testing.assert_close(*totals, atol=1e-4, rtol=1e-6)
+    torch.testing.assert_close(*totals, atol=1e-4, rtol=relative)
 
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
@@ -153,7 +153,9 @@ def test_likelihoods_are_the_models_own_at_any_batch_size(exports, family, feedb
     assert all((lm.model.weight, lm.model.config.feedback) == (0.7, feedback) for lm in lms)
     expected = [by_hand(lms[0], *text) for text in TEXTS]
     for lm in lms:
-        assert_same(score(lm), expected)
+        assert_same(
+            score(lm), expected, relative=1e-5 if feedback == "own" else 1e-6
+        )  # own feedback amplifies rounding
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])

@@ -28,7 +28,6 @@ from tcopilot.mistake_log.storage import DenseStorage, Storage, dtype_name, is_f
 from tcopilot.models.states import PilotStates
 from tcopilot.settings import DTYPE, FLAG, SEED, one_of, require, whole
 
-ROWS = ("all", "first_visit")
 ROWS_AT_ONCE = 64  # whose p̂ is formed together, which bounds the temporary memory of an append
 
 
@@ -72,7 +71,7 @@ class MistakeLog:
         "max_bytes": whole(most=math.inf, mend="give a positive number of bytes, or null for no limit").or_null(),
         "dtype": DTYPE,
         "seed": SEED,
-        "rows": one_of(ROWS),
+        "rows": one_of(("all", "first_visit")),
         "dropout": FLAG,
     }
 

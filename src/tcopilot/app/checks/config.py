@@ -24,7 +24,6 @@ from tcopilot.app.checks.unused import slips
 from tcopilot.app.trainer import process_count, trainer_problems
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.modes import Decoding
-from tcopilot.mistake_log.log import ROWS
 from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fusion import FusionRule, build_fusion
 from tcopilot.models.gates import GATES
@@ -70,9 +69,8 @@ RULES: dict[str, Mapping[str, Rule]] = {  # of groups that do not name their cla
     "paths": {"run_dir": ANY},
     "pilot": {**LEARNER, "config": ANY, "frozen": FLAG, "micro_batch_size": OF_MODULE["micro_batch_size"]},
     "copilot": {
-        **{"enabled": FLAG, "batch_size": OF_MODULE["copilot_batch_size"]},
+        **{"enabled": FLAG, "kind": one_of(KINDS), "batch_size": OF_MODULE["copilot_batch_size"]},
         **{name: OF_MODULE[name] for name in ("steps_per_round", "own_feedback")},
-        **{"kind": one_of(KINDS), "logged_rows": one_of(ROWS)},
         **LEARNER,
     },
     "pilot.optimizer": OPTIMIZER,
