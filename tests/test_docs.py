@@ -340,7 +340,9 @@ def test_the_programs_find_classes_beside_them(extended, tmp_path):
     done = composed.program(str(extended.root / "train.py"), *given)
     assert done.returncode == 0, done.stderr
     assert "newer_half.NewerHalf" in (tmp_path / "run" / "config.yaml").read_text()
+    weights = sorted({row["weight"] for row in composed.results(tmp_path / "run")["rows"]})
     given = [f"run={tmp_path / 'run'}", f"paths.run_dir={tmp_path / 'eval'}", "trust=[newer_half,unsure]"]
+    given.append(f"fusion.weight={weights}".replace(" ", ""))
     done = composed.program(str(extended.root / "eval.py"), *given)
     assert done.returncode == 0, done.stderr
     assert composed.results(tmp_path / "eval")["rows"] == composed.results(tmp_path / "run")["rows"]

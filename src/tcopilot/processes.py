@@ -34,7 +34,7 @@ def start() -> None:
     """
     if not rank():
         os.environ[PARENT] = str(os.getpid())  # for those that Lightning starts
-    elif PARENT in os.environ:
+    elif PARENT in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun ends its processes itself
         threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _on():
         gpu = torch.cuda.is_available()

@@ -270,6 +270,9 @@ def test_every_row_and_every_model_is_documented():
     rows = {name for part in sum(commands(), ()) if part.startswith("experiment=") for name in NAME.findall(part)}
     assert set(ROWS) - set(files("experiment", "paper")) <= rows
     given = [composed.choices(*overrides, ON_A_CPU) for overrides in commands()]
-    for group, others in (("pilot", ("tiny", "smollm2", "lora")), ("copilot", ("equal", "half", "lora"))):
+    for group, others in (
+        ("pilot", ("tiny", "smollm2", "lora")),
+        ("copilot", ("equal", "half", "lora", "head", "shared")),
+    ):
         used = {choice[group] for choice in given}
         assert {name for name in files(group) if not name.startswith(others)} <= used

@@ -77,7 +77,7 @@ def test_it_reads_the_late_states_of_its_own_target(fuse, family, context):
 
 @pytest.mark.parametrize("decoding", DECODING)
 @pytest.mark.parametrize("context", ["inclusive", "strict"])
-@pytest.mark.parametrize("family", of_families("llama", "t5", "gemma2", "bart"))
+@pytest.mark.parametrize("family", of_families("llama", "t5", "qwen3", "bart"))
 def test_cached_decoding_is_uncached(fuse, prompts, family, context, decoding):
     model = fuse(family, context=context).double()
     tokens = prompts(model.pilot, padded=True)

@@ -272,11 +272,12 @@ def test_what_cannot_run_is_said_before_anything_does(script, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_script_as_a_user_runs_it(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(PAGE)
     given = ["scripts/evidence.py", "smoke", "--folder", str(tmp_path / "runs"), "--page", str(page)]
-    done = composed.program(*given)
+    done = composed.program(*given, timeout=800)
     assert done.returncode == 0, done.stderr
     assert "12 finished" in done.stdout
     assert "| two Pilots averaged |" in page.read_text()
