@@ -162,7 +162,10 @@ def test_torchrun_starts_training_and_evaluation_too(tmp_path):
         done = subprocess.run([*torchrun, script, *given], **shared)
         assert done.returncode == 0, done.stdout + done.stderr
     (run,) = runs  # both processes, started at different times, share one folder
-    assert json.loads((tmp_path / "evaluation" / "results.json").read_text())["rows"] == composed.results(run)["rows"]
+    found = json.loads((tmp_path / "evaluation" / "results.json").read_text())["rows"]
+    weights = {row["weight"] for row in found}  # λ = 0, the run's own and none else, where no other is asked for
+    assert weights == {0.0, composed.results(run)["selected_weight"]}
+    assert found == [row for row in composed.results(run)["rows"] if row["weight"] in weights]
 
 
 # What the config alone shows -----------------------------------------------------------------------------------------
