@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gzip
 import io
 import json
 import math
@@ -29,6 +30,7 @@ from tcopilot.data.metrics import Metric
 from tcopilot.data.tokenizers import word_tokenizer
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.results import Results
+from tcopilot.run_directory import RunDirectory
 from tcopilot.training.module import TCopilotModule, TrainingDivergedError
 from tcopilot.version import __version__
 
@@ -454,6 +456,8 @@ KINDS = {
     **{name: [f"objective={name}"] for name in ("mse", "kl", "ce")},
     "soft head": ["copilot.head=soft"],
     "own feedback": ["fusion.feedback=own", "copilot.own_feedback=0.5"],
+    "only a head": ["copilot=head"],
+    "only a head, on a Llama": ["copilot=head", "copilot.head=low_rank", "pilot=tiny_llama"],
     "logits": ["fusion=logits", "fusion.weight=[0,1]"],
     "beam search": ["evaluation=beam4"],
     "bf16": ["trainer.precision=bf16-mixed"],
@@ -475,7 +479,7 @@ KINDS = {
     "Tensorboard": ["logger=tensorboard"],
     "Llama": LLAMA,
 }
-FAST = ("top-k log", "own feedback", "beam search", "stream", "passes instead of rounds", "Llama")
+FAST = ("top-k log", "own feedback", "only a head", "beam search", "stream", "passes instead of rounds", "Llama")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -496,6 +500,14 @@ def test_every_kind_of_run_trains_evaluates_and_exports(kind, tmp_path):
     model = "CausalLM" if "pilot=tiny_llama" in KINDS[kind] else "Seq2SeqLM"
     config = json.loads((folder / "export" / "config.json").read_text())
     assert config["architectures"] == [f"TCopilotFor{model}"]
+
+
+def test_a_copilot_that_is_only_a_head_is_traced_like_any_other(tmp_path):
+    folder = composed.train(tmp_path / "run", *composed.SMALL, "copilot=head")
+    traced = composed.evaluate(folder, tmp_path / "eval", "trace=true")
+    with gzip.open(RunDirectory(traced).trace_rows("word_problems"), "rt") as file:
+        position = json.loads(file.readline())["gold"][0]
+    assert len(position["copilot_lens"]) == 1
 
 
 def test_fine_tuning_without_a_copilot_is_a_run_like_any_other(tmp_path):

@@ -325,3 +325,15 @@ def test_settings_that_contradict_each_other_are_refused(settings, message):
 def test_setup_before_prepare_is_refused():
     with pytest.raises(DataError, match="prepare"):
         TCopilotDataModule(tasks("next_item"), rounds=1).setup()
+
+
+def test_every_one_of_several_benchmarks_needs_rows_to_train_on(tmp_path):
+    for name, splits in (("first", ("train", "test")), ("second", ("test",))):
+        (tmp_path / name).mkdir()
+        for split in splits:
+            lines = [json.dumps({"prompt": f"{name} {split} {i}", "target": str(i)}) for i in range(40)]
+            (tmp_path / name / f"{split}.jsonl").write_text("\n".join(lines))
+    benchmarks = {name: ExactMatch(name=name, target=" {target}") for name in ("first", "second")}
+    data = TCopilotDataModule(benchmarks, path=tmp_path, batch_size=8, rounds=12)
+    with pytest.raises(DataError, match=r"second.*train\.jsonl"):
+        data.prepare(byte_tokenizer(), "left")

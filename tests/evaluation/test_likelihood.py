@@ -1,6 +1,7 @@
 """Scoring by likelihood: the fused model's own probability of each option, whatever the batch."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -109,3 +110,10 @@ def test_a_copilot_that_knows_the_answer_moves_the_choice(setting):
     after = log_likelihoods(judge.model, batch, [0.0, 1.0])
     torch.testing.assert_close(after[0], after[1], atol=1e-4, rtol=1e-5)
     assert not torch.allclose(before[0], after[1], atol=1e-3)
+
+
+def test_the_answer_in_a_stored_prediction_is_the_likeliest_option():
+    read = partial(Likelihood.read, None)
+    stored = {"prediction_sum": " b", "prediction_mean": " a", "target": " b"}
+    assert (read(stored).text, read(stored).correct) == (" b", True)
+    assert not read(stored | {"target": " a"}).correct

@@ -159,9 +159,9 @@ class TCopilotDataModule(LightningDataModule):
             splits, found = self._reader(benchmark, training)
             complaints += found
             for split, part in splits.items():
-                training, skips, place = split == "train", self.on_error == "skip", f"{name}, {part.where}, "
-                shared = part.rows, benchmark, index, len(self.benchmarks), training
-                if training and self.streaming:
+                is_train, skips, place = split == "train", self.on_error == "skip", f"{name}, {part.where}, "
+                shared = part.rows, benchmark, index, len(self.benchmarks), is_train
+                if is_train and self.streaming:
                     streamed = RowPreparer(*fixed)
                     streamed.reserved = preparer.reserved
                     train.append(as_stream(StreamedRows(streamed, shared, place, skips)))
@@ -177,7 +177,7 @@ class TCopilotDataModule(LightningDataModule):
                 self._note(name, split, rows, figures, [place + text for text in skipped])
                 if part.carved and self.streaming:
                     preparer.reserved.update(asked)
-                if training:
+                if is_train:
                     train.append(datasets.Dataset.from_list(rows))
                 else:
                     self._evaluation[split, name] = rows

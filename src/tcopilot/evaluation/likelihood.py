@@ -61,8 +61,9 @@ class Likelihood(Mode):
         }
 
     def read(self, prediction: Prediction) -> Answer:
-        """Its metrics are means over rows, which need no answer."""
-        raise NotImplementedError
+        """Take the option that is likeliest as a whole for the answer."""
+        option, target = prediction["prediction_sum"], prediction["target"]
+        return Answer(option, option, target, option == target)
 
     def judged(self, prediction: Prediction) -> Prediction:
         """Return the prediction: its scores depend on no setting."""

@@ -83,7 +83,7 @@ class Mode(ABC):
 
     @abstractmethod
     def read(self, prediction: Prediction) -> Answer:
-        """Return the answer in a stored prediction; only where a metric is of all rows together."""
+        """Return the answer in a stored prediction."""
 
     def judged(self, prediction: Prediction) -> Prediction:
         """Return a stored prediction with its scores, one for each metric that is a mean over rows."""

@@ -67,17 +67,20 @@ def trace_targets(model: TCopilotModel, batch: Batch, others: Sequence[str] = ()
         copilot_layers = copilot_layers or [torch.cat(calls, dim=1) for calls in layers]
     length = batch.target_ids_BN.shape[1]
     first = 0 if model.config.is_encoder_decoder else batch.source_ids_BM.shape[1] - 1
-    norm = None if copilot.body is None else families.final_norm(copilot.body)
     used_BNV = next(iter(corrections.values()))
+    copilot_lens = [used_BNV.max(-1)]  # all there is of a Copilot without layers
+    if copilot.body is not None:
+        norm = families.final_norm(copilot.body)
+        copilot_lens = [
+            copilot.gated(log_probs_BNV, copilot.correct(norm(layer_BNC), log_probs_BNV)).max(-1)
+            for layer_BNC in copilot_layers
+        ]
     return TargetTrace(
         log_probs_BNV,
         model.fuse(log_probs_BNV, used_BNV, model.weight),
         corrections,
         [_likeliest(families.logit_lens(model.pilot, calls[0][:, first : first + length])) for calls in pilot_layers],
-        [
-            copilot.gated(log_probs_BNV, copilot.correct(norm(layer_BNC), log_probs_BNV)).max(-1)
-            for layer_BNC in copilot_layers
-        ],
+        copilot_lens,
     )
 
 
