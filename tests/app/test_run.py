@@ -257,21 +257,27 @@ def test_the_export_carries_the_selected_weight(finished):
 def test_a_run_ends_with_its_tables_and_the_path_of_its_results(finished):
     lines = finished.printed.strip().splitlines()
     assert lines[-1] == f"results: {finished.folder / 'results.json'}"
-    for part in ("Metrics over λ", "Gain of the Copilot", "(selected)", finished.task):
+    for part in ("Metrics over λ", "How λ was chosen", "Gain of the Copilot", "(selected)", finished.task):
         assert part in finished.printed
 
 
 # How λ is chosen -------------------------------------------------------------------------------------------------
 
 
-def test_the_weight_is_the_best_on_validation(finished):
+def test_the_weight_is_the_best_on_validation(finished, tmp_path, no_training):
     found = composed.results(finished.folder)
 
-    def merit(w: float) -> tuple[float, float]:
-        nll = composed.value(found, "validation", "nll", w, "all")
-        return composed.value(found, "validation", "accuracy", w, finished.task), -nll
+    def nll(w: float) -> float:
+        return composed.value(found, "validation", "nll", w, "all")
 
-    assert found["selected_weight"] == max((0.0, 0.5, 1.0, 2.0), key=merit)
+    def merit(w: float) -> tuple[float, float]:
+        return composed.value(found, "validation", "accuracy", w, finished.task), -nll(w)
+
+    by_nll, by_metric = min((0.0, 0.5, 1.0, 2.0), key=nll), max((0.0, 0.5, 1.0, 2.0), key=merit)
+    assert found["selected_weight"] == by_nll  # 60 rows are few
+    assert {one["rule"]: one["weight"] for one in found["selection"]} == {"nll": by_nll, "metric": by_metric}
+    again = composed.results(composed.evaluate(finished.folder, tmp_path / "eval", *SWEPT, "fusion.select_by=metric"))
+    assert again["selected_weight"] == by_metric
 
 
 def test_the_choice_of_the_weight_does_not_see_the_test_rows(finished, tmp_path, monkeypatch):
@@ -337,7 +343,7 @@ def test_a_test_file_alone_is_enough_and_chooses_nothing(tmp_path):
     given = ("debug=limit", "data=jsonl", f"data.path={tmp_path}/old", *columns, "fusion.weight=[0,0.5,1]")
     run = composed.train(tmp_path / "run", *given)
     chosen = composed.results(run)["selected_weight"]
-    assert any("too few to choose λ on, and it may be luck" in note for note in composed.results(run)["notes"])
+    assert any("too few to choose λ on, and λ = 0.5 is a constant" in n for n in composed.results(run)["notes"])
     folder = composed.evaluate(run, tmp_path / "alone", f"data.path={tmp_path}/new")
     found = composed.results(folder)
     assert found["selected_weight"] == chosen
@@ -607,7 +613,7 @@ def test_adapters_are_trained_on_both_models_and_merged_into_the_export(tmp_path
     assert not [name for name in weights if "lora" in name or "base_layer" in name]
     model = AutoModelForCausalLM.from_pretrained(folder / "export")
     assert model.copilot.config.head == "soft"
-    again = composed.results(composed.evaluate(folder, tmp_path / "eval"))
+    again = composed.results(composed.evaluate(folder, tmp_path / "eval", "fusion.weight=[0,1]"))
     for old, new in zip(found["rows"], again["rows"], strict=True):
         assert new["value"] == pytest.approx(old["value"], rel=1e-4)
 
@@ -656,9 +662,9 @@ def test_the_returned_gain_is_what_a_sweep_maximises(tmp_path, monkeypatch):
         return {w: {ACCURACY: [float(i < right[split, int(w)]) for i in range(10)]} for w in weights}
 
     monkeypatch.setattr(Evaluator, "scores", scores)
-    small = composed.compose_config(*composed.QUIET, *SHORT, f"paths.run_dir={tmp_path}")
+    given = (*SHORT, "fusion.select_by=metric", f"paths.run_dir={tmp_path}")
     with composed.without_estimate():
-        assert composed.run.train(small) == pytest.approx(0.6)
+        assert composed.run.train(composed.compose_config(*composed.QUIET, *given)) == pytest.approx(0.6)
     assert composed.results(tmp_path)["gain"][0]["difference"] == pytest.approx(0.9)
 
 

@@ -10,9 +10,10 @@ from small_training import source_side, tiny_model
 
 from tcopilot.data import GeneratedTask, TCopilotDataModule, word_tokenizer
 from tcopilot.data.metrics import Metric
-from tcopilot.evaluation.evaluate import Evaluator, _select
+from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.modes import Decoding
+from tcopilot.evaluation.selection import by_metric
 from tcopilot.models.gates import build_gate
 
 FAMILIES = ("t5", "llama")
@@ -28,13 +29,13 @@ def rows_of(family: str, *kinds: str) -> TCopilotDataModule:
     return data
 
 
-def evaluator(family, folder, *kinds, decoding=None, per="all", **options) -> Evaluator:
+def evaluator(family, folder, *kinds, decoding=None, per="all", select_by="metric", **options) -> Evaluator:
     """An evaluator of an untrained model whose Copilot has a say."""
     data = rows_of(family, *(kinds or ("word_problems",)))
     tokenizer = word_tokenizer(data.vocabulary)
     tokenizer.padding_side = source_side(family)
     model = tiny_model(family, vocab=len(tokenizer), **({"head_std": 0.1} | options))
-    return Evaluator(model, tokenizer, data, folder, decoding or Decoding(), per)
+    return Evaluator(model, tokenizer, data, folder, decoding or Decoding(), per, select_by)
 
 
 def written(folder, split="test", weight=1.0, benchmark="word_problems") -> list[dict]:
@@ -308,11 +309,11 @@ def test_the_choice_is_the_same_whatever_the_test_rows_say(favoured, tmp_path, m
 
 def test_ties_go_to_the_likelier_and_then_to_the_smaller_weight():
     even = {"a": {w: {ACCURACY: [1.0, 0.0]} for w in (0.0, 0.5, 1.0)}}
-    assert _select(even, {0.0: 2.0, 0.5: 1.0, 1.0: 1.5}) == 0.5
-    assert _select(even, {0.0: 2.0, 0.5: 1.0, 1.0: 1.0}) == 0.5
-    assert _select(even, dict.fromkeys(even["a"], 1.0)) == 0.0
+    assert by_metric(even, {0.0: 2.0, 0.5: 1.0, 1.0: 1.5}) == 0.5
+    assert by_metric(even, {0.0: 2.0, 0.5: 1.0, 1.0: 1.0}) == 0.5
+    assert by_metric(even, dict.fromkeys(even["a"], 1.0)) == 0.0
     better = {"a": even["a"] | {1.0: {ACCURACY: [1.0, 1.0], Metric("another"): [0.0, 0.0]}}}
-    assert _select(better, {0.0: 1.0, 0.5: 1.0, 1.0: 9.0}) == 1.0
+    assert by_metric(better, {0.0: 1.0, 0.5: 1.0, 1.0: 9.0}) == 1.0
 
 
 # λ of an earlier run ----------------------------------------------------------------------------------------------
@@ -343,7 +344,7 @@ def test_a_handful_of_rows_chooses_nothing_where_a_weight_is_known(tmp_path, mon
 
 
 def test_enough_rows_choose_whatever_is_known(tmp_path, monkeypatch):
-    monkeypatch.setattr("tcopilot.evaluation.evaluate.ENOUGH", 12)
+    monkeypatch.setattr("tcopilot.evaluation.selection.ENOUGH", {"metric": 12})
     outcomes(monkeypatch, lambda split, weight, i: weight == 0.5)
     found = evaluator("t5", tmp_path).run(WEIGHTS, known=0.3)
     assert found.selected_weight == 0.5
@@ -376,7 +377,7 @@ def test_the_known_weight_keeps_its_gate(tmp_path):
 def test_benchmarks_count_alike_in_the_choice_however_many_rows_they_have():
     shares = {"big": {0.0: [1.0] * 90 + [0.0] * 10, 1.0: [1.0] * 80 + [0.0] * 20}, "small": {0.0: [0.0], 1.0: [0.5]}}
     outcomes = {name: {w: {ACCURACY: v} for w, v in by_weight.items()} for name, by_weight in shares.items()}
-    assert _select(outcomes, {0.0: 1.0, 1.0: 1.0}) == 1.0
+    assert by_metric(outcomes, {0.0: 1.0, 1.0: 1.0}) == 1.0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

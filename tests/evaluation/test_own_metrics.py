@@ -9,10 +9,11 @@ from small_training import source_side, tiny_model
 
 from tcopilot.data import DataError, ExactMatch, TCopilotDataModule, word_tokenizer
 from tcopilot.data.metrics import Answer, MacroF1, Metric, show
-from tcopilot.evaluation.evaluate import Evaluator, _select
+from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.outcomes import outcome, read_predictions
 from tcopilot.evaluation.results import Results, gain_table, weight_table
+from tcopilot.evaluation.selection import by_metric
 
 ROWS = 40
 
@@ -45,7 +46,8 @@ def judge(tmp_path):
         tokenizer = word_tokenizer([*map(str, range(ROWS)), "and"])
         tokenizer.padding_side = source_side("t5")
         data.prepare(tokenizer, source_side("t5"))
-        return Evaluator(tiny_model("t5", vocab=len(tokenizer)), tokenizer, data, tmp_path / "predictions")
+        model, folder = tiny_model("t5", vocab=len(tokenizer)), tmp_path / "predictions"
+        return Evaluator(model, tokenizer, data, folder, select_by="metric")
 
     return build
 
@@ -130,7 +132,7 @@ def test_metrics_of_different_units_are_weighed_by_the_place_of_each_weight():
         "count": {0.0: {off: [50.0]}, 0.5: {off: [49.0]}, 1.0: {off: [48.0]}},
         "yes": {0.0: {right: [0.6]}, 0.5: {right: [0.7]}, 1.0: {right: [0.5]}},
     }
-    assert _select(outcomes, dict.fromkeys((0.0, 0.5, 1.0), 1.0)) == 0.5
+    assert by_metric(outcomes, dict.fromkeys((0.0, 0.5, 1.0), 1.0)) == 0.5
 
 
 def test_macro_f1_is_of_all_rows_together_and_decides_if_it_is_asked_to(judge, monkeypatch):

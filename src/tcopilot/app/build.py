@@ -89,11 +89,11 @@ def prepare(cfg: DictConfig) -> Prepared:
 
 
 def prepare_data(
-    cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, pilot: PreTrainedConfig, chooses: bool = True
+    cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, pilot: PreTrainedConfig, fits: bool = True
 ) -> TCopilotDataModule:
     """Read and check the data of a config, without training on it, for a tokenizer that is already loaded.
 
-    Validation rows are needed if λ is to be chosen (`chooses`).
+    Validation rows are needed if something is to be fitted on them (`fits`), such as a gate.
 
     Raises:
         ConfigError: with every problem found in the data.
@@ -104,7 +104,7 @@ def prepare_data(
         side, longest = "right" if pilot.is_encoder_decoder else "left", cfg.evaluation.max_new_tokens
         attempt(problems, lambda: data.prepare(tokenizer, side, training=False, max_new_tokens=longest))
     if not problems:
-        problems += data_problems(cfg, pilot, data, chooses)
+        problems += data_problems(cfg, pilot, data, fits)
     if problems:
         raise ConfigError(problems)
     return data

@@ -18,7 +18,7 @@ from tcopilot.app.checks.data import log_bytes
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.memory.estimate import Budget, bytes_text
 from tcopilot.data.summary import summary_table
-from tcopilot.evaluation.results import Results, gain_table, weight_table
+from tcopilot.evaluation.results import Results, gain_table, selection_table, weight_table
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.processes import is_first
 from tcopilot.reporting.tables import accept_any_sign
@@ -68,10 +68,11 @@ def show_summary(
 
 
 def show_results(results: Results, path: Path) -> None:
-    """Print both tables, the notes and, as the last line, where the figures are."""
+    """Print the tables, the notes and, as the last line, where the figures are."""
     if not is_first():
         return
-    for part in (weight_table(results), gain_table(results), *results.notes):
+    chosen = [selection_table(results)] if results.selection else []
+    for part in (weight_table(results), *chosen, gain_table(results), *results.notes):
         _console().print(part)
     print(f"results: {path}", flush=True)
 

@@ -213,8 +213,8 @@ def _evaluate(cfg: DictConfig) -> float:
             raise ConfigError(problems)
     keeps = known is not None and cfg.fusion.weight == "run" and cfg.fusion.per is None
     weights = [] if keeps else build.evaluation_weights(trained.fusion.weight)
-    chooses = cfg.fusion.per in GATES or (known is None and (weights is None or len(weights) > 1))
-    data = build.prepare_data(trained, tokenizer, config.pilot, chooses)
+    fits = cfg.fusion.per in GATES or (known is None and trained.fusion.per in GATES)
+    data = build.prepare_data(trained, tokenizer, config.pilot, fits)
     data.remarks += build.split_seed_remarks(data, ModelSource(str(source.export), key="run"), other)
     model = build.load_export(source.folder, config)
     if other is not None:
@@ -301,10 +301,10 @@ def _run_evaluator(
     known: float | dict[str, float] | None = None,
 ) -> Results:
     decoding = build.decoding(cfg.evaluation)
-    where, per = run_dir.predictions, cfg.fusion.per
+    where, choice = run_dir.predictions, (cfg.fusion.per, cfg.fusion.select_by)
     if decoding.decoding == "static" and decoding.compile:
         clear_empty_libraries()
-    evaluator = Evaluator(model, prepared.tokenizer, prepared.data, where, decoding, per)
+    evaluator = Evaluator(model, prepared.tokenizer, prepared.data, where, decoding, *choice)
     splits = ("validation", cfg.evaluation.report_on)
     found = evaluator.run(weights, splits, known)
     notes = list(found.verdicts)
@@ -325,7 +325,7 @@ def _run_evaluator(
         seed=cfg.seed, git=git_revision(), config=RunDirectory.config.name, params={}, rounds=0, train_seconds=0.0,
         selected_weight=found.selected_weight, selected_on=splits[0], reported_on=splits[1],
         rows=found.rows, gain=found.gain, notes=notes + prepared.data.remarks, data=prepared.data.summary(),
-        best_weight=found.best_weight,
+        best_weight=found.best_weight, selection=found.selection,
     )  # fmt: skip
 
 

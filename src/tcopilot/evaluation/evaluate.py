@@ -6,6 +6,7 @@ How a row is answered is a mode: as generated text, as the likeliest option, or 
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from typing import Any, ClassVar
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from scipy.stats import rankdata
 from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.batch import Batch
@@ -28,7 +28,19 @@ from tcopilot.evaluation.likelihood import Likelihood
 from tcopilot.evaluation.modes import Decoding, Mode
 from tcopilot.evaluation.predictions import PredictionFiles, claim, digest_of, fingerprint
 from tcopilot.evaluation.ranking import ItemRanking
-from tcopilot.evaluation.results import Gain, Row, direction_and_unit
+from tcopilot.evaluation.results import Gain, Row, Selection, direction_and_unit
+from tcopilot.evaluation.selection import (
+    SELECT_BY,
+    Outcomes,
+    Scores,
+    by_likelihood,
+    by_metric,
+    enough,
+    rule_for,
+    selections,
+    settle,
+    too_few,
+)  # fmt: skip
 from tcopilot.evaluation.significance import compare_by, interval_of
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.gates import GATES, Observations, build_gate
@@ -40,15 +52,8 @@ from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 log = logging.getLogger(__name__)
 SPECIAL = re.compile(r"(pad|bos|eos|decoder_start)_token_id|_|transformers_version|output_|return_dict|use_cache")
 """Keys of a generation config that say nothing about how to decode."""
-ENOUGH = 50
-"""Rows to choose λ on; the best of several on fewer is mostly luck."""
 PER = ("all", "benchmark", *GATES)
 """What has a λ of its own."""
-
-Scores = dict[Metric, list[Any]]
-"""Metric to what each row gave: its score, or the answer itself for a metric of all rows together."""
-Outcomes = dict[str, dict[float, Scores]]
-"""Benchmark to λ to scores."""
 
 
 @dataclass
@@ -59,6 +64,7 @@ class Evaluation:
     gain: list[Gain] = field(default_factory=list)
     selected_weight: float | dict[str, float] = 0.0
     best_weight: float | None = None
+    selection: list[Selection] = field(default_factory=list)
     verdicts: list[str] = field(default_factory=list)
 
     def weight_of(self, benchmark: str) -> float:
@@ -87,10 +93,13 @@ class Evaluator:
         decoding: how answers are generated or scored.
         per: what has a λ of its own, fitted on the split that λ is chosen on: `all` for one λ; `benchmark`; or
             a gate of `tcopilot.models.gates`, which λ then scales.
+        select_by: what decides on λ: `nll`, `metric`, or `auto` for the one that the number of rows suits, see
+            `tcopilot.evaluation.selection`.
     """
 
     SETTINGS: ClassVar = {
         "per": one_of(PER),
+        "select_by": one_of(SELECT_BY),
         "weight": Rule(
             _is_weight, "λ must be 0 (the Pilot) or positive: give a number, a list of numbers or auto (closed form)"
         ),
@@ -102,6 +111,7 @@ class Evaluator:
     folder: Path
     decoding: Decoding = field(default_factory=Decoding)
     per: str = "all"
+    select_by: str = "auto"
 
     def __post_init__(self) -> None:
         self.model.eval()
@@ -118,66 +128,88 @@ class Evaluator:
         """Evaluate at every λ, choose λ on validation, and compare with the Pilot on test.
 
         Args:
-            weights: the λ to choose from; 0 is always evaluated. A single one is taken as it is, and if there is none
-                the `known` one. None takes λ* in closed form on validation.
-            splits: `validation` to choose on, which may have no rows if there is nothing to choose, then the split to
-                report.
-            known: λ that an earlier run chose, one or one for each benchmark with `all`. Where there are fewer than
-                `ENOUGH` rows to choose on, it is kept, and the gate with it.
+            weights: the λ to choose from; 0 is always evaluated, and those that could make p̃ no distribution are left
+                out. A single one is taken as it is, and if there is none the `known` one. None takes λ* in closed
+                form on validation.
+            splits: `validation` to choose on, then the split to report. Without rows to choose on λ is a constant
+                (`FusionRule.usual_weight`).
+            known: λ that an earlier run chose, one or one for each benchmark with `all`. Where there are too few rows
+                to choose on, it is kept, and the gate with it.
         """
         found, names = Evaluation(), self.data.benchmark_names
-        chosen_on, reported = splits
+        (chosen_on, reported), largest, constant = splits, math.inf, 0.0
         if self.model.copilot is None:
             weights, known = [0.0], None
+        else:
+            largest = self.model.fusion.largest_weight(self.model.copilot.head.is_difference)
+            constant = self.model.fusion.usual_weight
+        if weights is not None and len(weights) > 1 and (beyond := [weight for weight in weights if weight > largest]):
+            weights = [0.0, *(weight for weight in weights if weight <= largest)]
+            listed = ", ".join(f"{weight:g}" for weight in beyond)
+            found.verdicts.append(f"λ = {listed} left out: above {largest:g} this Copilot's p̃ may be no distribution")
         own = {} if known is None else dict(known) if isinstance(known, Mapping) else {"all": known}
         summary = self.data.summary()
-        rows = [int(summary[part]["rows"]) if (part := f"{name}/{chosen_on}") in summary else 0 for name in names]
-        few = (weights is None or len(weights) > 1) and (min if self.per == "benchmark" else sum)(rows) < ENOUGH
-        keeps = bool(own) and (few or (weights is not None and not weights))
-        of_own = ("all", *names) if self.per == "benchmark" else ("all",)
-        chosen = {name: own.get(name, own["all"]) for name in of_own} if keeps else {}
-        if not (all(rows) or keeps or (weights is not None and len(weights) == 1)):
-            raise ValueError(f"there are no {chosen_on} rows to choose λ on; give one λ")
+        counts = {name: int(summary.get(f"{name}/{chosen_on}", {}).get("rows", 0)) for name in names}
+        has_rows = all(counts.values())
+        groups = {"all": names} | ({name: [name] for name in names} if self.per == "benchmark" else {})
+        rows = {name: has_rows * sum(counts[member] for member in members) for name, members in groups.items()}
+        settled = {name: settle(name, weights, rows[name], self.select_by, own, constant) for name in groups}
+        rules = {name: rule for name, (rule, _) in settled.items()}
+        chosen = {name: weight for name, (_, weight) in settled.items() if weight is not None}
         if self.model.copilot is not None:
             gate, wanted = self.model.copilot.gate, self.per if self.per in GATES else None
-            if not keeps or (gate and gate.settings()["per"]) != wanted:
+            if set(rules.values()) != {"kept"} or (gate and gate.settings()["per"]) != wanted:
                 self._fit_gate(chosen_on)
         self._fingerprint = fingerprint(self.model)
 
         given, statistics, closed_form = [float(weight) for weight in (*(weights or ()), *chosen.values())], {}, {}
-        if all(rows):
+        if has_rows:
             statistics = self._statistics(chosen_on, sorted({0.0, *given}))
-            closed_form = {name: round(of_name.best_weight, 3) for name, of_name in statistics.items()}
             found.best_weight = ErrorStatistics.joined(statistics.values()).best_weight
-        if not given:
-            given = sorted({*closed_form.values()}) if self.per == "benchmark" else [round(found.best_weight, 3)]
+            best = {name: of_name.best_weight for name, of_name in statistics.items()}
+            best = best if self.per == "benchmark" else {"all": found.best_weight}
+            closed_form = {name: round(min(weight, largest), 3) for name, weight in best.items()}
+        if "closed_form" in rules.values():
+            given += closed_form.values()
             statistics = self._statistics(chosen_on, sorted({0.0, *given}))
-        candidates = sorted({0.0, *given})
-        for split in dict.fromkeys((chosen_on, reported) if all(rows) else (reported,)):
+        candidates, seen = sorted({0.0, *given}), {}
+        for split in dict.fromkeys((chosen_on, reported) if has_rows else (reported,)):
             outcomes = {name: self.scores(split, name, candidates) for name in names}
             by_name = statistics if split == chosen_on else self._statistics(split, candidates)
             self._report(found, split, outcomes, by_name)
-            for name in of_own if not chosen else ():
-                of_name = names if name == "all" else [name]
-                nll = ErrorStatistics.joined(by_name[one] for one in of_name).nll()
-                best = given[0] if len(given) == 1 else _select({one: outcomes[one] for one in of_name}, nll)
-                chosen[name] = closed_form.get(name, best) if weights is None else best
+            for name, members in groups.items():
+                nll = ErrorStatistics.joined(by_name[member] for member in members).nll()
+                seen.setdefault(name, {})[split] = {member: outcomes[member] for member in members}, nll
+                if name not in chosen:  # on the first split
+                    rule = rules[name] if rules[name] != "closed_form" else rule_for(self.select_by, rows[name])
+                    best = by_metric(*seen[name][split]) if rule == "metric" else by_likelihood(nll)
+                    best = closed_form.get(name, best) if rules[name] == "closed_form" else best
+                    chosen[name] = chosen["all"] if rule == "shared" else best
         found.selected_weight = chosen if self.per == "benchmark" else chosen["all"]
         self._compare(found, outcomes)
-        if not keeps and weights is not None and len(given) > 1 and max(given) in map(found.weight_of, names):
-            found.verdicts.append(f"λ = {max(given):g} is the largest one tried: a larger one may be better still")
-        if few:
-            kept = "the run's own is kept" if keeps else "it may be luck"
-            what = f"{sum(rows)} {chosen_on} rows are too few to choose λ on, and {kept}; {ENOUGH} or more are advised"
-            found.verdicts.append(what)
-            log.warning(what)
-        if self.per == "benchmark":
-            each = ", ".join(f"{name} {chosen[name]:g}" for name in names)
-            found.verdicts.append(f"λ of each benchmark: {each}; the model keeps the best for all, {chosen['all']:g}")
+        found.verdicts += self._on_the_choice(rules, rows, chosen, weights, chosen_on, largest)
+        for name, rule in rules.items() if weights is None or len(weights) > 1 else ():
+            found.selection += selections(name, rule, chosen[name], seen[name], chosen_on, reported)
         found.verdicts += self._settings_of_the_pilot()
         self.model.weight, self.model.static_decoder = chosen["all"], None  # its caches are no longer needed
         self._fingerprint = None
         return found
+
+    def _on_the_choice(
+        self, rules: Mapping[str, str], rows: Mapping[str, int], chosen: Mapping[str, float],
+        weights: Sequence[float] | None, chosen_on: str, largest: float,
+    ) -> Iterator[str]:  # fmt: skip
+        """Say what a reader must know of how λ came about."""
+        by_choice = [chosen[name] for name, rule in rules.items() if rule in ("nll", "metric")]
+        if weights and max(weights) in by_choice and max(weights) < largest:
+            yield f"λ = {max(weights):g} is the largest one tried: a larger one may be better still"
+        for name, rule in rules.items() if weights is None or len(weights) > 1 else ():
+            if rows[name] < (wanted := enough(self.select_by, weights)) and weights != []:
+                log.warning(few := too_few(name, rule, chosen[name], f"{rows[name]} {chosen_on}", wanted))
+                yield few
+        if self.per == "benchmark":
+            each = ", ".join(f"{name} {chosen[name]:g}" for name in self.data.benchmark_names)
+            yield f"λ of each benchmark: {each}; the model keeps the best for all, {chosen['all']:g}"
 
     def _settings_of_the_pilot(self) -> Iterator[str]:
         """Say what a checkpoint brings for generation: further end tokens, which act, and settings, which do not."""
@@ -313,25 +345,6 @@ class Evaluator:
             "benchmark": mode.benchmark.answer_settings(),
             **mode.settings,
         }
-
-
-def _select(outcomes: Outcomes, likelihood: dict[float, float]) -> float:
-    """The λ with the best mean over benchmarks of each one's first metric; ties go to the better likelihood, then to
-    the smaller λ.
-
-    Metrics of different units have no mean: then each λ's place among all of them counts.
-    """
-    merits, units = [], set()
-    for by_weight in outcomes.values():
-        metric = next(iter(by_weight[0.0]))
-        sign = 1 if metric.higher_is_better else -1
-        merits.append([sign * metric.value(by_weight[weight][metric]) for weight in likelihood])
-        units.add(metric.unit)
-    if len(units) > 1:
-        merits = [rankdata(values) for values in merits]
-    means = (sum(of_weight) / len(merits) for of_weight in zip(*merits, strict=True))
-    mean = dict(zip(likelihood, means, strict=True))
-    return max(likelihood, key=lambda weight: (mean[weight], -likelihood[weight], -weight))
 
 
 @contextmanager

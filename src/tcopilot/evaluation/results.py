@@ -93,6 +93,32 @@ class Control:
     unit: str = SHARE
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What a rule chooses as λ on validation rows, and what that λ gives there and on the reported rows.
+
+    Attributes:
+        rule: `nll`, `metric`, `closed_form`, `kept` (the λ of an earlier run), `constant`, or `shared` (of a benchmark
+            with too few rows: the λ of all).
+        benchmark: Whose λ it is; `all` for all of them together.
+        taken: Whether this rule decided.
+        metric: First metric of the benchmark, of `all` its mean over benchmarks; None where these have different ones.
+        validation: Value of the metric on the rows to choose on; None where there are none.
+    """
+
+    rule: str
+    benchmark: str
+    weight: float
+    taken: bool
+    metric: str | None
+    validation: float | None
+    reported: float | None
+    validation_nll: float | None
+    reported_nll: float
+    higher_is_better: bool = True
+    unit: str = SHARE
+
+
 def direction_and_unit(metric: Metric) -> dict[str, Any]:
     """Return what a row, a gain and a control keep of a metric beside its name."""
     return {"higher_is_better": metric.higher_is_better, "unit": metric.unit}
@@ -111,6 +137,7 @@ class Results:
         selected_weight: λ of `gain`; if it was chosen for each benchmark a mapping, with the best one for `all`.
         selected_on: Split on which λ was chosen, never the test split.
         reported_on: Split of `gain` and `controls`, and of every table.
+        selection: What each rule would have chosen as λ, and given; empty where λ was not chosen.
         best_weight: λ* in closed form on `selected_on`; None for a fusion rule that has none.
         notes: Remarks a reader of the figures needs, one sentence each.
         data: Counts and lengths of the rows of each `<benchmark>/<split>`, as the data module's `summary` gives them.
@@ -130,6 +157,7 @@ class Results:
     rows: list[Row]
     gain: list[Gain]
     controls: list[Control] = field(default_factory=list)
+    selection: list[Selection] = field(default_factory=list)
     best_weight: float | None = None
     notes: list[str] = field(default_factory=list)
     data: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -179,7 +207,7 @@ class Results:
         version = data.get("version") if isinstance(data, dict) else None
         if version != VERSION:
             raise ValueError(f"{path}: 'version' is {version!r}, this code reads {VERSION}; evaluate the run anew")
-        parts = {"rows": Row, "gain": Gain, "controls": Control}
+        parts = {"rows": Row, "gain": Gain, "controls": Control, "selection": Selection}
         for name, kind in parts.items():
             if isinstance(data.get(name), list):
                 data[name] = [_build(kind, item, f"{path}: {name}[{i}]") for i, item in enumerate(data[name])]
@@ -254,6 +282,23 @@ def weight_table(results: Results) -> Table:
         named, of_cells = (metric, unit) if unit in ("", SHARE) else (f"{metric}, {unit}", "")
         cells = [show(curve[weight].value, of_cells) if weight in curve else "" for weight in weights]
         table.add_row(benchmark, split, named, *cells)
+    return table
+
+
+def selection_table(results: Results) -> Table:
+    """Lay out what each rule chooses as λ and what this gives; the rule that decided is marked."""
+    table = Table(
+        *("λ of", "rule", "λ", "metric", results.selected_on, results.reported_on),
+        *(f"NLL, {results.selected_on}", f"NLL, {results.reported_on}", "taken"),
+        title="How λ was chosen",
+    )
+    for column in (table.columns[place] for place in (2, 4, 5, 6, 7)):
+        column.justify = "right"
+    for one in results.selection:
+        values = ("" if value is None else show(value, one.unit) for value in (one.validation, one.reported))
+        likelihoods = ("" if nll is None else f"{nll:.4f}" for nll in (one.validation_nll, one.reported_nll))
+        named = (one.benchmark, one.rule, f"{one.weight:g}", one.metric or "")
+        table.add_row(*named, *values, *likelihoods, "yes" if one.taken else "")
     return table
 
 

@@ -1,6 +1,7 @@
 """The Copilot's output heads: from its hidden states to corrections f^C [R, V], float32. All start as a no-op.
 
-`reads_pilot` says whether a head needs log p̂, so that training forms it only where it is read.
+`reads_pilot` says whether a head needs log p̂, so that training forms it only where it is read; `is_difference` whether
+f^C is a difference of two distributions, so that p̂ + λ f^C is one for λ ≤ 1.
 
 Shapes: R rows (any leading shape), C Copilot width, V vocabulary.
 """
@@ -13,6 +14,7 @@ class LinearHead(nn.Module):
     """f^C = W z, the paper's head: one linear map d_C → V without softmax (Section 3.1), started at zero."""
 
     reads_pilot = False
+    is_difference = False
 
     def __init__(self, width: int, vocab_size: int) -> None:
         super().__init__()
@@ -36,6 +38,7 @@ class SoftHead(nn.Module):
     """
 
     reads_pilot = True
+    is_difference = True
     reads_unembedding = True
 
     def __init__(self, width: int, vocab_size: int, output_width: int | None = None) -> None:

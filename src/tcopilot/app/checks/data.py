@@ -16,12 +16,10 @@ from tcopilot.models.pilot import ModelSource
 from tcopilot.settings import LARGEST
 
 
-def data_problems(
-    cfg: DictConfig, pilot: PreTrainedConfig, data: TCopilotDataModule, chooses: bool = True
-) -> list[str]:
-    """Problems that the prepared rows show: no rows to score or to choose λ on, texts longer than the model."""
+def data_problems(cfg: DictConfig, pilot: PreTrainedConfig, data: TCopilotDataModule, fits: bool = True) -> list[str]:
+    """Problems that the prepared rows show: no rows to score or to fit λ and gates on, texts longer than the model."""
     summary, reported = data.summary(), cfg.evaluation.report_on
-    needed_for = {"validation": "λ is chosen on validation rows"} if chooses else {}
+    needed_for = {"validation": "λ is chosen on validation rows"} if fits else {}
     needed_for |= {reported: f"evaluation.report_on={reported}"}
     mends = {"validation": "set data.validation_size", "test": "add some, or use evaluation.report_on=validation"}
     problems = [

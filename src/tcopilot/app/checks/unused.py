@@ -86,7 +86,7 @@ def idle_overrides(
     # Groups that are given whole to a constructor, or read once training has ended.
     used = {*read, "data", "trainer", "callbacks", "logger", "paths", "evaluation"}
     used |= {str(key) for key in cfg if not isinstance(cfg[key], DictConfig)}
-    used |= {"mistake_log", "fusion.per"} if cfg.copilot.enabled else set()
+    used |= {"mistake_log", "fusion.per", "fusion.select_by"} if cfg.copilot.enabled else set()
     idle = {key for key, is_idle in _without_effect(cfg, data).items() if is_idle}
     found = []
     for override in given:
