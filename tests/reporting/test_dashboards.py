@@ -300,8 +300,8 @@ def test_outcomes_share_the_table_too(tmp_path):
 def test_a_run_shows_its_generations_on_every_logger(finished):
     with (finished / "generations.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    said = {w: composed.predictions(finished, "test", w) for w in (0, 1)}
     selected = composed.results(finished)["selected_weight"]
+    said = {w: composed.predictions(finished, "test", w) for w in (0, selected)}
     assert sorted((int(r["id"]), r["prompt"], r["pilot"], r["fused"]) for r in table) == [
         (p["id"], p["prompt"], p["prediction"], f["prediction"]) for p, f in zip(said[0], said[selected], strict=True)
     ]
