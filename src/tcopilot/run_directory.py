@@ -41,6 +41,7 @@ class RunDirectory:
     generations = _Entry("generations.csv")  # answers of Pilot and fused model side by side
     predictions = _Entry("predictions")  # every answer, see `tcopilot.evaluation.predictions`
     checkpoints = _Entry("checkpoints")
+    recording = _Entry("recording")  # of a frozen Pilot, see `tcopilot.mistake_log.recording`
     export = _Entry("export")  # the fused model as transformers saves it
     controls = _Entry("control")  # a run directory for each control, with predictions only
     trace = _Entry("trace")  # target positions of both models, see `tcopilot.evaluation.trace`
@@ -82,6 +83,7 @@ class RunDirectory:
 
 RUNLESS = {entry.name for entry in (RunDirectory.checkpoints, RunDirectory.controls, RunDirectory.export)}
 RUNLESS |= {entry.name for entry in (RunDirectory.predictions, RunDirectory.trace, RunDirectory.report)}
+RUNLESS |= {RunDirectory.recording.name}
 """Folders of a run directory in which no further run is to be looked for."""
 
 

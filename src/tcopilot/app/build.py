@@ -29,7 +29,7 @@ from tcopilot.models.base_copilot import BaseCopilot
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.families import decoder_depth
 from tcopilot.models.fused_model import TCopilotModel
-from tcopilot.models.kinds import new_copilot, settings_of
+from tcopilot.models.kinds import KINDS, new_copilot, settings_of
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.processes import is_first
@@ -65,7 +65,8 @@ def prepare(cfg: DictConfig) -> Prepared:
     donor = model_source(watched.copilot, "copilot") if cfg.copilot.enabled and cfg.copilot.path else None
     problems, log, tokenizer = config_problems(cfg), None, None
     problems += [] if problems else trial_problems(cfg)
-    if cfg.copilot.enabled and not any(problem.startswith(("mistake_log.log", "seed")) for problem in problems):
+    logs = cfg.copilot.enabled and not fits_from_recording(cfg)
+    if logs and not any(problem.startswith(("mistake_log.log", "seed")) for problem in problems):
         log = attempt(problems, lambda: instantiate(watched.mistake_log.log, _convert_="all"))
     data = attempt(problems, lambda: instantiate(cfg.data))
     unreadable = checks.source_problems(pilot, donor)
@@ -86,6 +87,12 @@ def prepare(cfg: DictConfig) -> Prepared:
     if problems:
         raise ConfigError(problems)
     return Prepared(pilot, donor, tokenizer, data, log, watched, read)
+
+
+def fits_from_recording(cfg: DictConfig) -> bool:
+    """Whether a run records its frozen Pilot once, in place of running it in every round; see `tcopilot.app.fit`."""
+    kind = KINDS.get(cfg.copilot.kind) if cfg.copilot.enabled else None
+    return bool(cfg.pilot.frozen and kind and kind[0].fits_recordings)
 
 
 def prepare_data(
@@ -212,19 +219,24 @@ def model_source(node: DictConfig, key: str) -> ModelSource:
 def fused_model(cfg: DictConfig, prepared: Prepared) -> TCopilotModel:
     """Load the Pilot, build its Copilot, inject adapters."""
     pilot = prepared.pilot.load(prepared.tokenizer)
-    copilot = _copilot(cfg, prepared, pilot) if cfg.copilot.enabled else None
+    copilot = make_copilot(cfg, prepared, pilot) if cfg.copilot.enabled else None
     _adapt(cfg.pilot, pilot)
+    if copilot is not None and copilot.body is not None:
+        _adapt(cfg.copilot, copilot.body)
+    return fuse(cfg, prepared, pilot, copilot)
+
+
+def fuse(cfg: DictConfig, prepared: Prepared, pilot: PreTrainedModel, copilot: BaseCopilot | None) -> TCopilotModel:
+    """Put both models together, with the config's fusion rule."""
     fusion: dict[str, Any] = {}
     if copilot is not None:
-        if copilot.body is not None:
-            _adapt(cfg.copilot, copilot.body)
         fusion = {"fusion": fusion_rule(cfg.fusion), "feedback": cfg.fusion.feedback, "weight": training_weight(cfg)}
     rows = {"split_seed": prepared.data.split_seed}  # for whoever goes on with the export
     config = TCopilotConfig(pilot.config, None if copilot is None else copilot.config, **fusion, **rows)
     return fused_class(prepared.pilot.is_encoder_decoder)(config, pilot, copilot)
 
 
-def _copilot(cfg: DictConfig, prepared: Prepared, pilot: PreTrainedModel) -> BaseCopilot:
+def make_copilot(cfg: DictConfig, prepared: Prepared, pilot: PreTrainedModel) -> BaseCopilot:
     """A new Copilot, or the trained one of the export that `copilot.path` names."""
     donor, encoder_decoder = prepared.donor, prepared.pilot.is_encoder_decoder
     if donor is not None and donor.trained_copilot is not None:

@@ -22,6 +22,7 @@ from tcopilot.evaluation.results import Results, gain_table, selection_table, we
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.processes import is_first
 from tcopilot.reporting.tables import accept_any_sign
+from tcopilot.training.fit import RecordedData
 
 
 def show_summary(
@@ -63,6 +64,26 @@ def show_summary(
     table.add_row("budget", f"{rounds:,} rounds of {cfg.data.batch_size} rows; {rows}")
     if idle:
         table.add_row("not used here", ", ".join(idle))
+    table.add_row("run directory", str(cfg.paths.run_dir))
+    _console().print(table, summary_table(prepared.data.summary()))
+
+
+def show_fit(cfg: DictConfig, prepared: Prepared, params: dict[str, int], data: RecordedData) -> None:
+    """Say before a fit what a record holds and takes, what is still to be recorded, and the budget."""
+    if not is_first():
+        return
+    table = Table(title="Transformer Copilot, frozen Pilot", show_header=False)
+    table.add_row("pilot parameters", f"{params['pilot']:,}, all frozen")
+    table.add_row("copilot parameters", f"{params['copilot_trainable']:,} trainable")
+    about, rows = data.recording.pilot, len(data.train) + len(data.validation)
+    size = about.bytes_per_token * (sum(data.train.lengths) + sum(data.validation.lengths)) / rows
+    depths = ", ".join(f"{depth:g}" for depth in about.depths)
+    table.add_row(
+        "a record keeps", f"states ({about.dtype}) at depths {depths} for each target token, and p̂ by its head"
+    )
+    table.add_row("recording", f"{size / 1e3:.1f} kB a row, {1e9 / size:,.0f} rows in 1 GB: {data.recording.folder}")
+    table.add_row("to be recorded", f"{len(data.missing):,} of {rows:,} rows")
+    table.add_row("budget", f"at most {cfg.copilot.passes} passes of {data.updates_per_pass} updates")
     table.add_row("run directory", str(cfg.paths.run_dir))
     _console().print(table, summary_table(prepared.data.summary()))
 

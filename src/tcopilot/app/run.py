@@ -28,6 +28,7 @@ from tcopilot.app.checks.unused import idle_overrides
 from tcopilot.app.console import quiet_libraries, show_results, show_summary
 from tcopilot.app.controls.training import JointRun, against_controls, train_controls
 from tcopilot.app.failures import errors_for_people
+from tcopilot.app.fit import Trained, fit
 from tcopilot.app.jobs import STOPPED
 from tcopilot.app.memory.estimate import Budget, budget
 from tcopilot.app.trainer import make_callbacks, make_trainer
@@ -70,7 +71,7 @@ def _train(cfg: DictConfig) -> float:
     if not cfg.get("resume"):
         _refuse_another_run(cfg, run_dir)
     prepared = build.prepare(cfg)
-    memory = budget(cfg, prepared)
+    memory = None if build.fits_from_recording(cfg) else budget(cfg, prepared)
     if memory is not None:
         memory.check()
     with _claimed(cfg, run_dir):
@@ -79,6 +80,26 @@ def _train(cfg: DictConfig) -> float:
 
 def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, run_dir: RunDirectory) -> float:
     seed_everything(cfg.seed, workers=True, verbose=False)
+    is_fit = build.fits_from_recording(cfg)
+    trained = fit(cfg, prepared, run_dir) if is_fit else _train_jointly(cfg, prepared, memory)
+    model = trained.model
+    build.export(model, prepared.tokenizer, run_dir.export)
+    results = _run_evaluator(cfg, model, prepared, run_dir, build.evaluation_weights(cfg.fusion.weight))
+    if is_first():
+        model.config.save_pretrained(run_dir.export)  # now with the selected λ
+    results = replace(results, **trained.costs, notes=[*trained.notes, *results.notes])
+    trained_before = cfg.get("resume") and run_dir.results.exists()  # controls, before the run was stopped
+    results.controls = agree_on(_results_of(run_dir).controls if trained_before else [])
+    _save_results(results, run_dir)
+    log_evaluation(trained.loggers, results, run_dir.folder)
+    for found in train_controls(JointRun(cfg, prepared, model, results), run_dir):
+        results.controls += found
+        _save_results(results, run_dir)
+    results.notes += agree_on(against_controls(results, run_dir) if is_first() else [])
+    return _finish(results, run_dir)
+
+
+def _train_jointly(cfg: DictConfig, prepared: Prepared, memory: Budget | None) -> Trained:
     model = build.fused_model(prepared.config, prepared)
     module = build.training_module(prepared.config, model, prepared.data.total_rounds)
     params = build.parameter_counts(model)  # now that a frozen Pilot is frozen
@@ -90,23 +111,10 @@ def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, 
 
     model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
     merge_adapters(model)
-    build.export(model, prepared.tokenizer, run_dir.export)
-    results = _run_evaluator(cfg, model, prepared, run_dir, build.evaluation_weights(cfg.fusion.weight))
-    if is_first():
-        model.config.save_pretrained(run_dir.export)  # now with the selected λ
-    results.params, results.rounds = params, module.round
-    results.train_seconds = agree_on(round(sum(module.seconds.values()), 2))
+    seconds = agree_on(round(sum(module.seconds.values()), 2))
     counts = (callback for callback in module.trainer.callbacks if isinstance(callback, FlopCount))
-    results.train_flops = next((count.total() for count in counts), None)
-    trained_before = cfg.get("resume") and run_dir.results.exists()  # controls, before the run was stopped
-    results.controls = agree_on(_results_of(run_dir).controls if trained_before else [])
-    _save_results(results, run_dir)
-    log_evaluation(module.trainer.loggers, results, run_dir.folder)
-    for found in train_controls(JointRun(cfg, prepared, model, results), run_dir):
-        results.controls += found
-        _save_results(results, run_dir)
-    results.notes += agree_on(against_controls(results, run_dir) if is_first() else [])
-    return _finish(results, run_dir)
+    flops = next((count.total() for count in counts), None)
+    return Trained(model, module.trainer.loggers, params, module.round, seconds, flops)
 
 
 def _resumed(cfg: DictConfig) -> DictConfig:

@@ -45,6 +45,11 @@ class Batch:
         """Count the target tokens, end tokens included; an int64 scalar on the batch's device (no synchronisation)."""
         return self.target_mask_BN.sum()
 
+    @property
+    def padded_tokens(self) -> int:
+        """Count the tokens of prompts and targets, padding included."""
+        return self.source_ids_BM.numel() + self.target_ids_BN.numel()
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """Return the batch on ``device``."""
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))

@@ -149,7 +149,7 @@ class TCopilotDataModule(LightningDataModule):
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         fixed = tokenizer, source_side, *self.limits
         preparer = RowPreparer(*fixed)
-        self._collate = PromptTargetCollator(pad, source_side)
+        self.collate = PromptTargetCollator(pad, source_side)
         self._evaluation, self._summary, self._digest = {}, {}, hashlib.sha256()
         self.skipped, self.remarks, self._longest = {name: [] for name in self.benchmarks}, [], max_new_tokens
         questions: dict[str, list[str]] = {}
@@ -201,6 +201,13 @@ class TCopilotDataModule(LightningDataModule):
         self.setup()
         return None if self.streaming else len(self._divided()[0])
 
+    def rows_of(self, split: str) -> list[PreparedRow]:
+        """Return the prepared rows of a split over all benchmarks, each once; of ``train`` none for a stream."""
+        self.setup()
+        if split != "train":
+            return [row for name in self.benchmarks for row in self._evaluation.get((split, name), [])]
+        return list({row["id"]: row for row in ([] if self.streaming else self._train)}.values())
+
     @property
     def held_out_rows(self) -> int:
         """Count the train rows that are never trained on."""
@@ -228,7 +235,7 @@ class TCopilotDataModule(LightningDataModule):
         """
         self.setup()
         rank, world_size = self._place
-        shared = {"collate_fn": self._collate, "pin_memory": torch.cuda.is_available()}
+        shared = {"collate_fn": self.collate, "pin_memory": torch.cuda.is_available()}
         if self.streaming:
             stream = self._train.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
             rounds = StreamRounds(stream, self.batch_size, self.total_rounds, rank, world_size)
@@ -245,7 +252,7 @@ class TCopilotDataModule(LightningDataModule):
                 short = "data.held_out=%s holds out %d rows, fewer than a batch of %d; a round repeats some: raise it"
                 log.warning(short, self.held_out, len(held_out), self.batch_size)
             order = HeldOutSampler((kept, order), (held_out, order_of(held_out)))
-            shared["collate_fn"] = HeldOutCollator(self._collate)
+            shared["collate_fn"] = HeldOutCollator(self.collate)
         return StatefulDataLoader(self._train, batch_sampler=order, num_workers=self.num_workers, **shared)
 
     def val_dataloader(self) -> StatefulDataLoader:
@@ -256,7 +263,7 @@ class TCopilotDataModule(LightningDataModule):
         # Interleaved in proportion, since training looks at the first batches only.
         places = sorted(((i + 0.5) / len(part), n, i) for n, part in enumerate(parts) for i in range(len(part)))
         rows = [parts[n][i] for _, n, i in places]
-        return StatefulDataLoader(rows[rank::world_size], batch_size=self.eval_batch_size, collate_fn=self._collate)
+        return StatefulDataLoader(rows[rank::world_size], batch_size=self.eval_batch_size, collate_fn=self.collate)
 
     def evaluation_rows(self, split: str, benchmark_name: str) -> list[PreparedRow]:
         """Return the rows of a split to score, with the keys that ``RowPreparer`` gives them.

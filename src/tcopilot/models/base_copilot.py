@@ -9,7 +9,7 @@ V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ class BaseCopilot(nn.Module, ABC):
         head: from hidden states to corrections.
         body: the decoder layers that run before the head; None for a Copilot without any.
         reads_errors: whether it reads ℓ_{<i}, so that its own outputs may be fed back in decoding.
+        fits_recordings: whether it reads nothing but the Pilot's states at target positions, so that it can be fitted
+            from a recording (`mistake_log/recording.py`), without the Pilot's layers.
     """
 
     config: KindConfig
@@ -50,6 +52,7 @@ class BaseCopilot(nn.Module, ABC):
     head: nn.Module
     body: nn.Module | None
     reads_errors: bool
+    fits_recordings: ClassVar[bool] = False
 
     def __init__(self, config: KindConfig) -> None:
         super().__init__()

@@ -217,17 +217,26 @@ def input_embeddings(model: PreTrainedModel) -> Tensor:
         return embed(torch.arange(embed.num_embeddings, device=embed.weight.device)).detach().clone()
 
 
-def logits_from_head_input(model: PreTrainedModel, head_input_BNP: Tensor) -> Tensor:
+def logits_from_head_input(
+    model: PreTrainedModel, head_input_BNP: Tensor, tokens_U: Tensor | slice = slice(None)
+) -> Tensor:
     """Logits [B, N, V] from the last of the decoder's hidden states, as the model's own forward pass computes them.
 
-    A tied T5 scales that output down, BART adds a bias to the logits, Granite scales them, Gemma2 caps them.
+    A tied T5 scales that output down, BART adds a bias to the logits, Granite scales them, Gemma2 caps them. With
+    `tokens_U` only the logits [B, N, U] of these tokens are computed.
     """
-    config = model.config
+    config, head = model.config, model.get_output_embeddings()
     if config.model_type == "t5" and getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
         head_input_BNP = head_input_BNP * config.d_model**-0.5
-    logits_BNV = model.get_output_embeddings()(head_input_BNP)
+    if isinstance(tokens_U, slice):
+        logits_BNV = head(head_input_BNP)
+    else:
+        bias = getattr(head, "bias", None)
+        logits_BNV = nn.functional.linear(
+            head_input_BNP, head.weight[tokens_U], None if bias is None else bias[tokens_U]
+        )
     if (bias_1V := getattr(model, "final_logits_bias", None)) is not None:
-        logits_BNV = logits_BNV + bias_1V.to(logits_BNV.device)
+        logits_BNV = logits_BNV + bias_1V[:, tokens_U].to(logits_BNV.device)
     if (scale := getattr(config, "logits_scaling", None)) is not None:
         logits_BNV = logits_BNV / scale
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:

@@ -75,6 +75,7 @@ class HeadCopilot(BaseCopilot):
     SETTINGS: ClassVar[dict[str, Rule]] = {}
     body = None
     reads_errors = False
+    fits_recordings = True
 
     def __init__(self, config: HeadCopilotConfig) -> None:
         super().__init__(config)
@@ -121,6 +122,10 @@ class HeadCopilot(BaseCopilot):
         """Run the hidden layer on one more target."""
         state.target_B1 += 1
         return self._read(row_B1P)
+
+    def shift(self, hidden_BNC: Tensor, tokens_U: Tensor) -> Tensor:
+        """What its correction adds to log p̂ of some tokens before the softmax, [B, N, U]; see `SoftHead.shift`."""
+        return self.head.shift(hidden_BNC, self.unembedding_VC, tokens_U)
 
     @property
     def unembedding_VC(self) -> Tensor | None:

@@ -48,11 +48,14 @@ class SoftHead(nn.Module):
 
     def forward(self, hidden_RC: Tensor, log_probs_RV: Tensor, unembedding_VC: Tensor | None = None) -> Tensor:
         """Return f^C for the Pilot's log p̂."""
-        shifted_RV = log_probs_RV + self._shift(hidden_RC, unembedding_VC).float()
+        shifted_RV = log_probs_RV + self.shift(hidden_RC, unembedding_VC)
         return torch.softmax(shifted_RV, dim=-1) - log_probs_RV.exp()
 
-    def _shift(self, hidden_RC: Tensor, unembedding_VC: Tensor | None) -> Tensor:
-        return nn.functional.linear(self.map(hidden_RC).to(unembedding_VC.dtype), unembedding_VC)
+    def shift(
+        self, hidden_RC: Tensor, unembedding_VC: Tensor | None, tokens_U: Tensor | slice = slice(None)
+    ) -> Tensor:
+        """What is added to log p̂ before the softmax, [R, V]; with `tokens_U` that of these tokens only, [R, U]."""
+        return nn.functional.linear(self.map(hidden_RC).to(unembedding_VC.dtype), unembedding_VC[tokens_U]).float()
 
 
 class FullHead(SoftHead):
@@ -64,8 +67,11 @@ class FullHead(SoftHead):
         nn.Module.__init__(self)
         self.weight = nn.Parameter(torch.zeros(vocab_size, width))
 
-    def _shift(self, hidden_RC: Tensor, unembedding_VC: Tensor | None) -> Tensor:
-        return nn.functional.linear(hidden_RC, self.weight)
+    def shift(
+        self, hidden_RC: Tensor, unembedding_VC: Tensor | None, tokens_U: Tensor | slice = slice(None)
+    ) -> Tensor:
+        """The same, through its own matrix."""
+        return nn.functional.linear(hidden_RC, self.weight[tokens_U]).float()
 
 
 class LowRankHead(FullHead):
@@ -77,8 +83,11 @@ class LowRankHead(FullHead):
         super().__init__(self.RANK, vocab_size)
         self.narrow = nn.Linear(width, self.RANK, bias=False)
 
-    def _shift(self, hidden_RC: Tensor, unembedding_VC: Tensor | None) -> Tensor:
-        return super()._shift(self.narrow(hidden_RC), None)
+    def shift(
+        self, hidden_RC: Tensor, unembedding_VC: Tensor | None, tokens_U: Tensor | slice = slice(None)
+    ) -> Tensor:
+        """The same, through both matrices."""
+        return super().shift(self.narrow(hidden_RC), None, tokens_U)
 
 
 HEADS = {"linear": LinearHead, "soft": SoftHead}

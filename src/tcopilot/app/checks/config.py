@@ -32,6 +32,7 @@ from tcopilot.models.pilot import ModelSource
 from tcopilot.run_directory import RunDirectory
 from tcopilot.settings import ANY, FLAG, POSITIVE, SEED, Rule, is_whole, number, one_of, whole
 from tcopilot.training.callbacks import MistakeLogCallback
+from tcopilot.training.fit import CopilotFit
 from tcopilot.training.module import Learner, TCopilotModule
 
 CONTROLS = ("equal_time", "equal_flops", "averaged", "equal_parameters")
@@ -71,13 +72,14 @@ RULES: dict[str, Mapping[str, Rule]] = {  # of groups that do not name their cla
     "copilot": {
         **{"enabled": FLAG, "kind": one_of(KINDS), "batch_size": OF_MODULE["copilot_batch_size"]},
         **{name: OF_MODULE[name] for name in ("steps_per_round", "own_feedback")},
+        **CopilotFit.SETTINGS,
         **LEARNER,
     },
     "pilot.optimizer": OPTIMIZER,
     "copilot.optimizer": OPTIMIZER,
     "pilot.scheduler": SCHEDULER,
     "copilot.scheduler": SCHEDULER,
-    "mistake_log": MistakeLogCallback.SETTINGS,
+    "mistake_log": {**MistakeLogCallback.SETTINGS, "from": ANY},
     "fusion": {**Evaluator.SETTINGS, "feedback": one_of(FEEDBACKS), "space": ANY},
     "evaluation": {**Decoding.SETTINGS, "report_on": one_of(("test", "validation"))},
 }

@@ -79,7 +79,7 @@ class FlopCount(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Add the round up."""
-        tokens = batch.source_ids_BM.numel() + batch.target_ids_BN.numel()
+        tokens = batch.padded_tokens
         self._sums["tokens"] += tokens
         if self._counter is not None:
             self._sums["flops"] += self._counter.flops

@@ -1,0 +1,177 @@
+"""Training with a frozen Pilot and a Copilot that reads target positions only: record once, fit in seconds."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tcopilot.app import build
+from tcopilot.app.build import Prepared
+from tcopilot.app.checks.problems import ConfigError
+from tcopilot.app.console import show_fit
+from tcopilot.app.jobs import STOPPED
+from tcopilot.app.trainer import make_callbacks, make_trainer
+from tcopilot.mistake_log.recording import RecordedPilot, Recording, RecordingError
+from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.models.pilot_files import digest, load_unembedding
+from tcopilot.processes import agree_on, is_first
+from tcopilot.run_directory import RunDirectory
+from tcopilot.training.callbacks.flops import FlopCount, FlopCounter
+from tcopilot.training.fit import CopilotFit, KeepBest, RecordedData
+
+log = logging.getLogger(__name__)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A fused model and what its training took, in the terms of `results.json`."""
+
+    model: TCopilotModel
+    loggers: list[Logger]
+    params: dict[str, int]
+    rounds: int
+    train_seconds: float
+    train_flops: float | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def costs(self) -> dict[str, Any]:
+        """The fields of `Results` that an evaluation cannot know."""
+        return {name: getattr(self, name) for name in ("params", "rounds", "train_seconds", "train_flops")}
+
+
+def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
+    """Record what is not recorded yet, and fit a new Copilot to it.
+
+    Raises:
+        ConfigError: if the recording given is of another Pilot, or lacks some of the rows.
+    """
+    try:
+        recording = _recording(cfg, prepared, run_dir)
+    except RecordingError as error:
+        raise ConfigError([f"mistake_log.from={cfg.mistake_log['from']}: {error}"]) from error
+    parts = {split: prepared.data.rows_of(split) for split in ("train", "validation")}
+    data = RecordedData(
+        recording, parts["train"], parts["validation"], cfg.copilot.depths, cfg.copilot.batch_size,
+        cfg.copilot.passes, cfg.seed, lambda rows, device: _record(recording, prepared, pilot, rows, device, cfg),
+    )  # fmt: skip
+    if data.missing and cfg.mistake_log["from"] is not None:
+        total = sum(map(len, parts.values()))
+        raise ConfigError([
+            f"mistake_log.from={cfg.mistake_log['from']}: {len(data.missing)} of {total} rows are not in it; data, "
+            f"template, shots and tokenizer must be those of the recording. To record these rows, leave it out"
+        ])  # fmt: skip
+    load = prepared.pilot.load if data.missing else partial(load_unembedding, prepared.pilot)
+    pilot = load(prepared.tokenizer)
+    pilot.requires_grad_(False).eval()
+    copilot = build.make_copilot(cfg, prepared, pilot)
+    learner, objective = build.learner(cfg.copilot, data.updates), instantiate(cfg.objective)
+    module = CopilotFit(copilot, pilot, learner, data.updates, objective)
+    best, count = KeepBest(cfg.copilot.patience), FlopCount()
+    trainer = make_trainer(_passes(cfg, data), [best, count, *_bars(cfg)], None, data.updates)
+    model = build.fuse(cfg, prepared, pilot, copilot)
+    params = build.parameter_counts(model)
+    show_fit(cfg, prepared, params, data)
+    with _stopping(run_dir):
+        trainer.fit(module, datamodule=data)
+    if any(weight.is_meta for weight in pilot.parameters()):
+        model = build.fuse(cfg, prepared, prepared.pilot.load(prepared.tokenizer), copilot)
+    model.to(trainer.strategy.root_device)
+    kept = f"after pass {best.best_pass} of {best.passes}" if best.best_pass else "as it was new, for none was better"
+    rate = len(recording) / max(recording.seconds, 1e-9)
+    note = (
+        f"{len(recording):,} rows were recorded in {recording.seconds:.0f} s ({rate:.1f} rows a second), and the "
+        f"Copilot was fitted to {len(data.train):,} of them in {module.seconds:.1f} s; it is kept {kept}"
+    )
+    seconds = agree_on(round(recording.seconds + module.seconds, 2))
+    flops = recording.flops + (count.total() or 0.0)
+    return Trained(model, trainer.loggers, params, trainer.global_step, seconds, flops, [note])
+
+
+def _recording(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Recording:
+    config, given = prepared.pilot.model_config, cfg.mistake_log["from"]
+    depths = tuple(sorted({*map(float, cfg.copilot.depths), 1.0}))
+    about = RecordedPilot(
+        digest(prepared.pilot), depths, config.vocab_size, config.hidden_size, str(cfg.mistake_log.log.dtype)
+    )
+    if given is None:
+        return Recording.open(run_dir.recording, about)
+    folder = Path(given)
+    folder = folder if (folder / Recording.HEADER).exists() else RunDirectory(folder).recording
+    Recording.read_header(folder)
+    return Recording.open(folder, about)
+
+
+def _record(
+    recording: Recording, prepared: Prepared, pilot: Any, rows: Sequence[Any], device: torch.device, cfg: DictConfig
+) -> None:
+    """Record this process's share of the rows, with the FLOPs of a row taken from the pass of a few."""
+    pilot.to(device)
+    collate = prepared.data.collate
+    size = cfg.pilot.micro_batch_size or cfg.data.eval_batch_size
+    sample = rows[:: max(1, len(rows) // 8)][:8]
+    with FlopCounter() as counter:
+        recording.add(sample, pilot, collate, size)
+    with _progress(len(rows)) as bar:
+        bar(len(sample))
+        known = {id(row) for row in sample}
+        rest = [row for row in rows if id(row) not in known]
+        recording.add(rest, pilot, collate, size, bar, flops=counter.flops / max(1, len(sample)))
+
+
+@contextmanager
+def _progress(rows: int) -> Iterator[Any]:
+    columns = "Recording", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn()
+    with Progress(*columns, console=Console(), disable=not is_first() or not sys.stdout.isatty()) as progress:
+        task = progress.add_task("", total=rows, rate="")
+
+        def advance(done: int) -> None:
+            progress.advance(task, done)
+            speed = progress.tasks[0].speed
+            progress.update(task, rate="" if speed is None else f"{speed:.1f} rows/s")
+
+        yield advance
+
+
+def _passes(cfg: DictConfig, data: RecordedData) -> DictConfig:
+    """The config with a validation after each pass."""
+    judged = {"val_check_interval": data.updates_per_pass, "limit_val_batches": 1.0 if len(data.validation) else 0}
+    return OmegaConf.merge(cfg, {"trainer": {**judged, "num_sanity_val_steps": 0}})
+
+
+def _bars(cfg: DictConfig) -> list[Any]:
+    return [callback for callback in make_callbacks(cfg) if isinstance(callback, ProgressBar)]
+
+
+@contextmanager
+def _stopping(run_dir: RunDirectory) -> Iterator[None]:
+    """Let a signal end a recording after what it has done; started again it goes on from there."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in STOPS}
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        log.info("Stopped; what is recorded stays. Go on with: python train.py resume=%s", run_dir)
+        sys.exit(STOPPED)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,232 @@
+"""A recording: what the Mistake Log keeps of a frozen Pilot's pass over some rows, as a folder of safetensors files.
+
+With a frozen Pilot every visit to a row finds the same error, so one pass is the whole log. A record holds, for each
+target token, the Pilot's states at a few depths, the normaliser of its logits, its likeliest tokens and the target; no
+X̃, since only Copilots are fitted from it that read nothing else (`reads_target_states`). The state at depth 1 is what
+the Pilot's frozen head reads, so that p̂ of any token, and with it ℓ, follows exactly, without the Pilot's layers.
+
+Rows are known by their content: tokenised prompt and target. Other data, another template, other shots or another
+tokenizer are other rows. Files are written by any number of processes and read by any other number.
+
+Shapes: T target tokens of all rows, N target length, D depths, P Pilot width, k likeliest tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.models.states import StackedStates, trace_pilot
+from tcopilot.processes import rank
+from tcopilot.run_directory import write_whole
+
+LIKELIEST = 16  # tokens of p̂ named in a record; the loss of a fit compares those of a whole batch
+BYTES_AT_ONCE, SECONDS_AT_ONCE = 64e6, 60  # of records that are not on disk yet; a kill costs no more
+
+
+class RecordingError(ValueError):
+    """A folder is no recording, or one of another Pilot."""
+
+
+@dataclass(frozen=True)
+class RecordedPilot:
+    """What all records of a folder have in common.
+
+    Attributes:
+        digest: of the Pilot's weights, see `tcopilot.models.pilot_files.digest`.
+        depths: whose states are kept, as shares of the decoder's depth, the last of them 1.
+        dtype: of the states.
+    """
+
+    digest: str
+    depths: tuple[float, ...]
+    vocab_size: int
+    width: int
+    dtype: str
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one target token."""
+        return len(self.depths) * self.width * getattr(torch, self.dtype).itemsize + 4 * LIKELIEST + 8
+
+
+class Recording:
+    """The records of a folder, each a dictionary of tensors: `states` [N, D, P], `targets`, `normaliser`, `likeliest`.
+
+    Attributes:
+        folder: of `recording.json`, which says what Pilot this is of, and of the files with records.
+        pilot: see `RecordedPilot`.
+        seconds, flops: what recording has cost so far, over all processes.
+    """
+
+    HEADER: ClassVar = "recording.json"
+
+    def __init__(self, folder: Path, pilot: RecordedPilot) -> None:
+        self.folder, self.pilot = folder, pilot
+        self._places: dict[int, tuple[Path, int, int]] = {}  # key of a row: its file and its tokens there
+        self._files: dict[Path, dict[str, Tensor]] = {}
+        self.seconds = self.flops = 0.0
+        self.find()
+
+    @classmethod
+    def open(cls, folder: Path, pilot: RecordedPilot) -> Recording:
+        """Open a recording to go on with, or begin one.
+
+        Raises:
+            RecordingError: if the folder holds a recording of another Pilot, or of states at other depths.
+        """
+        if not (folder / cls.HEADER).exists():
+            write_whole(folder / cls.HEADER, json.dumps({"format": 1, **asdict(pilot)}, indent=2) + "\n")
+        there = cls.read_header(folder)
+        if there.digest != pilot.digest:
+            raise RecordingError(f"{folder} was recorded with another Pilot (weights {there.digest}, these are "
+                                 f"{pilot.digest}); give the Pilot that was recorded, or record this one")  # fmt: skip
+        if missing := [depth for depth in pilot.depths if depth not in there.depths]:
+            raise RecordingError(f"{folder} holds the states of depths {list(there.depths)}, not of {missing}; choose "
+                                 f"copilot.depths among these, or record anew")  # fmt: skip
+        return cls(folder, there)
+
+    @classmethod
+    def read_header(cls, folder: Path) -> RecordedPilot:
+        """What a folder was recorded from.
+
+        Raises:
+            RecordingError: if it is no recording.
+        """
+        try:
+            header = json.loads((folder / cls.HEADER).read_text(encoding="utf-8"))
+            if header.pop("format") != 1:
+                raise ValueError("of another version")
+            return RecordedPilot(**header | {"depths": tuple(header["depths"])})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            what = f"{folder}/{cls.HEADER} cannot be read ({error})"
+            raise RecordingError(f"{what}; give the folder `recording` of a run with pilot.frozen=true") from error
+
+    def __len__(self) -> int:
+        """Rows recorded."""
+        return len(self._places)
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._places
+
+    def record_of(self, key: int, depths: Sequence[float]) -> dict[str, Tensor]:
+        """The record of a row, with its states at some depths; the state at depth 1 is there as `head_input` too."""
+        file, first, last = self._places[key]
+        tensors = self._tensors(file)
+        read = {name: tensors[name][first:last] for name in ("states", "targets", "normaliser", "likeliest")}
+        columns = [self.pilot.depths.index(depth) for depth in depths]
+        states_NDP = read.pop("states")
+        return {
+            "states": states_NDP[:, columns].flatten(1),
+            "head_input": states_NDP[:, -1],
+            **{name: value if value.is_floating_point() else value.long() for name, value in read.items()},
+        }
+
+    def add(self, rows: Sequence[Mapping[str, Any]], pilot: PreTrainedModel, collate: PromptTargetCollator,
+            batch_size: int, done: Callable[[int], None] = lambda rows: None, flops: float = 0.0) -> None:  # fmt: skip
+        """Record rows in the order given. What a stop finds done is kept.
+
+        Args:
+            rows: prepared rows, with `source_ids` and `target_ids`.
+            pilot: the frozen Pilot, in eval mode, on its device.
+            collate: makes a batch of rows for it.
+            batch_size: rows of a forward pass.
+            done: told the number of rows after each pass.
+            flops: of a row's pass, which are added up for whoever reads the recording.
+        """
+        pooler, device = StackedStates(self.pilot.depths), next(pilot.parameters()).device
+        waiting: list[dict[str, Tensor]] = []
+        began = time.monotonic()
+        try:
+            for first in range(0, len(rows), batch_size):
+                part = rows[first : first + batch_size]
+                with torch.no_grad():
+                    states = trace_pilot(pilot, collate(part).to(device), pooler)
+                about = {"keys": [row_key(row) for row in part], "flops": [flops] * len(part)}
+                kept = {name: torch.tensor(values) for name, values in about.items()}
+                waiting.append(self._records(states) | kept)
+                size = sum(tensor.nbytes for tensors in waiting for tensor in tensors.values())
+                if size > BYTES_AT_ONCE or time.monotonic() - began > SECONDS_AT_ONCE:
+                    began = self._write(waiting, began)
+                done(len(part))
+        finally:
+            if waiting:
+                self._write(waiting, began)
+        self.find()
+
+    def _records(self, states: Any) -> dict[str, Tensor]:
+        """The records of a pass, the rows' target tokens one after another."""
+        mask_BN, logits_BNV = states.target_mask_BN, states.logits_BNV.float()
+        states_BNDP = states.states_BNP.unflatten(-1, (len(self.pilot.depths), -1))
+        kept = {
+            "states": states_BNDP[mask_BN].to(getattr(torch, self.pilot.dtype)),
+            "targets": states.targets_BN[mask_BN].int(),
+            "normaliser": logits_BNV.logsumexp(-1)[mask_BN],
+            "likeliest": logits_BNV.topk(min(LIKELIEST, logits_BNV.shape[-1]), dim=-1).indices[mask_BN].int(),
+            "lengths": mask_BN.sum(-1),
+        }
+        return {name: tensor.cpu() for name, tensor in kept.items()}
+
+    def _write(self, waiting: list[dict[str, Tensor]], began: float) -> float:
+        """Put what is waiting into a file of its own, which is there as a whole or not at all."""
+        now = time.monotonic()
+        tensors = {name: torch.cat([part[name] for part in waiting]).contiguous() for name in waiting[0]}
+        tensors["seconds"] = torch.tensor(now - began, dtype=torch.float64)
+        waiting.clear()
+        file = self.folder / f"{time.time_ns():020d}-{rank()}.safetensors"
+        temporary = file.with_suffix(".part")
+        save_file(tensors, temporary)
+        os.replace(temporary, file)
+        return now
+
+    def find(self) -> None:
+        """Look for the records of all files, whichever process wrote them; those of other processes are new here."""
+        self._places.clear()
+        self.seconds = self.flops = 0.0
+        for file in sorted(self.folder.glob("*.safetensors")):
+            tensors = self._tensors(file)
+            ends = tensors["lengths"].cumsum(0).tolist()
+            keys, starts = tensors["keys"].tolist(), [0, *ends[:-1]]
+            self._places |= {key: (file, *tokens) for key, *tokens in zip(keys, starts, ends, strict=True)}
+            self.seconds += tensors["seconds"].item()
+            self.flops += tensors["flops"].double().sum().item()
+
+    def _tensors(self, file: Path) -> dict[str, Tensor]:
+        """The tensors of a file, which the operating system reads from disk when they are used."""
+        if file not in self._files:
+            try:
+                self._files[file] = load_file(file)
+            except SafetensorError as error:
+                mend = "remove it, and its rows are recorded again"
+                raise RecordingError(f"{file} is damaged ({error}); {mend}") from error
+        return self._files[file]
+
+
+def row_key(row: Mapping[str, Any]) -> int:
+    """A row's name in every recording: 63 bits of a hash of its tokens."""
+    tokens = np.asarray([len(row["source_ids"]), *row["source_ids"], *row["target_ids"]], dtype="<i8").tobytes()
+    return int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little") >> 1
+
+
+def missing_rows(recording: Recording, rows: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The rows that a recording lacks, each once."""
+    seen: set[int] = set()
+    for row in rows:
+        key = row_key(row)
+        if key not in recording and key not in seen:
+            seen.add(key)
+            yield row

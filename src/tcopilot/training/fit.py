@@ -1,0 +1,268 @@
+"""Fit a Copilot to a recording: the Copilot's half of Algorithm 1, for a Pilot that is frozen and was recorded once.
+
+Most of a loss over the vocabulary is spent on tokens that neither the Pilot nor the target means. A fit therefore
+compares, for all target tokens of a batch, the likeliest tokens of any of them and some random ones; all others stand
+as one more entry, the tail, which has their exact mass under p̂ and is shifted as the random tokens are on average.
+
+Shapes: B records, N target length, Q = D · P states read, T target tokens, U tokens compared, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel
+
+from tcopilot.data.samplers import RoundSampler
+from tcopilot.mistake_log.recording import Recording, missing_rows, row_key
+from tcopilot.models.families import logits_from_head_input
+from tcopilot.models.head_copilot import HeadCopilot
+from tcopilot.processes import barrier, sum_over_processes
+from tcopilot.settings import Rule, whole
+from tcopilot.training.module import Learner
+from tcopilot.training.objectives import CrossEntropy, Objective
+
+RANDOM_TOKENS = 256
+SMALL_VOCABULARY = 4096  # is compared as a whole
+
+
+class RecordBatch(NamedTuple):
+    """Records padded to one length; see `Recording.record_of`."""
+
+    states_BNQ: Tensor
+    mask_BN: Tensor
+    head_input_TP: Tensor
+    targets_T: Tensor
+    normaliser_T: Tensor
+    likeliest_Tk: Tensor
+
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, Tensor]]) -> RecordBatch:
+        """Collate records."""
+        states_BNQ = pad_sequence([record["states"].float() for record in records], batch_first=True)
+        lengths_B = torch.tensor([len(record["targets"]) for record in records])
+        mask_BN = torch.arange(states_BNQ.shape[1]) < lengths_B[:, None]
+        names = ("head_input", "targets", "normaliser", "likeliest")
+        flat = (torch.cat([record[name] for record in records]) for name in names)
+        return cls(states_BNQ, mask_BN, *flat)
+
+    @property
+    def padded_tokens(self) -> int:
+        """Count the target tokens, padding included."""
+        return self.mask_BN.numel()
+
+
+class RecordedRows(Dataset):
+    """The records of some prepared rows, in their order."""
+
+    def __init__(self, recording: Recording, rows: Sequence[Mapping[str, Any]], depths: Sequence[float]) -> None:
+        self.recording, self.depths = recording, list(depths)
+        self.keys = [row_key(row) for row in rows]
+        self.lengths = [len(row["target_ids"]) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.recording.record_of(self.keys[index], self.depths)
+
+
+class RecordedData(LightningDataModule):
+    """Serves records in batches: one Lightning epoch is all passes of a fit, with a validation after each pass.
+
+    Args:
+        recording: where records are read from, and written to first if it lacks some of the rows.
+        train: prepared rows to fit.
+        validation: rows to judge a Copilot by; there may be none.
+        depths: of the states that the Copilot reads.
+        batch_size: records of an update, over all processes.
+        passes: over the rows to fit.
+        seed: of their order.
+        record: writes the records of some rows, computed on a device.
+    """
+
+    def __init__(
+        self, recording: Recording, train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]],
+        depths: Sequence[float], batch_size: int, passes: int, seed: int,
+        record: Callable[[Sequence[Mapping[str, Any]], torch.device], None],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.recording, self.seed, self._record = recording, seed, record
+        self.train, self.validation = (RecordedRows(recording, rows, depths) for rows in (train, validation))
+        self.missing = list(missing_rows(recording, [*train, *validation]))
+        self.batch_size = batch_size
+        self.updates_per_pass = math.ceil(len(train) / batch_size)
+        self.updates = passes * self.updates_per_pass
+
+    def setup(self, stage: str | None = None) -> None:
+        """Record what is missing: every process its share."""
+        if self.missing:
+            place = self.trainer.global_rank, self.trainer.world_size
+            ordered = sorted(self.missing, key=lambda row: len(row["source_ids"]), reverse=True)
+            self._record(ordered[place[0] :: place[1]], self.trainer.strategy.root_device)
+            barrier()
+            self.recording.find()
+            self.missing = []
+
+    def train_dataloader(self) -> DataLoader:
+        """The batches of this process."""
+        place = self.trainer.global_rank, self.trainer.world_size
+        order = RoundSampler(len(self.train), self.batch_size, self.updates, self.seed, self.train.lengths, *place)
+        return DataLoader(self.train, batch_sampler=order, collate_fn=RecordBatch.of)
+
+    def val_dataloader(self) -> DataLoader:
+        """This process's share of the validation records."""
+        share = range(self.trainer.global_rank, len(self.validation), self.trainer.world_size)
+        return DataLoader(self.validation, self.batch_size, sampler=share, collate_fn=RecordBatch.of)
+
+
+class CopilotFit(LightningModule):
+    """Trains a head-only Copilot on records; the Pilot takes part by its frozen head alone.
+
+    Args:
+        copilot: to be fitted.
+        pilot: whose head rebuilds p̂; its layers may be absent.
+        learner: how the Copilot is updated.
+        updates: of the whole fit, for the schedule.
+        objective: what it learns, by default the likelihood of the fused distribution.
+    """
+
+    SETTINGS: ClassVar[dict[str, Rule]] = {"passes": whole(), "patience": whole()}
+
+    def __init__(
+        self, copilot: HeadCopilot, pilot: PreTrainedModel, learner: Learner, updates: int,
+        objective: Objective | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.copilot, self.learner, self.rounds = copilot, learner, updates
+        self.objective = CrossEntropy() if objective is None else objective
+        self.__dict__["_pilot"] = pilot  # past `nn.Module`: layers without weights cannot be moved
+        self.seconds, self._began = 0.0, 0.0
+
+    @property
+    def head(self) -> nn.Module:
+        """The Pilot's."""
+        return self._pilot.get_output_embeddings()
+
+    @property
+    def round(self) -> int:
+        """Updates done."""
+        return self.global_step
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The Copilot's optimiser, with a schedule over all updates."""
+        optimizer = self.learner.optimizer([p for p in self.copilot.parameters() if p.requires_grad])
+        schedule = self.learner.scheduler(optimizer=optimizer, num_training_steps=self.rounds)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(self, optimizer: Any, **trainers: Any) -> None:
+        """Clip as the learner says, whatever the trainer's settings."""
+        if self.learner.clip is not None:
+            nn.utils.clip_grad_norm_(self.copilot.parameters(), self.learner.clip)
+
+    def on_train_start(self) -> None:
+        """Start the clock, with the Pilot's head beside the Copilot."""
+        self.head.to(self.device)
+        self._began = time.perf_counter()
+
+    def on_train_end(self) -> None:
+        """Stop it."""
+        self.seconds = time.perf_counter() - self._began
+
+    def training_step(self, batch: RecordBatch, batch_idx: int) -> Tensor:
+        """The objective over a batch, all processes together."""
+        corrections_TU, probs_TU, targets_T = self._compare(batch)
+        total = self.objective.row_losses(corrections_TU, probs_TU, targets_T).sum()
+        tokens = sum_over_processes(torch.tensor(float(len(targets_T)), device=total.device))
+        others = sum_over_processes(total.detach()) - total.detach()
+        loss = self.objective.reduce(total + others, tokens)
+        self.log("train/copilot_loss", loss.detach(), prog_bar=True, rank_zero_only=True)
+        return loss * self.trainer.world_size  # over which DDP averages
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums."""
+        self._sums = torch.zeros(3, dtype=torch.float64)
+
+    def validation_step(self, batch: RecordBatch, batch_idx: int) -> None:
+        """Negative log-likelihood of the Pilot and of the distribution fused at λ = 1."""
+        corrections_TU, probs_TU, targets_T = self._compare(batch)
+        both = torch.stack([probs_TU, probs_TU + corrections_TU])  # of a soft head: a distribution
+        right = both[:, torch.arange(len(targets_T)), targets_T].clamp_min(torch.finfo(torch.float32).tiny)
+        self._sums += torch.cat([-right.double().log().sum(1).cpu(), torch.tensor([float(len(targets_T))])])
+
+    def on_validation_epoch_end(self) -> None:
+        """Report both means, over all processes."""
+        pilot, fused, tokens = sum_over_processes(self._sums).tolist()
+        figures = {"val/pilot_nll": pilot / tokens, "val/fused_nll": fused / tokens}
+        self.log_dict(figures, prog_bar=True)  # alike on all processes, which all stop by them
+
+    def _compare(self, batch: RecordBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """f^C and p̂ over the tokens compared and the tail [T, U + 1], and the targets' places among them [T]."""
+        inputs_BN0 = batch.states_BNQ.new_empty(*batch.mask_BN.shape, 0)
+        hidden_BNC, _ = self.copilot(inputs_BN0, None, None, batch.states_BNQ)
+        tokens_U, is_random_U = self._tokens(batch)
+        head_input_TP = batch.head_input_TP.to(self.head.weight.dtype)
+        logits_TU = logits_from_head_input(self._pilot, head_input_TP, tokens_U).float()
+        log_probs_TU = logits_TU - batch.normaliser_T[:, None]
+        shift_TU = self.copilot.shift(hidden_BNC[batch.mask_BN], tokens_U)
+        if len(tokens_U) < self.head.weight.shape[0]:
+            tail_T1 = (1 - log_probs_TU.exp().sum(-1, keepdim=True)).clamp_min(1e-12).log()
+            random_TU, moved_TU = log_probs_TU[:, is_random_U], shift_TU[:, is_random_U]
+            mean_T1 = (random_TU + moved_TU).logsumexp(-1, keepdim=True) - random_TU.logsumexp(-1, keepdim=True)
+            log_probs_TU, shift_TU = torch.cat([log_probs_TU, tail_T1], -1), torch.cat([shift_TU, mean_T1], -1)
+        probs_TU = log_probs_TU.exp()
+        corrections_TU = torch.softmax(log_probs_TU + shift_TU, dim=-1) - probs_TU
+        return corrections_TU, probs_TU, torch.searchsorted(tokens_U, batch.targets_T)
+
+    def _tokens(self, batch: RecordBatch) -> tuple[Tensor, Tensor]:
+        """The tokens to compare, in order, and which of them are only there by chance."""
+        vocab_size, device = self.head.weight.shape[0], batch.targets_T.device
+        if vocab_size <= SMALL_VOCABULARY:
+            return torch.arange(vocab_size, device=device), torch.ones(vocab_size, dtype=torch.bool, device=device)
+        meant = torch.cat([batch.targets_T, batch.likeliest_Tk.flatten()])
+        drawn = torch.randint(vocab_size, (RANDOM_TOKENS,), device=device)
+        tokens_U = torch.cat([meant, drawn]).unique()
+        return tokens_U, ~torch.isin(tokens_U, meant)
+
+
+class KeepBest(Callback):
+    """Keeps the Copilot of the lowest negative log-likelihood on validation, at first the new one, which is a no-op.
+
+    `patience` counts the passes without a better one after which the fit ends.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience, self.waited, self.passes, self.best_pass = patience, 0, 0, 0
+        self.best_nll = math.inf
+        self._weights: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: CopilotFit) -> None:
+        """Keep the new Copilot, in case that none is better."""
+        self._weights = copy.deepcopy(pl_module.copilot.state_dict())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: CopilotFit) -> None:
+        """Judge the Copilot of this pass."""
+        figures = trainer.callback_metrics
+        if trainer.sanity_checking or "val/fused_nll" not in figures:
+            return
+        self.passes += 1
+        pilot, fused = (float(figures[f"val/{name}_nll"]) for name in ("pilot", "fused"))
+        self.waited += 1
+        if fused < min(self.best_nll, pilot):
+            self.best_nll, self.best_pass, self.waited = fused, self.passes, 0
+            self._weights = copy.deepcopy(pl_module.copilot.state_dict())
+        trainer.should_stop |= self.waited >= self.patience
+
+    def on_train_end(self, trainer: Trainer, pl_module: CopilotFit) -> None:
+        """Put the best one back, if there were rows to judge by."""
+        if self.passes:
+            pl_module.copilot.load_state_dict(self._weights)

@@ -1,0 +1,126 @@
+"""A frozen Pilot end to end: recorded once, fitted from many times, without its layers, refused where it differs."""
+
+import composed
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+from tcopilot.app.checks.problems import ConfigError
+from tcopilot.mistake_log.recording import Recording, row_key
+from tcopilot.models.pilot import ModelSource
+
+SMALL = [*composed.SMALL, "fusion.weight=[0,1]"]
+
+
+@pytest.fixture(scope="module")
+def pilot(tmp_path_factory):
+    """The export of a T5 that has seen a few rows."""
+    folder = tmp_path_factory.mktemp("pilot")
+    return composed.train(folder, *SMALL, "copilot=none") / "export"
+
+
+def frozen(pilot, *more):
+    return [*SMALL, "pilot=frozen", f"pilot.path={pilot}", "copilot=head", "copilot.passes=3", *more]
+
+
+@pytest.fixture(scope="module")
+def first(pilot, tmp_path_factory):
+    return composed.train(tmp_path_factory.mktemp("first"), *frozen(pilot))
+
+
+def test_a_frozen_pilot_is_recorded_and_a_copilot_fitted_to_the_recording(pilot, first):
+    found = composed.results(first)
+    assert found["params"]["pilot_trainable"] == 0
+    assert found["params"]["copilot_trainable"] > 0
+    assert found["rounds"] > 0
+    assert found["train_seconds"] > 0
+    assert found["train_flops"] > 0
+    assert any("rows were recorded in" in note for note in found["notes"])
+    before, after = (AutoModelForSeq2SeqLM.from_pretrained(path) for path in (pilot, first / "export"))
+    for name, weight in before.pilot.state_dict().items():
+        assert torch.equal(after.pilot.state_dict()[name], weight), name
+    assert composed.value(found, "test", "nll", 0.0, "all") != composed.value(found, "test", "nll", 1.0, "all")
+    assert "val/fused_nll" in (first / "metrics.csv").read_text()
+
+
+def test_further_copilots_are_fitted_without_the_pilots_layers(pilot, first, tmp_path, monkeypatch):
+    loaded = []
+    load = ModelSource.load
+
+    def watched(source, tokenizer):
+        loaded.append(len(fits))
+        return load(source, tokenizer)
+
+    fits = []
+    record_of = Recording.record_of
+    monkeypatch.setattr(Recording, "record_of", lambda *given: fits.append(1) or record_of(*given))
+    monkeypatch.setattr(ModelSource, "load", watched)
+    folder = composed.train(tmp_path, *frozen(pilot, f"mistake_log.from={first}", "copilot.hidden=16", "seed=1"))
+    assert loaded == [len(fits)]  # once, to answer the test rows, when all records had been read
+    assert not (folder / "recording").exists()
+    assert (
+        composed.results(folder)["params"]["copilot_trainable"]
+        < composed.results(first)["params"]["copilot_trainable"]
+    )
+
+
+def test_the_fit_from_a_recording_equals_the_one_that_recorded(pilot, first, tmp_path):
+    again = composed.train(tmp_path, *frozen(pilot, f"mistake_log.from={first}/recording"))
+    weights = [AutoModelForSeq2SeqLM.from_pretrained(run / "export").copilot.state_dict() for run in (first, again)]
+    for name, weight in weights[0].items():
+        assert torch.equal(weights[1][name], weight), name
+
+
+def test_a_recording_of_other_rows_or_another_pilot_is_refused_before_weights_load(
+    pilot, first, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ModelSource, "load", lambda *given: pytest.fail("the Pilot was loaded"))
+    with pytest.raises(ConfigError, match=r"mistake_log.from=.*rows are not in it; data, template, shots"):
+        composed.train(tmp_path / "a", *frozen(pilot, f"mistake_log.from={first}", "data.split_seed=1"))
+    other = frozen(pilot, f"mistake_log.from={first}", "pilot.dtype=bfloat16")
+    with pytest.raises(ConfigError, match=r"mistake_log.from=.*recorded with another Pilot"):
+        composed.train(tmp_path / "b", *other)
+    with pytest.raises(ConfigError, match=r"mistake_log.from=.*cannot be read.*give the folder `recording`"):
+        composed.train(tmp_path / "c", *frozen(pilot, f"mistake_log.from={tmp_path}"))
+    with pytest.raises(ConfigError, match=r"depths .* not of \[0.3\]"):
+        composed.train(tmp_path / "d", *frozen(pilot, f"mistake_log.from={first}", "copilot.depths=[0.3]"))
+
+
+def test_a_recording_that_was_stopped_goes_on(pilot, tmp_path, monkeypatch):
+    add, recorded = Recording.add, []
+
+    def stop_at_the_second(recording, rows, *given, **options):
+        if recorded:
+            raise KeyboardInterrupt
+        recorded.extend(map(row_key, rows))
+        add(recording, rows, *given, **options)
+
+    monkeypatch.setattr(Recording, "add", stop_at_the_second)
+    with pytest.raises(SystemExit):
+        composed.train(tmp_path, *frozen(pilot))
+    later = []
+
+    def watched(recording, rows, *given, **options):
+        later.extend(map(row_key, rows))
+        add(recording, rows, *given, **options)
+
+    monkeypatch.setattr(Recording, "add", watched)
+    composed.resume(tmp_path)
+    assert recorded
+    assert later
+    assert not {*recorded} & {*later}  # nothing twice
+    assert composed.results(tmp_path)["rounds"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_record_and_fit_as_one(pilot, first, tmp_path):
+    done = composed.program(
+        "train.py", *frozen(pilot), "trainer=two_ranks", f"paths.run_dir={tmp_path}", *composed.QUIET
+    )
+    assert done.returncode == 0, done.stderr
+    found, alone = composed.results(tmp_path), composed.results(first)
+    for weight in (0.0, 1.0):
+        figures = [composed.value(one, "validation", "nll", weight, "all") for one in (found, alone)]
+        assert figures[0] == pytest.approx(figures[1], rel=1e-3)
+    ranks = {file.stem.rpartition("-")[2] for file in (tmp_path / "recording").glob("*.safetensors")}
+    assert ranks == {"0", "1"}

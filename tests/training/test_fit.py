@@ -1,0 +1,124 @@
+"""Fits to a recording: a loss over some tokens stands for that over all, and the best Copilot is kept."""
+
+import pytest
+import torch
+from family_models import perturb, tiny_pilot
+from lightning import Trainer, seed_everything
+from small_training import learner
+
+from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.mistake_log.recording import RecordedPilot, Recording, row_key
+from tcopilot.models.head_copilot import HeadCopilot
+from tcopilot.training import fit
+from tcopilot.training.fit import CopilotFit, KeepBest, RecordBatch, RecordedData
+from tcopilot.training.objectives import RootMeanSquaredError
+
+DEPTHS = (0.5, 1.0)
+
+
+@pytest.fixture(scope="module")
+def pilot():
+    return tiny_pilot(vocab_size=600).eval().requires_grad_(False)
+
+
+def rows_of(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(size):
+        return torch.randint(3, 600, (size,), generator=generator).tolist()
+
+    return [
+        {"source_ids": draw(4), "target_ids": [*draw(1 + i % 3), 1], "id": i, "benchmark": 0} for i in range(count)
+    ]
+
+
+def recorded(folder, pilot, rows):
+    about = RecordedPilot("a", DEPTHS, 600, pilot.config.hidden_size, "float32")
+    recording = Recording.open(folder, about)
+    recording.add(rows, pilot, PromptTargetCollator(0, "left"), 8)
+    return recording
+
+
+def batch_of(recording):
+    return RecordBatch.of([recording.record_of(key, DEPTHS) for key in recording._places])
+
+
+@pytest.mark.parametrize("context", ["inclusive", "strict"])
+@pytest.mark.parametrize("head", ["soft", "full", "low_rank"])
+def test_the_loss_over_some_tokens_is_near_that_over_all(pilot, head, context, tmp_path, monkeypatch):
+    batch = batch_of(recorded(tmp_path, pilot, rows_of(12)))
+    copilot = perturb(HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=16, head=head, context=context), 0.1)
+    module = CopilotFit(copilot, pilot, learner(1e-3), 1)
+    torch.manual_seed(0)
+    all_tokens = loss(module, batch)
+    monkeypatch.setattr(fit, "SMALL_VOCABULARY", 0)
+    some, probs = loss(module, batch), module._compare(batch)[1]
+    assert probs.shape[-1] < 600
+    torch.testing.assert_close(probs.sum(-1), torch.ones(len(probs)))
+    assert some == pytest.approx(all_tokens, rel=0.02)
+
+
+def loss(module, batch):
+    corrections, probs, targets = module._compare(batch)
+    return module.objective.row_losses(corrections, probs, targets).mean().item()
+
+
+def test_all_tokens_give_what_the_copilot_corrects_in_decoding(pilot, tmp_path):
+    recording = recorded(tmp_path, pilot, rows_of(6))
+    batch = batch_of(recording)
+    copilot = perturb(HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=16), 0.1)
+    corrections, probs, targets = CopilotFit(copilot, pilot, learner(1e-3), 1)._compare(batch)
+    hidden, _ = copilot(batch.states_BNQ.new_empty(6, 4, 0), None, None, batch.states_BNQ)
+    torch.testing.assert_close(corrections, copilot.correct(hidden[batch.mask_BN], probs.log()))
+    assert torch.equal(targets, batch.targets_T)
+
+
+def fitted(folder, pilot, copilot, train, validation, patience=50, passes=30, objective=None):
+    recording = recorded(folder, pilot, [*train, *validation])
+    data = RecordedData(recording, train, validation, DEPTHS, 8, passes, 0, lambda rows, device: None)
+    module, best = CopilotFit(copilot, pilot, learner(1e-2), data.updates, objective), KeepBest(patience)
+    judged = {"val_check_interval": data.updates_per_pass, "limit_val_batches": 1.0 if validation else 0}
+    trainer = Trainer(
+        max_epochs=1, callbacks=[best], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, accelerator="cpu", **judged,
+        use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data)
+    return module, best, recording
+
+
+def nll(corrections, probs, targets):
+    return -(probs + corrections)[torch.arange(len(targets)), targets].log().mean().item()
+
+
+@pytest.mark.parametrize("objective", [None, RootMeanSquaredError()])
+def test_a_fit_learns_what_the_pilot_gets_wrong(pilot, objective, tmp_path):
+    copilot, rows = HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=32), rows_of(16)
+    module, best, recording = fitted(tmp_path, pilot, copilot, rows, rows, objective=objective)
+    with torch.no_grad():
+        corrections, probs, targets = module._compare(batch_of(recording))
+    assert nll(corrections, probs, targets) < 0.7 * nll(0, probs, targets)
+    assert best.best_nll == pytest.approx(nll(corrections, probs, targets), rel=1e-3)
+
+
+def test_a_copilot_that_never_helps_on_validation_stays_a_no_op(pilot, tmp_path):
+    train = rows_of(8)
+    guesses = recorded(tmp_path / "guesses", pilot, train)
+    likeliest = [guesses.record_of(row_key(row), DEPTHS)["likeliest"][0, 0].item() for row in train]
+    right = [dict(row, target_ids=[token]) for row, token in zip(train, likeliest, strict=True)]
+    copilot = HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=32)
+    module, best, recording = fitted(tmp_path / "fit", pilot, copilot, train, right, patience=3, passes=40)
+    corrections, *_ = module._compare(batch_of(recording))
+    assert (best.best_pass, best.passes) == (0, 3)
+    assert corrections.abs().max() < 1e-6  # rounding of p̂
+
+
+def test_a_fit_is_the_same_again_and_without_validation_rows_takes_all_passes(pilot, tmp_path):
+    weights = []
+    for name in ("a", "b"):
+        seed_everything(0, verbose=False)
+        copilot = HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=16)
+        _, best, _ = fitted(tmp_path / name, pilot, copilot, rows_of(12), [], passes=3)
+        weights.append(torch.cat([weight.detach().flatten() for weight in copilot.parameters()]))
+    assert best.passes == 0
+    assert torch.equal(*weights)
