@@ -35,6 +35,7 @@ class RunDirectory:
     """
 
     config = _Entry("config.yaml")  # resolved, as the run used it
+    shots = _Entry("shots.json")  # the solved rows before each prompt, where data.shots asks for some
     results = _Entry("results.json")  # see `tcopilot.evaluation.results`
     metrics = _Entry("metrics.csv")  # the name that Lightning's CSVLogger gives it
     weights = _Entry("weights.csv")  # every metric over λ

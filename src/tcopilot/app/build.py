@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tcopilot.app.checks.targets import target_problems
 from tcopilot.app.checks.trial_build import trial_problems
 from tcopilot.app.checks.unused import watch
 from tcopilot.data.module import TCopilotDataModule
+from tcopilot.data.shots import NumberedRow
 from tcopilot.evaluation.modes import Decoding
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.base_copilot import BaseCopilot
@@ -96,11 +97,13 @@ def fits_from_recording(cfg: DictConfig) -> bool:
 
 
 def prepare_data(
-    cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, pilot: PreTrainedConfig, fits: bool = True
-) -> TCopilotDataModule:
+    cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, pilot: PreTrainedConfig, fits: bool = True,
+    shots: Mapping[str, list[NumberedRow]] | None = None,
+) -> TCopilotDataModule:  # fmt: skip
     """Read and check the data of a config, without training on it, for a tokenizer that is already loaded.
 
-    Validation rows are needed if something is to be fitted on them (`fits`), such as a gate.
+    Validation rows are needed if something is to be fitted on them (`fits`), such as a gate. `shots` are those of the
+    training run.
 
     Raises:
         ConfigError: with every problem found in the data.
@@ -109,7 +112,7 @@ def prepare_data(
     data = attempt(problems, lambda: instantiate(cfg.data))
     if data is not None:
         side, longest = "right" if pilot.is_encoder_decoder else "left", cfg.evaluation.max_new_tokens
-        attempt(problems, lambda: data.prepare(tokenizer, side, training=False, max_new_tokens=longest))
+        attempt(problems, lambda: data.prepare(tokenizer, side, False, longest, shots))
     if not problems:
         problems += data_problems(cfg, pilot, data, fits)
     if problems:

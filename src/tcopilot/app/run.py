@@ -32,6 +32,7 @@ from tcopilot.app.fit import Trained, fit
 from tcopilot.app.jobs import STOPPED
 from tcopilot.app.memory.estimate import Budget, budget
 from tcopilot.app.trainer import make_callbacks, make_trainer
+from tcopilot.data.shots import read_shots, write_shots
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.results import Results, git_revision
 from tcopilot.evaluation.trace import trace_problems, write_trace
@@ -80,6 +81,8 @@ def _train(cfg: DictConfig) -> float:
 
 def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, run_dir: RunDirectory) -> float:
     seed_everything(cfg.seed, workers=True, verbose=False)
+    if is_first() and prepared.data.shots:
+        write_shots(prepared.data.shot_rows, run_dir.shots)
     is_fit = build.fits_from_recording(cfg)
     trained = fit(cfg, prepared, run_dir) if is_fit else _train_jointly(cfg, prepared, memory)
     model = trained.model
@@ -222,7 +225,7 @@ def _evaluate(cfg: DictConfig) -> float:
     keeps = known is not None and cfg.fusion.weight == "run" and cfg.fusion.per is None
     weights = [] if keeps else build.evaluation_weights(trained.fusion.weight)
     fits = cfg.fusion.per in GATES or (known is None and trained.fusion.per in GATES)
-    data = build.prepare_data(trained, tokenizer, config.pilot, fits)
+    data = build.prepare_data(trained, tokenizer, config.pilot, fits, read_shots(source.shots))
     data.remarks += build.split_seed_remarks(data, ModelSource(str(source.export), key="run"), other)
     model = build.load_export(source.folder, config)
     if other is not None:

@@ -26,6 +26,7 @@ from tcopilot.app.console import quiet_libraries
 from tcopilot.data.benchmarks import DataError
 from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.module import TCopilotDataModule
+from tcopilot.data.shots import read_shots
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.fusion import ProbabilityFusion
@@ -65,7 +66,7 @@ class TrainedRun:
         export, tokenizer = build.read_export(folder)
         if export.copilot is None:
             raise ConfigError([f"{folder}: this run has no Copilot (copilot=none); the theorem is about one"])
-        data = build.prepare_data(config, tokenizer, export.pilot)
+        data = build.prepare_data(config, tokenizer, export.pilot, shots=read_shots(run.shots))
         model = build.load_export(folder, export).to(device).eval()
         return cls(folder, config, export, tokenizer, data, model)
 

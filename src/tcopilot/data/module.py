@@ -6,6 +6,8 @@ import hashlib
 import logging
 import math
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,8 +23,9 @@ from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError
 from tcopilot.data.collate import HeldOutCollator, PromptTargetCollator, Side
 from tcopilot.data.prepare import SHOWN, Overflow, RowPreparer, StreamedRows, shortened
 from tcopilot.data.samplers import HeldOutSampler, RoundSampler, StreamRounds
+from tcopilot.data.shots import NumberedRow
 from tcopilot.data.sources import as_stream, mixture
-from tcopilot.data.splits import SplitReader
+from tcopilot.data.splits import Split, SplitReader
 from tcopilot.data.summary import Figures, measure, remarks, unreachable
 from tcopilot.settings import FLAG, POSITIVE, SEED, Rule, is_number, problems, whole
 
@@ -50,13 +53,14 @@ class TCopilotDataModule(LightningDataModule):
         validation_size: A stream gives its first rows, so it needs a number.
         held_out: Each round then brings as many rows held out as rows to train on, as ``Batch.held_out``.
         split_seed: Seed of the rows that are carved for validation and of the subsamples. Runs of other ``seed`` are
-            thus tested on the same rows, and on none that another one trained on.
+            thus tested on the same rows, and on none that another one trained on. Shots are drawn by it too.
         max_train_rows: Of a stream, its first rows.
         on_error: With ``skip``, rows left out are counted in ``summary`` and named in the log and in ``skipped``. A
             file that cannot be read, or whose rows all lack a column, is refused either way.
         num_workers: A stream uses one at most, which keeps its order.
 
     Attributes:
+        shot_rows: Benchmark name to its shots, as (number, raw row) pairs.
         skipped: Benchmark name to a complaint for each row that was skipped; of a streamed train, in the log only.
         remarks: What is odd about the rows, a sentence each: cut, trained on and tested, out of reach.
 
@@ -71,7 +75,7 @@ class TCopilotDataModule(LightningDataModule):
         **dict.fromkeys(("rounds", "max_train_rows", "max_eval_rows"), whole().or_null()),
         **dict.fromkeys(("max_source_length", "max_target_length"), whole().or_null()),
         "epochs": POSITIVE.or_null(),
-        "num_workers": whole(0),
+        **dict.fromkeys(("num_workers", "shots"), whole(0)),
         "seed": SEED,
         "split_seed": SEED,
     }
@@ -99,23 +103,25 @@ class TCopilotDataModule(LightningDataModule):
         shuffle_buffer: int = 1000,
         seed: int = 0,
         split_seed: int = 0,
+        shots: int = 0,
     ) -> None:
         super().__init__()
         self.benchmarks, self.weights, self.streaming = benchmarks, weights, streaming
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.rounds, self.epochs, self.held_out = rounds, epochs, held_out
         alone, sizes = len(benchmarks) == 1, (validation_size, max_train_rows, max_eval_rows)
-        self._reader = SplitReader(path, alone, streaming, *sizes, split_seed, on_error)
+        self._reader = SplitReader(path, alone, streaming, *sizes, split_seed, on_error, shots)
         self.limits = (max_source_length, max_target_length, overflow)
         self.on_error = on_error
         self.group_by_length, self.num_workers, self.shuffle_buffer = group_by_length, num_workers, shuffle_buffer
-        self.seed, self.split_seed = seed, split_seed
+        self.seed, self.split_seed, self.shots = seed, split_seed, shots
         self._check_settings()
         self._train: datasets.Dataset | datasets.IterableDataset | None = None
         self._evaluation: dict[tuple[str, str], list[PreparedRow]] = {}
         self._summary: dict[str, Figures] = {}
         self.skipped: dict[str, list[str]] = {}
         self.remarks: list[str] = []
+        self.shot_rows: dict[str, list[NumberedRow]] = {}
 
     @property
     def benchmark_names(self) -> list[str]:
@@ -134,6 +140,7 @@ class TCopilotDataModule(LightningDataModule):
         source_side: Side,
         training: bool = True,
         max_new_tokens: int | None = None,
+        shots: Mapping[str, list[NumberedRow]] | None = None,
     ) -> None:
         """Load, render, tokenise and check all rows; needs no model. A stream's rows are checked as they are read.
 
@@ -142,6 +149,7 @@ class TCopilotDataModule(LightningDataModule):
             source_side: ``left`` for decoder-only Pilots, ``right`` for encoder-decoders.
             training: Whether there must be rows to train on.
             max_new_tokens: Tokens that decoding waits for, if the evaluation says so for all benchmarks.
+            shots: ``shot_rows`` of a training run, which stand for those that would be drawn from the train rows.
 
         Raises:
             DataError: With every problem found, one a line.
@@ -156,14 +164,17 @@ class TCopilotDataModule(LightningDataModule):
         train: list[datasets.Dataset | datasets.IterableDataset] = []
         complaints: list[str] = []
         for index, (name, benchmark) in enumerate(self.benchmarks.items()):
-            splits, found = self._reader(benchmark, training)
-            complaints += found
+            known = (shots or {}).get(name, [])
+            reader = replace(self._reader, shots=0) if len(known) == self.shots else self._reader
+            splits, found = reader(benchmark, training)
+            shown = splits.pop("shots", Split("shots of the run", known))
+            complaints += found or self._put_before(preparer, benchmark, shown, questions)
             for split, part in splits.items():
                 is_train, skips, place = split == "train", self.on_error == "skip", f"{name}, {part.where}, "
                 shared = part.rows, benchmark, index, len(self.benchmarks), is_train
                 if is_train and self.streaming:
                     streamed = RowPreparer(*fixed)
-                    streamed.reserved = preparer.reserved
+                    streamed.reserved, streamed.shots = preparer.reserved, preparer.shots
                     train.append(as_stream(StreamedRows(streamed, shared, place, skips)))
                     continue
                 prepare = partial(preparer, *shared)
@@ -345,6 +356,21 @@ class TCopilotDataModule(LightningDataModule):
         if self.held_out and self.streaming:
             raise DataError("data.held_out needs all rows in memory; use data.streaming=false, or data.held_out=0")
 
+    def _put_before(
+        self, preparer: RowPreparer, benchmark: Benchmark, shown: Split, questions: dict[str, list[str]]
+    ) -> list[str]:
+        """Let the preparer put these shots before the prompts of a benchmark; returns what is wrong with them."""
+        name, refused = benchmark.name, list[str]()
+        self.shot_rows[name] = shown.rows
+        preparer.shots, asked = preparer.solved(shown.rows, benchmark, refused.append)
+        questions[f"{name}/shots"] = asked
+        if self.streaming:
+            preparer.reserved.update(asked)
+        if len(shown.rows) == self.shots:
+            return [f"{name}, {shown.where}, {text}; it is to be a shot" for text in refused]
+        here = f"there are no train rows here, and a run gives {len(shown.rows)}"
+        return [f"{name}: data.shots={self.shots} are drawn from train rows; {here}"]
+
     def _note(self, name: str, split: str, rows: list[PreparedRow], figures: Figures, skipped: list[str]) -> None:
         self.skipped[name] += skipped
         self._summary[f"{name}/{split}"] = figures
@@ -360,13 +386,17 @@ class TCopilotDataModule(LightningDataModule):
 
     def _judge(self, tokenizer: PreTrainedTokenizerBase, questions: dict[str, list[str]]) -> None:
         """Complete the summary by what needs all splits, and say what is odd about the rows."""
-        trained = {asked for part, all_asked in questions.items() if part.endswith("/train") for asked in all_asked}
+        trained, shown = (
+            {asked for part, all_asked in questions.items() if part.endswith(end) for asked in all_asked}
+            for end in ("/train", "/shots")
+        )
+        taught = trained | shown
         for part, figures in self._summary.items():
             name, split = part.split("/")
             why: Counter[str] = Counter()
             if split != "train":
                 if trained:
-                    figures["trained_on"] = sum(asked in trained for asked in questions[part])
+                    figures["trained_on"] = sum(asked in taught for asked in questions[part])
                 longest = self._longest or self.longest_answer(name)
                 why = unreachable(self._evaluation[split, name], self.benchmarks[name], tokenizer, longest)
                 figures["unreachable"] = sum(why.values())

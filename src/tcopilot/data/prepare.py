@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.benchmarks import Benchmark, DataError, Example
 from tcopilot.data.collate import Side
+from tcopilot.data.shots import SEPARATOR
 
 Overflow = Literal["error", "drop", "truncate"]
 Report = Callable[[str], None]
@@ -28,7 +29,8 @@ class RowPreparer:
     Prompt and target are tokenised apart. A decoder-only Pilot's prompt (``source_side="left"``) gets what the
     tokenizer puts at a text's start, such as a begin token, and never an end token; an encoder-decoder's (``"right"``)
     gets both ends as the tokenizer itself writes them. What a prompt spells out already, as those of chat templates
-    do, is not written twice. A target is its tokens and one end token. Where its text brings special tokens of its own
+    do, is not written twice. Shots stand between the start and the prompt, each as prompt, target and a blank line. A
+    target is its tokens and one end token. Where its text brings special tokens of its own
     at the end, as chat data does, the end token is not doubled, and answers are judged without them, since generated
     texts have none.
 
@@ -43,9 +45,12 @@ class RowPreparer:
             no end token, since the answer does not end there. Targets that are one of a few options are never cut,
             but refused.
 
+    A prompt that is too long with its shots loses some of these first, the earliest ones, whatever ``overflow`` says.
+
     Attributes:
-        counts: How many rows were ``dropped``, had ``cut_prompts``, ``cut_options`` or ``cut_targets``, or brought
-            ``end_tokens`` in their targets. To be cleared by whoever counts.
+        shots: Token ids of each shot of the benchmark at hand, as `solved` makes them.
+        counts: How many rows were ``dropped``, ``lost_shots``, had ``cut_prompts``, ``cut_options`` or
+            ``cut_targets``, or brought ``end_tokens`` in their targets. To be cleared by whoever counts.
         reserved: Questions (see ``Example.question``) that no row may train on; those rows are left out.
 
     Raises:
@@ -71,6 +76,7 @@ class RowPreparer:
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
         self.counts: Counter[str] = Counter()
         self.reserved: set[str] = set()
+        self.shots: list[list[int]] = []
         self._special = tuple(tokenizer.all_special_tokens)
         self._start, self._end = _frame(tokenizer)
         if source_side == "left":
@@ -122,6 +128,20 @@ class RowPreparer:
                         ids = dict(zip(("source_ids", "target_ids"), fitted, strict=True))
                         place = {"id": number * stride + index, "benchmark": index}
                         yield ids | place | {"length": sum(map(len, fitted))} | texts
+
+    def solved(
+        self, rows: Sequence[tuple[int, dict[str, Any]]], benchmark: Benchmark, report: Report
+    ) -> tuple[list[list[int]], list[str]]:
+        """Return the token ids and the question of each shot; a row that cannot be one is reported.
+
+        Prompt and target are tokenised apart, as they are in a row that is trained on.
+        """
+        (separator,) = self._ids([SEPARATOR])
+        ids, questions = [], []
+        for _, example, source, _ in self._tokenised(list(rows), benchmark, report):
+            ids.append([*source, *self._ids([example.target])[0], *separator])
+            questions.append(example.question)
+        return ids, questions
 
     def _tokenised(
         self, chunk: list[tuple[int, dict[str, Any]]], benchmark: Benchmark, skip: Report
@@ -185,14 +205,15 @@ class RowPreparer:
     ) -> tuple[list[int], list[int]] | None:
         """Add the special tokens and apply the limits; None if the row is left out."""
         if training and self.reserved and example.question in self.reserved:
-            self.counts["asked_in_validation"] += 1
+            self.counts["asked_in_validation_or_shots"] += 1
             return None
         for what, ids in (("prompt", source), ("target", target)):
             if not ids:
                 raise _Empty(f"the {what} is empty")
         frame = len(self._start) + len(self._end)
+        shots = self._fitting_shots(len(source) + frame)
         lengths = (
-            ("prompt", len(source) + frame, "max_source_length", self.max_source_length),
+            ("prompt", len(source) + sum(map(len, shots)) + frame, "max_source_length", self.max_source_length),
             ("target", len(target) + 1, "max_target_length", self.max_target_length),
         )
         closed = bool(example.options)  # cutting such a target would cut the answer
@@ -209,7 +230,16 @@ class RowPreparer:
                 source = self._middle_cut(example, source, self.max_source_length - frame)
             else:
                 target, end = target[: self.max_target_length], []
-        return self._start + source + self._end, target + end
+        if len(shots) < len(self.shots):
+            self.counts["lost_shots"] += 1
+        return [*self._start, *chain(*shots), *source, *self._end], target + end
+
+    def _fitting_shots(self, length: int) -> list[list[int]]:
+        """Return the last shots that fit before a prompt of that many tokens."""
+        shots, limit = self.shots, self.max_source_length
+        while shots and limit is not None and length + sum(map(len, shots)) > limit:
+            shots = shots[1:]
+        return shots
 
     def _middle_cut(self, example: Example, source: list[int], room: int) -> list[int]:
         if room < 1:

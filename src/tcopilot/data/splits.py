@@ -9,12 +9,10 @@ from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError
+from tcopilot.data.shots import NumberedRow, draw_shots
 from tcopilot.data.sources import HubError, RowSource, open_split
-
-NumberedRow = tuple[int, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -50,9 +48,13 @@ class SplitReader:
     max_eval_rows: int | None
     seed: int
     on_error: str = "stop"
+    shots: int = 0
 
     def __call__(self, benchmark: Benchmark, training: bool = True) -> tuple[dict[str, Split], list[str]]:
-        """Return the splits and the problems found on the way; train rows must be there if ``training``."""
+        """Return the splits and the problems found on the way; train rows must be there if ``training``.
+
+        What is taken out of train as shots is a split of its own, ``shots``.
+        """
         splits: dict[str, Split] = {}
         problems = self._without_folder(benchmark)
         for name in () if problems else SPLITS:
@@ -70,6 +72,8 @@ class SplitReader:
             try:
                 if "validation" not in splits and (training or "train" in splits):
                     splits |= self._carve(splits["train"], benchmark)
+                if self.shots and "train" in splits:
+                    splits |= self._take_shots(splits["train"], benchmark)
                 splits = {name: self._subsample(name, split) for name, split in splits.items()}
             except DataError as error:
                 problems.append(str(error))
@@ -95,9 +99,7 @@ class SplitReader:
             head = self._carved_rows(None)
             held, kept = list(NumberedRows(train.rows.source, 0, head)), NumberedRows(train.rows.source, head)
         else:
-            groups: dict[Any, list[int]] = {}
-            for row in train.rows:
-                groups.setdefault(_question(benchmark, row), []).append(row[0])
+            groups = _by_question(benchmark, train.rows)
             if len(groups) == 1:  # nothing else is possible
                 groups = {number: [number] for number, _ in train.rows}
             wanted, chosen = self._carved_rows(len(train.rows)), set[int]()
@@ -107,6 +109,17 @@ class SplitReader:
             held = [row for row in train.rows if row[0] in chosen]
             kept = [row for row in train.rows if row[0] not in chosen]
         return {"train": Split(train.where, kept), "validation": Split(train.where, held, carved=True)}
+
+    def _take_shots(self, train: Split, benchmark: Benchmark) -> dict[str, Split]:
+        """Draw shots from train, before it is subsampled; of a stream, its first rows."""
+        if isinstance(rows := train.rows, NumberedRows):
+            first, after = rows.start, rows.start + self.shots
+            shots, kept = list(NumberedRows(rows.source, first, after)), NumberedRows(rows.source, after)
+        else:
+            asked = _by_question(benchmark, rows)
+            groups = [group for question, group in asked.items() if isinstance(question, str)]
+            shots, kept = draw_shots(rows, groups, self.shots, self.seed)
+        return {"train": Split(train.where, kept), "shots": Split(train.where, shots)}
 
     def _carved_rows(self, rows: int | None) -> int:
         """Return how many of ``rows`` train rows (None: unknown) become validation."""
@@ -122,12 +135,21 @@ class SplitReader:
         return wanted
 
     def _subsample(self, name: str, split: Split) -> Split:
-        limit, rows = self.max_train_rows if name == "train" else self.max_eval_rows, split.rows
+        limits = {"train": self.max_train_rows, "shots": None}
+        limit, rows = limits.get(name, self.max_eval_rows), split.rows
         if limit is None:
             return split
         if isinstance(rows, NumberedRows):
             return replace(split, rows=NumberedRows(rows.source, rows.start, rows.start + limit))
         return replace(split, rows=sorted(Random(self.seed).sample(rows, min(limit, len(rows))), key=itemgetter(0)))
+
+
+def _by_question(benchmark: Benchmark, rows: list[NumberedRow]) -> dict[str | int, list[int]]:
+    """Group the numbers of rows by what they ask."""
+    groups: dict[str | int, list[int]] = {}
+    for row in rows:
+        groups.setdefault(_question(benchmark, row), []).append(row[0])
+    return groups
 
 
 def _question(benchmark: Benchmark, row: NumberedRow) -> str | int:

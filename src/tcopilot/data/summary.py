@@ -19,7 +19,7 @@ Figures = dict[str, float]
 
 def measure(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int], skipped: int) -> Figures:
     """Count the rows of a split and describe their lengths in tokens: mean, median, 95th percentile and longest."""
-    kinds = ("dropped", "cut_prompts", "cut_options", "cut_targets", "end_tokens")
+    kinds = ("dropped", "lost_shots", "cut_prompts", "cut_options", "cut_targets", "end_tokens")
     figures: Figures = {"rows": len(rows), "skipped": skipped} | {kind: counts.get(kind, 0) for kind in kinds}
     for what in ("source", "target"):
         lengths = np.array([len(row[f"{what}_ids"]) for row in rows] or [0])
@@ -64,6 +64,10 @@ def remarks(part: str, figures: Mapping[str, float], why: Mapping[str, int]) -> 
         if (count := figures[f"cut_{kind}s"]) > MUCH * rows:
             end = "; a target that is cut has no end token and mostly no answer" if kind == "target" else ""
             found.append(f"{part}: {count} of {rows} {kind}s were cut{end}; raise data.{key}")
+    if count := figures["lost_shots"]:
+        found.append(
+            f"{part}: {count} of {rows} prompts lost shots; raise data.max_source_length, or lower data.shots"
+        )
     if count := figures["cut_options"]:
         found.append(f"{part}: {count} prompts lost part of their options; raise data.max_source_length")
     if count := figures["end_tokens"]:
@@ -81,6 +85,7 @@ def summary_table(summary: Mapping[str, Figures]) -> Table:
     table = Table("rows of", "rows", "prompt tokens", "target tokens", title="Data")
     named = {
         "dropped": ("dropped", "skipped"),
+        "lost shots": ("lost_shots",),
         "cut": ("cut_prompts", "cut_targets"),
         "end tokens": ("end_tokens",),
         "trained on": ("trained_on",),
