@@ -26,7 +26,9 @@ NAMES = {
     "equal_flops": "Pilot, equal FLOPs",
     "averaged": "two Pilots averaged",
     "equal_parameters": "Pilot, equal parameters",
+    "calibrated": "Pilot, calibrated",
 }
+AT = {"calibrated": 1.0}  # λ at which a control answers
 
 
 # Two Pilots averaged ----------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ def test_all_controls_stand_beside_the_gain_with_what_they_cost(controlled):
     by_name = {name: [c for c in found["controls"] if c["name"] == title] for name, title in NAMES.items()}
     for name, rows in by_name.items():
         assert {(row["benchmark"], row["metric"]) for row in rows} == {("word_problems", "accuracy"), ("all", "nll")}
-        predictions = composed.predictions(folder / "control" / name, "test", 0.0)
+        predictions = composed.predictions(folder / "control" / name, "test", AT.get(name, 0.0))
         assert rows[0]["value"] == sum(p["scores"]["accuracy"] for p in predictions) / len(predictions)
     for title in NAMES.values():  # the run's last sentences hold the fused model against each of them
         value = next(c["value"] for c in found["controls"] if c["name"] == title and c["metric"] == "accuracy")

@@ -30,7 +30,7 @@ from tcopilot.models.base_copilot import BaseCopilot
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.families import decoder_depth
 from tcopilot.models.fused_model import TCopilotModel
-from tcopilot.models.kinds import KINDS, new_copilot, settings_of
+from tcopilot.models.kinds import KINDS, learns, new_copilot, settings_of
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.processes import is_first
@@ -66,7 +66,7 @@ def prepare(cfg: DictConfig) -> Prepared:
     donor = model_source(watched.copilot, "copilot") if cfg.copilot.enabled and cfg.copilot.path else None
     problems, log, tokenizer = config_problems(cfg), None, None
     problems += [] if problems else trial_problems(cfg)
-    logs = cfg.copilot.enabled and not fits_from_recording(cfg)
+    logs = cfg.copilot.enabled and learns(cfg.copilot.kind) and not fits_from_recording(cfg)
     if logs and not any(problem.startswith(("mistake_log.log", "seed")) for problem in problems):
         log = attempt(problems, lambda: instantiate(watched.mistake_log.log, _convert_="all"))
     data = attempt(problems, lambda: instantiate(cfg.data))
@@ -282,13 +282,13 @@ def training_module(cfg: DictConfig, model: TCopilotModel, rounds: int) -> TCopi
     if model.copilot is not None and model.copilot.body is not None and cfg.copilot.gradient_checkpointing:
         model.copilot.body.gradient_checkpointing_enable({"use_reentrant": False})
     options: dict[str, Any] = {}
-    if cfg.copilot.enabled:
+    if trained := cfg.copilot.enabled and learns(cfg.copilot.kind):
         options = {name: cfg.copilot[name] for name in ("steps_per_round", "own_feedback")}
         options |= {"objective": instantiate(cfg.objective), "copilot_batch_size": cfg.copilot.batch_size}
     return TCopilotModule(
         model,
         pilot=None if cfg.pilot.frozen else learner(cfg.pilot, rounds),
-        copilot=learner(cfg.copilot, rounds) if cfg.copilot.enabled else None,
+        copilot=learner(cfg.copilot, rounds) if trained else None,
         rounds=rounds,
         micro_batch_size=cfg.pilot.micro_batch_size,
         compile={True: "inductor", False: None}.get(cfg.compile, cfg.compile),

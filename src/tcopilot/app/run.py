@@ -33,6 +33,7 @@ from tcopilot.app.jobs import STOPPED
 from tcopilot.app.memory.estimate import Budget, budget
 from tcopilot.app.trainer import make_callbacks, make_trainer
 from tcopilot.data.shots import read_shots, write_shots
+from tcopilot.evaluation.calibrate import calibrate
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.results import Results, git_revision
 from tcopilot.evaluation.trace import trace_problems, write_trace
@@ -86,6 +87,8 @@ def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, 
     is_fit = build.fits_from_recording(cfg)
     trained = fit(cfg, prepared, run_dir) if is_fit else _train_jointly(cfg, prepared, memory)
     model = trained.model
+    if model.copilot is not None and not model.copilot.learns:
+        calibrate(Evaluator(model, prepared.tokenizer, prepared.data, run_dir.predictions))
     build.export(model, prepared.tokenizer, run_dir.export)
     results = _run_evaluator(cfg, model, prepared, run_dir, build.evaluation_weights(cfg.fusion.weight))
     if is_first():

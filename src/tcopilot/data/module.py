@@ -295,6 +295,13 @@ class TCopilotDataModule(LightningDataModule):
         limit = self.benchmarks[benchmark_name].max_new_tokens
         return limit or 2 + int(next(figures["target_max"] for figures in parts if figures))
 
+    def target_tokens(self) -> list[int]:
+        """Return the tokens that train targets use, in order; of a stream, or without train rows, validation's."""
+        validation = [row for (split, _), rows in self._evaluation.items() if split == "validation" for row in rows]
+        stored = not self.streaming and "target_ids" in self._train.column_names
+        targets = self._train["target_ids"] if stored else [row["target_ids"] for row in validation]
+        return sorted({token for ids in targets for token in ids})
+
     def has_options(self, benchmark_name: str) -> bool:
         """Tell whether the evaluation rows of a benchmark come with options to choose from."""
         return any(

@@ -226,7 +226,7 @@ class Evaluator:
         if self.per not in GATES:
             return
         seen = []
-        for batch in (batch for name in self.data.benchmark_names for batch in self._batches(split, name)):
+        for batch in (batch for name in self.data.benchmark_names for batch in self.batches(split, name)):
             scored = correct_targets(self.model, batch)
             seen.append(Observations.of(*scored, batch.target_ids_BN, batch.target_mask_BN))
         fitted = GATES[self.per].fit(Observations.joined(gather(seen)))
@@ -290,12 +290,12 @@ class Evaluator:
         found = {}
         for name in self.data.benchmark_names:
             found[name] = ErrorStatistics(weights, self.model.fusion)
-            for batch in self._batches(split, name):
+            for batch in self.batches(split, name):
                 found[name].observe(self.model, batch)
             found[name].reduce(sum_over_processes)
         return found
 
-    def _batches(self, split: str, benchmark: str) -> Iterator[Batch]:
+    def batches(self, split: str, benchmark: str) -> Iterator[Batch]:
         """This process's share of a benchmark's rows, rows of similar length together."""
         rows = sorted(self.data.evaluation_rows(split, benchmark), key=lambda row: len(row["source_ids"]))
         share, size = rows[rank() :: world_size()], self.decoding.batch_size

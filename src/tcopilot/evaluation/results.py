@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar, get_args, get_origin
 import pandas as pd
 from rich.table import Table
 
-from tcopilot.data.metrics import SHARE, Metric, show, show_difference
+from tcopilot.data.metrics import NLL, SHARE, Metric, show, show_difference
 from tcopilot.evaluation.significance import Comparison, Direction, Interval, direction, p_text
 from tcopilot.run_directory import write_whole
 
@@ -245,6 +245,12 @@ def gain_table(results: Results) -> Table:
             "" if weight is None else f"{weight:g}",
             gain.verdict,
         )
+    likelihoods = (results.find("all", NLL.name, results.reported_on, w) for w in (0.0, results.weight_of("all")))
+    if all(pair := list(likelihoods)):  # whose gain a calibrated Pilot may have as well
+        values, weight = [row.value for row in pair], f"{pair[1].weight:g}"
+        difference = show_difference(values[1] - values[0], NLL.unit)
+        shown = (*(show(value, NLL.unit) for value in values), difference)
+        table.add_row("all", NLL.name, *shown, "", "", str(pair[1].n), weight, "")
     if results.controls:
         table.add_section()
         table.add_row(

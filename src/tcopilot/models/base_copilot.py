@@ -1,7 +1,8 @@
 """What every Copilot is to the rest of the package: inputs → hidden states → corrections, at once or step by step.
 
-Two kinds stand behind this interface: the paper's decoder (`copilot.py`) and a head on the Pilot's own late states
-(`head_copilot.py`). Nothing but `models/configuration.py` asks which one it has.
+Three kinds stand behind this interface: the paper's decoder (`copilot.py`), a head on the Pilot's own late states
+(`head_copilot.py`) and a calibration of the Pilot (`calibration.py`). Nothing but `models/configuration.py` asks which
+one it has.
 
 Shapes: B batch, M source length, N target length, K past targets, P width of the states read, C Copilot width,
 V vocabulary.
@@ -45,6 +46,7 @@ class BaseCopilot(nn.Module, ABC):
         reads_errors: whether it reads ℓ_{<i}, so that its own outputs may be fed back in decoding.
         fits_recordings: whether it reads nothing but the Pilot's states at target positions, so that it can be fitted
             from a recording (`mistake_log/recording.py`), without the Pilot's layers.
+        learns: whether it is trained on the Mistake Log; if not, it is fitted on validation rows in the end.
     """
 
     config: KindConfig
@@ -53,6 +55,7 @@ class BaseCopilot(nn.Module, ABC):
     body: nn.Module | None
     reads_errors: bool
     fits_recordings: ClassVar[bool] = False
+    learns: ClassVar[bool] = True
 
     def __init__(self, config: KindConfig) -> None:
         super().__init__()
@@ -108,3 +111,42 @@ class BaseCopilot(nn.Module, ABC):
     @abstractmethod
     def unembedding_VC(self) -> Tensor | None:
         """The frozen matrix that the head reads, stored once; None for a head that reads none."""
+
+
+class LayerlessCopilot(BaseCopilot):
+    """A Copilot that corrects each target by what the Pilot did there (or, in strict context, just before)."""
+
+    body = None
+    reads_errors = False
+
+    @abstractmethod
+    def _read(self, states_BNP: Tensor) -> Tensor:
+        """Hidden states [B, N, C] of targets from the Pilot's states there."""
+
+    def inputs(self, past_errors_BKV: Tensor) -> Tensor:
+        """Nothing: [B, K + 1, 0]."""
+        batch, past = past_errors_BKV.shape[:2]
+        return past_errors_BKV.new_empty(batch, past + 1, 0)
+
+    def taught_inputs(self, probs_BNV: Tensor, targets_BN: Tensor) -> Tensor:
+        """Nothing: [B, N, 0]."""
+        return self.inputs(probs_BNV[:, :-1])
+
+    def forward(
+        self, inputs_BNC: Tensor, source_BMP: Tensor | None, source_mask_BM: Tensor | None, states_BNP: Tensor,
+        keep: bool = False,
+    ) -> tuple[Tensor, CopilotState | None]:  # fmt: skip
+        """Read all targets; only `states_BNP` counts."""
+        read_BNP = states_BNP
+        if self.is_strict:  # target 0 has no state before it
+            read_BNP = torch.cat([torch.zeros_like(states_BNP[:, :1]), states_BNP[:, :-1]], dim=1)
+        hidden_BNC = self._read(read_BNP)
+        if not keep:
+            return hidden_BNC, None
+        target_B1 = torch.full_like(states_BNP[:, :1, 0], states_BNP.shape[1], dtype=torch.long)
+        return hidden_BNC, CopilotState(target_B1=target_B1, pending_B1P=states_BNP[:, -1:])
+
+    def step(self, inputs_B1C: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:
+        """Read one more target."""
+        state.target_B1 += 1
+        return self._read(row_B1P)

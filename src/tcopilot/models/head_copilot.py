@@ -3,7 +3,7 @@
 Beyond the paper, whose Copilot is a decoder. It reads neither X̃ nor past errors, so a record of the Mistake Log is a
 few states and p̂ of each target token, and a Copilot is fitted in seconds (docs/algorithm.md).
 
-Shapes: B batch, N target length, K past targets, D layers read, P Pilot width, Q = D · P, C hidden width,
+Shapes: B batch, N target length, D layers read, P Pilot width, Q = D · P, C hidden width,
 V vocabulary.
 """
 
@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tcopilot.models.base_copilot import FORMAT, BaseCopilot
-from tcopilot.models.caches import CopilotState
+from tcopilot.models.base_copilot import FORMAT, LayerlessCopilot
 from tcopilot.models.gates import build_gate
 from tcopilot.models.heads import SOFT_HEADS
 from tcopilot.models.log_attention import CONTEXTS
@@ -69,12 +67,10 @@ class HeadCopilotConfig:
         return {"kind": self.kind, **asdict(self)}
 
 
-class HeadCopilot(BaseCopilot):
+class HeadCopilot(LayerlessCopilot):
     """f^C = softmax(log p̂ + U · MLP(h)) − p̂, with h from a few late layers of the Pilot, each brought to RMS 1."""
 
     SETTINGS: ClassVar[dict[str, Rule]] = {}
-    body = None
-    reads_errors = False
     fits_recordings = True
 
     def __init__(self, config: HeadCopilotConfig) -> None:
@@ -94,34 +90,6 @@ class HeadCopilot(BaseCopilot):
     def bind(self, pilot: PreTrainedModel) -> None:
         """Read the unembedding of this Pilot, which keeps it: it is neither copied, nor trained or saved here."""
         self.__dict__["_pilot"] = pilot  # past `nn.Module`, which would take it for a part of the Copilot
-
-    def inputs(self, past_errors_BKV: Tensor) -> Tensor:
-        """Nothing: [B, K + 1, 0]."""
-        batch, past = past_errors_BKV.shape[:2]
-        return past_errors_BKV.new_empty(batch, past + 1, 0)
-
-    def taught_inputs(self, probs_BNV: Tensor, targets_BN: Tensor) -> Tensor:
-        """Nothing: [B, N, 0]."""
-        return self.inputs(probs_BNV[:, :-1])
-
-    def forward(
-        self, inputs_BNC: Tensor, source_BMP: Tensor | None, source_mask_BM: Tensor | None, states_BNQ: Tensor,
-        keep: bool = False,
-    ) -> tuple[Tensor, CopilotState | None]:  # fmt: skip
-        """Run the hidden layer on all targets; only `states_BNQ` is read."""
-        read_BNQ = states_BNQ
-        if self.is_strict:  # target 0 has no state before it
-            read_BNQ = torch.cat([torch.zeros_like(states_BNQ[:, :1]), states_BNQ[:, :-1]], dim=1)
-        hidden_BNC = self._read(read_BNQ)
-        if not keep:
-            return hidden_BNC, None
-        target_B1 = torch.full_like(states_BNQ[:, :1, 0], states_BNQ.shape[1], dtype=torch.long)
-        return hidden_BNC, CopilotState(target_B1=target_B1, pending_B1P=states_BNQ[:, -1:])
-
-    def step(self, inputs_B1C: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:
-        """Run the hidden layer on one more target."""
-        state.target_B1 += 1
-        return self._read(row_B1P)
 
     def shift(self, hidden_BNC: Tensor, tokens_U: Tensor) -> Tensor:
         """What its correction adds to log p̂ of some tokens before the softmax, [B, N, U]; see `SoftHead.shift`."""

@@ -6,17 +6,27 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tcopilot.models.base_copilot import BaseCopilot
+from tcopilot.models.calibration import Calibration, CalibrationConfig
 from tcopilot.models.copilot import Copilot, CopilotConfig
 from tcopilot.models.head_copilot import HeadCopilot, HeadCopilotConfig
 from tcopilot.settings import Rule
 
-KINDS = {"decoder": (Copilot, CopilotConfig), "head": (HeadCopilot, HeadCopilotConfig)}
+KINDS = {
+    "decoder": (Copilot, CopilotConfig),
+    "head": (HeadCopilot, HeadCopilotConfig),
+    "calibration": (Calibration, CalibrationConfig),
+}
 
 
 def settings_of(kind: str) -> dict[str, Rule]:
     """The rules for the settings of a kind, those of its config and of its `from_pilot`; an unknown kind has any."""
     parts = [*KINDS[kind]] if kind in KINDS else [part for parts in KINDS.values() for part in parts]
     return {name: rule for part in parts for name, rule in part.SETTINGS.items()}
+
+
+def learns(kind: str) -> bool:
+    """Whether a kind is trained on the Mistake Log; if not, it is fitted on validation rows in the end."""
+    return kind not in KINDS or KINDS[kind][0].learns
 
 
 def new_copilot(pilot: PreTrainedModel, kind: str = "decoder", **options: Any) -> BaseCopilot:

@@ -27,7 +27,7 @@ from tcopilot.evaluation.modes import Decoding
 from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fusion import FusionRule, build_fusion
 from tcopilot.models.gates import GATES
-from tcopilot.models.kinds import KINDS, settings_of
+from tcopilot.models.kinds import KINDS, learns, settings_of
 from tcopilot.models.pilot import ModelSource
 from tcopilot.run_directory import RunDirectory
 from tcopilot.settings import ANY, FLAG, POSITIVE, SEED, Rule, is_whole, number, one_of, whole
@@ -35,7 +35,7 @@ from tcopilot.training.callbacks import MistakeLogCallback
 from tcopilot.training.fit import CopilotFit
 from tcopilot.training.module import Learner, TCopilotModule
 
-CONTROLS = ("equal_time", "equal_flops", "averaged", "equal_parameters")
+CONTROLS = ("equal_time", "equal_flops", "averaged", "equal_parameters", "calibrated")
 SECTIONS = (
     "pilot", "copilot", "data", "data.benchmarks", "mistake_log", "mistake_log.log", "fusion", "evaluation",
     "trainer", "callbacks", "logger", "paths",
@@ -333,8 +333,9 @@ def _learners(cfg: DictConfig) -> Iterator[str]:
         )
     if cfg.pilot.frozen and cfg.pilot.path is None:
         yield "pilot.frozen=true with pilot.path=null: random weights would stay; give pilot.path=<model or export>"
-    if cfg.pilot.frozen and not cfg.copilot.enabled:
-        yield "pilot.frozen=true with copilot=none: nothing would be trained"
+    if cfg.pilot.frozen and not (cfg.copilot.enabled and learns(cfg.copilot.kind)):
+        name = cfg.copilot.kind if cfg.copilot.enabled else "none"
+        yield f"pilot.frozen=true with copilot={name}: nothing would be trained"
 
 
 def _controls(cfg: DictConfig) -> Iterator[str]:
@@ -342,9 +343,10 @@ def _controls(cfg: DictConfig) -> Iterator[str]:
     if any(isinstance(name, bool) or name not in CONTROLS for name in names) or len(set(names)) < len(names):
         yield f"{given}: use one or a list of null, {', '.join(CONTROLS)}"
         return
-    if names and cfg.pilot.frozen:
+    trained = set(names) - {"calibrated"}
+    if trained and cfg.pilot.frozen:
         yield f"{given} with pilot.frozen=true: a frozen Pilot cannot be trained alone; use control=null"
-    if names and not cfg.copilot.enabled:
+    if trained and not cfg.copilot.enabled:
         yield f"{given} with copilot=none: the run itself is the Pilot alone; use control=null"
     if cfg.callbacks.get("copilot_stop") is not None and not cfg.copilot.enabled:
         yield "callbacks.copilot_stop with copilot=none: there is no Copilot to stop; use callbacks=default"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from tcopilot.app.controls.averaged import AveragedPilots
 from tcopilot.app.controls.widths import widened
 from tcopilot.app.trainer import make_trainer
 from tcopilot.data.metrics import NLL, show_difference
+from tcopilot.evaluation.calibrate import calibrate
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.results import Control, Results
@@ -53,7 +55,7 @@ class JointRun:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model without a Copilot, and what it cost to train."""
+    """A model without a Copilot, or with a calibration in its place, and what it cost to train."""
 
     model: TCopilotModel
     rounds: int
@@ -95,13 +97,24 @@ def equal_parameters(joint: JointRun) -> Trained:
     return train_pilot(replace(joint, prepared=prepared), joint.results.rounds)
 
 
+def calibrated(joint: JointRun) -> Trained:
+    """The run's own Pilot with a temperature and biases, fitted on validation rows; its cost is that of the fit."""
+    pilot, began = joint.model.pilot, time.perf_counter()
+    model = type(joint.model).from_pilot(pilot, kind="calibration").to(pilot.device)
+    calibrate(Evaluator(model, joint.prepared.tokenizer, joint.prepared.data, Path()))
+    return Trained(model, 0, round(agree_on(time.perf_counter() - began), 2), None)
+
+
 CONTROLS: dict[str, tuple[str, Callable[[JointRun], Trained]]] = {
     "equal_time": ("Pilot, equal time", equal_time),
     "equal_flops": ("Pilot, equal FLOPs", equal_flops),
     "averaged": ("two Pilots averaged", averaged),
     "equal_parameters": ("Pilot, equal parameters", equal_parameters),
+    "calibrated": ("Pilot, calibrated", calibrated),
 }
 """Name in the config: name in tables, and how it is trained."""
+WEIGHTS = {"calibrated": 1.0}
+"""λ at which a control answers that is a fused model."""
 
 
 def train_controls(joint: JointRun, run: RunDirectory) -> Iterator[list[Control]]:
@@ -110,7 +123,7 @@ def train_controls(joint: JointRun, run: RunDirectory) -> Iterator[list[Control]
         title, train = CONTROLS[name]
         if all(control.name != title for control in joint.results.controls):
             log.info("Control: %s", title)
-            yield _scored(title, train(joint), joint, run.control(name).predictions)
+            yield _scored(name, train(joint), joint, run.control(name).predictions)
 
 
 def train_pilot(joint: JointRun, rounds: int, seed: int | None = None, count_every: int = 100) -> Trained:
@@ -138,7 +151,7 @@ def against_controls(results: Results, run: RunDirectory) -> list[str]:
     for name, (title, _) in CONTROLS.items():
         for benchmark, gain in results.row_wise().items() if title in titles else ():
             ours = read_predictions(results, run.predictions, benchmark, results.weight_of(benchmark))
-            theirs = read_predictions(results, run.control(name).predictions, benchmark, 0.0)
+            theirs = read_predictions(results, run.control(name).predictions, benchmark, WEIGHTS.get(name, 0.0))
             pairs = [[found[row]["scores"][gain.metric] for found in (theirs, ours)] for row in ours if row in theirs]
             if not pairs:  # somebody removed the predictions
                 continue
@@ -148,7 +161,7 @@ def against_controls(results: Results, run: RunDirectory) -> list[str]:
     return sentences
 
 
-def _scored(title: str, trained: Trained, joint: JointRun, folder: Path) -> list[Control]:
+def _scored(name: str, trained: Trained, joint: JointRun, folder: Path) -> list[Control]:
     cfg, prepared = joint.cfg, joint.prepared
     decoding = build.decoding(cfg.evaluation)
     if isinstance(trained.model.pilot, AveragedPilots):
@@ -161,10 +174,11 @@ def _scored(title: str, trained: Trained, joint: JointRun, folder: Path) -> list
         "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
     }
     split = cfg.evaluation.report_on
-    found = evaluator.run([0.0], (split, split))
+    weight = WEIGHTS.get(name, 0.0)
+    found = evaluator.run([weight], (split, split))
     compared = {(gain.benchmark, gain.metric) for gain in found.gain} | {("all", NLL.name)}
     return [
-        Control(title, **{key: value for key, value in asdict(row).items() if key != "weight"}, **cost)
+        Control(CONTROLS[name][0], **{key: value for key, value in asdict(row).items() if key != "weight"}, **cost)
         for row in found.rows
-        if (row.benchmark, row.metric) in compared
+        if (row.benchmark, row.metric) in compared and row.weight == weight
     ]
