@@ -63,6 +63,12 @@ def test_a_row_is_logged_on_its_first_visit_only_whatever_the_micro_batches(micr
     assert log.statistics()["repeated_share"] == 0
 
 
+def test_a_head_only_copilot_learns_from_first_visits_unless_told_otherwise():
+    assert composed.compose_config("copilot=head").mistake_log.log.rows == "first_visit"
+    assert composed.compose_config().mistake_log.log.rows == "all"
+    assert composed.compose_config("copilot=head", "mistake_log.log.rows=all").mistake_log.log.rows == "all"
+
+
 def test_a_row_twice_in_one_round_is_twice_on_its_first_visit():
     batch = random_batch("t5", rows=4)
     double = replace(batch, ids_B=torch.tensor([7, 8, 7, 9]))

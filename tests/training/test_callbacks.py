@@ -7,6 +7,7 @@ import signal
 import warnings
 from functools import partial
 
+import composed
 import numpy as np
 import pytest
 import torch
@@ -382,6 +383,8 @@ ALARMS = {
     "harmful": "error ratio on validation is above 1",
     "in-sample": "far below validation's",
     "stale": "rounds old on average",
+    "outgrown": "passes past the records",
+    "no gain": "is not below the Pilot's",
 }
 
 
@@ -412,6 +415,28 @@ def test_a_copilot_that_stays_at_zero_rings_once():
 
 def test_a_copilot_whose_corrections_hurt_rings_once():
     assert alarms(rounds=8, pilot=None, copilot=learner(lr=0.0), head_std=1.0) == {"harmful": 1}
+
+
+def test_a_copilot_that_gains_no_likelihood_in_the_end_rings_once(monkeypatch):
+    settings = {"rounds": 8, "pilot": None, "copilot": learner(lr=0.0), "head_std": 1.0}
+    assert alarms(**settings) == {"harmful": 1}  # which says so already
+    monkeypatch.setattr(alarms_module, "NO_GAIN", set())
+    assert alarms(**settings) == {"harmful": 1, "no gain": 1}
+
+
+def test_a_log_that_the_pilot_has_trained_a_pass_past_rings_once():
+    settings = {"rounds": 16, "rows": 64, "capacity": 16, "copilot": learner(lr=1e-2)}  # a pass is 4 rounds
+    assert alarms(**settings, pilot=learner(lr=1e-4))["outgrown"] == 1
+    assert "outgrown" not in alarms(**settings, pilot=None)  # a frozen one stays what it was
+    assert "outgrown" not in alarms(**settings | {"rows": 400}, pilot=learner(lr=1e-4))
+
+
+def test_how_far_the_pilot_is_past_its_records_is_logged_where_it_learns(tmp_path):
+    small = [*composed.SMALL, "rounds=8", "data.batch_size=50", "mistake_log.every_n_rounds=8"]  # a pass is 4 rounds
+    path = composed.train(tmp_path, *small, "trainer.log_every_n_steps=8") / "metrics.csv"
+    with path.open() as file:
+        (line,) = [line for line in csv.DictReader(file) if line.get("log/age_rounds")]
+    assert float(line["log/passes_behind"]) == pytest.approx(float(line["log/age_rounds"]) / 4)
 
 
 @SLOW

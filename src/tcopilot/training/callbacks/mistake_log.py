@@ -8,6 +8,17 @@ from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.settings import whole
 
 
+def passes_behind(trainer: Trainer, pl_module: LightningModule, age_rounds: float) -> float | None:
+    """How many passes over the train rows the Pilot has made since its errors were logged, on average.
+
+    None where this says nothing: the Pilot is frozen, or the rows are a stream, whose number nobody knows.
+    """
+    data = trainer.datamodule
+    if pl_module.learners["pilot"] is None or data is None or not data.train_rows:
+        return None
+    return age_rounds * data.batch_size / data.train_rows
+
+
 class MistakeLogCallback(Callback):
     """Owns the log of this rank, which the module's rounds fill and read, and logs its statistics under `log/`."""
 
@@ -25,7 +36,10 @@ class MistakeLogCallback(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Log size, bytes, age, mean ‖ℓ‖² and share of repeated records."""
         if len(self.mistake_log) and (pl_module.round + 1) % self.every_n_rounds == 0:
-            pl_module.log_dict({f"log/{name}": value for name, value in self.mistake_log.statistics().items()})
+            figures = self.mistake_log.statistics()
+            if (passes := passes_behind(trainer, pl_module, figures["age_rounds"])) is not None:
+                figures["passes_behind"] = passes
+            pl_module.log_dict({f"log/{name}": value for name, value in figures.items()})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log error energy over that of validation: well below 1, the log no longer shows present errors."""
