@@ -187,7 +187,7 @@ def test_rows_held_out_leave_no_gradient_in_the_pilot():
 
 
 def test_a_run_with_rows_held_out_ends_as_any_run(tmp_path):
-    given = [*composed.SMALL, "data.held_out=0.5", "fusion.weight=[0,1]", "control=equal_parameters"]
+    given = [*composed.SMALL, "data.held_out=0.5", "fusion.weight=1", "control=equal_parameters"]
     found = composed.results(composed.train(tmp_path / "run", *given))
     assert found["rounds"] == 4
     assert {row["weight"] for row in found["rows"]} == {0.0, 1.0}
