@@ -756,7 +756,7 @@ def test_the_programs_train_and_evaluate_from_the_command_line(tmp_path):
     )
     assert scored.returncode == 0, scored.stderr
     assert scored.stdout.strip().splitlines()[-1] == f"results: {tmp_path}/eval/results.json"
-    missing = composed.program("eval.py", "run=/no/such/run", f"hydra.run.dir={tmp_path}/none")
+    missing = composed.forked("eval.py", "run=/no/such/run", f"hydra.run.dir={tmp_path}/none")
     assert missing.returncode == 1
     assert "run=/no/such/run: no export/config.json there" in missing.stderr
     assert "Traceback" not in missing.stderr
@@ -764,7 +764,8 @@ def test_the_programs_train_and_evaluate_from_the_command_line(tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_runs_every_job_into_a_folder_of_its_own(tmp_path):
-    done = composed.program("train.py", "-m", *SHORT, "copilot=half,none", f"hydra.sweep.dir={tmp_path}")
+    with composed.without_estimate():
+        done = composed.forked("train.py", "-m", *SHORT, "copilot=half,none", f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     params = [composed.results(tmp_path / f"copilot-{job}")["params"]["copilot"] for job in ("half", "none")]
     assert params[0] > params[1] == 0
@@ -775,7 +776,7 @@ def test_a_sweep_runs_every_job_into_a_folder_of_its_own(tmp_path):
 @pytest.mark.parametrize(("benchmark", "pilot"), [("gsm8k", "tiny_t5"), ("openbookqa", "tiny_llama")])
 def test_real_rows_run_from_the_command_line(benchmark, pilot, tmp_path):
     given = [f"data={benchmark}", f"data.path={DATA}", f"pilot={pilot}", "debug=limit", f"hydra.run.dir={tmp_path}"]
-    done = composed.program("train.py", *given)
+    done = composed.forked("train.py", *given)
     assert done.returncode == 0, done.stderr
     found = composed.results(tmp_path)
     compared = [(gain["benchmark"], gain["metric"]) for gain in found["gain"]]

@@ -62,7 +62,7 @@ def job(folder: Path, *overrides: str):
 
 
 def train(folder: Path, *overrides: str) -> float | None:
-    with job(folder, *overrides) as cfg, composed.without_estimate():
+    with job(folder, *overrides) as cfg:
         return run.train(cfg)
 
 
@@ -72,8 +72,9 @@ def failure(folder: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Folders named by the time are made where nobody minds."""
+    """Folders named by the time are made where nobody minds; programs that are forked estimate no memory."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run, "budget", lambda *_: None)
 
 
 @pytest.fixture
@@ -144,19 +145,17 @@ def test_a_sweep_on_two_devices_is_refused_with_the_commands_to_use(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_sweep_and_starting_it_again_goes_on(tmp_path, monkeypatch):
-    helpers = str(composed.ROOT / "tests" / "helpers")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([helpers, *filter(None, [os.environ.get("PYTHONPATH")])]))
+def test_ctrl_c_ends_the_sweep_and_starting_it_again_goes_on(tmp_path):
     stop = ["+callbacks.interrupt._target_=composed.InterruptAfter", "+callbacks.interrupt.rounds=2"]
     command = ["train.py", "-m", *SHORT, *stop, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
     folders = [tmp_path / f"seed-{seed}" for seed in (0, 1)]
     for finished, started in ((0, 1), (1, 2)):  # every start ends in the second round of the next job
-        left = composed.program(*command)
+        left = composed.forked(*command)
         assert left.returncode == run.STOPPED, left.stderr
         assert f"hydra.sweep.dir={tmp_path}" in left.stderr
         assert [(folder / "done.json").exists() for folder in folders] == [finished > 0, False]
         assert [folder.exists() for folder in folders] == [True, started > 1]
-    assert composed.program(*command).returncode == 0
+    assert composed.forked(*command).returncode == 0
     assert [composed.results(folder)["rounds"] for folder in folders] == [4, 4]
 
 
@@ -164,12 +163,12 @@ def test_ctrl_c_ends_the_sweep_and_starting_it_again_goes_on(tmp_path, monkeypat
 def test_evaluations_are_swept_too(tmp_path):
     source = composed.train(tmp_path / "run", *composed.SMALL, "fusion.weight=[0,1]")
     given = [f"run={source},/no/such/run", "fusion.weight=[0,0.5]", f"hydra.sweep.dir={tmp_path}/jobs"]
-    done = composed.program("eval.py", "-m", *given)
+    done = composed.forked("eval.py", "-m", *given)
     assert done.returncode == 1
     (found,) = (tmp_path / "jobs").glob("*/done.json")
     (failed,) = (tmp_path / "jobs").glob("*/failed.json")
     assert "no export/config.json there" in failure(failed.parent)
-    assert f"done before: {found.parent}" in composed.program("eval.py", "-m", *given).stdout
+    assert f"done before: {found.parent}" in composed.forked("eval.py", "-m", *given).stdout
 
 
 # One job -------------------------------------------------------------------------------------------------------------
@@ -437,13 +436,13 @@ def test_no_launcher_or_sweep_is_left_untested():
 )
 def test_jobs_in_processes_of_their_own_are_kept_like_any_other(launcher, tmp_path):
     given = [f"launcher={launcher}", "copilot.layers=1,99,2", f"hydra.sweep.dir={tmp_path}"]
-    first = composed.program("train.py", "-m", *SHORT, *given)
+    first = composed.forked("train.py", "-m", *SHORT, *given)
     assert first.returncode == 1
     assert "1 job failed:" in first.stderr, first.stderr
     assert {path.parent.name for path in tmp_path.glob("*/done.json")} == {"copilot.layers-1", "copilot.layers-2"}
     assert "copilot.layers=99" in failure(tmp_path / "copilot.layers-99")
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")}
-    composed.program("train.py", "-m", *SHORT, *given)
+    composed.forked("train.py", "-m", *SHORT, *given)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")} == times
 
 
@@ -452,13 +451,13 @@ def test_jobs_in_processes_of_their_own_are_kept_like_any_other(launcher, tmp_pa
 def test_optuna_maximises_the_gain_and_a_study_started_again_repeats_no_trial(tmp_path):
     space = ["sweep=weight_optuna", "copilot.layers=choice(1,2,99)"]
     given = [*SHORT, *space, f"hydra.sweep.dir={tmp_path}"]
-    first = composed.program("train.py", *given, "hydra.sweeper.n_trials=5")
+    first = composed.forked("train.py", *given, "hydra.sweeper.n_trials=5")
     assert first.returncode == 1, first.stderr  # 99 layers fail, the study goes on
     gains = {path.parent.name: json.loads(path.read_text())["gain"] for path in tmp_path.glob("*/done.json")}
     best = OmegaConf.load(tmp_path / "optimization_results.yaml")
     assert best.best_value == max(gains.values())
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")}
-    again = composed.program("train.py", *given, "hydra.sweeper.n_trials=6")
+    again = composed.forked("train.py", *given, "hydra.sweeper.n_trials=6")
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert "Traceback" not in again.stderr
 

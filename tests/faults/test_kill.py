@@ -41,6 +41,7 @@ def figures(folder: Path) -> list[dict[str, str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_killed_ten_times_ends_as_if_nothing_had_happened(tmp_path, monkeypatch):
+    monkeypatch.setattr(composed.run, "budget", lambda *_: None)  # forked programs inherit it
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     ran = composed.forked("train.py", *SETTINGS, f"hydra.run.dir={whole}")
     assert ran.returncode == 0, ran.stderr

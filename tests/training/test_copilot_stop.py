@@ -117,7 +117,8 @@ def test_no_patience_is_refused():
 def test_two_processes_stop_their_copilot_together_and_train_on(tmp_path):
     given = [*composed.SMALL, "trainer=two_ranks", "trainer.val_check_interval=1", "callbacks=[default,copilot_stop]"]
     given += ["callbacks.copilot_stop.patience=1", "copilot.optimizer.lr=1e-30", "rounds=5", "data.held_out=0.2"]
-    done = composed.program("train.py", *given, "fusion.weight=[0,1]", f"paths.run_dir={tmp_path}")
+    with composed.without_estimate():
+        done = composed.forked("train.py", *given, "fusion.weight=[0,1]", f"paths.run_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert composed.results(tmp_path)["rounds"] == 5
     with (tmp_path / "metrics.csv").open(newline="") as file:

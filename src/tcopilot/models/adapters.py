@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
@@ -41,6 +39,8 @@ class Lora:
 
     def __call__(self, module: nn.Module) -> None:
         """Inject the adapters in place, in float32 whatever the type of the frozen weights."""
+        from peft import LoraConfig, inject_adapter_in_model  # takes up to two seconds, which runs without LoRA save
+
         self.check(module)
         options = {"lora_alpha": self.alpha, "lora_dropout": self.dropout, "target_modules": list(self.targets)}
         inject_adapter_in_model(LoraConfig(r=self.r, **options), module)
@@ -52,7 +52,7 @@ class Lora:
 def merge_adapters(model: nn.Module) -> None:
     """Merge every adapter into the weight that it adapts, in place; what remains is a plain model."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
+        if hasattr(module, "lora_A"):  # a layer of peft's
             module.merge()
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
