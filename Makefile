@@ -18,11 +18,11 @@ seeds: .venv/run ## Train the three demos with three seeds each (about ten minut
 
 .PHONY: test
 test: .venv/dev ## Run the tests
-	$(RUN) -m pytest -q -n 2 --dist loadfile
+	$(RUN) -m pytest -q -n 2 --dist worksteal
 
 .PHONY: test-slow
 test-slow: .venv/dev ## Run the tests that take minutes
-	$(RUN) -m pytest -q -m "slow and not gpu" -n 2 --dist loadfile
+	$(RUN) -m pytest -q -m "slow and not gpu" -n 2 --dist worksteal
 
 .PHONY: lint
 lint: .venv/dev ## Check formatting and lint rules

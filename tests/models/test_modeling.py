@@ -160,10 +160,11 @@ def exact(model):
     return model if model.config.pilot.model_type == "gemma2" else model.double()
 
 
-def assert_cache_changes_nothing(model, tokens, alone):
+def assert_cache_changes_nothing(model, tokens, alone, ways=tuple(DECODING)):
     """Decode with and without a cache; returns whether the Copilot changed any output. `alone` keeps the Pilot's."""
     model, changed = exact(model), False
-    for name, options in DECODING.items():
+    for name in ways:
+        options = DECODING[name]
         cached = decode(model, tokens, 5, **options)
         assert torch.equal(cached, decode(model, tokens, 5, use_cache=False, **options)), options
         key = (name, bool(tokens["attention_mask"].all()))
@@ -174,7 +175,7 @@ def assert_cache_changes_nothing(model, tokens, alone):
 
 
 @pytest.mark.parametrize("variant", range(8))
-@pytest.mark.parametrize("family", FAST)  # the slow test below has every family in every variant
+@pytest.mark.parametrize("family", FAST)  # the slow test below has every family
 def test_decoding_with_a_cache_equals_decoding_without(fuse, prompts, family, variant):
     model = fuse(family, layers=4, **list(pairs_of_variants(family))[variant])
     assert assert_cache_changes_nothing(model, prompts(model.pilot, padded=variant % 2 == 0), alone={})
@@ -184,12 +185,19 @@ def test_decoding_with_a_cache_equals_decoding_without(fuse, prompts, family, va
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("family", of_families())
 def test_decoding_with_a_cache_equals_decoding_without_in_every_variant(fuse, prompts, family):
+    """Families beyond those of the fast suite take half of the variants: the values of all factors but any one meet.
+
+    Sampling decodes step by step as greedy decoding does; that it does so with both caches is shown above.
+    """
     changed, alone = Counter(), {}
-    for i, variant in enumerate(ALL_VARIANTS):
-        model = fuse(family, layers=4, **variant)
-        changed[assert_cache_changes_nothing(model, prompts(model.pilot, padded=i.bit_count() % 2 == 0), alone)] += 1
-    assert changed.total() == 128
-    assert changed[True] > 0.95 * changed.total()
+    numbers = [i for i in range(128) if family in FAST or i.bit_count() % 2 == 0]
+    for i in numbers:
+        model = fuse(family, layers=4, **ALL_VARIANTS[i])
+        padded = (i if family in FAST else i >> 3).bit_count() % 2 == 0
+        tokens = prompts(model.pilot, padded)
+        changed[assert_cache_changes_nothing(model, tokens, alone, ("greedy", "beams"))] += 1
+    assert len(ALL_VARIANTS) == 128
+    assert changed[True] > 0.95 * len(numbers)
 
 
 def test_the_fast_variants_meet_every_pair_of_values():
