@@ -177,7 +177,7 @@ def test_the_second_pilot_is_another_one(controlled, tmp_path):
     assert nll != composed.value(composed.results(folder), "test", "nll", 0.0, "all")
     again = composed.results(composed.evaluate(folder, tmp_path / "again"))
     assert again["controls"] == composed.results(folder)["controls"]  # a report of the evaluation shows them too
-    rows = ["data.benchmarks.word_problems.train=200", "data.benchmarks.word_problems.test=30"]
+    rows = [f"data.benchmarks.word_problems.{split}" for split in ("train=200", "validation=20", "test=30")]
     other = composed.evaluate(folder, tmp_path / "other", "data=word_problems", *rows)
     assert composed.results(other)["controls"] == []
 

@@ -61,6 +61,7 @@ def learnt(family: str) -> list[str]:
         *rows,
         *rates,
         "rounds=120",
+        "copilot.steps_per_round=2",
         "data.batch_size=32",
         "seed=1",
         "trainer.val_check_interval=60",
@@ -283,7 +284,7 @@ def test_the_weight_is_the_best_on_validation(finished, tmp_path, no_training):
 def test_the_choice_of_the_weight_does_not_see_the_test_rows(finished, tmp_path, monkeypatch):
     chosen = composed.results(finished.folder)["selected_weight"]
     judge = Evaluator.scores
-    for favoured in (0.0, 0.5, 1.0, 2.0):
+    for favoured in (chosen, 0.0 if chosen else 2.0):
 
         def scores(self, split, name, weights, favoured=favoured):
             found = judge(self, split, name, weights)
@@ -485,7 +486,7 @@ KINDS = {
     "Tensorboard": ["logger=tensorboard"],
     "Llama": LLAMA,
 }
-FAST = ("top-k log", "own feedback", "only a head", "beam search", "stream", "passes instead of rounds", "Llama")
+FAST = ("own feedback", "only a head", "passes instead of rounds", "Llama")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -531,6 +532,7 @@ def test_the_closed_form_weight_can_end_a_training_run(tmp_path):
     assert found["selected_weight"] > 0
 
 
+@pytest.mark.slow
 def test_the_equal_time_control_stands_beside_the_gain(tmp_path, capsys):
     folder = composed.train(tmp_path / "run", *SHORT, "control=equal_time")
     found = composed.results(folder)
@@ -558,6 +560,7 @@ def test_a_copilot_is_trained_for_a_finished_pilot(tmp_path):
     assert composed.value(found, "test", "nll", 0.0, "all") != composed.value(found, "test", "nll", 1.0, "all")
 
 
+@pytest.mark.slow
 def test_a_copilot_is_trained_for_the_pilot_of_an_earlier_run(tmp_path):
     first = composed.train(tmp_path / "first", *SHORT, *LLAMA, "copilot=none")
     given = ["pilot.frozen=true", f"pilot.path={first}/export", "copilot.scheduler.num_warmup_steps=0"]
@@ -618,6 +621,7 @@ def test_adapters_are_trained_on_both_models_and_merged_into_the_export(tmp_path
         assert new["value"] == pytest.approx(old["value"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_learn_in_full_precision_on_weights_in_half(tmp_path):
     finished_llama(tmp_path / "pilot")
     half = [f"pilot.path={tmp_path}/pilot", "pilot.dtype=bfloat16", "trainer.precision=bf16-mixed"]
@@ -634,6 +638,7 @@ def test_adapters_learn_in_full_precision_on_weights_in_half(tmp_path):
     assert set(seen.values()) == {torch.float32}
 
 
+@pytest.mark.slow
 def test_a_mixture_reports_every_benchmark_beside_the_others(tmp_path):
     small = [o for o in SHORT if "word_problems" in o] + [
         o.replace("word_problems", "multiple_choice") for o in SHORT if "word_problems" in o
@@ -716,7 +721,9 @@ def test_resuming_what_cannot_be_resumed_says_why(files, tmp_path):
     assert ("no checkpoint" if files else "no config.yaml") in str(refused.value)
 
 
-@pytest.mark.parametrize(("every", "said"), [(1, "round=2"), ("null", "No state had been saved yet")])
+@pytest.mark.parametrize(
+    ("every", "said"), [(1, "round=2"), pytest.param("null", "No state had been saved yet", marks=pytest.mark.slow)]
+)
 def test_a_run_that_diverges_names_its_last_good_state(every, said, tmp_path, monkeypatch):
     loss = TCopilotModule._pilot_loss
     monkeypatch.setattr(

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,9 +94,10 @@ def swept(tmp_path_factory) -> SimpleNamespace:
     """Three jobs, the one in the middle impossible; then the same sweep again with a fourth."""
     folder = tmp_path_factory.mktemp("sweep") / "jobs"
     with composed.without_estimate():
-        first = composed.forked("train.py", "-m", *SHORT, "copilot.layers=1,99,2", f"hydra.sweep.dir={folder}")
+        given = ["train.py", "-m", *SHORT, "rounds=2", f"hydra.sweep.dir={folder}"]
+        first = composed.forked(*given, "copilot.layers=1,99,2")
         times = {path: path.stat().st_mtime_ns for path in folder.glob("*/results.json")}
-        again = composed.forked("train.py", "-m", *SHORT, "copilot.layers=1,99,2,0.5", f"hydra.sweep.dir={folder}")
+        again = composed.forked(*given, "copilot.layers=1,99,2,0.5")
     return SimpleNamespace(folder=folder, first=first, again=again, times=times)
 
 
@@ -181,18 +183,31 @@ def test_five_values_of_the_weight_cost_one_training(tmp_path, fits):
     assert len(list(tmp_path.rglob("metrics.csv"))) == 1
 
 
-def test_a_job_done_before_gives_its_gain_without_training(tmp_path, fits, capsys):
-    gain = train(tmp_path)
-    assert train(tmp_path, "logger=[]", "traceback=true") == gain  # neither changes what a job finds
-    assert len(fits) == 1
+@pytest.fixture(scope="module")
+def finished_job(tmp_path_factory) -> SimpleNamespace:
+    """The folder of a job that is done, to be copied, and the gain that it gave."""
+    folder = tmp_path_factory.mktemp("job") / "done"
+    with composed.without_estimate():
+        return SimpleNamespace(folder=folder, gain=train(folder))
+
+
+@pytest.fixture
+def done_before(finished_job, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(finished_job.folder, tmp_path, dirs_exist_ok=True))
+
+
+def test_a_job_done_before_gives_its_gain_without_training(done_before, finished_job, tmp_path, fits, capsys):
+    again = train(tmp_path, "logger=[]", "traceback=true")  # neither changes what a job finds
+    assert again == finished_job.gain
+    assert fits == []
     assert f"done before: {tmp_path}" in capsys.readouterr().out
 
 
-def test_another_config_in_the_folder_of_a_job_is_refused_and_both_are_named(tmp_path, fits):
-    train(tmp_path)
+def test_another_config_in_the_folder_of_a_job_is_refused_and_both_are_named(done_before, tmp_path, fits):
     before = json.loads((tmp_path / "done.json").read_text())["config"]
     assert train(tmp_path, "rounds=3", "copilot=half") is None
-    assert len(fits) == 1
+    assert fits == []
     said = failure(tmp_path)
     for part in (str(tmp_path), f"{before} there", "rounds=4 there, 3 now", "copilot.layers=None there, 0.5 now"):
         assert part in said
@@ -215,8 +230,7 @@ def test_a_job_that_was_left_goes_on_from_its_newest_checkpoint(tmp_path, monkey
     assert "not used" not in caplog.text  # the config is the same one
 
 
-def test_checkpoints_of_another_config_are_not_mixed_with_new_ones(tmp_path):
-    train(tmp_path)
+def test_checkpoints_of_another_config_are_not_mixed_with_new_ones(done_before, tmp_path):
     (tmp_path / "done.json").unlink()
     kept = checkpoints(tmp_path / "checkpoints")
     assert train(tmp_path, "seed=5") is None
@@ -435,14 +449,14 @@ def test_no_launcher_or_sweep_is_left_untested():
     ],
 )
 def test_jobs_in_processes_of_their_own_are_kept_like_any_other(launcher, tmp_path):
-    given = [f"launcher={launcher}", "copilot.layers=1,99,2", f"hydra.sweep.dir={tmp_path}"]
-    first = composed.forked("train.py", "-m", *SHORT, *given)
+    given = ["train.py", "-m", *SHORT, f"launcher={launcher}", f"hydra.sweep.dir={tmp_path}"]
+    first = composed.program(*given, "copilot.layers=1,99")
     assert first.returncode == 1
     assert "1 job failed:" in first.stderr, first.stderr
-    assert {path.parent.name for path in tmp_path.glob("*/done.json")} == {"copilot.layers-1", "copilot.layers-2"}
+    assert {path.parent.name for path in tmp_path.glob("*/done.json")} == {"copilot.layers-1"}
     assert "copilot.layers=99" in failure(tmp_path / "copilot.layers-99")
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")}
-    composed.forked("train.py", "-m", *SHORT, *given)
+    assert composed.program(*given, "copilot.layers=1").returncode == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")} == times
 
 
