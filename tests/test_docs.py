@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import composed
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -227,8 +226,7 @@ def test_every_key_of_the_algorithm_page_is_in_the_config():
 def test_every_documented_command_composes(extended, command):
     program, *overrides = command
     try:
-        with initialize_config_dir(str(extended.root / "configs"), version_base="1.3"):
-            cfg = compose(program, ["paths.run_dir=runs/x", *overrides], return_hydra_config=True)
+        cfg = composed.compose_whole("paths.run_dir=runs/x", *overrides, name=program, with_hydra=True)
     except MissingConfigException as error:
         missing = [plugin for group, plugin in PLUGINS.items() if group in str(error)]
         if not missing or any((Path(folder) / "hydra_plugins" / missing[0]).exists() for folder in sys.path):

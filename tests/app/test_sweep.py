@@ -16,7 +16,6 @@ import composed
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -40,8 +39,7 @@ def needs(package: str) -> pytest.MarkDecorator:
 
 
 def with_hydra(*overrides: str, name: str = "train") -> DictConfig:
-    with initialize_config_dir(str(composed.CONFIGS), version_base="1.3"):
-        return compose(name, list(overrides), return_hydra_config=True)
+    return composed.compose_whole(*overrides, name=name, with_hydra=True)
 
 
 @contextlib.contextmanager
