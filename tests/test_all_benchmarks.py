@@ -10,6 +10,7 @@ REASONING = ("piqa", "winogrande", "hellaswag", "boolq", "siqa", "openbookqa", "
 OPEN = ("aqua", "gsm8k", "mawps", "svamp")  # answers that are no choice between given options
 SMALL = [
     *("debug=limit", "data.max_train_rows=64", "data.max_eval_rows=6", "fusion.weight=[0,0.3,1]"),
+    "fusion.select_by=metric",
     *("mistake_log.log.capacity_rounds=4", f"data.path={ROWS}"),
 ]  # fmt: skip
 
