@@ -14,6 +14,8 @@ from torch import Tensor, distributed
 
 T = TypeVar("T")
 PARENT = "TCOPILOT_PARENT"  # environment variable: the process that starts the others of a job
+WAIT = "TCOPILOT_WAIT"  # environment variable: how many seconds the processes of a job have to meet
+_began = time.monotonic()
 
 
 class DisagreementError(RuntimeError):
@@ -37,10 +39,46 @@ def start() -> None:
     elif PARENT in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun ends its processes itself
         threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1 and not _on():
+        expect_others(int(os.environ["WORLD_SIZE"]))
         gpu = torch.cuda.is_available()
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+
+
+def expect_others(size: int) -> None:
+    """End this process with a message if those of its job have not met after a while; torch waits for half an hour.
+
+    `TCOPILOT_WAIT` gives the seconds. Without it they have a minute, and twice the time that this process has needed
+    so far, since processes that it starts itself have all of that before them.
+    """
+    if size > 1 and not _on():
+        seconds = _patience() or 60 + 2 * (time.monotonic() - _began)
+        threading.Thread(target=_end_alone, args=(size, seconds), daemon=True).start()
+
+
+def _patience() -> float | None:
+    """The seconds of `TCOPILOT_WAIT`; None if it is not set, or no number above 0."""
+    try:
+        seconds = float(os.environ.get(WAIT, ""))
+    except ValueError:
+        return None
+    return seconds if 0 < seconds < threading.TIMEOUT_MAX else None
+
+
+def _end_alone(size: int, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not _on():
+        if time.monotonic() >= end:
+            place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+            print(
+                f"error: process {rank()} of a job of {size} has waited {seconds:.0f} s for the others at {place}; "
+                f"start all {size}, with the same address and a port of the first one's machine that they can reach. "
+                f"{WAIT}=<seconds> waits longer",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            os._exit(1)  # the main thread waits in torch and cannot be woken
+        time.sleep(min(0.5, seconds))
 
 
 def _end_with(parent: int) -> None:
@@ -51,7 +89,9 @@ def _end_with(parent: int) -> None:
 
 
 def address_problem(size: int, nodes: int) -> str | None:
-    """Say why the others cannot reach the first process of a job at MASTER_ADDR and MASTER_PORT, if they cannot."""
+    """Say why the processes of a job cannot meet at MASTER_ADDR and MASTER_PORT, if one of the variables shows it."""
+    if size > 1 and WAIT in os.environ and _patience() is None:
+        return f"{WAIT}={os.environ[WAIT]}: give a number of seconds above 0, or leave it out"
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if size == 1 or _on() or rank() or "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun listens there itself
         return None

@@ -109,6 +109,14 @@ BAD = {  # overrides, and what the message must say: key, value and the way out
     "unknown family": (["pilot.config.model_type=gtp"], ["pilot.config", "gtp"]),
     "impossible sizes": ([*LLAMA, "pilot.config.hidden_size=63"], ["pilot.config", "63", "multiple"]),
     "unsupported family": (["pilot.path=<gpt2>"], ["'gpt2' is not supported", "llama"]),
+    "donor of a Copilot that is only a head": (
+        [*LLAMA, "copilot=head", "copilot.path=<llama>"],
+        ["copilot.path=<llama>: a Copilot that is only a head starts from no checkpoint; leave it out"],
+    ),
+    "adapter of a Copilot that is only a head": (
+        [*LLAMA, "copilot=head", "adapter@copilot.adapter=lora"],
+        ["copilot.adapter: a Copilot that is only a head has no layers; use adapter@copilot.adapter=none"],
+    ),
     "unsupported donor": (["copilot.path=<gpt2>"], ["copilot", "'gpt2' is not supported", "llama"]),
     "donor of another family": (["copilot.path=<llama>"], ["copilot.path=<llama>", "t5", "same family"]),
     "donor of another vocabulary": ([*LLAMA, "copilot.path=<llama>"], ["<llama>", "99 tokens", "same family and tok"]),

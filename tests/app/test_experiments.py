@@ -18,7 +18,7 @@ from tcopilot.models.adapters import Lora
 
 EXPERIMENTS = composed.CONFIGS / "experiment"
 DOCS = composed.ROOT / "docs" / "experiments.md"
-SOURCE = re.compile(r"Tables? \d|A\.3|[DEF]\.\d|Algorithm \d|not in the paper")
+SOURCE = re.compile(r"Tables? \d|A\.\d|[DEF]\.\d|Algorithm \d|not in the paper")
 NUMBER = re.compile(r"(?<![\w./])\d+(\.\d+)?(e[-+]?\d+)?(?![\w./])")
 NAME = re.compile(r"\w+/\w+")
 ON_A_CPU = "trainer=cpu"  # a machine without a CUDA device is told so by its own check
@@ -276,3 +276,8 @@ def test_every_row_and_every_model_is_documented():
     ):
         used = {choice[group] for choice in given}
         assert {name for name in files(group) if not name.startswith(others)} <= used
+
+
+def test_only_what_stands_for_the_paper_goes_without_positions():
+    for given, positions in (("paper/base", "none"), ("variant/literal", "none"), ("demo_decoder_only", None)):
+        assert composed.compose_config(f"experiment={given}").copilot.positions == positions

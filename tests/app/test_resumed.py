@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tcopilot.app import run
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.checks.resumed import take_overrides
+from tcopilot.run_directory import flatten
 from tcopilot.training.module import TCopilotModule, TrainingDivergedError
 
 CONSTANT = ["scheduler@pilot.scheduler=constant", "scheduler@copilot.scheduler=constant", "fusion.weight=[0,1]"]
@@ -110,3 +111,48 @@ def test_a_pair_goes_on_from_its_export(finished, estimate, tmp_path):
 def test_the_copilot_of_an_export_is_refused_on_a_pilot_that_it_cannot_read(finished, tmp_path):
     with pytest.raises(ConfigError, match="its trained Copilot reads a Pilot of width 64"):
         composed.train(tmp_path / "no", *composed.SMALL, f"copilot.path={finished}/export", "pilot.config.d_model=32")
+
+
+def going_on(*given, run=()):
+    """A run's config of its own, and what resuming it with overrides takes and leaves out."""
+    saved = composed.OmegaConf.to_container(composed.compose_config(*run, "paths.run_dir=/runs/a"), resolve=True)
+    before, kept = composed.OmegaConf.create(saved), composed.OmegaConf.create(saved)
+    return before, kept, take_overrides(before, composed.compose_config(*given), given)
+
+
+def differences(one, other):
+    one, other = (flatten(composed.OmegaConf.to_container(config)) for config in (one, other))
+    return {key: other.get(key) for key in {**one, **other} if one.get(key) != other.get(key)}
+
+
+def test_a_groups_file_keeps_what_the_run_has_set_beside_it():
+    own = ["evaluation.max_new_tokens=32", "evaluation.batch_size=16", "pilot.optimizer.lr=0.5"]
+    own += ["pilot.scheduler.num_warmup_steps=7", "callbacks.checkpoint.every_n_rounds=9"]
+    given = ["objective=mse", "scheduler@pilot.scheduler=constant", "callbacks=copilot_stop"]
+    before, kept, left_out = going_on(*given, run=own)
+    assert left_out == []
+    changed = differences(kept, before)
+    assert changed.pop("objective").endswith("MeanSquaredError")
+    assert changed.pop("pilot.scheduler") == "transformers.get_scheduler"
+    assert all(key.startswith(("callbacks.copilot_stop", "pilot.scheduler.")) for key in changed)
+    assert (before.pilot.scheduler.num_warmup_steps, before.callbacks.checkpoint.every_n_rounds) == (7, 9)
+    before, kept, _ = going_on("evaluation=beam4")
+    assert differences(kept, before) == {"evaluation.num_beams": 4}
+
+
+def test_a_groups_file_that_would_change_several_settings_is_refused_with_their_names():
+    own = ["evaluation.max_new_tokens=32", "evaluation.batch_size=16"]
+    with pytest.raises(ConfigError) as refused:
+        going_on("evaluation=beam4", run=own)
+    said = str(refused.value)
+    assert "evaluation=beam4 on resuming would change several settings" in said
+    assert "evaluation.batch_size from 16 to 128, evaluation.max_new_tokens from 32 to null" in said
+    assert "evaluation.num_beams from 1 to 4" in said
+    given = ["evaluation=beam4", *own]
+    before, kept, left_out = going_on(*given, run=own)
+    assert (left_out, differences(kept, before)) == ([], {"evaluation.num_beams": 4})
+
+
+def test_a_groups_file_that_checkpoints_depend_on_is_left_out():
+    before, kept, left_out = going_on("copilot=half", run=["copilot.clip=3"])
+    assert (left_out, before) == (["copilot=half"], kept)

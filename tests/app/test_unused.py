@@ -7,7 +7,7 @@ from tcopilot.app import build, run
 from tcopilot.app.checks.config import config_problems
 from tcopilot.app.checks.groups import group_problems
 from tcopilot.app.checks.problems import ConfigError, attempt
-from tcopilot.app.checks.unused import idle_overrides, watch
+from tcopilot.app.checks.unused import idle_overrides, set_in_files, watch
 from tcopilot.models.modeling import TCopilotForSeq2SeqLM
 
 SLIPS = {  # a key that nothing reads, and what the message says
@@ -101,6 +101,31 @@ def test_what_changes_nothing_is_found_and_nothing_else(given, idle, saved, tmp_
     assert isinstance(model, TCopilotForSeq2SeqLM)
     build.training_module(ready.config, model, 3)
     assert idle_overrides(cfg, ready.read, ready.data, given) == idle
+
+
+def test_what_an_experiment_sets_is_what_its_groups_do_not_say():
+    plain = composed.compose_config("pilot=tiny_llama", "data=base")
+    cfg = composed.compose_config("pilot=tiny_llama", "pilot.clip=2", "seed=3", "fusion.weight=[0,1]", "rounds=9")
+    found = set_in_files(cfg, plain, ["seed=3", "fusion.weight=[0,1]"])
+    assert {"pilot.clip=2", "rounds=9"} <= set(found)
+    assert all(text.startswith(("pilot.clip=", "rounds=", "data.")) for text in found)
+    assert set_in_files(cfg, None, []) == []
+
+
+def test_idle_keys_of_an_experiment_are_named_and_those_that_act_are_not(tmp_path):
+    """As a user's own file sets them, through the program."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nname: mine\npilot: {clip: 2}\ncopilot: {dtype: bfloat16, clip: 3}\n"
+        "data: {weights: {word_problems: 1}, batch_size: 16}\nevaluation: {compile: false, ranking: exhaustive}\n"
+    )
+    given = [*composed.SMALL, "experiment=mine", f"hydra.searchpath=[file://{tmp_path}]", "data.path=/tmp"]
+    done = composed.forked("train.py", *given, f"paths.run_dir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.split("\n") if "not used here" in line)
+    named = {text.strip() for text in line.strip("│ ").split("│")[1].split(",")}
+    assert {"data.path=/tmp", "copilot.dtype=bfloat16", "evaluation.compile=False"} <= named
+    assert not any(text.startswith(("pilot.clip", "copilot.clip", "data.batch_size", "name")) for text in named)
 
 
 def test_the_summary_names_idle_keys_and_the_budget_that_counts(tmp_path, monkeypatch, capsys):

@@ -35,6 +35,15 @@ def test_a_new_copilot_corrects_nothing(tiny_pilot, teacher_forced, family, head
     assert corrections.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("family", ["t5", "bart", "llama", "qwen3", "gemma2"])
+def test_positions_are_the_pilots_where_no_encoder_keeps_the_order(tiny_pilot, family):
+    pilot, expected = tiny_pilot(family), "none" if family in ("t5", "bart") else "pilot"
+    copilot = Copilot.from_pilot(pilot, layers=2)
+    assert copilot.config.positions == copilot.config.to_dict()["positions"] == expected
+    for given in ("none", "pilot"):
+        assert Copilot.from_pilot(pilot, layers=2, positions=given).config.positions == given
+
+
 @pytest.mark.parametrize("head", ["linear", "soft"])
 def test_a_new_copilot_learns_from_its_first_gradient(tiny_pilot, teacher_forced, head):
     pilot = tiny_pilot("llama")

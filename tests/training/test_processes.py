@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tcopilot.app import run
 from tcopilot.app.checks.config import config_problems
-from tcopilot.processes import DisagreementError, agree_on, rank, refuse_differences
+from tcopilot.processes import DisagreementError, address_problem, agree_on, rank, refuse_differences
 
 SMALL = [
     *(f"data.benchmarks.word_problems.{name}" for name in ("train=200", "validation=24", "test=20")),
@@ -126,6 +126,24 @@ def test_a_job_whose_processes_differ_does_not_start(tmp_path):
         assert "seed: 0, 1" in text
         assert "Traceback" not in text
     assert not (tmp_path / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_whose_others_never_come_says_so_and_ends(rank, tmp_path):
+    place = {"NODE_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 30500 + os.getpid() % 1000}
+    given = [*SMALL, "trainer=two_ranks", f"paths.run_dir={tmp_path}"]
+    done = composed.start("train.py", *given, LOCAL_RANK=rank, TCOPILOT_WAIT=2, **place).wait(timeout=100)
+    assert done.returncode == 1
+    assert f"process {rank} of a job of 2 has waited 2 s for the others at MASTER_ADDR=127.0.0.1" in done.stderr
+    assert f"MASTER_PORT={place['MASTER_PORT']}; start all 2" in done.stderr
+    assert "TCOPILOT_WAIT=<seconds> waits longer" in done.stderr
+
+
+@pytest.mark.parametrize("seconds", ["soon", "0", "-3", "nan", "inf"])
+def test_a_time_to_wait_that_is_none_is_refused(seconds, monkeypatch):
+    monkeypatch.setenv("TCOPILOT_WAIT", seconds)
+    assert address_problem(2, 1) == f"TCOPILOT_WAIT={seconds}: give a number of seconds above 0, or leave it out"
+    assert address_problem(1, 1) is None
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from tcopilot import processes
 from tcopilot.app import build, sweep
 from tcopilot.app.build import Prepared
 from tcopilot.app.checks.config import config_problems, refuse_missing, unread_keys
+from tcopilot.app.checks.groups import plain_config
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.checks.resumed import take_overrides
 from tcopilot.app.checks.unused import idle_overrides
@@ -64,7 +65,6 @@ def train(cfg: DictConfig) -> float | None:
     """
     with errors_for_people(cfg), closing_wandb():
         return sweep.job(_resumed(cfg), _train)
-    return None
 
 
 def _train(cfg: DictConfig) -> float:
@@ -111,7 +111,7 @@ def _train_jointly(cfg: DictConfig, prepared: Prepared, memory: Budget | None) -
     params = build.parameter_counts(model)  # now that a frozen Pilot is frozen
     if rank():
         seed_everything(cfg.seed + rank(), workers=True, verbose=False)  # every process draws its own dropout
-    idle = idle_overrides(cfg, prepared.read, prepared.data, _given())
+    idle = idle_overrides(cfg, prepared.read, prepared.data, _given(), plain_config(cfg))
     show_summary(cfg, prepared, model, params, module.rounds, memory, idle)
     _fit(cfg, prepared, module)
 
@@ -152,6 +152,7 @@ def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
     start = _newest_checkpoint(cfg, trainer.world_size)
     if problem := processes.address_problem(trainer.world_size, trainer.num_nodes):
         raise ConfigError([problem])
+    processes.expect_others(trainer.world_size)
     if start is not None and round_of(start) >= module.rounds:
         log.warning("resume=%s: all %d rounds are done; rounds=<more> goes on with it", cfg.resume, module.rounds)
     if start is not None:
@@ -205,7 +206,6 @@ def evaluate(cfg: DictConfig) -> float | None:
     """
     with errors_for_people(cfg):
         return sweep.job(cfg, _evaluate)
-    return None
 
 
 def _evaluate(cfg: DictConfig) -> float:

@@ -40,7 +40,8 @@ class CopilotConfig:
         pattern: insertion pattern of the paper, see `PATTERNS`.
         pooling: of h over the Pilot's layers.
         context: `strict` (target i reads h_{<i}, the paper's) or `inclusive` (h_{≤i}).
-        positions: `none` (the paper's) or `pilot` (the Pilot's own positions).
+        positions: `none` (the paper's) or `pilot` (the Pilot's own positions). None is resolved to `pilot` for a
+            decoder-only body and to `none` for one of an encoder-decoder, whose X̃ carries the order already.
         tied: the soft head reads the error input's matrix as its unembedding.
         reads: which of `READS` it is shown; what is left out is hidden in training and decoding alike.
         gate: settings of the gate that scales its corrections in decoding and scoring; None for none.
@@ -53,7 +54,7 @@ class CopilotConfig:
         "pattern": one_of(PATTERNS),
         "pooling": one_of(POOLINGS),
         "context": one_of(CONTEXTS),
-        "positions": one_of(POSITIONS),
+        "positions": one_of(POSITIONS).or_null(),
         "reads": list_of(READS),
     }
 
@@ -64,7 +65,7 @@ class CopilotConfig:
     pattern: int = 1
     pooling: str = "mean"
     context: str = "strict"
-    positions: str = "none"
+    positions: str | None = None
     tied: bool = False
     reads: list[str] = field(default_factory=lambda: list(READS))
     gate: dict[str, Any] | None = None
@@ -73,6 +74,8 @@ class CopilotConfig:
     def __post_init__(self) -> None:
         require(self.SETTINGS, vars(self), "copilot")
         build_gate(self.gate)
+        if self.positions is None:
+            self.positions = "none" if self.body["model_type"] in families.ENCODER_DECODERS else "pilot"
 
     @property
     def pooler(self) -> StatePooler:

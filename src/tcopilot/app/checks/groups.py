@@ -1,11 +1,14 @@
-"""What Hydra can only refuse with a traceback: a value in place of the name of a config group's file."""
+"""Config groups: what their files say by themselves, and values that stand where the name of a file should."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 
 
 def group_problems(overrides: Sequence[str], configs: Path) -> list[str]:
@@ -22,6 +25,22 @@ def group_problems(overrides: Sequence[str], configs: Path) -> list[str]:
             names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml"))) or "a file below it"
             problems.append(f"{text}: {override.key_or_group} is a config group; leave it out, or choose of {names}")
     return problems
+
+
+def plain_config(cfg: DictConfig) -> DictConfig | None:
+    """The program's config by the files of its groups alone, without experiments and what a data file adds.
+
+    None for a run that goes on, outside of Hydra's programs, and where an experiment has brought groups of its own.
+    """
+    if cfg.get("resume") or not HydraConfig.initialized():
+        return None
+    chosen = {**HydraConfig.get().runtime.choices, "data": "base"}
+    own = ("hydra", "experiment", "debug")
+    given = [f"{key}={name}" for key, name in chosen.items() if key.split("/")[0] not in own]
+    try:
+        return compose(HydraConfig.get().job.config_name, [text.replace("=None", "=null") for text in given])
+    except HydraException:
+        return None
 
 
 def refuse_values_for_group_names(configs: Path) -> None:

@@ -33,7 +33,9 @@ def model_problems(cfg: DictConfig, pilot: ModelSource, donor: ModelSource | Non
         return problems  # a trained Copilot brings its architecture
     if "layers" not in cfg.copilot:
         if donor is not None:
-            problems.append(f"copilot.path={donor.path}: a Copilot that is only a head starts from no checkpoint")
+            problems.append(
+                f"copilot.path={donor.path}: a Copilot that is only a head starts from no checkpoint; leave it out"
+            )
         if "_target_" in (cfg.copilot.adapter or {}):
             problems.append(
                 "copilot.adapter: a Copilot that is only a head has no layers; use adapter@copilot.adapter=none"

@@ -72,16 +72,41 @@ def watch(cfg: DictConfig) -> tuple[DictConfig, set[str]]:
     return OmegaConf.create(watched(raw, resolved, "")), read
 
 
+def set_in_files(cfg: DictConfig, plain: DictConfig | None, given: Iterable[str]) -> list[str]:
+    """The settings, as `key=value`, in which a config differs from another, and which no override has given.
+
+    Args:
+        cfg: the composed config, not resolved.
+        plain: what the files of the same groups say by themselves, so that the difference is what experiments have
+            set; None if it is not known.
+        given: the overrides of the command line.
+    """
+    if plain is None:
+        return []
+    keys = [key_of(override) for override in given]
+    own, others = (flatten(OmegaConf.to_container(config, resolve=False)) for config in (cfg, plain))
+    return [
+        f"{key}={value}"
+        for key, value in own.items()
+        if (key not in others or others[key] != value) and not any(is_within(key, other) for other in keys)
+    ]
+
+
 def idle_overrides(
-    cfg: DictConfig, read: Collection[str], data: TCopilotDataModule, given: Iterable[str]
+    cfg: DictConfig,
+    read: Collection[str],
+    data: TCopilotDataModule,
+    given: Collection[str],
+    plain: DictConfig | None = None,
 ) -> list[str]:
-    """The overrides of a command line, such as `pilot.clip=2`, that change nothing in this run.
+    """The settings given for this run, such as `pilot.clip=2`, that change nothing in it.
 
     Args:
         cfg: the config of the run.
         read: the keys that building the models and the log has read.
         data: the prepared data.
-        given: the overrides.
+        given: the overrides of the command line.
+        plain: see `set_in_files`, whose settings are judged too.
     """
     # Groups that are given whole to a constructor, or read once training has ended.
     used = {*read, "data", "trainer", "callbacks", "logger", "paths", "evaluation"}
@@ -89,7 +114,7 @@ def idle_overrides(
     used |= {"mistake_log", "fusion.per", "fusion.select_by"} if cfg.copilot.enabled else set()
     idle = {key for key, is_idle in _without_effect(cfg, data).items() if is_idle}
     found = []
-    for override in given:
+    for override in (*given, *set_in_files(cfg, plain, given)):
         key = key_of(override)
         if OmegaConf.select(cfg, key, throw_on_missing=False) is None:
             continue  # a group such as `experiment`, or null, which asks for nothing
@@ -99,7 +124,11 @@ def idle_overrides(
 
 
 def _without_effect(cfg: DictConfig, data: TCopilotDataModule) -> dict[str, bool]:
-    """Whether settings that an object was given, read or not, can change nothing, by what else it was given."""
+    """Whether settings that are read at all events can change nothing, by what else is given.
+
+    Reading tells nothing of them: a data module takes its settings whole, and what only evaluation reads has not been
+    read yet when a run's summary is shown.
+    """
     tasks, alone = data.benchmarks.values(), len(data.benchmarks) == 1
     unranked = all(task.catalogue is None for task in tasks)
     return {
