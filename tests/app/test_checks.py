@@ -76,7 +76,10 @@ BAD = {  # overrides, and what the message must say: key, value and the way out
     "a frozen Pilot of nobody": (["pilot.frozen=true"], ["pilot.path=null", "pilot.path=<model or export>"]),
     "a stop for nobody": (["callbacks=[default,copilot_stop]", "copilot=none"], ["callbacks.copilot_stop", "default"]),
     "compiled or not": (["evaluation.compile=maybe"], ["evaluation.compile=maybe", "true or false"]),
-    "frozen control": (["control=equal_time", "pilot.frozen=true"], ["pilot.frozen=true", "control=null"]),
+    "frozen control": (
+        ["control=averaged", "pilot.frozen=true"],
+        ["control=['averaged']", "pilot.frozen=true", "equal_time"],
+    ),
     "beams": (["evaluation.num_beams=0"], ["evaluation.num_beams=0", "at least 1"]),
     "λ from test": (["+evaluation.select_on=test"], ["evaluation.select_on=test", "never", "use validation"]),
     "reported split": (["evaluation.report_on=train"], ["evaluation.report_on=train", "test, validation"]),

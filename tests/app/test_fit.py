@@ -112,6 +112,59 @@ def test_a_recording_that_was_stopped_goes_on(pilot, tmp_path, monkeypatch):
     assert composed.results(tmp_path)["rounds"] > 0
 
 
+@pytest.fixture(scope="module")
+def scored(pilot, tmp_path_factory):
+    return composed.train(tmp_path_factory.mktemp("scored"), *frozen(pilot, "evaluation=recorded"))
+
+
+def test_without_answers_a_copilot_is_fitted_and_judged_in_seconds_and_answers_later(
+    pilot, first, scored, tmp_path, monkeypatch
+):
+    load = ModelSource.load
+    monkeypatch.setattr(ModelSource, "load", lambda *given: pytest.fail("the Pilot was loaded"))
+    given = frozen(pilot, f"mistake_log.from={scored}", "evaluation=recorded")
+    folder = composed.train(tmp_path / "fit", *given)
+    assert not list((folder / "export").glob("model*.safetensors"))
+    assert not (folder / "predictions").exists()
+    found, answered = composed.results(folder), composed.results(first)
+    (gain,) = found["gain"]
+    assert (gain["metric"], gain["benchmark"], gain["higher_is_better"]) == ("nll", "word_problems", False)
+    assert gain["fixed"] + gain["broken"] <= 16
+    for weight in (0.0, 1.0):  # all targets have two tokens, so the mean over rows is that over tokens
+        ours = composed.value(found, "test", "nll", weight)
+        assert ours == pytest.approx(composed.value(answered, "test", "nll", weight, "all"), rel=1e-4)
+    monkeypatch.setattr(ModelSource, "load", load)
+    later = composed.results(composed.evaluate(folder, tmp_path / "eval", "fusion.weight=[0,1]"))
+    for weight in (0.0, 1.0):
+        figures = [composed.value(one, "test", "accuracy", weight) for one in (later, answered)]
+        assert figures[0] == figures[1]
+
+
+@pytest.mark.slow
+def test_the_controls_of_a_frozen_pilot_train_it_with_lora(pilot, first, tmp_path):
+    given = frozen(pilot, f"mistake_log.from={first}", "control=[equal_time,equal_flops]", "copilot.passes=1")
+    found = composed.results(composed.train(tmp_path, *given))
+    before = composed.value(found, "test", "nll", 0.0, "all")
+    for title in ("Pilot, equal time", "Pilot, equal FLOPs"):
+        (nll,) = [one for one in found["controls"] if (one["name"], one["metric"]) == (title, "nll")]
+        assert nll["rounds"] > 0
+        assert nll["value"] != before
+    after = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "export").pilot.state_dict()
+    for name, weight in AutoModelForSeq2SeqLM.from_pretrained(pilot).pilot.state_dict().items():
+        assert torch.equal(after[name], weight), name  # the run's own Pilot is left alone
+
+
+def test_what_needs_answers_is_refused_where_only_a_recording_is_scored(pilot, tmp_path):
+    wrong = {
+        "pilot=frozen copilot=head": [*SMALL, "evaluation=recorded"],
+        "fusion.per=all": frozen(pilot, "evaluation=recorded", "fusion.weight=auto"),
+        "control=null": frozen(pilot, "evaluation=recorded", "control=averaged"),
+    }
+    for mend, overrides in wrong.items():
+        with pytest.raises(ConfigError, match=mend):
+            composed.train(tmp_path, *overrides)
+
+
 @pytest.mark.slow
 def test_two_processes_record_and_fit_as_one(pilot, first, tmp_path):
     done = composed.program(

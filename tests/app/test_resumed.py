@@ -26,7 +26,7 @@ def resume(monkeypatch):
     """Resume a run with overrides, as the command line does."""
 
     def go_on(folder, *given, estimate=False):
-        monkeypatch.setattr(run, "_given", lambda: [f"resume={folder}", *given])
+        monkeypatch.setattr(run, "given_overrides", lambda: [f"resume={folder}", *given])
         monkeypatch.setattr(run, "budget", lambda *_: None)
         run.train(composed.compose_config(f"resume={folder}", "traceback=true", *given))
 

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from tcopilot.app import run, sweep
+from tcopilot.app import joint, run, sweep
 from tcopilot.evaluation.results import Gain, Results, Row
 from tcopilot.training.callbacks.checkpoint import checkpoints
 
@@ -79,8 +79,8 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.fixture
 def fits(monkeypatch) -> list[int]:
     """One entry for each training."""
-    started, fit = [], run._fit
-    monkeypatch.setattr(run, "_fit", lambda *args: (started.append(1), fit(*args))[1])
+    started, fit = [], joint._fit
+    monkeypatch.setattr(joint, "_fit", lambda *args: (started.append(1), fit(*args))[1])
     return started
 
 
@@ -218,8 +218,8 @@ def test_a_job_that_was_left_goes_on_from_its_newest_checkpoint(tmp_path, monkey
         train(tmp_path, *stop)
     assert left.value.code == run.STOPPED
     assert not (tmp_path / "done.json").exists()
-    starts, newest = [], run._newest_checkpoint
-    monkeypatch.setattr(run, "_newest_checkpoint", lambda *args: (starts.append(newest(*args)), starts[-1])[1])
+    starts, newest = [], joint._newest_checkpoint
+    monkeypatch.setattr(joint, "_newest_checkpoint", lambda *args: (starts.append(newest(*args)), starts[-1])[1])
     state = checkpoints(tmp_path / "checkpoints")[-1]
     assert train(tmp_path, *stop) is not None
     assert [Path(start) for start in starts] == [state]
@@ -247,7 +247,7 @@ def test_a_folder_that_holds_only_a_failure_is_used_anew(tmp_path, fits):
 
 
 def test_an_error_that_no_message_explains_is_noted_with_its_traceback(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "_fit", lambda *_: 1 / 0)
+    monkeypatch.setattr(joint, "_fit", lambda *_: 1 / 0)
     assert train(tmp_path) is None
     assert failure(tmp_path) == "ZeroDivisionError: division by zero"
     assert "in _train" in json.loads((tmp_path / "failed.json").read_text())["traceback"]
@@ -268,7 +268,7 @@ def test_nothing_of_a_failed_job_reaches_the_next(tmp_path, monkeypatch):
         draws = (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist())
         return dict(os.environ), list(warnings.filters), torch.are_deterministic_algorithms_enabled(), draws
 
-    monkeypatch.setattr(run, "_fit", spoil)
+    monkeypatch.setattr(joint, "_fit", spoil)
     before = state()
     assert train(tmp_path) is None
     assert state() == before

@@ -71,6 +71,19 @@ def test_only_adapters_and_the_copilots_own_parts_train(family):
     assert any(name.startswith("pilot.") for name in before if name not in moved)  # the frozen base is there
 
 
+@pytest.mark.parametrize(("family", "stacks"), [("t5", 2), ("llama", 1)])
+@pytest.mark.parametrize(("top", "kept"), [(1.0, [0, 1, 2, 3]), (0.5, [2, 3]), (0.1, [3])])
+def test_adapters_of_the_last_layers_leave_the_others_alone(family, stacks, top, kept):
+    pilot = tiny_pilot(family, layers=4)
+    Lora(r=4, alpha=8, targets=TARGETS[family][:1], top=top)(pilot)
+    found = [name.split(".") for name, part in pilot.named_modules() if isinstance(part, BaseTunerLayer)]
+    numbers = {int(next(part for part in name if part.isdigit())) for name in found}
+    per_layer = {"t5": 3, "llama": 1}[family]  # T5's decoder layers attend twice
+    assert numbers == {*kept}
+    assert len(found) == per_layer * len(kept)
+    assert stacks == len({name[0] for name in found})
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_new_adapters_change_nothing(family):
     batch = random_batch(family, seed=3)

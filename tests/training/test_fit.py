@@ -75,7 +75,9 @@ def test_all_tokens_give_what_the_copilot_corrects_in_decoding(pilot, tmp_path):
 
 def fitted(folder, pilot, copilot, train, validation, patience=50, passes=30, objective=None):
     recording = recorded(folder, pilot, [*train, *validation])
-    data = RecordedData(recording, train, validation, DEPTHS, 8, passes, 0, lambda rows, device: None)
+    data = RecordedData(
+        recording, train, validation, [*train, *validation], DEPTHS, 8, passes, 0, lambda rows, device: None
+    )
     module, best = CopilotFit(copilot, pilot, learner(1e-2), data.updates, objective), KeepBest(patience)
     judged = {"val_check_interval": data.updates_per_pass, "limit_val_batches": 1.0 if validation else 0}
     trainer = Trainer(

@@ -11,6 +11,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from yaml import YAMLError
@@ -24,13 +25,13 @@ from tcopilot.app.checks.trial_build import trial_problems
 from tcopilot.app.checks.unused import watch
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.data.shots import NumberedRow
-from tcopilot.evaluation.modes import Decoding
+from tcopilot.evaluation.modes import RECORDED, Decoding
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.base_copilot import BaseCopilot
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.families import decoder_depth
 from tcopilot.models.fused_model import TCopilotModel
-from tcopilot.models.kinds import KINDS, learns, new_copilot, settings_of
+from tcopilot.models.kinds import KINDS, empty_copilot, learns, new_copilot, settings_of
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.processes import is_first
@@ -96,6 +97,11 @@ def fits_from_recording(cfg: DictConfig) -> bool:
     return bool(cfg.pilot.frozen and kind and kind[0].fits_recordings)
 
 
+def evaluates_recording(cfg: DictConfig) -> bool:
+    """Whether a run scores recorded targets in place of answering rows, so that it never needs the Pilot's layers."""
+    return list(cfg.evaluation.modes) == [RECORDED]
+
+
 def prepare_data(
     cfg: DictConfig, tokenizer: PreTrainedTokenizerBase, pilot: PreTrainedConfig, fits: bool = True,
     shots: Mapping[str, list[NumberedRow]] | None = None,
@@ -138,11 +144,18 @@ def read_export(run_dir: Path) -> tuple[TCopilotConfig, PreTrainedTokenizerBase]
 def load_export(run_dir: Path, config: TCopilotConfig) -> TCopilotModel:
     """The fused model of a finished run's export, with the Pilot in the type in which it was trained.
 
+    A run that never loaded its Pilot (`evaluation=recorded`) exports the Copilot alone, and names the Pilot.
+
     Raises:
         ModelSourceError: if weights are missing, of other shapes than the config says, or not finite.
     """
-    source = ModelSource(str(RunDirectory(run_dir).export), key="run")
-    return source.whole_model(fused_class(config.is_encoder_decoder), config.dtype or torch.float32)
+    run, fused = RunDirectory(run_dir), fused_class(config.is_encoder_decoder)
+    if run.copilot_alone.exists():
+        pilot = model_source(OmegaConf.load(run.config).pilot, "pilot").load(read_export(run_dir)[1])
+        copilot = empty_copilot(config.copilot)
+        copilot.load_state_dict(load_file(run.copilot_alone))
+        return fused(config, pilot, copilot)
+    return ModelSource(str(run.export), key="run").whole_model(fused, config.dtype or torch.float32)
 
 
 def saved_config(cfg: DictConfig) -> str:
@@ -316,10 +329,17 @@ def parameter_counts(model: TCopilotModel) -> dict[str, int]:
 
 
 def export(model: TCopilotModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write the fused model and its tokenizer as a folder that `from_pretrained` loads; the first process does."""
+    """Write the fused model and its tokenizer as a folder that `from_pretrained` loads; the first process does.
+
+    Of a Pilot whose layers are not in memory only the config is written, and the Copilot's weights beside it.
+    """
     if not is_first():
         return
-    model.save_pretrained(folder)
+    if any(weight.is_meta for weight in model.parameters()):
+        model.config.save_pretrained(folder)
+        save_file(model.copilot.state_dict(), RunDirectory(Path(folder).parent).copilot_alone)
+    else:
+        model.save_pretrained(folder)
     tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # or it is not written, and the default is right
     tokenizer.save_pretrained(folder)
 

@@ -7,15 +7,14 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,9 +24,9 @@ from tcopilot.app.build import Prepared
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.console import show_fit
 from tcopilot.app.jobs import STOPPED
+from tcopilot.app.joint import Trained
 from tcopilot.app.trainer import make_callbacks, make_trainer
 from tcopilot.mistake_log.recording import RecordedPilot, Recording, RecordingError
-from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.pilot_files import digest, load_unembedding
 from tcopilot.processes import agree_on, is_first
 from tcopilot.run_directory import RunDirectory
@@ -36,24 +35,6 @@ from tcopilot.training.fit import CopilotFit, KeepBest, RecordedData
 
 log = logging.getLogger(__name__)
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A fused model and what its training took, in the terms of `results.json`."""
-
-    model: TCopilotModel
-    loggers: list[Logger]
-    params: dict[str, int]
-    rounds: int
-    train_seconds: float
-    train_flops: float | None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def costs(self) -> dict[str, Any]:
-        """The fields of `Results` that an evaluation cannot know."""
-        return {name: getattr(self, name) for name in ("params", "rounds", "train_seconds", "train_flops")}
 
 
 def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
@@ -66,10 +47,12 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
         recording = _recording(cfg, prepared, run_dir)
     except RecordingError as error:
         raise ConfigError([f"mistake_log.from={cfg.mistake_log['from']}: {error}"]) from error
-    parts = {split: prepared.data.rows_of(split) for split in ("train", "validation")}
+    splits = dict.fromkeys(("validation", cfg.evaluation.report_on) if build.evaluates_recording(cfg) else ())
+    parts = {split: prepared.data.rows_of(split) for split in ("train", "validation", *splits)}
     data = RecordedData(
-        recording, parts["train"], parts["validation"], cfg.copilot.depths, cfg.copilot.batch_size,
-        cfg.copilot.passes, cfg.seed, lambda rows, device: _record(recording, prepared, pilot, rows, device, cfg),
+        recording, parts["train"], parts["validation"], list(chain(*parts.values())), cfg.copilot.depths,
+        cfg.copilot.batch_size, cfg.copilot.passes, cfg.seed,
+        lambda rows, device: _record(recording, prepared, pilot, rows, device, cfg),
     )  # fmt: skip
     if data.missing and cfg.mistake_log["from"] is not None:
         total = sum(map(len, parts.values()))
@@ -90,9 +73,11 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     show_fit(cfg, prepared, params, data)
     with _stopping(run_dir):
         trainer.fit(module, datamodule=data)
-    if any(weight.is_meta for weight in pilot.parameters()):
+    if not splits and any(weight.is_meta for weight in pilot.parameters()):
         model = build.fuse(cfg, prepared, prepared.pilot.load(prepared.tokenizer), copilot)
-    model.to(trainer.strategy.root_device)
+    device = trainer.strategy.root_device
+    for part in (copilot, model.pilot.get_output_embeddings()) if splits else (model,):
+        part.to(device)
     kept = f"after pass {best.best_pass} of {best.passes}" if best.best_pass else "as it was new, for none was better"
     rate = len(recording) / max(recording.seconds, 1e-9)
     note = (
@@ -101,7 +86,7 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     )
     seconds = agree_on(round(recording.seconds + module.seconds, 2))
     flops = recording.flops + (count.total() or 0.0)
-    return Trained(model, trainer.loggers, params, trainer.global_step, seconds, flops, [note])
+    return Trained(model, trainer.loggers, params, trainer.global_step, seconds, flops, [note], recording)
 
 
 def _recording(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Recording:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import sys
 from collections.abc import Iterator
@@ -12,44 +11,38 @@ from pathlib import Path
 
 import torch
 from filelock import Timeout
-from hydra.core.hydra_config import HydraConfig
-from lightning import Trainer, seed_everything
-from lightning.pytorch.callbacks import LambdaCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from tcopilot import processes
 from tcopilot.app import build, sweep
 from tcopilot.app.build import Prepared
 from tcopilot.app.checks.config import config_problems, refuse_missing, unread_keys
-from tcopilot.app.checks.groups import plain_config
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.checks.resumed import take_overrides
-from tcopilot.app.checks.unused import idle_overrides
-from tcopilot.app.console import quiet_libraries, show_results, show_summary
+from tcopilot.app.console import quiet_libraries, show_results
 from tcopilot.app.controls.training import JointRun, against_controls, train_controls
 from tcopilot.app.failures import errors_for_people
-from tcopilot.app.fit import Trained, fit
-from tcopilot.app.jobs import STOPPED
+from tcopilot.app.fit import fit
+from tcopilot.app.joint import given_overrides, train_jointly
 from tcopilot.app.memory.estimate import Budget, budget
-from tcopilot.app.trainer import make_callbacks, make_trainer
 from tcopilot.data.shots import read_shots, write_shots
 from tcopilot.evaluation.calibrate import calibrate
 from tcopilot.evaluation.evaluate import Evaluator
+from tcopilot.evaluation.recorded import evaluate_recorded
 from tcopilot.evaluation.results import Results, git_revision
 from tcopilot.evaluation.trace import trace_problems, write_trace
-from tcopilot.models.adapters import merge_adapters
+from tcopilot.mistake_log.recording import Recording
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.gates import GATES
 from tcopilot.models.pilot import ModelSource
 from tcopilot.models.transfer import put_on, transfer_problems
-from tcopilot.processes import agree_on, is_first, rank, refuse_differences
+from tcopilot.processes import agree_on, is_first
 from tcopilot.reporting.dashboards import log_evaluation
-from tcopilot.run_directory import RunDirectory, flatten, write_whole
-from tcopilot.training.callbacks import FlopCount, GracefulStop, RoundCheckpoint
-from tcopilot.training.checkpoints import checkpoints, newest_good, round_of
+from tcopilot.run_directory import RunDirectory, write_whole
+from tcopilot.training.checkpoints import checkpoints
 from tcopilot.training.loggers import closing_wandb
-from tcopilot.training.module import TCopilotModule, TrainingDivergedError, clear_empty_libraries
+from tcopilot.training.module import clear_empty_libraries
 from tcopilot.version import __version__
 
 log = logging.getLogger(__name__)
@@ -85,12 +78,14 @@ def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, 
     if is_first() and prepared.data.shots:
         write_shots(prepared.data.shot_rows, run_dir.shots)
     is_fit = build.fits_from_recording(cfg)
-    trained = fit(cfg, prepared, run_dir) if is_fit else _train_jointly(cfg, prepared, memory)
+    trained = fit(cfg, prepared, run_dir) if is_fit else train_jointly(cfg, prepared, memory)
     model = trained.model
     if model.copilot is not None and not model.copilot.learns:
         calibrate(Evaluator(model, prepared.tokenizer, prepared.data, run_dir.predictions))
     build.export(model, prepared.tokenizer, run_dir.export)
-    results = _run_evaluator(cfg, model, prepared, run_dir, build.evaluation_weights(cfg.fusion.weight))
+    recording = trained.recording if build.evaluates_recording(cfg) else None
+    weights = build.evaluation_weights(cfg.fusion.weight)
+    results = _run_evaluator(cfg, model, prepared, run_dir, weights, recording=recording)
     if is_first():
         model.config.save_pretrained(run_dir.export)  # now with the selected λ
     results = replace(results, **trained.costs, notes=[*trained.notes, *results.notes])
@@ -105,24 +100,6 @@ def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, 
     return _finish(results, run_dir)
 
 
-def _train_jointly(cfg: DictConfig, prepared: Prepared, memory: Budget | None) -> Trained:
-    model = build.fused_model(prepared.config, prepared)
-    module = build.training_module(prepared.config, model, prepared.data.total_rounds)
-    params = build.parameter_counts(model)  # now that a frozen Pilot is frozen
-    if rank():
-        seed_everything(cfg.seed + rank(), workers=True, verbose=False)  # every process draws its own dropout
-    idle = idle_overrides(cfg, prepared.read, prepared.data, _given(), plain_config(cfg))
-    show_summary(cfg, prepared, model, params, module.rounds, memory, idle)
-    _fit(cfg, prepared, module)
-
-    model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
-    merge_adapters(model)
-    seconds = agree_on(round(sum(module.seconds.values()), 2))
-    counts = (callback for callback in module.trainer.callbacks if isinstance(callback, FlopCount))
-    flops = next((count.total() for count in counts), None)
-    return Trained(model, module.trainer.loggers, params, module.round, seconds, flops)
-
-
 def _resumed(cfg: DictConfig) -> DictConfig:
     """The config of the run to resume, or else the config given."""
     if not cfg.get("resume"):
@@ -132,67 +109,10 @@ def _resumed(cfg: DictConfig) -> DictConfig:
         raise ConfigError([f"resume={cfg.resume}: no config.yaml there; give the folder of a run that was started"])
     before = build.read_config(path, f"resume={cfg.resume}", cfg.trust)
     before.resume = before.paths.run_dir
-    given = [override for override in _given() if not override.startswith(("resume=", "trust=", "paths."))]
+    given = [override for override in given_overrides() if not override.startswith(("resume=", "trust=", "paths."))]
     if ignored := take_overrides(before, cfg, given):
         log.warning("resume=%s goes on with that run's own config; not used: %s", cfg.resume, ", ".join(ignored))
     return before
-
-
-def _given() -> list[str]:
-    """The overrides of the command line."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-
-
-def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
-    shared = {"data": prepared.data.fingerprint()} | flatten(OmegaConf.to_container(cfg, resolve=True))
-    callbacks = [LambdaCallback(setup=lambda trainer, module, stage: refuse_differences(shared)), *make_callbacks(cfg)]
-    trainer = make_trainer(cfg, callbacks, prepared.log, module.rounds)
-    stop = next((c for c in callbacks if isinstance(c, GracefulStop)), None)
-    saver = next((c for c in callbacks if isinstance(c, RoundCheckpoint)), None)
-    start = _newest_checkpoint(cfg, trainer.world_size)
-    if problem := processes.address_problem(trainer.world_size, trainer.num_nodes):
-        raise ConfigError([problem])
-    processes.expect_others(trainer.world_size)
-    if start is not None and round_of(start) >= module.rounds:
-        log.warning("resume=%s: all %d rounds are done; rounds=<more> goes on with it", cfg.resume, module.rounds)
-    if start is not None:
-        _keep_metrics(trainer, RunDirectory(cfg.paths.run_dir).metrics, round_of(start))
-    try:
-        trainer.fit(module, datamodule=prepared.data, ckpt_path=start, weights_only=True)
-    except TrainingDivergedError as error:
-        saved = checkpoints(saver.folder) if saver else []
-        go_on = f"Go on with: python train.py resume={cfg.paths.run_dir} pilot.optimizer.lr=<lower>"
-        last = f"{go_on}. Last good state: {saved[-1]}" if saved else "No state had been saved yet"
-        raise TrainingDivergedError(f"{error}. {last}") from None
-    except SystemExit:  # Lightning turns a second Ctrl-C into status 1
-        if stop is None or not stop.requested:
-            raise
-        raise KeyboardInterrupt from None
-    if stop is not None and stop.requested:
-        log.info("Stopped after round %d. Go on with: python train.py resume=%s", module.round, cfg.paths.run_dir)
-        sys.exit(STOPPED)
-
-
-def _newest_checkpoint(cfg: DictConfig, world_size: int) -> Path | None:
-    if not cfg.get("resume"):
-        return None
-    newest = newest_good(RunDirectory(cfg.resume).checkpoints, world_size)
-    if newest is None:
-        raise ConfigError([f"resume={cfg.resume}: no checkpoint in {cfg.resume}/checkpoints; start the run anew"])
-    return newest
-
-
-def _keep_metrics(trainer: Trainer, path: Path, rounds: int) -> None:
-    """Hand the lines of the rounds done to the CSV logger of a resumed run, which would delete the file it finds."""
-    if not path.exists():
-        return
-    with path.open(newline="") as file:
-        lines = [{key: value for key, value in line.items() if key and value} for line in csv.DictReader(file)]
-    done = [line for line in lines if line.get("step", "").isdigit() and int(line["step"]) < rounds]  # from step 0
-    for logger in trainer.loggers:
-        if isinstance(logger, CSVLogger) and trainer.is_global_zero:
-            logger.experiment.metrics += done
-            logger.experiment.save()
 
 
 def evaluate(cfg: DictConfig) -> float | None:
@@ -272,6 +192,8 @@ def _override(trained: DictConfig, cfg: DictConfig, source: RunDirectory) -> flo
         for key, value in cfg[group].items():  # evaluation=<name> sets every key, and null is one of its values
             if (value is not None or whole) and (key, value) != ("weight", "run"):
                 OmegaConf.update(trained, f"{group}.{key}", value, merge=False, force_add=True)
+    if cfg.evaluation.modes is None and build.evaluates_recording(trained):
+        trained.evaluation.modes = ["generation"]  # here is the Pilot
     trained.paths.run_dir, trained.control = cfg.paths.run_dir, None
     if is_other_rule and cfg.fusion.weight == "run":
         raise ConfigError(["fusion.weight=run: that λ suits the run's own fusion rule only; leave fusion=… out"])
@@ -313,14 +235,20 @@ def _run_evaluator(
     run_dir: RunDirectory,
     weights: list[float] | None,
     known: float | dict[str, float] | None = None,
+    recording: Recording | None = None,
 ) -> Results:
     decoding = build.decoding(cfg.evaluation)
     where, choice = run_dir.predictions, (cfg.fusion.per, cfg.fusion.select_by)
     if decoding.decoding == "static" and decoding.compile:
         clear_empty_libraries()
-    evaluator = Evaluator(model, prepared.tokenizer, prepared.data, where, decoding, *choice)
     splits = ("validation", cfg.evaluation.report_on)
-    found = evaluator.run(weights, splits, known)
+    if recording is not None:
+        names = prepared.data.benchmark_names
+        rows = {split: {name: prepared.data.evaluation_rows(split, name) for name in names} for split in splits}
+        found = evaluate_recorded(model, recording, rows, weights)
+    else:
+        evaluator = Evaluator(model, prepared.tokenizer, prepared.data, where, decoding, *choice)
+        found = evaluator.run(weights, splits, known)
     notes = list(found.verdicts)
     if weights == []:
         notes.insert(0, "λ is the one that the training run chose (fusion.weight=run)")

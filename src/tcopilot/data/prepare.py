@@ -134,12 +134,14 @@ class RowPreparer:
     ) -> tuple[list[list[int]], list[str]]:
         """Return the token ids and the question of each shot; a row that cannot be one is reported.
 
-        Prompt and target are tokenised apart, as they are in a row that is trained on.
+        Prompt and target are tokenised apart, as they are in a row that is trained on. A decoder-only Pilot sees each
+        target end as its own answer is to end.
         """
         (separator,) = self._ids([SEPARATOR])
+        end = [] if self._end else [self.tokenizer.eos_token_id]  # with an encoder an end token ends the whole prompt
         ids, questions = [], []
         for _, example, source, _ in self._tokenised(list(rows), benchmark, report):
-            ids.append([*source, *self._ids([example.target])[0], *separator])
+            ids.append([*source, *self._ids([example.target])[0], *end, *separator])
             questions.append(example.question)
         return ids, questions
 

@@ -16,6 +16,9 @@ from tcopilot.evaluation.predictions import Prediction
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.settings import FLAG, list_of, one_of, whole
 
+RECORDED = "recorded"
+"""In place of all modes: no answers, only the likelihood of targets, from a recording of the Pilot."""
+
 
 @dataclass
 class Decoding:
@@ -25,7 +28,7 @@ class Decoding:
         "num_beams": whole(),
         "max_new_tokens": whole().or_null(),
         "batch_size": whole(),
-        "modes": list_of(("generation", "likelihood")),
+        "modes": list_of(("generation", "likelihood", RECORDED)),
         "ranking": one_of(("beam", "exhaustive")),
         "ranking_beams": whole(),
         "decoding": one_of(("dynamic", "static")),

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import nn
+
+LAYER = re.compile(r"(.*?\b(?:layers|block|h))\.(\d+)\.")
+"""Of a module's name: the list of layers that it lies in, and the number of its layer."""
 
 
 @dataclass
 class Lora:
     """Low-rank adapters on the projections whose names end in one of `targets`; everything else is frozen.
 
-    Updates are scaled by alpha / r. Dropout acts on the adapters' input.
+    Updates are scaled by alpha / r. Dropout acts on the adapters' input. `top` is the share of each stack's layers,
+    counted from the last one, that get adapters: the layers below then need no backward pass.
     """
 
     r: int = 32
     alpha: int = 64
     dropout: float = 0.05
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    top: float = 1.0
 
     def check(self, module: nn.Module) -> None:
         """Raise a ValueError if the adapters do not fit a module, which may lie on the meta device."""
@@ -31,10 +37,11 @@ class Lora:
                 f"there are {', '.join(sorted(names))}"
             )
         numbers = type(self.r) is int and all(type(value) in (int, float) for value in (self.alpha, self.dropout))
-        if not numbers or self.r < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
+        numbers = numbers and type(self.top) in (int, float)
+        if not numbers or self.r < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1 or not 0 < self.top <= 1:
             raise ValueError(
-                f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}: r must be a whole number, at least 1, "
-                f"alpha above 0 and dropout in [0, 1)"
+                f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}, top={self.top}: r must be a whole number, at "
+                f"least 1, alpha above 0, dropout in [0, 1) and top in (0, 1]"
             )
 
     def __call__(self, module: nn.Module) -> None:
@@ -42,11 +49,20 @@ class Lora:
         from peft import LoraConfig, inject_adapter_in_model  # takes up to two seconds, which runs without LoRA save
 
         self.check(module)
-        options = {"lora_alpha": self.alpha, "lora_dropout": self.dropout, "target_modules": list(self.targets)}
+        names = [name for name, part in module.named_modules() if self._is_adapted(name, part, module)]
+        options = {"lora_alpha": self.alpha, "lora_dropout": self.dropout, "target_modules": names}
         inject_adapter_in_model(LoraConfig(r=self.r, **options), module)
         for parameter in module.parameters():
             if parameter.requires_grad:  # peft gives adapters the frozen weights' type; optimisers need float32
                 parameter.data = parameter.data.float()
+
+    def _is_adapted(self, name: str, part: nn.Module, module: nn.Module) -> bool:
+        if not isinstance(part, nn.Linear) or name.rpartition(".")[2] not in self.targets:
+            return False
+        if (found := LAYER.match(name)) is None:
+            return True
+        depth = len(module.get_submodule(found[1]))
+        return int(found[2]) >= depth - max(1, round(self.top * depth))
 
 
 def merge_adapters(model: nn.Module) -> None:

@@ -31,6 +31,8 @@ from tcopilot.settings import Rule, whole
 from tcopilot.training.module import Learner
 from tcopilot.training.objectives import CrossEntropy, Objective
 
+Rows = Sequence[Mapping[str, Any]]
+"""Prepared rows."""
 RANDOM_TOKENS = 256
 SMALL_VOCABULARY = 4096  # is compared as a whole
 
@@ -64,7 +66,7 @@ class RecordBatch(NamedTuple):
 class RecordedRows(Dataset):
     """The records of some prepared rows, in their order."""
 
-    def __init__(self, recording: Recording, rows: Sequence[Mapping[str, Any]], depths: Sequence[float]) -> None:
+    def __init__(self, recording: Recording, rows: Rows, depths: Sequence[float]) -> None:
         self.recording, self.depths = recording, list(depths)
         self.keys = [row_key(row) for row in rows]
         self.lengths = [len(row["target_ids"]) for row in rows]
@@ -83,6 +85,7 @@ class RecordedData(LightningDataModule):
         recording: where records are read from, and written to first if it lacks some of the rows.
         train: prepared rows to fit.
         validation: rows to judge a Copilot by; there may be none.
+        recorded: all rows that are to be in the recording.
         depths: of the states that the Copilot reads.
         batch_size: records of an update, over all processes.
         passes: over the rows to fit.
@@ -91,14 +94,14 @@ class RecordedData(LightningDataModule):
     """
 
     def __init__(
-        self, recording: Recording, train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]],
-        depths: Sequence[float], batch_size: int, passes: int, seed: int,
-        record: Callable[[Sequence[Mapping[str, Any]], torch.device], None],
+        self, recording: Recording, train: Rows, validation: Rows, recorded: Rows, depths: Sequence[float],
+        batch_size: int, passes: int, seed: int,
+        record: Callable[[Rows, torch.device], None],
     ) -> None:  # fmt: skip
         super().__init__()
         self.recording, self.seed, self._record = recording, seed, record
         self.train, self.validation = (RecordedRows(recording, rows, depths) for rows in (train, validation))
-        self.missing = list(missing_rows(recording, [*train, *validation]))
+        self.missing = list(missing_rows(recording, recorded))
         self.batch_size = batch_size
         self.updates_per_pass = math.ceil(len(train) / batch_size)
         self.updates = passes * self.updates_per_pass

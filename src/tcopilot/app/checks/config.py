@@ -23,7 +23,7 @@ from tcopilot.app.checks.problems import ConfigError, existing
 from tcopilot.app.checks.unused import slips
 from tcopilot.app.trainer import process_count, trainer_problems
 from tcopilot.evaluation.evaluate import Evaluator
-from tcopilot.evaluation.modes import Decoding
+from tcopilot.evaluation.modes import RECORDED, Decoding
 from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fusion import FusionRule, build_fusion
 from tcopilot.models.gates import GATES
@@ -36,6 +36,8 @@ from tcopilot.training.fit import CopilotFit
 from tcopilot.training.module import Learner, TCopilotModule
 
 CONTROLS = ("equal_time", "equal_flops", "averaged", "equal_parameters", "calibrated")
+OF_FROZEN = ("equal_time", "equal_flops", "calibrated")
+"""Controls of a frozen Pilot; the first two train it with LoRA."""
 SECTIONS = (
     "pilot", "copilot", "data", "data.benchmarks", "mistake_log", "mistake_log.log", "fusion", "evaluation",
     "trainer", "callbacks", "logger", "paths",
@@ -315,11 +317,27 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
             f"evaluation.decoding=static with evaluation.num_beams={cfg.evaluation.num_beams}: static caches decode "
             f"greedily only; set evaluation.num_beams=1 or evaluation.decoding=dynamic"
         )
+    if RECORDED in cfg.evaluation.modes:
+        yield from _recorded(cfg)
     if "select_on" in cfg.evaluation:
         yield (
             f"evaluation.select_on={cfg.evaluation.select_on}: λ is always chosen on validation rows, never on the "
             f"rows that are reported; leave it out and use validation rows for it"
         )
+
+
+def _recorded(cfg: DictConfig) -> Iterator[str]:
+    """What `evaluation=recorded` cannot do: it has a recording and no Pilot."""
+    key = f"evaluation.modes={list(cfg.evaluation.modes)}"
+    kind = KINDS.get(cfg.copilot.kind) if cfg.copilot.enabled else None
+    if len(cfg.evaluation.modes) > 1:
+        yield f"{key}: recorded stands for the likelihood alone, without answers; leave out the others"
+    if not (cfg.pilot.frozen and kind and kind[0].fits_recordings):
+        yield f"{key}: only a frozen Pilot is recorded; use pilot=frozen copilot=head, or evaluation=greedy"
+    if cfg.fusion.weight == "auto" or cfg.fusion.per != "all":
+        yield f"{key}: one λ is chosen by likelihood; give fusion.weight=<numbers> and fusion.per=all"
+    if control_names(cfg.control):
+        yield f"{key} with control={cfg.control}: controls answer rows; use evaluation=greedy, or control=null"
 
 
 def _learners(cfg: DictConfig) -> Iterator[str]:
@@ -343,10 +361,10 @@ def _controls(cfg: DictConfig) -> Iterator[str]:
     if any(isinstance(name, bool) or name not in CONTROLS for name in names) or len(set(names)) < len(names):
         yield f"{given}: use one or a list of null, {', '.join(CONTROLS)}"
         return
-    trained = set(names) - {"calibrated"}
-    if trained and cfg.pilot.frozen:
-        yield f"{given} with pilot.frozen=true: a frozen Pilot cannot be trained alone; use control=null"
-    if trained and not cfg.copilot.enabled:
+    if cfg.pilot.frozen and (alone := [name for name in names if name not in OF_FROZEN]):
+        own = ", ".join(OF_FROZEN)
+        yield f"control={alone} with pilot.frozen=true: a frozen Pilot has the controls {own}; leave the others out"
+    if set(names) - {"calibrated"} and not cfg.copilot.enabled:
         yield f"{given} with copilot=none: the run itself is the Pilot alone; use control=null"
     if cfg.callbacks.get("copilot_stop") is not None and not cfg.copilot.enabled:
         yield "callbacks.copilot_stop with copilot=none: there is no Copilot to stop; use callbacks=default"

@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from tcopilot.app import build
 from tcopilot.app.build import Prepared
@@ -29,6 +31,7 @@ from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.results import Control, Results
 from tcopilot.evaluation.significance import compare
 from tcopilot.models.configuration import TCopilotConfig
+from tcopilot.models.families import skeleton
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.processes import agree_on, rank
 from tcopilot.run_directory import RunDirectory
@@ -50,7 +53,7 @@ class JointRun:
     @property
     def trial_rounds(self) -> int:
         """A run of few rounds has long ones, which need less of a trial."""
-        return min(TRIAL_ROUNDS, max(5, self.results.rounds // 10))
+        return 3 if self.cfg.pilot.frozen else min(TRIAL_ROUNDS, max(5, self.results.rounds // 10))
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,14 @@ class Trained:
 def equal_time(joint: JointRun) -> Trained:
     """The Pilot alone, for as many rounds as fit into the joint run's training time; a short trial measures them.
 
-    Never fewer than the joint run had, which did in each round all that a Pilot-only round does.
+    Never fewer than the joint run had, which did in each round all that a Pilot-only round does; a run whose Pilot was
+    frozen had none.
     """
     train_pilot(joint, WARM_UP_ROUNDS)
     trial = train_pilot(joint, joint.trial_rounds)
     fitting = round(joint.results.train_seconds / (trial.seconds / trial.rounds))
-    return train_pilot(joint, agree_on(max(joint.results.rounds, fitting)))
+    least = 1 if joint.cfg.pilot.frozen else joint.results.rounds
+    return train_pilot(joint, agree_on(max(least, fitting)))
 
 
 def equal_flops(joint: JointRun) -> Trained:
@@ -127,9 +132,11 @@ def train_controls(joint: JointRun, run: RunDirectory) -> Iterator[list[Control]
 
 
 def train_pilot(joint: JointRun, rounds: int, seed: int | None = None, count_every: int = 100) -> Trained:
-    """Train the Pilot without a Copilot for some rounds; on all training rows, none held out for a log."""
+    """Train the Pilot without a Copilot for some rounds, one that was frozen with LoRA; on all training rows."""
     prepared, data = joint.prepared, copy.copy(joint.prepared.data)
     cfg = OmegaConf.merge(joint.cfg, {"copilot": {"enabled": False}, "seed": joint.cfg.seed if seed is None else seed})
+    if cfg.pilot.frozen:
+        cfg.pilot = OmegaConf.merge(cfg.pilot, _on_a_budget(prepared))
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = build.fused_model(cfg, prepared)
     module = build.training_module(cfg, model, rounds)
@@ -142,6 +149,17 @@ def train_pilot(joint: JointRun, rounds: int, seed: int | None = None, count_eve
     make_trainer(cfg, [count], None, rounds).fit(module, datamodule=data)
     model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
     return Trained(model, rounds, round(agree_on(module.seconds["pilot"]), 2), count.total())
+
+
+def _on_a_budget(prepared: Prepared) -> dict[str, Any]:
+    """How a Pilot that the run leaves frozen is trained for its controls: LoRA on the upper 40 % of its layers."""
+    decoder = skeleton(prepared.pilot.model_config).get_decoder()
+    targets = sorted(
+        {name.rpartition(".")[2] for name, part in decoder.named_modules() if isinstance(part, nn.Linear)}
+    )
+    lora = {"_target_": "tcopilot.models.adapters.Lora", "r": 16, "alpha": 32, "dropout": 0.0}
+    adapter = {**lora, "targets": targets, "top": 0.4}
+    return {"frozen": False, "adapter": adapter, "scheduler": {"num_warmup_steps": 0.05}}
 
 
 def against_controls(results: Results, run: RunDirectory) -> list[str]:

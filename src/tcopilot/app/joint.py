@@ -1,0 +1,132 @@
+"""Joint training, Algorithm 1: from a prepared run to its trained models, with a clean stop and a resume."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.loggers import CSVLogger, Logger
+from omegaconf import DictConfig, OmegaConf
+
+from tcopilot import processes
+from tcopilot.app import build
+from tcopilot.app.build import Prepared
+from tcopilot.app.checks.groups import plain_config
+from tcopilot.app.checks.problems import ConfigError
+from tcopilot.app.checks.unused import idle_overrides
+from tcopilot.app.console import show_summary
+from tcopilot.app.jobs import STOPPED
+from tcopilot.app.memory.estimate import Budget
+from tcopilot.app.trainer import make_callbacks, make_trainer
+from tcopilot.mistake_log.recording import Recording
+from tcopilot.models.adapters import merge_adapters
+from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.processes import agree_on, rank, refuse_differences
+from tcopilot.run_directory import RunDirectory, flatten
+from tcopilot.training.callbacks import FlopCount, GracefulStop, RoundCheckpoint
+from tcopilot.training.checkpoints import checkpoints, newest_good, round_of
+from tcopilot.training.module import TCopilotModule, TrainingDivergedError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A fused model and what its training took, in the terms of `results.json`."""
+
+    model: TCopilotModel
+    loggers: list[Logger]
+    params: dict[str, int]
+    rounds: int
+    train_seconds: float
+    train_flops: float | None
+    notes: list[str] = field(default_factory=list)
+    recording: Recording | None = None
+
+    @property
+    def costs(self) -> dict[str, Any]:
+        """The fields of `Results` that an evaluation cannot know."""
+        return {name: getattr(self, name) for name in ("params", "rounds", "train_seconds", "train_flops")}
+
+
+def train_jointly(cfg: DictConfig, prepared: Prepared, memory: Budget | None) -> Trained:
+    """Build both models and run all rounds."""
+    model = build.fused_model(prepared.config, prepared)
+    module = build.training_module(prepared.config, model, prepared.data.total_rounds)
+    params = build.parameter_counts(model)  # now that a frozen Pilot is frozen
+    if rank():
+        seed_everything(cfg.seed + rank(), workers=True, verbose=False)  # every process draws its own dropout
+    idle = idle_overrides(cfg, prepared.read, prepared.data, given_overrides(), plain_config(cfg))
+    show_summary(cfg, prepared, model, params, module.rounds, memory, idle)
+    _fit(cfg, prepared, module)
+
+    model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
+    merge_adapters(model)
+    seconds = agree_on(round(sum(module.seconds.values()), 2))
+    counts = (callback for callback in module.trainer.callbacks if isinstance(callback, FlopCount))
+    flops = next((count.total() for count in counts), None)
+    return Trained(model, module.trainer.loggers, params, module.round, seconds, flops)
+
+
+def given_overrides() -> list[str]:
+    """The overrides of the command line."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
+    shared = {"data": prepared.data.fingerprint()} | flatten(OmegaConf.to_container(cfg, resolve=True))
+    callbacks = [LambdaCallback(setup=lambda trainer, module, stage: refuse_differences(shared)), *make_callbacks(cfg)]
+    trainer = make_trainer(cfg, callbacks, prepared.log, module.rounds)
+    stop = next((c for c in callbacks if isinstance(c, GracefulStop)), None)
+    saver = next((c for c in callbacks if isinstance(c, RoundCheckpoint)), None)
+    start = _newest_checkpoint(cfg, trainer.world_size)
+    if problem := processes.address_problem(trainer.world_size, trainer.num_nodes):
+        raise ConfigError([problem])
+    processes.expect_others(trainer.world_size)
+    if start is not None and round_of(start) >= module.rounds:
+        log.warning("resume=%s: all %d rounds are done; rounds=<more> goes on with it", cfg.resume, module.rounds)
+    if start is not None:
+        _keep_metrics(trainer, RunDirectory(cfg.paths.run_dir).metrics, round_of(start))
+    try:
+        trainer.fit(module, datamodule=prepared.data, ckpt_path=start, weights_only=True)
+    except TrainingDivergedError as error:
+        saved = checkpoints(saver.folder) if saver else []
+        go_on = f"Go on with: python train.py resume={cfg.paths.run_dir} pilot.optimizer.lr=<lower>"
+        last = f"{go_on}. Last good state: {saved[-1]}" if saved else "No state had been saved yet"
+        raise TrainingDivergedError(f"{error}. {last}") from None
+    except SystemExit:  # Lightning turns a second Ctrl-C into status 1
+        if stop is None or not stop.requested:
+            raise
+        raise KeyboardInterrupt from None
+    if stop is not None and stop.requested:
+        log.info("Stopped after round %d. Go on with: python train.py resume=%s", module.round, cfg.paths.run_dir)
+        sys.exit(STOPPED)
+
+
+def _newest_checkpoint(cfg: DictConfig, world_size: int) -> Path | None:
+    if not cfg.get("resume"):
+        return None
+    newest = newest_good(RunDirectory(cfg.resume).checkpoints, world_size)
+    if newest is None:
+        raise ConfigError([f"resume={cfg.resume}: no checkpoint in {cfg.resume}/checkpoints; start the run anew"])
+    return newest
+
+
+def _keep_metrics(trainer: Trainer, path: Path, rounds: int) -> None:
+    """Hand the lines of the rounds done to the CSV logger of a resumed run, which would delete the file it finds."""
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        lines = [{key: value for key, value in line.items() if key and value} for line in csv.DictReader(file)]
+    done = [line for line in lines if line.get("step", "").isdigit() and int(line["step"]) < rounds]  # from step 0
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger) and trainer.is_global_zero:
+            logger.experiment.metrics += done
+            logger.experiment.save()
