@@ -40,8 +40,8 @@ class Lora:
         numbers = numbers and type(self.top) in (int, float)
         if not numbers or self.r < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1 or not 0 < self.top <= 1:
             raise ValueError(
-                f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}, top={self.top}: r must be a whole number, at "
-                f"least 1, alpha above 0, dropout in [0, 1) and top in (0, 1]"
+                f"r={self.r}, alpha={self.alpha}, dropout={self.dropout}, top={self.top}: r must be a whole number, "
+                f"at least 1, alpha above 0, dropout in [0, 1) and top in (0, 1]"
             )
 
     def __call__(self, module: nn.Module) -> None:
