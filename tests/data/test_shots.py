@@ -34,7 +34,7 @@ def sources(data, split, name="mine"):
 def test_every_prompt_has_the_same_solved_train_rows_before_it_and_they_are_not_trained_on(tmp_path):
     data = module(folder_of(tmp_path))
     shown = [row for _, row in data.shot_rows["mine"]]
-    before = "".join(f"{row['prompt']} {row['target']}\n\n" for row in shown)
+    before = "".join(f"{row['prompt']} {row['target']}<eos>\n\n" for row in shown)
     assert before.count("mine train") == 2
     assert sources(data, "test") == [f"{before}mine test {i} =" for i in range(20)]
     assert sources(data, "validation") == [f"{before}mine validation {i} =" for i in range(20)]
@@ -80,11 +80,11 @@ def test_each_benchmark_of_a_mixture_shows_its_own_rows(tmp_path):
         )
 
 
-def test_the_start_stands_once_and_no_end_token_between_shots():
+def test_the_start_stands_once_and_shots_of_a_decoder_end_as_its_answers_do():
     benchmark, tokenizer = ExactMatch(name="mine"), word_tokenizer(["a", "b", "c", "d"])
     frame = TemplateProcessing(single="<pad> $A <eos>", special_tokens=[("<pad>", 0), ("<eos>", 1)])
     tokenizer.backend_tokenizer.post_processor = frame
-    for side, expected in (("left", [0, 3, 4, 5, 6, 3]), ("right", [0, 3, 4, 5, 6, 3, 1])):
+    for side, expected in (("left", [0, 3, 4, 1, 5, 6, 1, 3]), ("right", [0, 3, 4, 5, 6, 3, 1])):
         preparer = RowPreparer(tokenizer, side)
         shots = [(0, {"prompt": "a", "target": "b"}), (1, {"prompt": "<pad> c", "target": "d"})]
         preparer.shots, questions = preparer.solved(shots, benchmark, print)
@@ -94,13 +94,13 @@ def test_the_start_stands_once_and_no_end_token_between_shots():
         assert questions == ["a", "<pad> c"]
 
 
-@pytest.mark.parametrize(("limit", "left"), [(100, 2), (49, 2), (48, 1), (31, 1), (30, 0), (19, 0)])
+@pytest.mark.parametrize(("limit", "left"), [(100, 2), (51, 2), (50, 1), (32, 1), (31, 0), (19, 0)])
 def test_a_prompt_that_is_too_long_loses_its_first_shots_and_never_the_question(tmp_path, limit, left):
     folder_of(tmp_path, rows=10)
     data = module(tmp_path, max_source_length=limit)
     (first, last), question = (row for _, row in data.shot_rows["mine"]), "mine test 3 ="
     shown = [first, last][2 - left :]
-    expected = "".join(f"{row['prompt']} {row['target']}\n\n" for row in shown) + question
+    expected = "".join(f"{row['prompt']} {row['target']}<eos>\n\n" for row in shown) + question
     assert sources(data, "test")[3] == expected
     lost = 0 if left == 2 else 10
     assert data.summary()["mine/test"]["lost_shots"] == lost
@@ -119,7 +119,8 @@ def test_a_stream_gives_its_first_rows(tmp_path):
     assert [number for number, _ in data.shot_rows["mine"]] == [0, 1]
     assert {row["id"] for row in data._train} == set(range(2, 20))
     assert all(
-        source.startswith("mine train 0 = 0\n\nmine train 1 = 1\n\nmine train") for source in sources(data, "train")
+        source.startswith("mine train 0 = 0<eos>\n\nmine train 1 = 1<eos>\n\nmine train")
+        for source in sources(data, "train")
     )
 
 
