@@ -198,10 +198,10 @@ def test_the_control_is_the_runs_own_pilot_calibrated(copilot, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_frozen_pilot_may_be_calibrated_as_a_control_but_not_trained():
+def test_a_frozen_pilot_may_be_calibrated_as_a_control_but_not_averaged():
     frozen = ("pilot.frozen=true", "pilot.path=some/model")
     assert not config_problems(composed.compose_config(*frozen, "control=calibrated"))
-    (problem,) = config_problems(composed.compose_config(*frozen, "control=[calibrated,equal_time]"))
-    assert "a frozen Pilot cannot be trained alone" in problem
+    (problem,) = config_problems(composed.compose_config(*frozen, "control=[calibrated,averaged]"))
+    assert "control=['averaged'] with pilot.frozen=true" in problem
     (problem,) = config_problems(composed.compose_config(*frozen, "copilot=calibration"))
     assert "copilot=calibration: nothing would be trained" in problem
