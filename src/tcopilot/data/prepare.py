@@ -29,9 +29,10 @@ class RowPreparer:
     Prompt and target are tokenised apart. A decoder-only Pilot's prompt (``source_side="left"``) gets what the
     tokenizer puts at a text's start, such as a begin token, and never an end token; an encoder-decoder's (``"right"``)
     gets both ends as the tokenizer itself writes them. What a prompt spells out already, as those of chat templates
-    do, is not written twice. Shots stand between the start and the prompt, each as prompt, target with its end, and a
-    blank line. A target is its tokens and one end token. Where its text brings special tokens of its own at the end, as
-    chat data does, the end token is not doubled, and answers are judged without them, since generated texts have none.
+    do, is not written twice. Shots stand between the start and the prompt, each as prompt, target with its end, and
+    a blank line. A target is its tokens and one end token. Where its text brings special tokens of its own at the end,
+    as chat data does, the end token is not doubled, and answers are judged without them, since generated texts have
+    none.
 
     Args:
         tokenizer: The Pilot's.
