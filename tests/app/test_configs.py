@@ -30,6 +30,7 @@ def names_in(group: str) -> list[str]:
     return sorted(name for name in found if Path(name).name != "base")
 
 
+@cache
 def group_values() -> list[str]:
     """Every `group=value` that the folders on disk allow, but for whole runs."""
     groups = sorted(path.name for path in composed.CONFIGS.iterdir() if path.is_dir())

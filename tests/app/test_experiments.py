@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import composed
@@ -247,6 +248,7 @@ def test_what_ablations_and_variants_change():
     assert [given[f"control/{name}"].control for name in ("equal_time", "averaged")] == ["equal_time", "averaged"]
 
 
+@cache
 def commands() -> list[tuple[str, ...]]:
     """Overrides of every `train.py` command in the documentation; of a sweep, its first job."""
     found = []

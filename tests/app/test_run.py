@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,11 +61,12 @@ def learnt(family: str) -> list[str]:
         f"data={task}",
         *rows,
         *rates,
-        "rounds=120",
+        "rounds=80",
+        "callbacks.checkpoint.every_n_rounds=50",
         "copilot.steps_per_round=2",
         "data.batch_size=32",
         "seed=1",
-        "trainer.val_check_interval=60",
+        "trainer.val_check_interval=40",
         *SWEPT,
     ]
 
@@ -109,7 +111,7 @@ def test_a_run_directory_is_complete(finished):
     for name in ("config.yaml", "results.json", "metrics.csv", "export/config.json", "export/model.safetensors"):
         assert (finished.folder / name).is_file(), name
     saved = {path.name for path in (finished.folder / "checkpoints").iterdir()}
-    assert saved == {"round=100", "round=120"}
+    assert saved == {"round=50", "round=80"}
     names = {path.name for path in (finished.folder / "predictions").glob("*.jsonl")}
     assert names == {
         f"{split}-{finished.task}-weight={w}.jsonl" for split in ("validation", "test") for w in ("0", "0.5", "1", "2")
@@ -121,7 +123,7 @@ def test_the_saved_config_is_resolved_and_holds_what_was_asked_for(finished):
     assert "${" not in text.replace("${paths.run_dir}", "")
     assert str(finished.folder) not in text  # so that the folder can be moved
     cfg = build.read_config(finished.folder / "config.yaml", "run")
-    assert (cfg.rounds, cfg.data.rounds, cfg.data.batch_size) == (120, 120, 32)
+    assert (cfg.rounds, cfg.data.rounds, cfg.data.batch_size) == (80, 80, 32)
     assert cfg.paths.run_dir == str(finished.folder)
 
 
@@ -142,7 +144,7 @@ def test_results_keep_to_their_contract(finished):
         "gain": list,
     }
     assert {key: type(found[key]) for key in kinds} == kinds
-    assert (found["version"], found["seed"], found["rounds"], found["selected_on"]) == (2, 1, 120, "validation")
+    assert (found["version"], found["seed"], found["rounds"], found["selected_on"]) == (2, 1, 80, "validation")
     assert (finished.folder / found["config"]).is_file()
     assert found["train_seconds"] > 0
     assert set(found["params"]) >= {"pilot", "copilot", "pilot_trainable", "copilot_trainable"}
@@ -526,6 +528,7 @@ def test_fine_tuning_without_a_copilot_is_a_run_like_any_other(tmp_path):
     assert again["rows"] == found["rows"]
 
 
+@pytest.mark.slow
 def test_the_closed_form_weight_can_end_a_training_run(tmp_path):
     found = composed.results(composed.train(tmp_path / "run", *composed.SMALL, "fusion.weight=auto"))
     assert {row["weight"] for row in found["rows"]} == {0.0, found["selected_weight"]}
@@ -576,6 +579,7 @@ def test_a_copilot_is_trained_for_the_pilot_of_an_earlier_run(tmp_path):
         assert torch.equal(after.pilot.state_dict()[name], weight), name
 
 
+@pytest.mark.slow
 def test_a_run_shorter_than_the_validation_interval_is_trained_and_validated(tmp_path):
     folder = composed.train(tmp_path, *SHORT, "rounds=3", "trainer.val_check_interval=100")
     assert "val/error_ratio" in (folder / "metrics.csv").read_text()
@@ -653,10 +657,16 @@ def test_a_mixture_reports_every_benchmark_beside_the_others(tmp_path):
         assert any(line["train/pilot_loss"] for line in csv.DictReader(file))
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
-    runs = [composed.results(composed.train(tmp_path / f"{i}", *SHORT, f"seed={s}")) for i, s in enumerate((3, 3, 4))]
-    assert runs[0]["rows"] == runs[1]["rows"]
-    assert runs[0]["rows"] != runs[2]["rows"]
+@pytest.fixture(scope="module")
+def short(tmp_path_factory) -> Path:
+    """A finished run of four rounds, to be read or copied."""
+    return composed.train(tmp_path_factory.mktemp("short") / "run", *SHORT)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(short, tmp_path):
+    same, other = (composed.results(composed.train(tmp_path / f"{s}", *SHORT, f"seed={s}")) for s in (0, 4))
+    assert composed.results(short)["seed"] == 0
+    assert composed.results(short)["rows"] == same["rows"] != other["rows"]
 
 
 def test_the_returned_gain_is_what_a_sweep_maximises(tmp_path, monkeypatch):
@@ -678,7 +688,7 @@ def test_the_returned_gain_is_what_a_sweep_maximises(tmp_path, monkeypatch):
 STOP = ["+callbacks.interrupt._target_=composed.InterruptAfter", "+callbacks.interrupt.rounds=2"]
 
 
-def test_a_stopped_run_goes_on_where_it_was_and_ends_like_any_other(tmp_path):
+def test_a_stopped_run_goes_on_where_it_was_and_ends_like_any_other(short, tmp_path):
     folder = tmp_path / "stopped"
     with pytest.raises(SystemExit) as left:
         composed.train(folder, *SHORT, *STOP)
@@ -697,13 +707,12 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_like_any_other(tmp_path):
     assert losses[:2] == before  # nothing of the first part is lost
     assert len(losses) == 4
 
-    through = composed.results(composed.train(tmp_path / "through", *SHORT))
-    for old, new in zip(through["rows"], found["rows"], strict=True):
+    for old, new in zip(composed.results(short)["rows"], found["rows"], strict=True):
         assert new["value"] == pytest.approx(old["value"], rel=1e-5)
 
 
-def test_a_finished_run_can_be_resumed_and_says_the_same_again(tmp_path):
-    folder = composed.train(tmp_path / "run", *SHORT)
+def test_a_finished_run_can_be_resumed_and_says_the_same_again(short, tmp_path):
+    folder = shutil.copytree(short, tmp_path / "run")
     before = composed.results(folder)
     composed.resume(folder)
     after = composed.results(folder)

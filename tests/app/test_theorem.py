@@ -351,6 +351,7 @@ def told(capsys, *arguments) -> str:
     return captured.err
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_figures_and_says_them(runs, capsys, tmp_path):
     copy = tmp_path / "copy.json"
     assert main([str(runs / "first"), str(runs / "second"), "--json", str(copy)]) == 0
@@ -372,6 +373,7 @@ def test_the_command_writes_its_figures_and_says_them(runs, capsys, tmp_path):
     assert list(found["by_position"])[:1] == ["1"]
 
 
+@pytest.mark.slow
 def test_one_run_says_that_bias_and_variance_cannot_be_told_apart(runs, capsys):
     assert main([str(runs / "first"), "--split", "validation", "--json", "-"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -380,6 +382,7 @@ def test_one_run_says_that_bias_and_variance_cannot_be_told_apart(runs, capsys):
     assert any("One Pilot cannot tell" in sentence for sentence in found["verdict"])
 
 
+@pytest.mark.slow
 def test_dropout_passes_give_a_variance_that_a_second_call_repeats(runs, capsys):
     found = []
     for _ in range(2):
@@ -390,18 +393,21 @@ def test_dropout_passes_give_a_variance_that_a_second_call_repeats(runs, capsys)
     assert found[0]["sigma_pilot_sq"] > 0
 
 
+@pytest.mark.slow
 def test_a_pilot_without_dropout_is_refused(runs, capsys):
     message = told(capsys, runs / "first", "--dropout-passes", "2")
     assert "dropout_rate=0.0" in message
     assert "pilot.config.dropout_rate=0.1" in message
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_be_compared_are_refused(runs, capsys):
     message = told(capsys, runs / "first", runs / "other_rows", runs / "first")
     assert f"{runs / 'other_rows'}: its test rows are not those of {runs / 'first'}" in message
     assert "given twice" in message
 
 
+@pytest.mark.slow
 def test_another_vocabulary_is_refused(runs, capsys, tmp_path):
     other = shutil.copytree(runs / "second", tmp_path / "other")
     file = other / "export" / "tokenizer.json"
@@ -410,6 +416,7 @@ def test_another_vocabulary_is_refused(runs, capsys, tmp_path):
     assert "another vocabulary than" in message
 
 
+@pytest.mark.slow
 def test_what_is_no_finished_run_with_a_copilot_is_refused(runs, capsys, tmp_path):
     assert "no config.yaml there; give the directory of a finished" in told(capsys, tmp_path)
     (tmp_path / "config.yaml").write_text("paths: {}\n")
@@ -424,6 +431,7 @@ def test_arguments_that_contradict_each_other_are_a_usage_error(arguments, capsy
     assert "tcopilot-theorem: error" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_is_named(runs, capsys, tmp_path):
     assert "no/such.json: No such file" in told(capsys, runs / "first", "--json", tmp_path / "no" / "such.json")
 

@@ -66,6 +66,7 @@ def found(job):
     return composed.results(job.folder)
 
 
+@pytest.mark.slow
 def test_the_table_has_the_figures_of_the_runs(script, settings, smoke):
     folder, jobs = smoke
     (*_, task), missing = script.evidence(settings, "smoke", folder)
@@ -94,6 +95,7 @@ def test_the_table_has_the_figures_of_the_runs(script, settings, smoke):
     assert control.against.pilot == pytest.approx(line.gain.fused)
 
 
+@pytest.mark.slow
 def test_comparisons_are_paired_over_pooled_seeds(script, settings, smoke):
     folder, jobs = smoke
     (*_, task), _ = script.evidence(settings, "smoke", folder)
@@ -139,6 +141,7 @@ def test_a_row_that_seeds_share_counts_once(shared, tmp_path):
         assert found.p_value == pytest.approx(2 / 2**18)
 
 
+@pytest.mark.slow
 def test_a_mixture_has_a_table_for_each_of_its_benchmarks(script, settings, smoke):
     folder, jobs = smoke
     tasks, _ = script.evidence(settings, "smoke", folder)
@@ -152,6 +155,7 @@ def test_a_mixture_has_a_table_for_each_of_its_benchmarks(script, settings, smok
         assert task.line("benchmark_weights").weights == [list(one.values())[place] for one in chosen]
 
 
+@pytest.mark.slow
 def test_the_overview_and_the_conclusions_follow_from_the_tables(script, settings, smoke):
     folder, _ = smoke
     tasks, _ = script.evidence(settings, "smoke", folder)
@@ -172,6 +176,7 @@ def test_the_overview_and_the_conclusions_follow_from_the_tables(script, setting
     assert "most tables: `token_gate` (1 of 1 tables)" in evidence.conclusions(tasks[-1:])
 
 
+@pytest.mark.slow
 def test_the_page_keeps_what_stands_around_the_tables(script, settings, smoke, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(PAGE)
@@ -204,6 +209,7 @@ class Program:
         """It is over."""
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_run_again_and_a_stopped_one_goes_on(script, smoke, tmp_path, monkeypatch, capsys):
     folder, jobs = smoke
     page = tmp_path / "page.md"
@@ -237,8 +243,8 @@ def test_finished_runs_are_not_run_again_and_a_stopped_one_goes_on(script, smoke
     assert "exit status 1" in RunDirectory(tmp_path / "failed").failed.read_text()
 
 
-def test_a_call_whose_time_is_over_starts_nothing(script, smoke, tmp_path):
-    job = replace(smoke[1][0], folder=tmp_path / "new")
+def test_a_call_whose_time_is_over_starts_nothing(script, settings, tmp_path):
+    job = next(script.grid(settings["presets"]["smoke"], settings["arms"], ["builtin"], tmp_path / "new", {}))
     assert job.run(deadline=0.0) == "stopped"
     assert not job.folder.exists()
 

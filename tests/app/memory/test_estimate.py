@@ -108,6 +108,7 @@ def test_micro_batches_and_checkpointing_take_less_and_beams_take_more(tmp_path)
     assert needed("evaluation=beam4").caches > 2 * whole.caches
 
 
+@pytest.mark.slow
 def test_estimating_changes_no_random_number(tmp_path):
     cfg, ready = prepared(tmp_path)
     state = torch.get_rng_state()
