@@ -163,6 +163,8 @@ def test_validation_covers_all_benchmarks_in_order_and_ranks_share_it():
     data = module("word_problems", "next_item", eval_batch_size=16)
     everything = list(chain(*ids(data.val_dataloader())))
     assert len(everything) == len(set(everything)) == 40
+    for first in (2, 6, 20):  # training looks at the first batches only
+        assert [row % 2 for row in everything[:first]].count(0) == first // 2
     shares = []
     for rank in (0, 1):
         data.trainer = SimpleNamespace(global_rank=rank, world_size=2)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from decimal import Context, Decimal
-from unicodedata import normalize
+from unicodedata import category, normalize
 
 TOLERANCE = Decimal("0.001")  # LLM-Adapters'; MAWPS has golds of 16 decimals
 QUOTIENT = Context(prec=16)  # digits of a fraction in decimal form
+EXACT = Context(prec=10_000)  # digits of other numbers; the usual 28 would round long ones
 LARGEST_POWER = 100  # of ten; beyond it a number is a slip, and 1e999999999 would fill the memory when written out
 MAGNITUDES = {
     **{"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12},
@@ -54,8 +55,13 @@ def until_end(token_ids: Sequence[int], *end_ids: int) -> list[int]:
 
 
 def tidy(text: str) -> str | None:
-    """Collapse white space; a blank text has no answer."""
-    return " ".join(text.split()) or None
+    """Collapse white space and compose accents, which look alike either way; a blank text has no answer."""
+    return normalize("NFC", " ".join(text.split())) or None
+
+
+def is_blank(text: str) -> bool:
+    """Tell whether a text shows nothing, such as white space and characters of no width."""
+    return all(category(char) in ("Cc", "Cf", "Zl", "Zp", "Zs") for char in text)
 
 
 def first_number(text: str) -> str | None:
@@ -162,6 +168,6 @@ def _value(found: re.Match[str]) -> str | None:
     else:
         value = Decimal(f"{re.sub('[^0-9.]', '', found['number'] or found['factor'] or '1')}E{power}")
     for word in re.findall("[a-z]+", found["magnitudes"].lower()):
-        value *= MAGNITUDES[word.removesuffix("s")]
+        value = EXACT.multiply(value, MAGNITUDES[word.removesuffix("s")])
     sign = -1 if "-" in (found["sign"], found["late_sign"]) else 1
-    return format((sign * value).normalize() if value else Decimal(0), "f")
+    return format(EXACT.multiply(value, sign).normalize(EXACT) if value else Decimal(0), "f")

@@ -16,7 +16,7 @@ from pathlib import PurePath
 from string import Formatter
 from typing import Any, ClassVar, NamedTuple
 
-from tcopilot.data.answers import tidy
+from tcopilot.data.answers import is_blank, tidy
 from tcopilot.data.metrics import Answer, CorpusMetric, Metric
 
 Row = Mapping[str, Any]
@@ -31,6 +31,7 @@ TYPES = {  # what an attribute's annotation stands for in a config
     "list[Metric]": "a list of metrics with their _target_",
     "None": "null",
 }
+FRAME = ("names", "options", "title")  # words of prompts that ask nothing by themselves
 LONGEST_NAME = 100  # characters; names become parts of file names
 
 
@@ -51,6 +52,8 @@ class Example(NamedTuple):
     """Places in ``Benchmark.catalogue`` that are no answer, since the user has them already."""
     ending: int = 0
     """Characters at the prompt's end that are no part of the question: the options and what follows them."""
+    twin: bool = False
+    """Whether another option has the gold one's text, so that which of them is meant cannot be told."""
 
     @property
     def question(self) -> str:
@@ -244,9 +247,18 @@ class Benchmark(ABC):
     def _example(self, row: Row, answer: str, /, **words: str) -> Example:
         texts = self.prompt, self.target, self._ending
         prompt, target, ending = (_Filler(words).vformat(text, (), row) for text in texts)
+        for what, names in self._asked.items():
+            if names and all(is_blank(words[name] if name in words else text_at(row, name)) for name in names):
+                raise DataError(f"the {what} is empty: nothing stands in {', '.join(names)}")
         if target.startswith(" "):
             prompt, ending = prompt.rstrip(" "), ending.rstrip(" ")
         return Example(prompt, target, answer, ending=len(ending))
+
+    @cached_property
+    def _asked(self) -> dict[str, list[str]]:
+        """What each template takes from a row, of which something must not be blank."""
+        texts = {"prompt": self.prompt, "target": self.target}
+        return {what: [word for word in words_of(text) if word not in FRAME] for what, text in texts.items()}
 
     @cached_property
     def _ending(self) -> str:
@@ -291,8 +303,8 @@ class _Filler(Formatter):
         value = lookup(row, name)
         if value is None:
             raise DataError(f"{name} is null or missing, expected a text")
-        text_at(row, name)
-        return value, name  # not the text: a format such as :.2f wants the number
+        text = text_at(row, name)
+        return (text if isinstance(value, bool) else value), name  # a format such as :.2f wants the number
 
 
 def words_of(template: str) -> list[str]:
@@ -326,6 +338,8 @@ def lookup(row: Row, path: str) -> Any:
         DataError: If a part of the path is missing.
     """
     value: Any = row
+    if "." in path and path in row and path.split(".")[0] in row:
+        raise DataError(f"{path!r} is a column, and a key in the column {path.split('.')[0]!r}; rename one of them")
     for key in path.split("."):
         if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
             value = value[int(key)]
@@ -338,7 +352,7 @@ def lookup(row: Row, path: str) -> Any:
 
 
 def text_at(row: Row, path: str) -> str:
-    """Return the text at a column or a dotted path; numbers and booleans are written out.
+    """Return the text at a column or a dotted path; numbers and booleans are written as in JSON.
 
     Raises:
         DataError: If a part of the path is missing, or if there is something else, such as null, NaN or a list.
@@ -349,4 +363,4 @@ def text_at(row: Row, path: str) -> str:
         mend = f"; write {path}.{key} for what is in it" if isinstance(value, list | Mapping) else ""
         mend = " or a finite number" if isinstance(value, float) else mend
         raise DataError(f"{path} is {value!r:.80}, expected a text{mend}")
-    return str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)

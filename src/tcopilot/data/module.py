@@ -119,6 +119,7 @@ class TCopilotDataModule(LightningDataModule):
         self._train: datasets.Dataset | datasets.IterableDataset | None = None
         self._evaluation: dict[tuple[str, str], list[PreparedRow]] = {}
         self._summary: dict[str, Figures] = {}
+        self._streams: dict[str, StreamedRows] = {}
         self.skipped: dict[str, list[str]] = {}
         self.remarks: list[str] = []
         self.shot_rows: dict[str, list[NumberedRow]] = {}
@@ -158,7 +159,7 @@ class TCopilotDataModule(LightningDataModule):
         fixed = tokenizer, source_side, *self.limits
         preparer = RowPreparer(*fixed)
         self.collate = PromptTargetCollator(pad, source_side)
-        self._evaluation, self._summary, self._digest = {}, {}, hashlib.sha256()
+        self._evaluation, self._summary, self._streams, self._digest = {}, {}, {}, hashlib.sha256()
         self.skipped, self.remarks, self._longest = {name: [] for name in self.benchmarks}, [], max_new_tokens
         questions: dict[str, list[str]] = {}
         train: list[datasets.Dataset | datasets.IterableDataset] = []
@@ -175,7 +176,8 @@ class TCopilotDataModule(LightningDataModule):
                 if is_train and self.streaming:
                     streamed = RowPreparer(*fixed)
                     streamed.reserved, streamed.shots = preparer.reserved, preparer.shots
-                    train.append(as_stream(StreamedRows(streamed, shared, place, skips)))
+                    self._streams[f"{name}/{split}"] = StreamedRows(streamed, shared, place, skips)
+                    train.append(as_stream(self._streams[f"{name}/{split}"]))
                     continue
                 prepare = partial(preparer, *shared)
                 refused: list[str] = []
@@ -309,13 +311,16 @@ class TCopilotDataModule(LightningDataModule):
         )
 
     def summary(self) -> dict[str, Figures]:
-        """Return counts and token lengths for each ``<benchmark>/<split>``, see ``measure``; not of a streamed train.
+        """Return counts and token lengths for each ``<benchmark>/<split>``, see ``measure``.
+
+        Of a streamed train split there are only counts, of the rows read so far, repeated passes included.
 
         Of evaluation rows also ``trained_on``, how many ask a question that some benchmark's train rows ask, whatever
         the options, and ``unreachable``, how many gold answers would not count as right if they were generated.
         """
         self.setup()
-        return self._summary
+        streams = {part: stream.figures for part, stream in self._streams.items() if stream.figures}
+        return self._summary | streams
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change whenever a prepared row does. A stream's train rows are not covered."""

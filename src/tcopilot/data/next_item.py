@@ -13,10 +13,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from scipy.sparse import csr_array, diags_array
 
-from tcopilot.data.answers import tidy
+from tcopilot.data.answers import is_blank, tidy
 from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError, Example, Row, words_of
 from tcopilot.data.metrics import NDCG, Answer, Hit, Metric, consistency_problems
 
+MOST_ITEMS = 10**7  # all are named and ranked, also those that no one has
 SHOWN = 3  # problems of a file that are printed in full
 HELD_OUT = {"test": 1, "validation": 2}  # how far from the end of a history a split's item stands
 FEATURES, ITERATIONS = 32, 20  # features of an item for collaborative ids, and steps to find them
@@ -149,35 +150,39 @@ class NextItem(Benchmark):
     def _checked(self, rows: Iterable[Row]) -> tuple[list[Any], list[list[int]]]:
         """Return users and their items."""
         where = f"{self.name}: {getattr(rows, 'file', self.file('train'))}"
-        first: dict[Any, int] = {}
+        first: dict[str, int] = {}
+        users: list[Any] = []
         sequences: list[list[int]] = []
         problems: list[str] = []
         for number, row in enumerate(rows, start=1):
             problem = self._problem(row)
-            if problem is None and row["user"] in first:
-                problem = f"user {row['user']!r} has row {first[row['user']]} already; give each user one row"
+            if problem is None and (name := str(row["user"]).strip()) in first:  # 7 and "7" are one in a prompt
+                problem = f"user {row['user']!r} has row {first[name]} already; give each user one row"
             if problem is not None:
                 problems.append(f"{where}, row {number}: {problem}")
                 continue
-            first[row["user"]] = number
+            first[name] = number
+            users.append(row["user"])
             sequences.append(list(row["items"]))
         if len(problems) > SHOWN:
             problems = [*problems[:SHOWN], f"{where}: and {len(problems) - SHOWN} more such problems"]
         if problems:
             raise DataError("\n".join(problems))
-        return list(first), sequences
+        return users, sequences
 
     def _problem(self, row: Row) -> str | None:
         """Say what is wrong with one row of the file, and what was expected."""
         if missing := [column for column in ("user", "items") if column not in row]:
             return f"no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, row))}"
         user, items = row["user"], row["items"]
-        if not isinstance(user, int | str):
+        if not isinstance(user, int | str) or isinstance(user, bool) or is_blank(str(user)):
             return f"user is {user!r}; expected a number or a text"
         if not isinstance(items, list):
             return f"items is {items!r}; expected a list of item numbers"
         if bad := [item for item in items if type(item) is not int or item < 1]:
             return f"items holds {bad[0]!r}; expected whole numbers from 1"
+        if max(items, default=0) > MOST_ITEMS:
+            return f"items holds {max(items)}; number the items from 1 without large gaps, at most {MOST_ITEMS}"
         if self.items is not None and max(items, default=0) > self.items:
             return f"items holds {max(items)}, and data.benchmarks.{self.name}.items is {self.items}; raise it"
         if len(items) < 3:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.benchmarks import Benchmark, DataError, Example
 from tcopilot.data.collate import Side
 from tcopilot.data.shots import SEPARATOR
+from tcopilot.data.summary import KINDS, Figures
 
 Overflow = Literal["error", "drop", "truncate"]
 Report = Callable[[str], None]
@@ -50,7 +53,8 @@ class RowPreparer:
     Attributes:
         shots: Token ids of each shot of the benchmark at hand, as `solved` makes them.
         counts: How many rows were ``dropped``, ``lost_shots``, had ``cut_prompts``, ``cut_options`` or
-            ``cut_targets``, or brought ``end_tokens`` in their targets. To be cleared by whoever counts.
+            ``cut_targets``, brought ``end_tokens`` in their targets, or offer the right option twice
+            (``twin_options``). To be cleared by whoever counts.
         reserved: Questions (see ``Example.question``) that no row may train on; those rows are left out.
 
     Raises:
@@ -123,6 +127,8 @@ class RowPreparer:
                         report(f"row {number + 1}: {complaint}")
                 else:
                     if fitted is not None:
+                        if example.twin:
+                            self.counts["twin_options"] += 1
                         if note:
                             note(example.question)
                         ids = dict(zip(("source_ids", "target_ids"), fitted, strict=True))
@@ -193,7 +199,7 @@ class RowPreparer:
 
     def _texts(self, example: Example) -> dict[str, Any]:
         """Return what only evaluation needs of a row."""
-        texts = {name: value for name, value in example._asdict().items() if name != "ending"}
+        texts = {name: value for name, value in example._asdict().items() if name not in ("ending", "twin")}
         if not example.options:
             return texts
         option_ids = [[*ids, self.tokenizer.eos_token_id] for ids in self._ids(list(example.options))]
@@ -260,19 +266,38 @@ class RowPreparer:
 
 @dataclass
 class StreamedRows:
-    """Prepare the rows of a streamed split, as often as called, and log the number of those that a pass leaves out."""
+    """Prepare the rows of a streamed split, as often as called, and log the number of those that a pass leaves out.
+
+    Attributes:
+        tally: Rows read, skipped and of each kind in `KINDS`, over all passes; a loader process counts here too.
+    """
 
     preparer: RowPreparer
     shared: tuple[Any, ...]
     place: str
     skips: bool
+    tally: Tensor = field(default_factory=lambda: torch.zeros(2 + len(KINDS), dtype=torch.int64).share_memory_())
+
+    @property
+    def figures(self) -> Figures:
+        """What a summary says of the rows read so far; nothing before the first."""
+        return dict(zip(("rows", "skipped", *KINDS), self.tally.tolist(), strict=True)) if self.tally.any() else {}
 
     def __call__(self) -> Iterator[dict[str, Any]]:
         """Start a pass."""
         self.preparer.counts.clear()
-        yield from self.preparer(*self.shared, partial(_complain, self.place), self._skip if self.skips else None)
+        before, number = self.tally.clone(), 0
+        rows = self.preparer(*self.shared, partial(_complain, self.place), self._skip if self.skips else None)
+        for number, row in enumerate(rows, start=1):
+            self._count(before, number)
+            yield row
+        self._count(before, number)
         if left := ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in self.preparer.counts.items()):
             log.warning("%sof this pass over the stream: %s", self.place, left)
+
+    def _count(self, before: Tensor, rows: int) -> None:
+        counts = self.preparer.counts
+        self.tally.copy_(before + torch.tensor([rows, *(counts[kind] for kind in ("skipped", *KINDS))]))
 
     def _skip(self, text: str) -> None:
         count = self.preparer.counts["skipped"] = self.preparer.counts["skipped"] + 1

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from string import Formatter, ascii_uppercase
 from typing import ClassVar, Literal
 
-from tcopilot.data.answers import close, first_name, last_number, letter_after, name_after, number_after, read_number
+from tcopilot.data.answers import (
+    close,
+    first_name,
+    is_blank,
+    last_number,
+    letter_after,
+    name_after,
+    number_after,
+    read_number,
+    tidy,
+)
 from tcopilot.data.benchmarks import Benchmark, DataError, Example, Row, is_finite, lookup, text_at
 from tcopilot.data.metrics import Answer, LenientAccuracy, Metric, NoAnswer
 
@@ -125,13 +135,15 @@ class MultipleChoice(NamedAnswer):
         question = text_at(row, self.question_column).strip()
         heading = self.heading_column and lookup(row, self.heading_column)
         heading = text_at(row, self.heading_column).strip() if heading is not None else ""
-        return self._closed(
+        gold = self._gold(row, len(options))
+        example = self._closed(
             row,
-            self._gold(row, len(options)),
+            gold,
             names,
             question=f"{heading}: {question}" if heading else question,
             options="\n".join(f"{name}: {option}" for name, option in zip(names, options, strict=True)),
         )
+        return example._replace(twin=_has_twin(options, gold))
 
     @property
     def _pattern(self) -> str:
@@ -146,7 +158,8 @@ class MultipleChoice(NamedAnswer):
         *path, key = (self.option_labels_column or "").split(".")
         held = lookup(row, ".".join(path)) if path else row
         if key and key in held:
-            names = [str(name).strip().upper() for name in held[key]] if isinstance(held[key], list) else []
+            given = held[key] if isinstance(held[key], list) else []
+            names = [str(name).strip().upper() for name in given if name is not None and not isinstance(name, bool)]
             if len(set(names)) != options or len(names) != options:
                 expected = f"{options} different labels, one for each option"
                 raise DataError(f"{self.option_labels_column} is {held[key]!r:.80}, expected {expected}")
@@ -276,12 +289,12 @@ class LetteredOptions(TwoReadings):
         """Set the options apart from their letters."""
         options = _options(row, [self.options_column], self.option_count)
         for letter, option in zip(self._letters, options, strict=True):
-            if not option.startswith(f"{letter})"):
-                raise DataError(f"{self.options_column} has {option!r:.80}, expected it to begin with '{letter})'")
+            if not option.startswith(f"{letter})") or is_blank(option[2:]):
+                raise DataError(f"{self.options_column} has {option!r:.80}, expected '{letter})' and a text")
         label = lookup(row, self.label_column)
         if not isinstance(label, str) or label not in tuple(self._letters):
             raise DataError(f"{self.label_column} is {label!r:.80}, expected a letter A to {self._letters[-1]}")
-        return self._example(
+        example = self._example(
             row,
             label,
             question=text_at(row, self.question_column).strip(),
@@ -289,6 +302,8 @@ class LetteredOptions(TwoReadings):
             reasoning=text_at(row, self.reasoning_column).strip() if self.reasoning_column else "",
             answer=label,
         )
+        texts = [option[2:] for option in options]
+        return example._replace(twin=_has_twin(texts, self._letters.index(label)))
 
     def extract(self, text: str) -> str | None:
         """Return the letter directly behind the last marker."""
@@ -303,6 +318,12 @@ class LetteredOptions(TwoReadings):
         return ascii_uppercase[: self.option_count]
 
 
+def _has_twin(options: Sequence[str], gold: int) -> bool:
+    """Tell whether the gold option stands there a second time, white space and forms of accents apart."""
+    texts = [tidy(option) for option in options]
+    return texts.count(texts[gold]) > 1
+
+
 def _options(row: Row, paths: Sequence[str], count: int | None) -> list[str]:
     """Return a row's options, stripped; refuse what is no text, is empty, or has fewer than two or not ``count``."""
     options: list[str] = []
@@ -311,8 +332,8 @@ def _options(row: Row, paths: Sequence[str], count: int | None) -> list[str]:
         for option in value if isinstance(value, list | tuple) else [value]:
             if not isinstance(option, str | int | float) or not is_finite(option):
                 raise DataError(f"{path} is {value!r:.80}, expected a text or a list of texts")
-            options.append(str(option).strip())
-            if not options[-1]:
+            options.append(text_at({"option": option}, "option").strip())
+            if is_blank(options[-1]):
                 raise DataError(f"{path} has an empty option: {value!r:.80}")
     if len(options) < 2 or (count is not None and len(options) != count):
         expected = "at least 2" if count is None else str(count)

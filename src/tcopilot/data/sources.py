@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import datasets
 
-from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError
+from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError, is_finite
 
 STARTS = {  # of files that are no JSON lines
     b"[": "one JSON array: write one object a line, as jq -c '.[]' does",
@@ -22,6 +22,19 @@ STARTS = {  # of files that are no JSON lines
     b"version https://git-lfs": "a pointer of Git LFS: fetch the file with git lfs pull",
 }
 Stream = TypeVar("Stream", datasets.Dataset, datasets.IterableDataset)
+
+
+class WrittenNumber(float):
+    """A number that is written out as the file has it: 2.50 as 2.50, and with all its digits."""
+
+    def __new__(cls, text: str) -> WrittenNumber:
+        """Keep the number's text."""
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __str__(self) -> str:
+        return self.text if is_finite(float(self)) else super().__str__()
 
 
 class HubError(DataError):
@@ -81,7 +94,7 @@ class JsonLines:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_each_once)
+                row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_each_once, parse_float=WrittenNumber)
             except (ValueError, RecursionError) as error:  # malformed, too deep, or bytes that are not UTF-8
                 raise DataError(
                     f"{self.file}, line {number}: not JSON ({error}). {_likely_cause(line, number)}"
@@ -212,6 +225,11 @@ def _local_rows(benchmark: Benchmark, split: str, root: Path, training: bool) ->
         raise DataError(
             f"{benchmark.name}: {file} does not exist as a file: it is {kind}. Put a file there, or remove it."
         )
+    if split == "validation" and (others := [path.name for path in sorted(place.glob("*")) if _is_validation(path)]):
+        raise DataError(
+            f"{benchmark.name}: {', '.join(others)} in {place} is not read, and validation rows would be taken from "
+            f"train. Call it {file.name}, or move it elsewhere."
+        )
     if split == "validation" or split not in benchmark.splits or (split == "train" and not training):
         return None
     there = sorted(path.name for path in file.parent.glob("*"))[:10] if file.parent.is_dir() else "no such folder"
@@ -219,6 +237,12 @@ def _local_rows(benchmark: Benchmark, split: str, root: Path, training: bool) ->
         f"{benchmark.name}: {file} does not exist (found: {there}). data.path is the folder that holds "
         f"{_files(benchmark)}."
     )
+
+
+def _is_validation(file: Path) -> bool:
+    """Tell whether a file seems to be meant as the validation split, under a name that is not read."""
+    name = file.name.lower().split(".")[0]
+    return name in ("val", "valid", "validation", "dev", "development") and not file.is_dir()
 
 
 def _files(benchmark: Benchmark) -> str:

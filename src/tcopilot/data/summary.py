@@ -15,12 +15,20 @@ from tcopilot.data.benchmarks import Benchmark
 
 MUCH = 0.01  # share of rows above which cutting them is a warning
 Figures = dict[str, float]
+KINDS = (
+    "dropped",
+    "lost_shots",
+    "cut_prompts",
+    "cut_options",
+    "cut_targets",
+    "end_tokens",
+    "twin_options",
+)  # of rows that are counted
 
 
 def measure(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int], skipped: int) -> Figures:
     """Count the rows of a split and describe their lengths in tokens: mean, median, 95th percentile and longest."""
-    kinds = ("dropped", "lost_shots", "cut_prompts", "cut_options", "cut_targets", "end_tokens")
-    figures: Figures = {"rows": len(rows), "skipped": skipped} | {kind: counts.get(kind, 0) for kind in kinds}
+    figures: Figures = {"rows": len(rows), "skipped": skipped} | {kind: counts.get(kind, 0) for kind in KINDS}
     for what in ("source", "target"):
         lengths = np.array([len(row[f"{what}_ids"]) for row in rows] or [0])
         middle = {"mean": lengths.mean(), "median": np.median(lengths), "p95": np.percentile(lengths, 95)}
@@ -72,6 +80,8 @@ def remarks(part: str, figures: Mapping[str, float], why: Mapping[str, int]) -> 
         found.append(f"{part}: {count} prompts lost part of their options; raise data.max_source_length")
     if count := figures["end_tokens"]:
         found.append(f"{part}: {count} of {rows} targets bring an end token of their own, which is not doubled")
+    if count := figures["twin_options"]:
+        found.append(f"{part}: {count} of {rows} rows offer the right option twice, of which one counts as wrong")
     if count := figures.get("trained_on"):
         found.append(f"{part}: {count} of {rows} rows ask a question that is trained on; remove them from one side")
     if why:
@@ -96,6 +106,8 @@ def summary_table(summary: Mapping[str, Figures]) -> Table:
         if column is not None:
             column.justify = "right"
     for part, figures in summary.items():
+        if "source_median" not in figures:
+            continue  # of a stream that has begun
         lengths = (
             " / ".join(f"{figures[f'{what}_{name}']:.0f}" for name in ("median", "p95", "max"))
             for what in ("source", "target")
