@@ -233,7 +233,7 @@ def test_lettered_options_are_set_apart_from_their_letters():
         ({"l": "C"}, "l is 'C', expected a letter A to B"),
         ({"l": 1}, "l is 1, expected a letter A to B"),
         ({"l": ""}, "l is '', expected a letter A to B"),
-        ({"o": ["A)a", "C)b"]}, r"o has 'C\)b', expected 'B\)' and a text"),
+        ({"o": ["A)a", "C)b"]}, r"o has 'C\)b', expected it to begin with 'B\)'"),
         ({"o": ["A)a"]}, "o gives 1 options"),
         ({"r": None}, "r is None, expected a text"),
     ],

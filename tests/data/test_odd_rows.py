@@ -166,8 +166,8 @@ REFUSED = [  # what cannot be meant, and the message
     *((YES, {"q": "p", "l": label}, "expected a boolean") for label in (1, 0, "true", "no", None, 1.0, [True])),
     (YES, {"q": "", "l": True}, "the prompt is empty: .* question"),
     *(
-        (LETTERS, {"q": "p", "o": options, "l": "A"}, "expected 'A\\)' and a text")
-        for options in (["A)", "B)y"], ["A.x", "B.y"], ["B)y", "A)x"], ["a)x", "b)y"])
+        (LETTERS, {"q": "p", "o": options, "l": "A"}, "expected it to begin with 'A\\)'")
+        for options in (["A.x", "B.y"], ["B)y", "A)x"], ["a)x", "b)y"])
     ),
     *(
         (LETTERS, {"q": "p", "o": ["A)x", "B)y"], "l": label}, "expected a letter")

@@ -289,8 +289,8 @@ class LetteredOptions(TwoReadings):
         """Set the options apart from their letters."""
         options = _options(row, [self.options_column], self.option_count)
         for letter, option in zip(self._letters, options, strict=True):
-            if not option.startswith(f"{letter})") or is_blank(option[2:]):
-                raise DataError(f"{self.options_column} has {option!r:.80}, expected '{letter})' and a text")
+            if not option.startswith(f"{letter})"):
+                raise DataError(f"{self.options_column} has {option!r:.80}, expected it to begin with '{letter})'")
         label = lookup(row, self.label_column)
         if not isinstance(label, str) or label not in tuple(self._letters):
             raise DataError(f"{self.label_column} is {label!r:.80}, expected a letter A to {self._letters[-1]}")
