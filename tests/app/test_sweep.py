@@ -16,6 +16,7 @@ import composed
 import numpy as np
 import pytest
 import torch
+from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -55,7 +56,8 @@ def job(folder: Path, *overrides: str):
         with open_dict(task):
             del task["hydra"]
             task.paths.run_dir = str(folder)
-        yield task
+        with initialize_config_dir(str(composed.CONFIGS), version_base="1.3"):
+            yield task
     finally:
         HydraConfig.instance().cfg = before
 
