@@ -29,6 +29,7 @@ ON_CPU = {
     "decode": ["decode.py", "--repeats", "7"],
     "memory": ["memory.py"],
     "scale": ["scale.py", "--repeats", "2"],
+    "prefix": ["prefix.py"],
     "log": ["log.py", "--policies", "fifo", "reservoir", "prioritised", "--repeats", "100"],
 }
 ON_GPU = {
@@ -153,6 +154,8 @@ TABLES: dict[str, tuple[str | None, Columns]] = {
     **dict.fromkeys(("memory", "gpu_memory"), ("peaks", MEMORY)),
     "scale": (None, {"what": _of("what"), "varied": _of("varied"), "value": _of("value", "{:,}"),
                      "measured": _of("measured", "{:.2f}"), "FLOPs": _of("flops", "{:.2f}")}),
+    "prefix": (None, {"what": _of("what"), "rows": _of("rows"), "time": _of("time", "{:.2f}"),
+                      "FLOPs": _of("flops", "{:.2f}")}),
     "log": ("costs", {"policy": _of("policy"), "rounds held": _of("rounds", "{:,}"),
                       "sample": _of("ratio", "{:.2f}"), "append": _of("append_ratio", "{:.2f}")}),
 }  # fmt: skip

@@ -26,6 +26,7 @@ class Batch:
         target_mask_BN: True where ``target_ids_BN`` is a target token, bool.
         ids_B: Row ids, unique within a split, int64.
         benchmark_B: Index into ``TCopilotDataModule.benchmark_names``, int64.
+        prefix: Tokens with which all prompts begin alike, where reading them once pays; 0 elsewhere.
         held_out: Rows of the round that the Mistake Log reads and the Pilot never trains on; None without any.
     """
 
@@ -35,6 +36,7 @@ class Batch:
     target_mask_BN: Tensor
     ids_B: Tensor
     benchmark_B: Tensor
+    prefix: int = 0
     held_out: Batch | None = None
 
     def __len__(self) -> int:
@@ -82,10 +84,12 @@ class Batch:
                     self.target_mask_BN[part, target],
                     self.ids_B[part],
                     self.benchmark_B[part],
+                    self.prefix,
                 )
             )
         return parts
 
     def _map(self, change: Callable[[Any], Any]) -> Batch:
         """Change all tensors, and ``held_out`` likewise."""
-        return Batch(*(value if value is None else change(value) for value in vars(self).values()))
+        held = vars(self).values()
+        return Batch(*(change(value) if isinstance(value, Tensor | Batch) else value for value in held))

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tcopilot.data.batch import Batch
 
 Side = Literal["left", "right"]
+LEAST_PREFIX = 32  # tokens; for fewer, a pass of their own costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class PromptTargetCollator:
         """Collate rows that have ``source_ids``, ``target_ids``, ``id`` and ``benchmark``; other keys are ignored."""
         source_ids_BM, source_mask_BM = self._pad([row["source_ids"] for row in rows], self.source_side)
         target_ids_BN, target_mask_BN = self._pad([row["target_ids"] for row in rows], "right")
+        shared = common_prefix([row["source_ids"] for row in rows]) if self.source_side == "left" else 0
         return Batch(
             source_ids_BM=source_ids_BM,
             source_mask_BM=source_mask_BM,
@@ -55,6 +57,7 @@ class PromptTargetCollator:
             target_mask_BN=target_mask_BN,
             ids_B=torch.tensor([row["id"] for row in rows], dtype=torch.int64),
             benchmark_B=torch.tensor([row["benchmark"] for row in rows], dtype=torch.int64),
+            prefix=shared if shared >= LEAST_PREFIX else 0,
         )
 
     def _pad(self, sequences: Sequence[Sequence[int]], side: Side) -> tuple[Tensor, Tensor]:
@@ -65,6 +68,19 @@ class PromptTargetCollator:
             pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id, padding_side=side),
             pad_sequence(real, batch_first=True, padding_side=side),
         )
+
+
+def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Count the tokens with which several prompts begin alike; the last token of each is its own.
+
+    >>> common_prefix([[5, 6, 7, 8], [5, 6, 9]]), common_prefix([[5, 6, 7], [5, 6]]), common_prefix([[5, 6]])
+    (2, 1, 0)
+    """
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # in alphabetical order: what these two share, all do
+    longest = min(map(len, prompts)) - 1
+    return next((place for place in range(longest) if first[place] != last[place]), longest)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Generation(Mode):
         batch = self.collate(rows).to(self.model.device)
         start = 1 if self.model.config.is_encoder_decoder else batch.source_ids_BM.shape[1]
         found = self.model.generate_at_weights(
-            weights, batch.source_ids_BM, batch.source_mask_BM.long(), do_sample=False,
+            weights, batch.source_ids_BM, batch.source_mask_BM.long(), batch.prefix, do_sample=False,
             num_beams=self.decoding.num_beams, max_new_tokens=self.max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.ends,
             cache_implementation=self.decoding.decoding, disable_compile=not self.decoding.compile,

@@ -120,7 +120,7 @@ def rank_by_beams(
     _check_keep(keep, unseen_BT[:, 0])
     start = 1 if model.config.is_encoder_decoder else batch.source_ids_BM.shape[1]
     outputs = model.generate_at_weights(
-        weights, batch.source_ids_BM, batch.source_mask_BM.long(), do_sample=False, output_scores=True,
+        weights, batch.source_ids_BM, batch.source_mask_BM.long(), batch.prefix, do_sample=False, output_scores=True,
         num_beams=num_beams, num_return_sequences=num_beams, length_penalty=0.0, early_stopping="never",
         logits_processor=[_OnlyUnseen(trie, unseen_BT, num_beams, start)], max_new_tokens=trie.depth,
         eos_token_id=end_id, pad_token_id=end_id, return_dict_in_generate=True,
@@ -181,7 +181,8 @@ class _Walk:
             encoded = BaseModelOutput(last_hidden_state=self._encoded_BMP[users])
             return self.model(encoder_outputs=encoded, attention_mask=mask_RM, decoder_input_ids=tokens_R1, **shared)
         if depth == 0:
-            return self.model(input_ids=self.batch.source_ids_BM, attention_mask=mask_RM, logits_to_keep=1, **shared)
+            shared |= {"logits_to_keep": 1, "prefix": self.batch.prefix}
+            return self.model(input_ids=self.batch.source_ids_BM, attention_mask=mask_RM, **shared)
         mask = torch.cat([mask_RM, mask_RM.new_ones(len(mask_RM), depth)], dim=1)
         return self.model(input_ids=tokens_R1, attention_mask=mask, **shared)
 

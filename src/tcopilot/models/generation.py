@@ -29,16 +29,18 @@ class FusedGenerationMixin(GenerationMixin):
         return super().generate(inputs, **kwargs)
 
     def generate_at_weights(
-        self, weights: Sequence[float], input_ids: Tensor, attention_mask: Tensor, **kwargs: Any
+        self, weights: Sequence[float], input_ids: Tensor, attention_mask: Tensor, prefix: int = 0, **kwargs: Any
     ) -> list[Any]:
         """Decode prompts [B, M] at several λ at once; both models read each prompt once, not once for each λ.
 
+        With `prefix`, so are the tokens with which all prompts begin alike, that many, once for the whole batch.
         Further arguments are those of `generate`. Returns for each λ what `generate` returns at it, of one length for
         all; of an output class only sequences and scores. What the checkpoint's `generation_config.json` asks for does
         not act: evaluation is by the settings given here.
         """
         before = self.weight, self.generation_config
         special = {f"{name}_token_id": getattr(before[1], f"{name}_token_id") for name in ("pad", "bos", "eos")}
+        kwargs |= {"prefix": prefix} if prefix else {}
         special["decoder_start_token_id"] = self.config.decoder_start_token_id  # which training began with
         self.generation_config = GenerationConfig(**special)
         try:

@@ -16,7 +16,10 @@ from tcopilot.models.caches import of_pilot
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.fused_model import IGNORED_LABEL, TCopilotModel
 from tcopilot.models.generation import FusedGenerationMixin
-from tcopilot.models.states import position_ids as count_positions
+from tcopilot.models.prefix import can_share, run_after_prefix
+from tcopilot.models.prefix import position_ids as count_positions
+
+TEXT = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"}  # what a prefix changes
 
 
 @dataclass
@@ -44,7 +47,8 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, past_key_values: Cache | None = None, labels: Tensor | None = None,
         use_cache: bool | None = None, target_start: int | None = None, logits_to_keep: int = 0,
-        weights_B: Tensor | None = None, copies: int = 1, output_corrections: bool = False, **kwargs: Any,
+        weights_B: Tensor | None = None, copies: int = 1, prefix: int = 0, output_corrections: bool = False,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
         """Return fused logits; positions before the first target carry the Pilot's logits.
 
@@ -61,15 +65,18 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
             logits_to_keep: return only the last that many positions; 0 returns all.
             weights_B: λ of each row, in place of the model's one.
             copies: consecutive rows that are equal while a cache is being filled; only one of each is computed.
+            prefix: tokens with which all prompts begin alike; they are read once, where all logits asked for are of
+                later positions (`logits_to_keep`).
             output_corrections: also return log p̂ and f^C; the Copilot then runs at λ = 0 too.
             **kwargs: further arguments of the Pilot.
         """
         cache, past, copies = self._open_cache(past_key_values, use_cache, weights_B, copies)
         input_ids, attention_mask, position_ids = _first_of(copies, input_ids, attention_mask, position_ids)
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache, **kwargs}
+        prefix = 0 if past else prefix
         if self._is_pilot_only(weights_B) and not output_corrections:
-            alone = {"past_key_values": cache, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
-            out = self.pilot(**given, **alone, labels=labels)
+            given |= {"past_key_values": cache, "position_ids": position_ids, "logits_to_keep": logits_to_keep}
+            out, _ = self._read(prefix, given) if labels is None else (self.pilot(**given, labels=labels), None)
             (out.logits,) = _repeat(copies, out.logits, cache=cache)
             return out
         length = input_ids.shape[1]
@@ -85,10 +92,10 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
         if past:
             out, *parts = self._next(lambda: self.pilot(**given), input_ids, cache)
         else:
-            out = self.pilot(**given)
+            out, embedded_BTP = self._read(prefix, given)
             mask_BM = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            states_BNP = self._pooled(out, slice(length - corrected, length))
-            source = (out.hidden_states[0][:, :start], mask_BM[:, :start].bool())
+            states_BNP = self._pooled(out, slice(-corrected, None))
+            source = (embedded_BTP[:, :start], mask_BM[:, :start].bool())
             parts = self._correct_text(out.logits[:, -corrected:], input_ids[:, start:], *source, states_BNP, cache)
         logits, log_probs_BNV, corrections_BNV = _repeat(copies, out.logits, *parts, cache=cache)
         fused_BNV = self._fused_logits(logits[:, -corrected:], log_probs_BNV, corrections_BNV, weights_B)
@@ -99,6 +106,18 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
             loss = _cross_entropy(fused_BNV[:, :-1], labels[:, 1 - fused_BNV.shape[1] :])
         extra = {"pilot_log_probs": log_probs_BNV, "corrections": corrections_BNV} if output_corrections else {}
         return TCopilotCausalLMOutput(loss=loss, logits=fused_BNV[:, -wanted:], past_key_values=cache, **extra)
+
+    def _read(self, prefix: int, given: dict[str, Any]) -> tuple[CausalLMOutputWithPast, Tensor | None]:
+        """Run the Pilot on texts, their common prefix once where that can be done; also returns the embedded texts."""
+        ids, mask, cache = given["input_ids"], given["attention_mask"], given["past_key_values"]
+        length = ids.shape[1]
+        if prefix and 0 < given["logits_to_keep"] <= length - prefix and can_share(self.pilot, length, cache):
+            rest = {name: value for name, value in given.items() if name not in TEXT}
+            return run_after_prefix(
+                self.pilot, prefix, ids, torch.ones_like(ids) if mask is None else mask, cache, **rest
+            )
+        out = self.pilot(**given)
+        return out, out.hidden_states and out.hidden_states[0]
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Decode from the fused distribution; arguments as in transformers. Prompts must be left-padded."""

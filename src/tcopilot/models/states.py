@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from tcopilot.data.batch import Batch
 from tcopilot.functional import LAYER_RANGES, POOLINGS, pool_states
+from tcopilot.models.prefix import can_share, position_ids, run_after_prefix
 
 
 @dataclass(frozen=True)
@@ -108,29 +109,22 @@ def trace_pilot(pilot: PreTrainedModel, batch: Batch, pooler: StatePooler | Stac
     )  # fmt: skip
 
 
-def position_ids(mask_BM: Tensor) -> Tensor:
-    """Positions that count real tokens only, so that left padding does not move a prompt.
-
-    >>> position_ids(torch.tensor([[False, True, True]])).tolist()
-    [[0, 0, 1]]
-    """
-    return (mask_BM.long().cumsum(-1) - 1).clamp_min(0)
-
-
 def _run_decoder_only(pilot, batch):
     """Logits of the targets, X̃, hidden states, and the positions among these that predict a target."""
     prompt, length = batch.source_ids_BM.shape[1], batch.target_ids_BN.shape[1]
-    predicting = slice(prompt - 1, prompt - 1 + length)
     mask = torch.cat([batch.source_mask_BM, batch.target_mask_BN], dim=1)
-    out = pilot(
-        input_ids=torch.cat([batch.source_ids_BM, batch.target_ids_BN], dim=1),
-        attention_mask=mask.long(),
-        position_ids=position_ids(mask),
-        output_hidden_states=True,
-        use_cache=False,
-        logits_to_keep=torch.arange(predicting.start, predicting.stop, device=mask.device),
-    )
-    return out.logits, out.hidden_states[0][:, :prompt], out.hidden_states, predicting
+    ids = torch.cat([batch.source_ids_BM, batch.target_ids_BN], dim=1)
+    shared = batch.prefix if can_share(pilot, prompt + length) else 0
+    predicting = slice(prompt - 1 - shared, prompt - 1 - shared + length)
+    kept = torch.arange(predicting.start, predicting.stop, device=mask.device)
+    given = {"output_hidden_states": True, "logits_to_keep": kept}
+    if shared:
+        out, embedded = run_after_prefix(pilot, shared, ids, mask, **given)
+    else:
+        positions = position_ids(mask)
+        out = pilot(input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=False, **given)
+        embedded = out.hidden_states[0]
+    return out.logits, embedded[:, :prompt], out.hidden_states, predicting
 
 
 def _run_encoder_decoder(pilot, batch):
