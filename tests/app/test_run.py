@@ -519,6 +519,25 @@ def test_a_copilot_that_is_only_a_head_is_traced_like_any_other(tmp_path):
     assert len(position["copilot_lens"]) == 1
 
 
+def test_shots_of_a_run_stand_before_rows_for_which_there_is_nothing_to_train_on(tmp_path):
+    lines = {
+        split: "\n".join(json.dumps({"prompt": f"{split} {i} + 1 =", "target": f" {i + 1}"}) for i in range(30))
+        for split in ("train", "validation", "test")
+    }
+    for place, splits in (("whole", lines), ("new", ["test"])):
+        (tmp_path / place).mkdir()
+        for split in splits:
+            (tmp_path / place / f"{split}.jsonl").write_text(lines[split])
+    shots = ["data=jsonl", f"data.path={tmp_path / 'whole'}", "data.shots=3", "pilot=tiny_llama"]
+    folder = composed.train(tmp_path / "run", "debug=limit", "fusion.weight=1", *shots)
+    assert len(json.loads((folder / "shots.json").read_text())["jsonl"]) == 3
+    assert composed.results(folder)["data"]["jsonl/train"]["rows"] == 27
+    again = composed.evaluate(folder, tmp_path / "eval", f"data.path={tmp_path / 'new'}")
+    assert composed.predictions(again, "test", 1.0, "jsonl") == composed.predictions(folder, "test", 1.0, "jsonl")
+    nll = [composed.value(composed.results(place), "test", "nll", 1.0, "all") for place in (folder, again)]
+    assert nll[0] == pytest.approx(nll[1], rel=1e-6)
+
+
 def test_fine_tuning_without_a_copilot_is_a_run_like_any_other(tmp_path):
     folder = composed.train(tmp_path / "run", *composed.SMALL, "copilot=none")
     found = composed.results(folder)
