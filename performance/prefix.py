@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--rows", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--rows", type=int, nargs="+", default=[8])
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     cases = [case for rows in given.rows for case in measure(given.size, rows, given.repeats)]
