@@ -64,7 +64,7 @@ def grid(
                         given += [f"seed={seed}"]
                         given += [text for level in (part, about, extra) for text in level.get("overrides", [])]
                         given += [f"control=[{','.join(part['controls'])}]"] if arm == DEFAULT else []
-                    known = {**places, "{default}": str(home / DEFAULT / str(seed))}
+                    known = {**places, "{default}": str(home / DEFAULT / str(seed)), "{seed}": str(seed)}
                     yield ArmJob(
                         folder=home / arm / str(seed), overrides=tuple(_fill(text, known) for text in given),
                         program=program, part=name, task=task, arm=arm, seed=seed,
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = yaml.safe_load(GRID.read_text(encoding="utf-8"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("preset", choices=settings["presets"])
-    parser.add_argument("--parts", nargs="+", help="builtin, real, recommendation; default: all of the preset")
+    parser.add_argument("--parts", nargs="+", help="builtin, frozen, real, recommendation; default: all of the preset")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="of all runs, by preset")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "evidence.md", help="where the tables go")
     parser.add_argument("--pilot", type=Path, help="folder of SmolLM2-135M-Instruct, for the part real")
