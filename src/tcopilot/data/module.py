@@ -26,7 +26,7 @@ from tcopilot.data.samplers import HeldOutSampler, RoundSampler, StreamRounds
 from tcopilot.data.shots import NumberedRow
 from tcopilot.data.sources import as_stream, mixture
 from tcopilot.data.splits import Split, SplitReader
-from tcopilot.data.summary import Figures, measure, remarks, unreachable
+from tcopilot.data.summary import Figures, judge, measure, unreachable
 from tcopilot.settings import FLAG, POSITIVE, SEED, Rule, is_number, problems, whole
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,9 @@ class TCopilotDataModule(LightningDataModule):
                     self._evaluation[split, name] = rows
         if complaints:
             raise DataError("\n".join(dict.fromkeys(complaints)))
-        self._judge(tokenizer, questions)
+        self.remarks += judge(self._summary, questions, self._unreachable(tokenizer))
+        for remark in self.remarks:
+            log.warning(remark)
         weighed = self.weights is not None and len(train) == len(self.benchmarks)
         weights = [self.weights[name] for name in self.benchmarks] if weighed else None
         none = datasets.Dataset.from_dict({"id": [], "length": []})
@@ -396,22 +398,11 @@ class TCopilotDataModule(LightningDataModule):
             shown = "\n".join(skipped[:SHOWN])
             log.warning("%s/%s: skipped %d of %d rows, such as\n%s", name, split, len(skipped), everything, shown)
 
-    def _judge(self, tokenizer: PreTrainedTokenizerBase, questions: dict[str, list[str]]) -> None:
-        """Complete the summary by what needs all splits, and say what is odd about the rows."""
-        trained, shown = (
-            {asked for part, all_asked in questions.items() if part.endswith(end) for asked in all_asked}
-            for end in ("/train", "/shots")
-        )
-        taught = trained | shown
-        for part, figures in self._summary.items():
-            name, split = part.split("/")
-            why: Counter[str] = Counter()
-            if split != "train":
-                if trained:
-                    figures["trained_on"] = sum(asked in taught for asked in questions[part])
-                longest = self._longest or self.longest_answer(name)
-                why = unreachable(self._evaluation[split, name], self.benchmarks[name], tokenizer, longest)
-                figures["unreachable"] = sum(why.values())
-            self.remarks += remarks(part, figures, why)
-        for remark in self.remarks:
-            log.warning(remark)
+    def _unreachable(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Counter[str]]:
+        """Count the gold answers of each split to score that are out of reach, by the reason."""
+        return {
+            f"{name}/{split}": unreachable(
+                rows, self.benchmarks[name], tokenizer, self._longest or self.longest_answer(name)
+            )
+            for (split, name), rows in self._evaluation.items()
+        }

@@ -90,6 +90,31 @@ def remarks(part: str, figures: Mapping[str, float], why: Mapping[str, int]) -> 
     return found
 
 
+def judge(
+    summary: Mapping[str, Figures], questions: Mapping[str, Sequence[str]], out_of_reach: Mapping[str, Counter[str]]
+) -> list[str]:
+    """Complete the figures by what needs all splits; returns what is odd about the rows, a sentence each.
+
+    Args:
+        summary: ``<benchmark>/<split>`` to its figures, which get ``trained_on`` and ``unreachable``.
+        questions: What the rows of each part ask, ``<benchmark>/shots`` among them.
+        out_of_reach: Of each part to be scored, `unreachable`.
+    """
+    trained, shown = (
+        {asked for part, all_asked in questions.items() if part.endswith(end) for asked in all_asked}
+        for end in ("/train", "/shots")
+    )
+    taught, found = trained | shown, []
+    for part, figures in summary.items():
+        why = out_of_reach.get(part, Counter())
+        if part in out_of_reach:
+            if trained:
+                figures["trained_on"] = sum(asked in taught for asked in questions[part])
+            figures["unreachable"] = sum(why.values())
+        found += remarks(part, figures, why)
+    return found
+
+
 def summary_table(summary: Mapping[str, Figures]) -> Table:
     """Lay out the summary of a data module, one line per split; lengths are median, 95th percentile and longest."""
     table = Table("rows of", "rows", "prompt tokens", "target tokens", title="Data")
