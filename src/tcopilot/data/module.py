@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -26,7 +25,7 @@ from tcopilot.data.samplers import HeldOutSampler, RoundSampler, StreamRounds
 from tcopilot.data.shots import NumberedRow
 from tcopilot.data.sources import as_stream, mixture
 from tcopilot.data.splits import Split, SplitReader
-from tcopilot.data.summary import Figures, judge, measure, unreachable
+from tcopilot.data.summary import Figures, judge, measure
 from tcopilot.settings import FLAG, POSITIVE, SEED, Rule, is_number, problems, whole
 
 log = logging.getLogger(__name__)
@@ -160,7 +159,7 @@ class TCopilotDataModule(LightningDataModule):
         preparer = RowPreparer(*fixed)
         self.collate = PromptTargetCollator(pad, source_side)
         self._evaluation, self._summary, self._streams, self._digest = {}, {}, {}, hashlib.sha256()
-        self.skipped, self.remarks, self._longest = {name: [] for name in self.benchmarks}, [], max_new_tokens
+        self.skipped, self.remarks = {name: [] for name in self.benchmarks}, []
         questions: dict[str, list[str]] = {}
         train: list[datasets.Dataset | datasets.IterableDataset] = []
         complaints: list[str] = []
@@ -196,7 +195,8 @@ class TCopilotDataModule(LightningDataModule):
                     self._evaluation[split, name] = rows
         if complaints:
             raise DataError("\n".join(dict.fromkeys(complaints)))
-        self.remarks += judge(self._summary, questions, self._unreachable(tokenizer))
+        wait = {name: max_new_tokens or self.longest_answer(name) for _, name in self._evaluation}
+        self.remarks += judge(self._summary, questions, self._evaluation, self.benchmarks, tokenizer, wait)
         for remark in self.remarks:
             log.warning(remark)
         weighed = self.weights is not None and len(train) == len(self.benchmarks)
@@ -397,12 +397,3 @@ class TCopilotDataModule(LightningDataModule):
         if skipped:
             shown = "\n".join(skipped[:SHOWN])
             log.warning("%s/%s: skipped %d of %d rows, such as\n%s", name, split, len(skipped), everything, shown)
-
-    def _unreachable(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Counter[str]]:
-        """Count the gold answers of each split to score that are out of reach, by the reason."""
-        return {
-            f"{name}/{split}": unreachable(
-                rows, self.benchmarks[name], tokenizer, self._longest or self.longest_answer(name)
-            )
-            for (split, name), rows in self._evaluation.items()
-        }

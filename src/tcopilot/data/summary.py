@@ -91,14 +91,22 @@ def remarks(part: str, figures: Mapping[str, float], why: Mapping[str, int]) -> 
 
 
 def judge(
-    summary: Mapping[str, Figures], questions: Mapping[str, Sequence[str]], out_of_reach: Mapping[str, Counter[str]]
+    summary: Mapping[str, Figures],
+    questions: Mapping[str, Sequence[str]],
+    evaluation: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
+    benchmarks: Mapping[str, Benchmark],
+    tokenizer: PreTrainedTokenizerBase,
+    longest: Mapping[str, int],
 ) -> list[str]:
     """Complete the figures by what needs all splits; returns what is odd about the rows, a sentence each.
 
     Args:
         summary: ``<benchmark>/<split>`` to its figures, which get ``trained_on`` and ``unreachable``.
         questions: What the rows of each part ask, ``<benchmark>/shots`` among them.
-        out_of_reach: Of each part to be scored, `unreachable`.
+        evaluation: Split and benchmark to the rows that are scored.
+        benchmarks: By name.
+        tokenizer: The Pilot's.
+        longest: Benchmark to the tokens that decoding waits for.
     """
     trained, shown = (
         {asked for part, all_asked in questions.items() if part.endswith(end) for asked in all_asked}
@@ -106,10 +114,12 @@ def judge(
     )
     taught, found = trained | shown, []
     for part, figures in summary.items():
-        why = out_of_reach.get(part, Counter())
-        if part in out_of_reach:
+        name, split = part.split("/")
+        why: Counter[str] = Counter()
+        if split != "train":
             if trained:
                 figures["trained_on"] = sum(asked in taught for asked in questions[part])
+            why = unreachable(evaluation[split, name], benchmarks[name], tokenizer, longest[name])
             figures["unreachable"] = sum(why.values())
         found += remarks(part, figures, why)
     return found
