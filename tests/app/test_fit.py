@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
+from tcopilot.app import fit
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.mistake_log.recording import Recording, row_key
 from tcopilot.models.pilot import ModelSource
@@ -112,6 +113,16 @@ def test_a_recording_that_was_stopped_goes_on(pilot, tmp_path, monkeypatch):
     assert composed.results(tmp_path)["rounds"] > 0
 
 
+def test_settings_of_rounds_are_named_as_unused(pilot, first, tmp_path, monkeypatch, capsys):
+    given = ["rounds=7", "copilot.steps_per_round=2", "copilot.passes=2", "copilot.hidden=8", "pilot.clip=3"]
+    monkeypatch.setattr(fit, "given_overrides", lambda: given)
+    composed.train(tmp_path, *frozen(pilot, f"mistake_log.from={first}", *given))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "not used here" in line]
+    assert "rounds=7, copilot.steps_per_round=2, pilot.clip=3" in line
+    assert "passes" not in line
+    assert "hidden" not in line
+
+
 @pytest.fixture(scope="module")
 def scored(pilot, tmp_path_factory):
     return composed.train(tmp_path_factory.mktemp("scored"), *frozen(pilot, "evaluation=recorded"))
@@ -158,7 +169,10 @@ def test_what_needs_answers_is_refused_where_only_a_recording_is_scored(pilot, t
     wrong = {
         "pilot=frozen copilot=head": [*SMALL, "evaluation=recorded"],
         "fusion.per=all": frozen(pilot, "evaluation=recorded", "fusion.weight=auto"),
-        "control=null": frozen(pilot, "evaluation=recorded", "control=averaged"),
+        "control=null": frozen(pilot, "evaluation=recorded", "control=calibrated"),
+        "use pilot=frozen copilot=head, or leave it out": [*SMALL, "mistake_log.from=runs/a"],
+        "use data.held_out=0": frozen(pilot, "data.held_out=0.1"),
+        "use data.streaming=false": frozen(pilot, "data.streaming=true"),
     }
     for mend, overrides in wrong.items():
         with pytest.raises(ConfigError, match=mend):

@@ -20,18 +20,19 @@ from tcopilot.app.checks import models as checks
 from tcopilot.app.checks.config import config_problems, fusion_rule, refuse_missing, values_for_groups
 from tcopilot.app.checks.data import data_problems, memory_problems
 from tcopilot.app.checks.problems import ConfigError, attempt
+from tcopilot.app.checks.recordings import fits_from_recording
 from tcopilot.app.checks.targets import target_problems
 from tcopilot.app.checks.trial_build import trial_problems
 from tcopilot.app.checks.unused import watch
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.data.shots import NumberedRow
-from tcopilot.evaluation.modes import RECORDED, Decoding
+from tcopilot.evaluation.modes import Decoding
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.base_copilot import BaseCopilot
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.families import decoder_depth
 from tcopilot.models.fused_model import TCopilotModel
-from tcopilot.models.kinds import KINDS, empty_copilot, learns, new_copilot, settings_of
+from tcopilot.models.kinds import empty_copilot, learns, new_copilot, settings_of
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.processes import is_first
@@ -89,17 +90,6 @@ def prepare(cfg: DictConfig) -> Prepared:
     if problems:
         raise ConfigError(problems)
     return Prepared(pilot, donor, tokenizer, data, log, watched, read)
-
-
-def fits_from_recording(cfg: DictConfig) -> bool:
-    """Whether a run records its frozen Pilot once, in place of running it in every round; see `tcopilot.app.fit`."""
-    kind = KINDS.get(cfg.copilot.kind) if cfg.copilot.enabled else None
-    return bool(cfg.pilot.frozen and kind and kind[0].fits_recordings)
-
-
-def evaluates_recording(cfg: DictConfig) -> bool:
-    """Whether a run scores recorded targets in place of answering rows, so that it never needs the Pilot's layers."""
-    return list(cfg.evaluation.modes) == [RECORDED]
 
 
 def prepare_data(

@@ -68,8 +68,10 @@ def show_summary(
     _console().print(table, summary_table(prepared.data.summary()))
 
 
-def show_fit(cfg: DictConfig, prepared: Prepared, params: dict[str, int], data: RecordedData) -> None:
-    """Say before a fit what a record holds and takes, what is still to be recorded, and the budget."""
+def show_fit(
+    cfg: DictConfig, prepared: Prepared, params: dict[str, int], data: RecordedData, idle: Sequence[str]
+) -> None:
+    """Say before a fit what a record holds and takes, what is still to be recorded, the budget and idle keys."""
     if not is_first():
         return
     table = Table(title="Transformer Copilot, frozen Pilot", show_header=False)
@@ -84,6 +86,8 @@ def show_fit(cfg: DictConfig, prepared: Prepared, params: dict[str, int], data: 
     table.add_row("recording", f"{size / 1e3:.1f} kB a row, {1e9 / size:,.0f} rows in 1 GB: {data.recording.folder}")
     table.add_row("to be recorded", f"{len(data.missing):,} of {rows:,} rows")
     table.add_row("budget", f"at most {cfg.copilot.passes} passes of {data.updates_per_pass} updates")
+    if idle:
+        table.add_row("not used here", ", ".join(idle))
     table.add_row("run directory", str(cfg.paths.run_dir))
     _console().print(table, summary_table(prepared.data.summary()))
 

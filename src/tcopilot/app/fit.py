@@ -21,10 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tcopilot.app import build
 from tcopilot.app.build import Prepared
+from tcopilot.app.checks.groups import plain_config
 from tcopilot.app.checks.problems import ConfigError
+from tcopilot.app.checks.recordings import evaluates_recording
+from tcopilot.app.checks.unused import idle_overrides
 from tcopilot.app.console import show_fit
 from tcopilot.app.jobs import STOPPED
-from tcopilot.app.joint import Trained
+from tcopilot.app.joint import Trained, given_overrides
 from tcopilot.app.trainer import make_callbacks, make_trainer
 from tcopilot.mistake_log.recording import RecordedPilot, Recording, RecordingError
 from tcopilot.models.pilot_files import digest, load_unembedding
@@ -43,15 +46,16 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     Raises:
         ConfigError: if the recording given is of another Pilot, or lacks some of the rows.
     """
+    own = prepared.config  # which notes what is read of it
     try:
         recording = _recording(cfg, prepared, run_dir)
     except RecordingError as error:
         raise ConfigError([f"mistake_log.from={cfg.mistake_log['from']}: {error}"]) from error
-    splits = dict.fromkeys(("validation", cfg.evaluation.report_on) if build.evaluates_recording(cfg) else ())
+    splits = dict.fromkeys(("validation", cfg.evaluation.report_on) if evaluates_recording(cfg) else ())
     parts = {split: prepared.data.rows_of(split) for split in ("train", "validation", *splits)}
     data = RecordedData(
-        recording, parts["train"], parts["validation"], list(chain(*parts.values())), cfg.copilot.depths,
-        cfg.copilot.batch_size, cfg.copilot.passes, cfg.seed,
+        recording, parts["train"], parts["validation"], list(chain(*parts.values())), own.copilot.depths,
+        own.copilot.batch_size, own.copilot.passes, cfg.seed,
         lambda rows, device: _record(recording, prepared, pilot, rows, device, cfg),
     )  # fmt: skip
     if data.missing and cfg.mistake_log["from"] is not None:
@@ -63,14 +67,15 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     load = prepared.pilot.load if data.missing else partial(load_unembedding, prepared.pilot)
     pilot = load(prepared.tokenizer)
     pilot.requires_grad_(False).eval()
-    copilot = build.make_copilot(cfg, prepared, pilot)
-    learner, objective = build.learner(cfg.copilot, data.updates), instantiate(cfg.objective)
+    copilot = build.make_copilot(own, prepared, pilot)
+    learner, objective = build.learner(own.copilot, data.updates), instantiate(own.objective)
     module = CopilotFit(copilot, pilot, learner, data.updates, objective)
-    best, count = KeepBest(cfg.copilot.patience), FlopCount()
+    best, count = KeepBest(own.copilot.patience), FlopCount()
     trainer = make_trainer(_passes(cfg, data), [best, count, *_bars(cfg)], None, data.updates)
-    model = build.fuse(cfg, prepared, pilot, copilot)
+    model = build.fuse(own, prepared, pilot, copilot)
     params = build.parameter_counts(model)
-    show_fit(cfg, prepared, params, data)
+    idle = idle_overrides(cfg, prepared.read, prepared.data, given_overrides(), plain_config(cfg))
+    show_fit(cfg, prepared, params, data, idle)
     with _stopping(run_dir):
         trainer.fit(module, datamodule=data)
     if not splits and any(weight.is_meta for weight in pilot.parameters()):

@@ -19,6 +19,7 @@ from tcopilot.app import build, sweep
 from tcopilot.app.build import Prepared
 from tcopilot.app.checks.config import config_problems, refuse_missing, unread_keys
 from tcopilot.app.checks.problems import ConfigError
+from tcopilot.app.checks.recordings import evaluates_recording, fits_from_recording
 from tcopilot.app.checks.resumed import take_overrides
 from tcopilot.app.console import quiet_libraries, show_results
 from tcopilot.app.controls.training import JointRun, against_controls, train_controls
@@ -66,7 +67,7 @@ def _train(cfg: DictConfig) -> float:
     if not cfg.get("resume"):
         _refuse_another_run(cfg, run_dir)
     prepared = build.prepare(cfg)
-    memory = None if build.fits_from_recording(cfg) else budget(cfg, prepared)
+    memory = None if fits_from_recording(cfg) else budget(cfg, prepared)
     if memory is not None:
         memory.check()
     with _claimed(cfg, run_dir):
@@ -77,13 +78,13 @@ def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, 
     seed_everything(cfg.seed, workers=True, verbose=False)
     if is_first() and prepared.data.shots:
         write_shots(prepared.data.shot_rows, run_dir.shots)
-    is_fit = build.fits_from_recording(cfg)
+    is_fit = fits_from_recording(cfg)
     trained = fit(cfg, prepared, run_dir) if is_fit else train_jointly(cfg, prepared, memory)
     model = trained.model
     if model.copilot is not None and not model.copilot.learns:
         calibrate(Evaluator(model, prepared.tokenizer, prepared.data, run_dir.predictions))
     build.export(model, prepared.tokenizer, run_dir.export)
-    recording = trained.recording if build.evaluates_recording(cfg) else None
+    recording = trained.recording if evaluates_recording(cfg) else None
     weights = build.evaluation_weights(cfg.fusion.weight)
     results = _run_evaluator(cfg, model, prepared, run_dir, weights, recording=recording)
     if is_first():
@@ -192,7 +193,7 @@ def _override(trained: DictConfig, cfg: DictConfig, source: RunDirectory) -> flo
         for key, value in cfg[group].items():  # evaluation=<name> sets every key, and null is one of its values
             if (value is not None or whole) and (key, value) != ("weight", "run"):
                 OmegaConf.update(trained, f"{group}.{key}", value, merge=False, force_add=True)
-    if cfg.evaluation.modes is None and build.evaluates_recording(trained):
+    if cfg.evaluation.modes is None and evaluates_recording(trained):
         trained.evaluation.modes = ["generation"]  # here is the Pilot
     trained.paths.run_dir, trained.control = cfg.paths.run_dir, None
     if is_other_rule and cfg.fusion.weight == "run":

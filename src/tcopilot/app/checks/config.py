@@ -20,10 +20,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from tcopilot.app.checks.problems import ConfigError, existing
+from tcopilot.app.checks.recordings import recording_problems
 from tcopilot.app.checks.unused import slips
 from tcopilot.app.trainer import process_count, trainer_problems
 from tcopilot.evaluation.evaluate import Evaluator
-from tcopilot.evaluation.modes import RECORDED, Decoding
+from tcopilot.evaluation.modes import Decoding
 from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fusion import FusionRule, build_fusion
 from tcopilot.models.gates import GATES
@@ -317,27 +318,11 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
             f"evaluation.decoding=static with evaluation.num_beams={cfg.evaluation.num_beams}: static caches decode "
             f"greedily only; set evaluation.num_beams=1 or evaluation.decoding=dynamic"
         )
-    if RECORDED in cfg.evaluation.modes:
-        yield from _recorded(cfg)
     if "select_on" in cfg.evaluation:
         yield (
             f"evaluation.select_on={cfg.evaluation.select_on}: λ is always chosen on validation rows, never on the "
             f"rows that are reported; leave it out and use validation rows for it"
         )
-
-
-def _recorded(cfg: DictConfig) -> Iterator[str]:
-    """What `evaluation=recorded` cannot do: it has a recording and no Pilot."""
-    key = f"evaluation.modes={list(cfg.evaluation.modes)}"
-    kind = KINDS.get(cfg.copilot.kind) if cfg.copilot.enabled else None
-    if len(cfg.evaluation.modes) > 1:
-        yield f"{key}: recorded stands for the likelihood alone, without answers; leave out the others"
-    if not (cfg.pilot.frozen and kind and kind[0].fits_recordings):
-        yield f"{key}: only a frozen Pilot is recorded; use pilot=frozen copilot=head, or evaluation=greedy"
-    if cfg.fusion.weight == "auto" or cfg.fusion.per != "all":
-        yield f"{key}: one λ is chosen by likelihood; give fusion.weight=<numbers> and fusion.per=all"
-    if control_names(cfg.control):
-        yield f"{key} with control={cfg.control}: controls answer rows; use evaluation=greedy, or control=null"
 
 
 def _learners(cfg: DictConfig) -> Iterator[str]:
@@ -358,6 +343,7 @@ def _learners(cfg: DictConfig) -> Iterator[str]:
 
 def _controls(cfg: DictConfig) -> Iterator[str]:
     names, given = control_names(cfg.control), f"control={cfg.control}"
+    yield from recording_problems(cfg, names)
     if any(isinstance(name, bool) or name not in CONTROLS for name in names) or len(set(names)) < len(names):
         yield f"{given}: use one or a list of null, {', '.join(CONTROLS)}"
         return

@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from tcopilot.app.checks.recordings import OF_FITS, OF_ROUNDS, fits_from_recording
 from tcopilot.data.generated_tasks import GeneratedTask
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.run_directory import flatten
@@ -130,6 +131,7 @@ def _without_effect(cfg: DictConfig, data: TCopilotDataModule) -> dict[str, bool
     read yet when a run's summary is shown.
     """
     tasks, alone = data.benchmarks.values(), len(data.benchmarks) == 1
+    fits = fits_from_recording(cfg)
     unranked = all(task.catalogue is None for task in tasks)
     return {
         "data.path": all(isinstance(task, GeneratedTask) for task in tasks),
@@ -142,6 +144,8 @@ def _without_effect(cfg: DictConfig, data: TCopilotDataModule) -> dict[str, bool
         "evaluation.ranking_beams": unranked or cfg.evaluation.ranking != "beam",
         "evaluation.compile": cfg.evaluation.decoding != "static",
         "fusion.per": alone and cfg.fusion.per == "benchmark",
+        **{key: fits for key in OF_ROUNDS if fits},
+        **{key: not fits for key in OF_FITS},
     }
 
 
