@@ -110,7 +110,8 @@ class RecordedData(LightningDataModule):
         """Record what is missing: every process its share."""
         if self.missing:
             place = self.trainer.global_rank, self.trainer.world_size
-            ordered = sorted(self.missing, key=lambda row: len(row["source_ids"]), reverse=True)
+            # By benchmark, whose shots a batch then reads once, and by length.
+            ordered = sorted(self.missing, key=lambda row: (row["benchmark"], -len(row["source_ids"])))
             self._record(ordered[place[0] :: place[1]], self.trainer.strategy.root_device)
             barrier()
             self.recording.find()
