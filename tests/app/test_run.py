@@ -26,6 +26,7 @@ from transformers import (
 
 from tcopilot.app import build
 from tcopilot.app.checks.problems import ConfigError
+from tcopilot.app.jobs import STOPPED
 from tcopilot.data.generated_tasks import GeneratedTask
 from tcopilot.data.metrics import Metric
 from tcopilot.data.tokenizers import word_tokenizer
@@ -711,7 +712,7 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_like_any_other(short, tmp_p
     folder = tmp_path / "stopped"
     with pytest.raises(SystemExit) as left:
         composed.train(folder, *SHORT, *STOP)
-    assert left.value.code == composed.run.STOPPED
+    assert left.value.code == STOPPED
     assert not (folder / "results.json").exists()
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["round=2"]
     with (folder / "metrics.csv").open() as file:

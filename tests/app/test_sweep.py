@@ -22,6 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tcopilot.app import joint, run, sweep
+from tcopilot.app.jobs import STOPPED
 from tcopilot.evaluation.results import Gain, Results, Row
 from tcopilot.training.callbacks.checkpoint import checkpoints
 
@@ -153,7 +154,7 @@ def test_ctrl_c_ends_the_sweep_and_starting_it_again_goes_on(tmp_path):
     folders = [tmp_path / f"seed-{seed}" for seed in (0, 1)]
     for finished, started in ((0, 1), (1, 2)):  # every start ends in the second round of the next job
         left = composed.forked(*command)
-        assert left.returncode == run.STOPPED, left.stderr
+        assert left.returncode == STOPPED, left.stderr
         assert f"hydra.sweep.dir={tmp_path}" in left.stderr
         assert [(folder / "done.json").exists() for folder in folders] == [finished > 0, False]
         assert [folder.exists() for folder in folders] == [True, started > 1]
@@ -218,7 +219,7 @@ def test_a_job_that_was_left_goes_on_from_its_newest_checkpoint(tmp_path, monkey
     stop = ["+callbacks.interrupt._target_=composed.InterruptAfter", "+callbacks.interrupt.rounds=2"]
     with pytest.raises(SystemExit) as left:
         train(tmp_path, *stop)
-    assert left.value.code == run.STOPPED
+    assert left.value.code == STOPPED
     assert not (tmp_path / "done.json").exists()
     starts, newest = [], joint._newest_checkpoint
     monkeypatch.setattr(joint, "_newest_checkpoint", lambda *args: (starts.append(newest(*args)), starts[-1])[1])

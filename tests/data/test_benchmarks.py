@@ -371,7 +371,7 @@ def test_no_space_is_doubled_between_prompt_and_target(prompt, target, joined):
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "base"])
 def test_every_data_config_composes_and_instantiates(name):
     module = instantiate(compose(name))
-    mixtures = {**MIXTURES, "mawps_svamp": ["mawps", "svamp"]}
+    mixtures = {**MIXTURES, "mawps_svamp": ["mawps", "svamp"], "equations": ["mawps_equations", "svamp_equations"]}
     assert module.benchmark_names == mixtures.get(name, [name])
     assert type(module.benchmarks) is dict
     assert module.rounds == 2

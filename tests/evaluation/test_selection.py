@@ -195,3 +195,16 @@ def test_the_selection_survives_the_file_and_is_printed(tmp_path):
 @pytest.mark.parametrize("rule", ["probability", "logits"])
 def test_the_configs_let_the_rows_decide(rule):
     assert composed.compose_config(f"fusion={rule}").fusion.select_by == "auto"
+
+
+def test_who_names_the_likelihood_gets_no_answers_but_those_reported(tmp_path):
+    by_rule = {rule: evaluator(tmp_path / rule, 30, rule).run(WEIGHTS) for rule in ("auto", "nll")}
+    found, whole = by_rule["nll"], by_rule["auto"]
+    assert found.selected_weight == whole.selected_weight
+    answered = {file.name for file in (tmp_path / "nll").glob("*.jsonl")}
+    assert answered == {f"test-word_problems-weight={weight:g}.jsonl" for weight in {0.0, found.selected_weight}}
+    assert found.gain == whole.gain
+    (taken,) = found.selection
+    assert (taken.rule, taken.validation, taken.taken) == ("nll", None, True)
+    nll = [(row.weight, row.value) for row in whole.rows if (row.split, row.metric) == ("validation", "nll")]
+    assert [(row.weight, row.value) for row in found.rows if (row.split, row.metric) == ("validation", "nll")] == nll

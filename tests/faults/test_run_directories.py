@@ -20,6 +20,7 @@ from tcopilot.app import build
 from tcopilot.app.checks.config import config_problems
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.failures import what_happened
+from tcopilot.app.jobs import STOPPED
 from tcopilot.app.sweep import new_folder
 from tcopilot.processes import address_problem
 from tcopilot.run_directory import RunDirectory
@@ -36,7 +37,7 @@ def stop(folder: Path, *overrides: str) -> Path:
     """A run that is stopped by Ctrl-C, or goes on until it is stopped again."""
     with pytest.raises(SystemExit) as left:
         composed.train(folder, *overrides) if overrides else composed.resume(folder)
-    assert left.value.code == composed.run.STOPPED
+    assert left.value.code == STOPPED
     return folder
 
 
@@ -254,7 +255,7 @@ def test_what_happens_around_a_run_is_told_with_the_way_on(what, said, tmp_path,
     run = tmp_path / "run"
     with pytest.raises(SystemExit) as left:
         composed.train(run, *SHORT, *given, "callbacks.checkpoint.every_n_rounds=1", "traceback=false")
-    assert left.value.code == (composed.run.STOPPED if what == "interrupt twice" else 1)
+    assert left.value.code == (STOPPED if what == "interrupt twice" else 1)
     found = capsys.readouterr().err
     assert said.format(run=run) in found
     assert "Traceback (most" not in found

@@ -32,6 +32,7 @@ from tcopilot.app.checks.config import refuse_missing
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.jobs import SHOWN, JobFolder, note_failure
 from tcopilot.app.trainer import process_count
+from tcopilot.data.metrics import NLL
 from tcopilot.evaluation.results import Results
 from tcopilot.processes import is_first
 from tcopilot.run_directory import RunDirectory
@@ -103,6 +104,8 @@ def job(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float:
 def validation_gain(results: Results) -> float:
     """The gain in the first benchmark's metric on the rows that λ was chosen on, which sweepers maximise.
 
+    Where these rows were not answered, the gain is that in likelihood.
+
     The reported gain would make a sweep select on test rows. The sign is turned where lower is better.
     """
     if not results.gain:
@@ -110,9 +113,11 @@ def validation_gain(results: Results) -> float:
     of = results.gain[0]
     weights = (0.0, results.weight_of(of.benchmark))
     pilot, fused = (results.find(of.benchmark, of.metric, results.selected_on, weight) for weight in weights)
+    if pilot is None or fused is None:  # λ was chosen by likelihood, without answers
+        pilot, fused = (results.find("all", NLL.name, results.selected_on, weight) for weight in weights)
     if pilot is None or fused is None:  # an evaluation of test rows alone
         return 0.0
-    return fused.value - pilot.value if of.higher_is_better else pilot.value - fused.value
+    return fused.value - pilot.value if fused.higher_is_better else pilot.value - fused.value
 
 
 def report_failure(error: Exception, message: str | None) -> None:

@@ -93,7 +93,8 @@ class Evaluator:
         decoding: how answers are generated or scored.
         per: what has a λ of its own, fitted on the split that λ is chosen on: `all` for one λ; `benchmark`; or
             a gate of `tcopilot.models.gates`, which λ then scales.
-        select_by: what decides on λ: `nll`, `metric`, or `auto` for the one that the number of rows suits, see
+        select_by: what decides on λ: `nll`, which then needs no answers to the rows it is chosen on and answers the
+            others at 0 and this λ alone; `metric`; or `auto` for the one that the number of rows suits, see
             `tcopilot.evaluation.selection`.
     """
 
@@ -172,8 +173,13 @@ class Evaluator:
         if "closed_form" in rules.values():
             given += closed_form.values()
             statistics = self._statistics(chosen_on, sorted({0.0, *given}))
-        candidates, seen = sorted({0.0, *given}), {}
-        for split in dict.fromkeys((chosen_on, reported) if has_rows else (reported,)):
+        candidates, seen, answered = sorted({0.0, *given}), {}, (chosen_on, reported) if has_rows else (reported,)
+        if self._needs_no_answers(rules, answered):
+            joined = {name: ErrorStatistics.joined(map(statistics.get, members)) for name, members in groups.items()}
+            chosen = {name: by_likelihood(of_group.nll()) for name, of_group in joined.items()} | chosen
+            self._report(found, chosen_on, {name: {} for name in names}, statistics)
+            candidates, answered = sorted({0.0, *chosen.values()}), (reported,)
+        for split in dict.fromkeys(answered):
             outcomes = {name: self.scores(split, name, candidates) for name in names}
             by_name = statistics if split == chosen_on else self._statistics(split, candidates)
             self._report(found, split, outcomes, by_name)
@@ -194,6 +200,10 @@ class Evaluator:
         self.model.weight, self.model.static_decoder = chosen["all"], None  # its caches are no longer needed
         self._fingerprint = None
         return found
+
+    def _needs_no_answers(self, rules: Mapping[str, str], splits: Sequence[str]) -> bool:
+        """Whether λ follows from the likelihood of the first of two splits alone."""
+        return self.select_by == "nll" and len(set(splits)) > 1 and "closed_form" not in rules.values()
 
     def _on_the_choice(
         self, rules: Mapping[str, str], rows: Mapping[str, int], chosen: Mapping[str, float],
