@@ -148,7 +148,8 @@ def test_lora_of_recommendation_has_its_own_rank():
 @pytest.mark.parametrize(
     "name",
     composed.some_fast(
-        (name for name in files("pilot") if not name.startswith(("tiny", "smollm2"))), ("lora", "t5_base").__contains__
+        (name for name in files("pilot") if not name.startswith(("tiny", "smollm2", "frozen"))),
+        ("lora", "t5_base").__contains__,
     ),
 )
 def test_a_pilot_is_trained_as_in_the_paper(name):
@@ -273,8 +274,8 @@ def test_every_row_and_every_model_is_documented():
     assert set(ROWS) - set(files("experiment", "paper")) <= rows
     given = [composed.choices(*overrides, ON_A_CPU) for overrides in commands()]
     for group, others in (
-        ("pilot", ("tiny", "smollm2", "lora")),
-        ("copilot", ("equal", "half", "lora", "head", "shared")),
+        ("pilot", ("tiny", "smollm2", "lora", "frozen")),
+        ("copilot", ("equal", "half", "lora", "head", "calibration", "shared")),
     ):
         used = {choice[group] for choice in given}
         assert {name for name in files(group) if not name.startswith(others)} <= used

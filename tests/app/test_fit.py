@@ -21,7 +21,7 @@ def pilot(tmp_path_factory):
 
 
 def frozen(pilot, *more):
-    return [*SMALL, "pilot=frozen", f"pilot.path={pilot}", "copilot=head", "copilot.passes=3", *more]
+    return ["experiment=frozen", *SMALL, f"pilot.path={pilot}", "copilot.passes=3", *more]
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,8 @@ def train_pilot(joint: JointRun, rounds: int, seed: int | None = None, count_eve
     prepared, data = joint.prepared, copy.copy(joint.prepared.data)
     cfg = OmegaConf.merge(joint.cfg, {"copilot": {"enabled": False}, "seed": joint.cfg.seed if seed is None else seed})
     if cfg.pilot.frozen:
-        cfg.pilot = OmegaConf.merge(cfg.pilot, _on_a_budget(prepared))
+        for key, value in _on_a_budget(prepared).items():
+            OmegaConf.update(cfg.pilot, key, value, merge=False, force_add=True)
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = build.fused_model(cfg, prepared)
     module = build.training_module(cfg, model, rounds)
@@ -159,7 +160,7 @@ def _on_a_budget(prepared: Prepared) -> dict[str, Any]:
     )
     lora = {"_target_": "tcopilot.models.adapters.Lora", "r": 16, "alpha": 32, "dropout": 0.0}
     adapter = {**lora, "targets": targets, "top": 0.4}
-    return {"frozen": False, "adapter": adapter, "scheduler": {"num_warmup_steps": 0.05}}
+    return {"frozen": False, "adapter": adapter, "scheduler.num_warmup_steps": 0.05}
 
 
 def against_controls(results: Results, run: RunDirectory) -> list[str]:
