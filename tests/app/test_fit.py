@@ -123,17 +123,12 @@ def test_settings_of_rounds_are_named_as_unused(pilot, first, tmp_path, monkeypa
     assert "hidden" not in line
 
 
-@pytest.fixture(scope="module")
-def scored(pilot, tmp_path_factory):
-    return composed.train(tmp_path_factory.mktemp("scored"), *frozen(pilot, "evaluation=recorded"))
-
-
 def test_without_answers_a_copilot_is_fitted_and_judged_in_seconds_and_answers_later(
-    pilot, first, scored, tmp_path, monkeypatch
+    pilot, first, tmp_path, monkeypatch
 ):
     load = ModelSource.load
     monkeypatch.setattr(ModelSource, "load", lambda *given: pytest.fail("the Pilot was loaded"))
-    given = frozen(pilot, f"mistake_log.from={scored}", "evaluation=recorded")
+    given = frozen(pilot, f"mistake_log.from={first}", "evaluation=recorded")
     folder = composed.train(tmp_path / "fit", *given)
     assert not list((folder / "export").glob("model*.safetensors"))
     assert not (folder / "predictions").exists()

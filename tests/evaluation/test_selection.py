@@ -208,3 +208,4 @@ def test_who_names_the_likelihood_gets_no_answers_but_those_reported(tmp_path):
     assert (taken.rule, taken.validation, taken.taken) == ("nll", None, True)
     nll = [(row.weight, row.value) for row in whole.rows if (row.split, row.metric) == ("validation", "nll")]
     assert [(row.weight, row.value) for row in found.rows if (row.split, row.metric) == ("validation", "nll")] == nll
+    assert taken.validation_nll == pytest.approx(dict(nll)[found.selected_weight])

@@ -77,7 +77,7 @@ def test_what_a_stop_finds_done_is_kept_and_the_rest_recorded_later(tmp_path):
     assert len(again) == 2
     left = list(missing_rows(again, [*ROWS, ROWS[2]]))
     assert left == [ROWS[2]]
-    again.add(left, pilot, collator(pilot), 2, flops=3.0)
+    again.add(left, pilot, collator(pilot), 2, flops=lambda: 3.0)
     assert len(again) == 3
     assert again.seconds > 0
     assert again.flops == 3

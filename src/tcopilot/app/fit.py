@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -46,23 +47,25 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     Raises:
         ConfigError: if the recording given is of another Pilot, or lacks some of the rows.
     """
-    own = prepared.config  # which notes what is read of it
+    own, given = prepared.config, cfg.mistake_log["from"]  # the first notes what is read of it
     try:
         recording = _recording(cfg, prepared, run_dir)
     except RecordingError as error:
-        raise ConfigError([f"mistake_log.from={cfg.mistake_log['from']}: {error}"]) from error
-    splits = dict.fromkeys(("validation", cfg.evaluation.report_on) if evaluates_recording(cfg) else ())
-    parts = {split: prepared.data.rows_of(split) for split in ("train", "validation", *splits)}
+        raise ConfigError([f"mistake_log.from={given}: {error}" if given else str(error)]) from error
+    judged = evaluates_recording(cfg)
+    # What is recorded anew holds the rows reported as well, so that further fits can be judged by it.
+    reported = [cfg.evaluation.report_on] if judged or given is None else []
+    parts = {split: prepared.data.rows_of(split) for split in ("train", "validation", *reported)}
     data = RecordedData(
         recording, parts["train"], parts["validation"], list(chain(*parts.values())), own.copilot.depths,
         own.copilot.batch_size, own.copilot.passes, cfg.seed,
         lambda rows, device: _record(recording, prepared, pilot, rows, device, cfg),
     )  # fmt: skip
-    if data.missing and cfg.mistake_log["from"] is not None:
+    if data.missing and given is not None:
         total = sum(map(len, parts.values()))
         raise ConfigError([
-            f"mistake_log.from={cfg.mistake_log['from']}: {len(data.missing)} of {total} rows are not in it; data, "
-            f"template, shots and tokenizer must be those of the recording. To record these rows, leave it out"
+            f"mistake_log.from={given}: {len(data.missing)} of {total} rows are not in it; data, template, shots and "
+            f"tokenizer must be those of the recording. To record these rows, leave it out"
         ])  # fmt: skip
     load = prepared.pilot.load if data.missing else partial(load_unembedding, prepared.pilot)
     pilot = load(prepared.tokenizer)
@@ -78,10 +81,10 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     show_fit(cfg, prepared, params, data, idle)
     with _stopping(run_dir):
         trainer.fit(module, datamodule=data)
-    if not splits and any(weight.is_meta for weight in pilot.parameters()):
+    if not judged and any(weight.is_meta for weight in pilot.parameters()):
         model = build.fuse(cfg, prepared, prepared.pilot.load(prepared.tokenizer), copilot)
     device = trainer.strategy.root_device
-    for part in (copilot, model.pilot.get_output_embeddings()) if splits else (model,):
+    for part in (copilot, model.pilot.get_output_embeddings()) if judged else (model,):
         part.to(device)
     kept = f"after pass {best.best_pass} of {best.passes}" if best.best_pass else "as it was new, for none was better"
     rate = len(recording) / max(recording.seconds, 1e-9)
@@ -111,18 +114,18 @@ def _recording(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Re
 def _record(
     recording: Recording, prepared: Prepared, pilot: Any, rows: Sequence[Any], device: torch.device, cfg: DictConfig
 ) -> None:
-    """Record this process's share of the rows, with the FLOPs of a row taken from the pass of a few."""
+    """Record this process's share of the rows, with the FLOPs of a row taken from the passes of a few."""
     pilot.to(device)
     collate = prepared.data.collate
     size = cfg.pilot.micro_batch_size or cfg.data.eval_batch_size
-    sample = rows[:: max(1, len(rows) // 8)][:8]
+    sample = rows[:: max(1, len(rows) // 8)][: min(8, size)]
     with FlopCounter() as counter:
-        recording.add(sample, pilot, collate, size)
+        recording.add(sample, pilot, collate, size, flops=lambda: counter.flops / len(sample))
     with _progress(len(rows)) as bar:
         bar(len(sample))
         known = {id(row) for row in sample}
         rest = [row for row in rows if id(row) not in known]
-        recording.add(rest, pilot, collate, size, bar, flops=counter.flops / max(1, len(sample)))
+        recording.add(rest, pilot, collate, size, bar, flops=lambda: counter.flops / len(sample))
 
 
 @contextmanager
@@ -156,7 +159,8 @@ def _stopping(run_dir: RunDirectory) -> Iterator[None]:
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in STOPS}
+    is_main = threading.current_thread() is threading.main_thread()  # where alone Python handles signals
+    before = {number: signal.signal(number, stop) for number in (STOPS if is_main else ())}
     try:
         yield
     except (KeyboardInterrupt, SystemExit):

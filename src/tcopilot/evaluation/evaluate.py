@@ -175,8 +175,11 @@ class Evaluator:
             statistics = self._statistics(chosen_on, sorted({0.0, *given}))
         candidates, seen, answered = sorted({0.0, *given}), {}, (chosen_on, reported) if has_rows else (reported,)
         if self._needs_no_answers(rules, answered):
-            joined = {name: ErrorStatistics.joined(map(statistics.get, members)) for name, members in groups.items()}
-            chosen = {name: by_likelihood(of_group.nll()) for name, of_group in joined.items()} | chosen
+            likelihoods = {
+                name: ErrorStatistics.joined(map(statistics.get, members)).nll() for name, members in groups.items()
+            }
+            seen = {name: {chosen_on: ({}, nll)} for name, nll in likelihoods.items()}
+            chosen = {name: by_likelihood(nll) for name, nll in likelihoods.items()} | chosen
             self._report(found, chosen_on, {name: {} for name in names}, statistics)
             candidates, answered = sorted({0.0, *chosen.values()}), (reported,)
         for split in dict.fromkeys(answered):

@@ -103,11 +103,15 @@ def by_metric(outcomes: Outcomes, likelihood: Mapping[float, float]) -> float:
 
 
 def selections(name: str, rule: str, weight: float, seen: Seen, chosen_on: str, reported: str) -> Iterator[Selection]:
-    """What each rule chooses as λ of a benchmark or of `all`, and what this gives; `rule` is the one that decided."""
+    """What each rule chooses as λ of a benchmark or of `all`, and what this gives; `rule` is the one that decided.
+
+    Rows to choose on that were not answered have no outcomes, and the metric chooses nothing on them.
+    """
     chosen = {}
     if chosen_on in seen:
         outcomes, likelihood = seen[chosen_on]
-        chosen = {"nll": by_likelihood(likelihood), "metric": by_metric(outcomes, likelihood)}
+        chosen = {"nll": by_likelihood(likelihood)}
+        chosen |= {"metric": by_metric(outcomes, likelihood)} if outcomes else {}
     for by, of_rule in (chosen | {rule: weight}).items():
         metric, value = _mean(seen[reported][0], of_rule)
         before = seen.get(chosen_on)
@@ -135,9 +139,9 @@ def _first(by_weight: Mapping[float, Scores]) -> Metric:
 
 
 def _mean(outcomes: Outcomes, weight: float) -> tuple[Metric, float] | tuple[None, None]:
-    """The first metric of some benchmarks and its mean over them; None where they have different ones."""
+    """The first metric of some benchmarks and its mean over them; None without answers, or where they differ."""
     metrics = {_first(by_weight) for by_weight in outcomes.values()}
-    if len(metrics) > 1:
+    if len(metrics) != 1:
         return None, None
     (metric,) = metrics
     values = [metric.value(by_weight[weight][metric]) for by_weight in outcomes.values()]

@@ -2,8 +2,8 @@
 
 With a frozen Pilot every visit to a row finds the same error, so one pass is the whole log. A record holds, for each
 target token, the Pilot's states at a few depths, the normaliser of its logits, its likeliest tokens and the target; no
-X̃, since only Copilots are fitted from it that read nothing else (`reads_target_states`). The state at depth 1 is what
-the Pilot's frozen head reads, so that p̂ of any token, and with it ℓ, follows exactly, without the Pilot's layers.
+X̃, since only Copilots are fitted from it that read nothing else (`BaseCopilot.fits_recordings`). The state at depth 1
+is what the Pilot's frozen head reads, so that p̂ of any token, and with it ℓ, follows exactly, without its layers.
 
 Rows are known by their content: tokenised prompt and target. Other data, another template, other shots or another
 tokenizer are other rows. Files are written by any number of processes and read by any other number.
@@ -137,7 +137,8 @@ class Recording:
         }
 
     def add(self, rows: Sequence[Mapping[str, Any]], pilot: PreTrainedModel, collate: PromptTargetCollator,
-            batch_size: int, done: Callable[[int], None] = lambda rows: None, flops: float = 0.0) -> None:  # fmt: skip
+            batch_size: int, done: Callable[[int], None] = lambda rows: None,
+            flops: Callable[[], float] = lambda: 0.0) -> None:  # fmt: skip
         """Record rows in the order given. What a stop finds done is kept.
 
         Args:
@@ -146,7 +147,7 @@ class Recording:
             collate: makes a batch of rows for it.
             batch_size: rows of a forward pass.
             done: told the number of rows after each pass.
-            flops: of a row's pass, which are added up for whoever reads the recording.
+            flops: asked after each pass for those of a row, which are added up for whoever reads the recording.
         """
         pooler, device = StackedStates(self.pilot.depths), next(pilot.parameters()).device
         waiting: list[dict[str, Tensor]] = []
@@ -156,7 +157,7 @@ class Recording:
                 part = rows[first : first + batch_size]
                 with torch.no_grad():
                     states = trace_pilot(pilot, collate(part).to(device), pooler)
-                about = {"keys": [row_key(row) for row in part], "flops": [flops] * len(part)}
+                about = {"keys": [row_key(row) for row in part], "flops": [flops()] * len(part)}
                 kept = {name: torch.tensor(values) for name, values in about.items()}
                 waiting.append(self._records(states) | kept)
                 size = sum(tensor.nbytes for tensors in waiting for tensor in tensors.values())

@@ -1,8 +1,8 @@
 """What every Copilot is to the rest of the package: inputs → hidden states → corrections, at once or step by step.
 
 Three kinds stand behind this interface: the paper's decoder (`copilot.py`), a head on the Pilot's own late states
-(`head_copilot.py`) and a calibration of the Pilot (`calibration.py`). Nothing but `models/configuration.py` asks which
-one it has.
+(`head_copilot.py`) and a calibration of the Pilot (`calibration.py`). Nothing but `models/kinds.py` knows which
+there are.
 
 Shapes: B batch, M source length, N target length, K past targets, P width of the states read, C Copilot width,
 V vocabulary.
