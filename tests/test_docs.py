@@ -12,20 +12,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import composed
+import datasets
 import pytest
 import torch
 from hydra.errors import MissingConfigException
+from hydra.utils import instantiate
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tcopilot import TCopilotForCausalLM
 from tcopilot.app.checks.config import config_problems
+from tcopilot.data import byte_tokenizer
 from tcopilot.models import families
 
 DOCS = composed.ROOT / "docs"
 DOCUMENTS = {
     path.relative_to(composed.ROOT).as_posix(): path for path in (composed.ROOT / "README.md", *DOCS.glob("*.md"))
 }
-ALGORITHM, EXTENDING = DOCS / "algorithm.md", DOCS / "extending.md"
+ALGORITHM, EXTENDING, DATA = (DOCS / f"{name}.md" for name in ("algorithm", "extending", "data"))
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"^# (\S+\.(?:yaml|py))\n")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -51,6 +54,12 @@ def files(document: Path) -> dict[str, str]:
     return {FILE.match(body)[1]: body for body in blocks(document, "yaml", "python") if FILE.match(body)}
 
 
+def rows_shown() -> dict[str, str]:
+    """The files of rows that docs/data.md shows, by their names."""
+    found = dict(re.findall(r"^`([\w./-]+)`:\n\n```\w*\n(.*?)^```", DATA.read_text(), re.DOTALL | re.MULTILINE))
+    return found | {"someone/sentences/train.jsonl": found["continued/train.jsonl"]}  # for a data set on the Hub
+
+
 def commands(document: Path) -> list[tuple[str, ...]]:
     """Program and overrides of all `train.py` and `eval.py` lines, placeholders filled in; a sweep's first job."""
     text = document.read_text()
@@ -64,7 +73,7 @@ def commands(document: Path) -> list[tuple[str, ...]]:
             parts = (
                 re.sub(r"=choice\(([^,)]*).*\)", r"=\1", part) for part in given if part != "-m" and "…" not in part
             )
-            found[program, *(part if "[" in part else part.partition(",")[0] for part in parts)] = None
+            found[program, *(part if re.search(r"[{[]", part) else part.partition(",")[0] for part in parts)] = None
     return list(found)
 
 
@@ -91,12 +100,13 @@ def resolve(name: str) -> object:
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
-    """A copy of the configs and of the programs, and beside them everything that docs/extending.md adds."""
+    """A copy of the configs and of the programs, and beside them what docs/extending.md and docs/data.md add."""
     root = tmp_path_factory.mktemp("extended")
     shutil.copytree(composed.CONFIGS, root / "configs")
     for script in ("train.py", "eval.py"):
         shutil.copy(composed.ROOT / script, root)
-    for name, body in files(EXTENDING).items():
+    for name, body in (files(EXTENDING) | files(DATA) | rows_shown()).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
         assert not name.startswith("src/"), name
         assert not (composed.ROOT / name).exists(), name
         (root / name).write_text(body)
@@ -240,6 +250,38 @@ def test_the_commands_are_found():
     assert ("eval", "run=runs/demo/x", "fusion.weight=[0,0.3,1.0]") in commands(DOCUMENTS["README.md"])
     assert ("train", "mistake_log=fifo", "seed=0") in commands(DOCUMENTS["README.md"])
     assert ("train", "data=marbles", "data.path=marbles", "debug=fdr") in commands(EXTENDING)
+
+
+# docs/data.md, as written -----------------------------------------------------------------------------------------
+
+TARGETS = {  # of the rows of train, validation and test that each example has, in order
+    "data=instructions": "Paris|cold,one two three,Madrid",
+    "data=completions": " red.| white., blue., green.",
+    "data=jsonl": " 9| 007, 1.50, 4",
+    "data=jsonl splits": " 9| 1.50, 007, 007",
+    "data=completions splits": " red.| blue.| white., black., green.",
+    "data=completions hub splits": " red.| blue., red.| blue.| white., white.",
+    "data=[instructions,completions]": " red.| white.|Paris|cold,one two three| blue.,Madrid| green.",
+    "data=two_quizzes": "Paris|cold| red.| white.,one two three| blue.,Madrid| green.",
+}
+
+
+def test_every_example_of_the_data_page_gives_the_rows_that_it_shows(extended, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    tokenizer, found = byte_tokenizer(), {}
+    for program, *overrides in commands(DATA):
+        data = instantiate(composed.compose_whole(*overrides, "paths.run_dir=x", name=program).data)
+        data.prepare(tokenizer, "left")
+        keys = [override.partition("=")[0].rpartition(".")[2] for override in overrides]
+        example = " ".join(
+            [overrides[0], *(key for key in keys if key in ("hub", "splits") and "[" not in overrides[0])]
+        )
+        targets = {
+            split: [tokenizer.decode(row["target_ids"][:-1]) for row in data.rows_of(split)]
+            for split in ("train", "validation", "test")
+        }
+        found[example] = ",".join("|".join(texts) for texts in targets.values())
+    assert found == TARGETS
 
 
 # docs/extending.md, as written ------------------------------------------------------------------------------------

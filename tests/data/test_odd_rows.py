@@ -238,7 +238,7 @@ def test_histories_that_cannot_be_meant_are_refused(rows, message, tmp_path):
         read(tmp_path, NextItem(name="mine", title="Shop"), *rows)
 
 
-@pytest.mark.parametrize("name", ["dev.jsonl", "val.jsonl", "valid.json", "validation.json", "Validation.jsonl.gz"])
+@pytest.mark.parametrize("name", ["dev.jsonl", "val.jsonl", "valid.json", "validation.txt", "Validation.jsonl.gz"])
 def test_a_validation_file_of_another_name_is_not_passed_over(name, tmp_path):
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text('{"prompt": "p", "target": "t"}\n' * 20)

@@ -40,14 +40,14 @@ def test_bytes_that_are_not_utf8_name_file_and_line(tmp_path):
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        (f"[{ROW}]".encode(), "line 1: .*looks like one JSON array: write one object a line"),
+        (f"[{ROW}]".encode(), "line 1: .*looks like one JSON array: call it .json"),
         (b"[\n" + ROW.encode() + b"]", "line 1: .*looks like one JSON array"),
         (
             b'{\n  "prompt": "a",\n  "target": "b"\n}\n',
             "line 1: .*looks like JSON with line breaks inside its objects",
         ),
-        (gzip.compress(ROW.encode(), mtime=0), "line 1: .*looks like gzip: unpack it"),
-        (b"PAR1\x15\x04\n", "line 1: .*looks like Parquet"),
+        (gzip.compress(ROW.encode(), mtime=0), "line 1: .*looks like gzip: put .gz behind its name"),
+        (b"PAR1\x15\x04\n", "line 1: .*looks like Parquet: call it .parquet"),
         (b"version https://git-lfs.github.com/spec/v1\n", "line 1: .*looks like a pointer of Git LFS"),
         (ROW.encode("utf-16"), "line 1: .*looks like UTF-16: save it as UTF-8"),
         (ROW.encode("utf-16-be"), "line 1: .*looks like UTF-16"),

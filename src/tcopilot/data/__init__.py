@@ -1,7 +1,7 @@
 """Data: benchmarks and built-in tasks, their rows as batches, and the answers in generated text."""
 
 from tcopilot.data.batch import Batch
-from tcopilot.data.benchmarks import Benchmark, DataError, ExactMatch, Example
+from tcopilot.data.benchmarks import Benchmark, DataError, ExactMatch, Example, Instruction
 from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.generated_tasks import GeneratedTask
 from tcopilot.data.metrics import Answer, CorpusMetric, MacroF1, Metric
@@ -19,6 +19,7 @@ __all__ = [
     "ExactMatch",
     "Example",
     "GeneratedTask",
+    "Instruction",
     "LetteredOptions",
     "MacroF1",
     "Metric",

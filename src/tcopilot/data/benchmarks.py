@@ -20,13 +20,14 @@ from tcopilot.data.answers import is_blank, tidy
 from tcopilot.data.metrics import Answer, CorpusMetric, Metric
 
 Row = Mapping[str, Any]
+Splits = dict[str, str | list[str]]
 SPLITS = ("train", "validation", "test")
 TYPES = {  # what an attribute's annotation stands for in a config
     "str": "a text",
     "int": "a whole number",
     "list[str]": "a list of texts",
     "list[int]": "a list of whole numbers",
-    "dict[str, str]": "a mapping of texts",
+    "Splits": "a mapping of texts or of lists of texts",
     "Metric": "a metric with its _target_",
     "list[Metric]": "a list of metrics with their _target_",
     "None": "null",
@@ -76,7 +77,9 @@ class Benchmark(ABC):
         target: Template of the target, without the end token.
         hub: Data set id on the Hugging Face Hub; None for data that is only local.
         revision: The Hub's commit or tag; None is the newest.
-        splits: Our split names to the Hub's. Without ``validation`` the data module carves one from train.
+        splits: Our split names to the Hub's, with a slice (``train[:2000]``) if wanted; or to the files that hold them
+            (``a.csv``, ``part-*.json.gz[:90%]``, or a list of such), whatever the others are. None is no such split;
+            without ``validation`` the data module carves one from train.
         folder: Folder of the local copy under a common root; ``name`` unless given.
         metric: What λ is chosen by: a name for the share of right answers, or a metric of your own, which the
             benchmark's usual metrics then follow.
@@ -99,7 +102,7 @@ class Benchmark(ABC):
     hub: str | None = None
     config: str | None = None
     revision: str | None = None
-    splits: dict[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
+    splits: Splits = field(default_factory=lambda: {"train": "train", "test": "test"})
     folder: str | None = None
     metric: str | Metric = "accuracy"
     more_metrics: list[Metric] = field(default_factory=list)
@@ -108,6 +111,8 @@ class Benchmark(ABC):
     source: str = ""
 
     def __post_init__(self) -> None:
+        if isinstance(self.splits, Mapping):
+            self.splits = {name: place for name, place in self.splits.items() if place is not None}
         if problems := list(self._wrong_values()):
             raise DataError("; ".join(problems))
         if unknown := sorted(set(self.splits) - set(SPLITS)):
@@ -291,6 +296,26 @@ class ExactMatch(Benchmark):
         return example._replace(answer=tidy(example.target) or "")
 
 
+@dataclass(kw_only=True)
+class Instruction(ExactMatch):
+    """Answer an instruction, as in Alpaca's rows; ``{prompt}`` is the instruction and, behind a blank line, its input.
+
+    Attributes:
+        input: Column of the input, which may be empty or missing.
+    """
+
+    prompt: str = "### Instruction:\n{prompt}\n\n### Response:\n"
+    target: str = "{target}"
+    prompt_column: str = "instruction"
+    target_column: str = "output"
+    input: str = "input"
+
+    def render(self, row: Row) -> Example:
+        """Fill the templates; the answer is the tidied output."""
+        parts = [text_at(row, name) for name in (self.prompt_column, self.input) if row.get(name) not in (None, "")]
+        return super().render({**row, self.prompt_column: "\n\n".join(parts)})
+
+
 class _Filler(Formatter):
     """Fill a template with the words of a benchmark's class and the values of a row."""
 
@@ -325,8 +350,9 @@ def _is_of(value: Any, kind: str) -> bool:
     plain = {"str": str, "int": int, "Metric": Metric, "None": type(None)}
     if kind in plain:
         return isinstance(value, plain[kind]) and not isinstance(value, bool)
-    if kind == "dict[str, str]":
-        return isinstance(value, Mapping) and all(isinstance(part, str) for pair in value.items() for part in pair)
+    if kind == "Splits":
+        values = value.values() if isinstance(value, Mapping) else [None]
+        return all(isinstance(part, str) or (part and _is_of(part, "list[str]")) for part in values)
     inner = kind.removeprefix("list[").removesuffix("]")
     return isinstance(value, Sequence) and not isinstance(value, str) and all(_is_of(part, inner) for part in value)
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from random import Random
 from typing import NamedTuple
 
-from tcopilot.data.benchmarks import DataError, ExactMatch
+from tcopilot.data.benchmarks import DataError, ExactMatch, Splits
 
 NAMES = ("amy", "ben", "carl", "dora", "nina", "omar", "paul", "rosa")
 THINGS = ("apples", "books", "coins", "eggs", "pens", "stamps", "cards", "shells")
@@ -145,7 +145,7 @@ class GeneratedTask(ExactMatch):
     """
 
     target: str = " {target}"
-    splits: dict[str, str] = field(default_factory=lambda: {s: s for s in ("train", "validation", "test")})
+    splits: Splits = field(default_factory=lambda: {s: s for s in ("train", "validation", "test")})
     kind: str
     train: int = 32_000
     validation: int = 1_000

@@ -14,7 +14,8 @@ import numpy as np
 from scipy.sparse import csr_array, diags_array
 
 from tcopilot.data.answers import is_blank, tidy
-from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError, Example, Row, words_of
+from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError, Example, Row, Splits, words_of
+from tcopilot.data.files import FileRows
 from tcopilot.data.metrics import NDCG, Answer, Hit, Metric, consistency_problems
 
 MOST_ITEMS = 10**7  # all are named and ranked, also those that no one has
@@ -56,7 +57,7 @@ class NextItem(Benchmark):
         "So far {title} user_{user} has picked, in this order: {history}. Which {title} item fits this user next?"
     )
     target: str = " {title} {item}"
-    splits: dict[str, str] = field(default_factory=lambda: {split: split for split in SPLITS})
+    splits: Splits = field(default_factory=lambda: {split: split for split in SPLITS})
     metric: str | Metric = "ndcg@10"
     title: str
     items: int | None = None
@@ -149,7 +150,7 @@ class NextItem(Benchmark):
 
     def _checked(self, rows: Iterable[Row]) -> tuple[list[Any], list[list[int]]]:
         """Return users and their items."""
-        where = f"{self.name}: {getattr(rows, 'file', self.file('train'))}"
+        where = f"{self.name}: {rows if isinstance(rows, FileRows) else self.file('train')}"
         first: dict[str, int] = {}
         users: list[Any] = []
         sequences: list[list[int]] = []

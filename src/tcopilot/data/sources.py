@@ -1,8 +1,7 @@
-"""Where rows come from: a built-in task, a local folder of JSON lines, or the Hugging Face Hub; and their mixture."""
+"""Where rows come from: a built-in task, files, or the Hugging Face Hub; and their mixture."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,30 +10,10 @@ from typing import Any, TypeVar
 
 import datasets
 
-from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError, is_finite
+from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError
+from tcopilot.data.files import FileRows, Part, files_called, find_files, name_and_part, names_files
 
-STARTS = {  # of files that are no JSON lines
-    b"[": "one JSON array: write one object a line, as jq -c '.[]' does",
-    b"{": "JSON with line breaks inside its objects: write one object a line, as jq -c . does",
-    b"\x1f\x8b": "gzip: unpack it",
-    b"PK": "a zip archive: unpack it",
-    b"PAR1": "Parquet: write one JSON object a line",
-    b"version https://git-lfs": "a pointer of Git LFS: fetch the file with git lfs pull",
-}
 Stream = TypeVar("Stream", datasets.Dataset, datasets.IterableDataset)
-
-
-class WrittenNumber(float):
-    """A number that is written out as the file has it: 2.50 as 2.50, and with all its digits."""
-
-    def __new__(cls, text: str) -> WrittenNumber:
-        """Keep the number's text."""
-        number = super().__new__(cls, text)
-        number.text = text
-        return number
-
-    def __str__(self) -> str:
-        return self.text if is_finite(float(self)) else super().__str__()
 
 
 class HubError(DataError):
@@ -79,67 +58,6 @@ class RowSource:
             raise DataError(f"{self.where}: no rows. Every split needs at least one.")
 
 
-@dataclass(frozen=True)
-class JsonLines:
-    """Read a file of JSON objects, one a line; blank lines are skipped.
-
-    Raises while iterating:
-        DataError: At a line that is not a JSON object, with file and line number.
-    """
-
-    file: Path
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for number, line in enumerate(self._lines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_each_once, parse_float=WrittenNumber)
-            except (ValueError, RecursionError) as error:  # malformed, too deep, or bytes that are not UTF-8
-                raise DataError(
-                    f"{self.file}, line {number}: not JSON ({error}). {_likely_cause(line, number)}"
-                ) from error
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{self.file}, line {number}: expected an object {{…}}, got {line[:40]!r}. "
-                    f"{_likely_cause(line, number)}"
-                )
-            yield row
-
-    def _lines(self) -> Iterator[bytes]:
-        try:
-            with self.file.open("rb") as lines:
-                yield from lines
-        except OSError as error:
-            raise DataError(
-                f"{self.file} cannot be read ({error.strerror or error}). Give a readable file."
-            ) from error
-
-
-def _likely_cause(line: bytes, number: int) -> str:
-    """Say why a line is no JSON object, and what to do."""
-    start = line.lstrip(b"\xef\xbb\xbf \t")
-    for first, advice in STARTS.items():
-        if number == 1 and start.startswith(first) and (first != b"{" or not start[1:].strip()):
-            return f"The file looks like {advice}."
-    if 3 * line.count(b"\0") > len(line):
-        return "The file looks like UTF-16: save it as UTF-8, as iconv -f UTF-16 -t UTF-8 does."
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return "Mend it: it may be Windows' cp1252, which iconv -f CP1252 -t UTF-8 saves as UTF-8."
-    return "Mend or remove it."
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse an object that gives a key twice, of which JSON readers silently keep the last."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} comes twice")
-    return values
-
-
 def open_split(
     benchmark: Benchmark,
     split: str,
@@ -150,10 +68,11 @@ def open_split(
 ) -> RowSource | None:
     """Find the rows of a split; None for a validation split that does not exist or a test split that is not asked for.
 
-    Local train rows may be missing too if ``training`` is false. A built-in task brings its own. With ``path`` they
+    Local train rows may be missing too if ``training`` is false. A built-in task brings its own. A split that
+    ``splits`` gives file names to has them in ``path``, or in the working directory. Otherwise, with ``path``, they
     come from ``<path>/<folder>/<file>`` if that folder exists, else from ``<path>/<file>``. Without it the Hub's copy
     is loaded; ``streaming`` reads its files while they are used. The file is the benchmark's for that split, or has
-    the name that ``splits`` gives it, where that is not one of ours.
+    the name that ``splits`` gives it, where that is not one of ours; its ending may be that of any format.
 
     Raises:
         DataError: If a required file is missing.
@@ -161,16 +80,19 @@ def open_split(
     """
     rows = benchmark.builtin_rows(split)
     if rows is not None:
-        found = f"built-in task {benchmark.name}, {split}", rows
-    elif path is not None:
+        return RowSource(f"built-in task {benchmark.name}, {split}", benchmark, rows, check)
+    in_files = names_files(benchmark.splits.get(split, split))
+    if path is None and not in_files:
+        found = _hub_rows(benchmark, split, streaming) if split in benchmark.splits else None
+    else:
         try:
-            found = _local_rows(benchmark, split, Path(path), training)
+            place = Path() if path is None else _place(benchmark, Path(path))
+            files = (_named_rows if in_files else _local_rows)(benchmark, split, place, training)
         except PermissionError as error:
             mend = "Allow it to be entered and read, or give another data.path."
             raise DataError(f"{benchmark.name}: {error.filename or path} is not accessible. {mend}") from error
-    else:
-        found = _hub_rows(benchmark, split, streaming) if split in benchmark.splits else None
-    return found and RowSource(found[0], benchmark, found[1], check)
+        found = files and (str(files), files)
+    return found and RowSource(found[0], benchmark, benchmark.derive(split, found[1]), check)
 
 
 def mixture(parts: Sequence[Stream], weights: Sequence[float] | None = None, seed: int = 0) -> Stream:
@@ -208,18 +130,38 @@ def _call(rows: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, An
     yield from rows()
 
 
-def _local_rows(benchmark: Benchmark, split: str, root: Path, training: bool) -> tuple[str, Iterable[Any]] | None:
+def _place(benchmark: Benchmark, root: Path) -> Path:
+    """Return the folder of the benchmark's files."""
     folder = root / (benchmark.folder or benchmark.name)
-    place, name = folder if folder.is_dir() else root, benchmark.splits.get(split, split)
-    own = place / f"{name}.jsonl"  # the Hub calls its splits otherwise too; then the file has our name
-    file = own if name not in SPLITS and own.is_file() else place / benchmark.file(split)
-    if split == "validation" and name not in SPLITS and benchmark.hub is None and file != own:
+    return folder if folder.is_dir() else root
+
+
+def _named_rows(benchmark: Benchmark, split: str, place: Path, training: bool) -> FileRows | Part | None:
+    try:
+        return find_files(place, benchmark.splits[split])
+    except DataError as error:
+        if split == "train" and not training:
+            return None
+        raise DataError(f"data.benchmarks.{benchmark.name}.splits.{split}: {error}") from error
+
+
+def _local_rows(benchmark: Benchmark, split: str, place: Path, training: bool) -> FileRows | Part | None:
+    name, part = name_and_part(benchmark.splits.get(split, split))
+    own = files_called(place / name)  # the Hub calls its splits otherwise too; then the file has our name
+    file = place / benchmark.file(split)
+    files = own if own and name not in SPLITS else files_called(file.with_name(file.name.removesuffix(".jsonl")))
+    if split == "validation" and name not in SPLITS and benchmark.hub is None and not own:
         raise DataError(
-            f"data.benchmarks.{benchmark.name}.splits.validation={name}: {own} does not exist; add it, or leave "
-            "splits.validation out to take a part of the train rows"
+            f"data.benchmarks.{benchmark.name}.splits.validation={name}: {place / name}.jsonl does not exist; add it, "
+            "or leave splits.validation out to take a part of the train rows"
         )
-    if file.is_file():
-        return str(file), benchmark.derive(split, JsonLines(file))
+    if len(files) > 1:
+        raise DataError(
+            f"{benchmark.name}: {place} holds {' and '.join(one.name for one in files)}; name the one to read in "
+            f"data.benchmarks.{benchmark.name}.splits.{split}"
+        )
+    if files:
+        return Part(FileRows(files), part) if part else FileRows(files)
     if os.path.lexists(file):
         kind = "a folder" if file.is_dir() else "a link to nothing" if file.is_symlink() else "no regular file"
         raise DataError(
@@ -259,13 +201,13 @@ def _hub_rows(benchmark: Benchmark, split: str, streaming: bool) -> tuple[str, I
         )
     where = f"Hub data set {benchmark.hub}, config {benchmark.config}, split {benchmark.splits[split]}"
     try:
-        name, revision = benchmark.splits[split], benchmark.revision
+        name, part = name_and_part(benchmark.splits[split])
         rows = datasets.load_dataset(
-            benchmark.hub, benchmark.config, revision=revision, split=name, streaming=streaming
+            benchmark.hub, benchmark.config, revision=benchmark.revision, split=name, streaming=streaming
         )
     except Exception as error:  # the Hub's clients raise many unrelated types: no network, offline mode, no such name
         raise HubError(
             f"{where} could not be read ({type(error).__name__}: {error}). Without network, give "
             f"data.path=<folder> that holds {_files(benchmark)}."
         ) from error
-    return where, rows
+    return where, Part(rows, part) if part else rows

@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 
 from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError
+from tcopilot.data.files import names_files
 from tcopilot.data.shots import NumberedRow, draw_shots
 from tcopilot.data.sources import HubError, RowSource, open_split
 
@@ -83,6 +84,8 @@ class SplitReader:
     def _without_folder(self, benchmark: Benchmark) -> list[str]:
         """Refuse one of several benchmarks without a folder of its own, as the root would be that of all of them."""
         if self.alone or self.path is None or benchmark.builtin_rows("train") is not None:
+            return []
+        if all(map(names_files, benchmark.splits.values())):
             return []
         folder = Path(self.path) / (benchmark.folder or benchmark.name)
         if os.path.isdir(folder):  # Path's own asks too much of a root that may not be entered

@@ -1,0 +1,244 @@
+"""Rows in files: which files a split names, and how each format is read.
+
+JSON and CSV are read line by line, because a complaint then names the line and a number stays as it is written (2.50,
+007); Parquet by `datasets`. Arrow unpacks what is compressed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from glob import glob
+from itertools import islice
+from pathlib import Path, PurePath
+from typing import Any
+
+import datasets
+import pyarrow as pa
+
+from tcopilot.data.benchmarks import DataError, is_finite
+
+Row = dict[str, Any]
+PACKED = (".gz", ".zst", ".bz2", ".lz4")
+STARTS = {  # of files that are no JSON lines
+    b"[": "one JSON array: call it .json",
+    b"{": "JSON with line breaks inside its objects: write one object a line, as jq -c . does",
+    b"\x1f\x8b": "gzip: put .gz behind its name",
+    b"\x28\xb5\x2f\xfd": "zstd: put .zst behind its name",
+    b"PK": "a zip archive: unpack it",
+    b"PAR1": "Parquet: call it .parquet",
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file with git lfs pull",
+}
+
+
+class WrittenNumber(float):
+    """A number that is written out as the file has it: 2.50 as 2.50, and with all its digits."""
+
+    def __new__(cls, text: str) -> WrittenNumber:
+        """Keep the number's text."""
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __str__(self) -> str:
+        return self.text if is_finite(float(self)) else super().__str__()
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """Iterate, as often as wanted, over the rows of some files, one file after another; each has one of `FORMATS`.
+
+    Raises while iterating:
+        DataError: At what cannot be read, with the file and, where it is text, the line.
+    """
+
+    files: Sequence[Path]
+
+    def __str__(self) -> str:
+        more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
+        return f"{self.files[0]}{more}"
+
+    def __iter__(self) -> Iterator[Row]:
+        for file in self.files:
+            try:
+                yield from FORMATS[format_of(file)](file)
+            except OSError as error:
+                raise DataError(f"{file} cannot be read ({error.strerror or error}). Give a readable file.") from error
+
+
+@dataclass(frozen=True)
+class Part:
+    """Iterate over a slice of rows, such as ``[:2000]``, ``[-500:]`` or ``[10%:]``.
+
+    A share, or a place counted from the end, takes a first pass that counts the rows.
+    """
+
+    rows: Iterable[Row]
+    part: str
+
+    def __str__(self) -> str:
+        return f"{self.rows}{self.part}"
+
+    def __iter__(self) -> Iterator[Row]:
+        count = sum(1 for _ in self.rows) if re.search("[-%]", self.part) else sys.maxsize
+        (bounds,) = datasets.ReadInstruction.from_spec(f"rows{self.part}").to_absolute({"rows": count})
+        return islice(self.rows, bounds.from_, bounds.to)
+
+
+def name_and_part(place: str) -> tuple[str, str]:
+    """Divide what a split names from the slice behind it.
+
+    >>> name_and_part("train[:2000]"), name_and_part("part-[0-9].csv")
+    (('train', '[:2000]'), ('part-[0-9].csv', ''))
+    """
+    return re.fullmatch(r"(.*?)(\[-?\d*%?:-?\d*%?\])?", place, re.DOTALL).groups("")
+
+
+def names_files(place: str | list[str]) -> bool:
+    """Tell whether a split names files, by their endings, and not a split of a data set on the Hub.
+
+    >>> [names_files(place) for place in ("train[:10]", "rows.csv[:10]", "part-*.json.gz", ["a.csv", "b.jsonl"])]
+    [False, True, True, True]
+    """
+    return isinstance(place, list) or format_of(name_and_part(place)[0]) in FORMATS
+
+
+def find_files(folder: Path, places: str | list[str]) -> FileRows | Part:
+    """Find the files that a split names: paths or patterns below a folder, of which the last may end in a slice.
+
+    The files of a pattern are in the order of their names.
+
+    Raises:
+        DataError: If there are none for one of the names.
+    """
+    files: list[Path] = []
+    *whole, last = [places] if isinstance(places, str) else places
+    name, part = name_and_part(last)
+    for place in (*whole, name):
+        given = folder / place
+        found = [given] if given.is_file() else map(Path, sorted(glob(str(given), recursive=True)))
+        if not (readable := [file for file in found if file.is_file() and format_of(file) in FORMATS]):
+            there = (
+                sorted(path.name for path in given.parent.glob("*"))[:10]
+                if given.parent.is_dir()
+                else "no such folder"
+            )
+            raise DataError(
+                f"{given} does not exist (found: {there}). Give a file or a pattern; the ending says how it is read: "
+                f"{', '.join(FORMATS)}, and behind it {', '.join(PACKED)} where it is packed."
+            )
+        files += readable
+    return Part(FileRows(files), part) if part else FileRows(files)
+
+
+def files_called(stem: Path) -> list[Path]:
+    """List the files of a name, in any format, packed or not."""
+    names = (f"{stem.name}{ending}{packed}" for ending in FORMATS for packed in ("", *PACKED))
+    return [file for name in names if (file := stem.with_name(name)).is_file()]
+
+
+def format_of(file: str | Path) -> str:
+    """Return the ending of a file's name, apart from that of a packed file.
+
+    >>> format_of("rows.csv.gz"), format_of("v1.5")
+    ('.csv', '.5')
+    """
+    name = PurePath(file)
+    return PurePath(name.stem if name.suffix in PACKED else name).suffix
+
+
+def _bytes_of(file: Path) -> io.BufferedReader:
+    """Open a file, and unpack it where its name says that it is packed."""
+    return io.BufferedReader(pa.input_stream(file, compression="detect"))
+
+
+def _json_lines(file: Path, lines: Iterable[bytes] | None = None) -> Iterator[Row]:
+    """Read objects, one a line; blank lines are skipped."""
+    for number, line in enumerate(lines or _bytes_of(file), start=1):
+        if line.strip():
+            row = _from_json(line, f"{file}, line {number}", number)
+            if not isinstance(row, dict):
+                cause = _likely_cause(line, number)
+                raise DataError(f"{file}, line {number}: expected an object {{…}}, got {line[:40]!r}. {cause}")
+            yield row
+
+
+def _json(file: Path) -> Iterator[Row]:
+    """Read one array of objects, or objects one a line, as ``.json`` stands for both."""
+    stream = _bytes_of(file)
+    if not stream.peek(1000).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from _json_lines(file, stream)
+        return
+    for number, row in enumerate(_from_json(stream.read(), str(file), 0), start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"{file}, item {number}: expected an object {{…}}, got {row!r:.40}. Mend or remove it.")
+        yield row
+
+
+def _from_json(text: bytes, where: str, line: int) -> Any:
+    try:
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_each_once, parse_float=WrittenNumber)
+    except (ValueError, RecursionError) as error:  # malformed, too deep, or bytes that are not UTF-8
+        raise DataError(f"{where}: not JSON ({error}). {_likely_cause(text, line)}") from error
+
+
+def _table(file: Path, separator: str) -> Iterator[Row]:
+    """Read a table of texts whose first line names the columns."""
+    csv.field_size_limit(10**9)  # characters; the usual limit is shorter than some documents
+    rows = csv.DictReader(io.TextIOWrapper(_bytes_of(file), "utf-8-sig", newline=""), delimiter=separator, strict=True)
+    try:
+        for row in rows:
+            if None in row or None in row.values():
+                cells = f"{'more' if None in row else 'fewer'} cells than the {len(rows.fieldnames)} columns"
+                raise DataError(f"{file}, line {rows.line_num}: {cells}. Quote cells that hold a {separator!r}.")
+            yield row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{file}, line {rows.line_num + 1}: {error}. Mend it, or save the table as UTF-8.") from error
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    """Read the rows of Parquet, lists and structs as they are."""
+    try:
+        yield from datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+    except (pa.ArrowException, ValueError) as error:
+        raise DataError(f"{file}: not Parquet ({error}). Mend it, or save it anew.") from error
+
+
+FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": partial(_table, separator=","),
+    ".tsv": partial(_table, separator="\t"),
+    ".parquet": _parquet,
+}
+"""Endings of files' names, and how such a file is read."""
+
+
+def _likely_cause(line: bytes, number: int) -> str:
+    """Say why a line is no JSON object, and what to do."""
+    start = line.lstrip(b"\xef\xbb\xbf \t")
+    for first, advice in STARTS.items():
+        if number == 1 and start.startswith(first) and (first != b"{" or not start[1:].strip()):
+            return f"The file looks like {advice}."
+    if 3 * line.count(b"\0") > len(line):
+        return "The file looks like UTF-16: save it as UTF-8, as iconv -f UTF-16 -t UTF-8 does."
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return "Mend it: it may be Windows' cp1252, which iconv -f CP1252 -t UTF-8 saves as UTF-8."
+    return "Mend or remove it."
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse an object that gives a key twice, of which JSON readers silently keep the last."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} comes twice")
+    return values
