@@ -1,10 +1,11 @@
 """Train arms, ablations and controls over seeds, and write what came of them to docs/evidence.md.
 
     python scripts/evidence.py cpu --parts builtin
-    python scripts/evidence.py gpu --parts real --pilot <SmolLM2 folder> --data <benchmarks folder> --minutes 9
+    python scripts/evidence.py gpu --parts real --pilots <folder> --data <benchmarks folder> --minutes 9
 
-The grid is scripts/evidence.yaml. Start it again to go on: finished runs are skipped, stopped ones go on from their
-newest checkpoint. Each call writes the page anew, from the run directories of all parts and presets.
+`--pilots` is a folder with smollm2/ and gemma3_270m/, as `scripts/real_weights.py` makes them. The grid is
+scripts/evidence.yaml. Start it again to go on: finished runs are skipped, stopped ones go on from their newest
+checkpoint. Each call writes the page anew, from the run directories of all parts and presets.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tcopilot.reporting.finished_runs import FinishedRun, find_runs
 from tcopilot.run_directory import RunDirectory, override
 
 ROOT = Path(__file__).parents[1]
+WAVES = [(other, after) for other in (False, True) for after in (False, True)]  # the default arms first
 GRID = Path(__file__).with_suffix(".yaml")
 
 
@@ -38,6 +40,7 @@ class ArmJob(Job):
     task: str
     arm: str
     seed: int
+    after: str | None = None  # a task whose default arm must be finished
 
     @property
     def finished(self) -> bool:
@@ -48,7 +51,7 @@ class ArmJob(Job):
 def grid(
     preset: dict[str, Any], arms: dict[str, Any], parts: list[str], folder: Path, places: dict[str, str]
 ) -> Iterator[ArmJob]:
-    """All jobs of some parts of a preset. `places` are the values of {pilot} and {data}."""
+    """All jobs of some parts of a preset. `places` are the values of {pilots} and {data}."""
     for name in parts:
         part = preset["parts"][name]
         for task, about in part["tasks"].items():
@@ -65,9 +68,11 @@ def grid(
                         given += [text for level in (part, about, extra) for text in level.get("overrides", [])]
                         given += [f"control=[{','.join(part['controls'])}]"] if arm == DEFAULT else []
                     known = {**places, "{default}": str(home / DEFAULT / str(seed)), "{seed}": str(seed)}
+                    if after := about.get("after"):
+                        known["{after}"] = str(folder / name / after / DEFAULT / str(seed))
                     yield ArmJob(
                         folder=home / arm / str(seed), overrides=tuple(_fill(text, known) for text in given),
-                        program=program, part=name, task=task, arm=arm, seed=seed,
+                        program=program, part=name, task=task, arm=arm, seed=seed, after=after,
                     )  # fmt: skip
 
 
@@ -80,11 +85,10 @@ def _fill(text: str, places: dict[str, str]) -> str:
 
 
 def run_all(jobs: list[ArmJob], at_once: int, minutes: float | None) -> dict[Job, str]:
-    """Run what is not finished. Default arms come first, since other arms start from their models."""
+    """Run what is not finished. Default arms come first, since others start from their models or recordings."""
     deadline = time.monotonic() + 60 * minutes if minutes else FOREVER
-    first = [job for job in jobs if job.arm == DEFAULT]
-    then = [job for job in jobs if job.arm != DEFAULT]
-    return run_jobs(first, at_once, deadline, ROOT) | run_jobs(then, at_once, deadline, ROOT)
+    waves = [[job for job in jobs if (job.arm != DEFAULT, job.after is not None) == wave] for wave in WAVES]
+    return {job: outcome for wave in waves for job, outcome in run_jobs(wave, at_once, deadline, ROOT).items()}
 
 
 def evidence(settings: dict[str, Any], preset: str, folder: Path) -> tuple[list[TaskEvidence], list[str]]:
@@ -140,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", help="builtin, frozen, real, recommendation; default: all of the preset")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="of all runs, by preset")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "evidence.md", help="where the tables go")
-    parser.add_argument("--pilot", type=Path, help="folder of SmolLM2-135M-Instruct, for the part real")
+    parser.add_argument("--pilots", type=Path, help="folder with smollm2/ and gemma3_270m/, for real weights")
     parser.add_argument("--data", type=Path, help="folder of local copies of the benchmarks, for real, recommendation")
     parser.add_argument("--minutes", type=float, help="stop cleanly after so long; the next call goes on")
     parser.add_argument("--jobs", type=int, help="runs at once; default: the preset's")
@@ -150,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     parts = asked.parts or list(preset["parts"])
     if wrong := [part for part in parts if part not in preset["parts"]]:
         parser.error(f"--parts {' '.join(wrong)}: preset {asked.preset} has {', '.join(preset['parts'])}")
-    places = {f"{{{name}}}": getattr(asked, name) for name in ("pilot", "data")}
+    places = {f"{{{name}}}": getattr(asked, name) for name in ("pilots", "data")}
     needed = yaml.safe_dump([preset["parts"][part] for part in parts])
     if missing := [mark for mark, value in places.items() if value is None and mark in needed]:
         parser.error(f"give {', '.join(f'--{mark[1:-1]}' for mark in missing)}: {', '.join(parts)} cannot run without")

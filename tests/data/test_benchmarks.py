@@ -17,6 +17,11 @@ MIXTURES = {
     "commonsense": ["piqa", "winogrande", "hellaswag", "boolq", "siqa", "openbookqa"],
     "arithmetic": ["aqua", "gsm8k", "mawps", "svamp"],
 }
+OTHER_MIXTURES = {
+    "cloze": ["openbookqa_cloze", "piqa_cloze", "siqa_cloze", "hellaswag_cloze"],
+    "equations": ["mawps_equations", "svamp_equations"],
+    "mawps_svamp": ["mawps", "svamp"],
+}
 # Test rows whose gold target is wrong under the lenient reading, by number from 1. AQuA: that reading takes the first
 # capital A to E of the text, and these rows' rationales have another one than the answer's.
 AQUA_LENIENT = """
@@ -371,10 +376,24 @@ def test_no_space_is_doubled_between_prompt_and_target(prompt, target, joined):
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "base"])
 def test_every_data_config_composes_and_instantiates(name):
     module = instantiate(compose(name))
-    mixtures = {**MIXTURES, "mawps_svamp": ["mawps", "svamp"], "equations": ["mawps_equations", "svamp_equations"]}
-    assert module.benchmark_names == mixtures.get(name, [name])
+    assert module.benchmark_names == {**MIXTURES, **OTHER_MIXTURES}.get(name, [name])
     assert type(module.benchmarks) is dict
     assert module.rounds == 2
+
+
+def test_a_cloze_shows_no_options_and_its_answer_is_the_text_of_one():
+    task = instantiate(compose("cloze")).benchmarks["openbookqa_cloze"]
+    row = {
+        "question_stem": "The sun is",
+        "choices": {"text": ["a star ", "ice"], "label": ["A", "B"]},
+        "answerKey": "A",
+    }
+    task.option_count = 2
+    example = task.render(row)
+    assert (example.prompt, example.target) == ("Question: The sun is\nAnswer:", " a star")
+    assert example.options == (" a star", " ice")
+    for text, right in ((" a star\n", True), (" a star maybe", False), ("", False)):
+        assert task.read(text, example.answer).correct == right
 
 
 def test_a_mixture_is_a_list_of_data_configs():

@@ -11,6 +11,7 @@ from tcopilot.data import MultipleChoice, PromptTargetCollator, TCopilotDataModu
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.likelihood import Likelihood, log_likelihoods
 from tcopilot.evaluation.modes import Decoding
+from tcopilot.training.error_statistics import correct_targets
 
 FAMILIES = ("t5", "llama")
 WEIGHTS = (0.0, 0.3, 1.0)
@@ -104,10 +105,10 @@ def test_a_copilot_that_knows_the_answer_moves_the_choice(setting):
     collate: PromptTargetCollator = judge.collate
     (row,) = judge.data.evaluation_rows("test", "choice")[:1]
     batch = collate([row | {"target_ids": ids} for ids in row["option_ids"]])
-    before = log_likelihoods(judge.model, batch, [1.0])
+    before = log_likelihoods(judge.model, (batch, *correct_targets(judge.model, batch)), [1.0])
     with torch.no_grad():
         judge.model.copilot.head.weight.zero_()
-    after = log_likelihoods(judge.model, batch, [0.0, 1.0])
+    after = log_likelihoods(judge.model, (batch, *correct_targets(judge.model, batch)), [0.0, 1.0])
     torch.testing.assert_close(after[0], after[1], atol=1e-4, rtol=1e-5)
     assert not torch.allclose(before[0], after[1], atol=1e-3)
 

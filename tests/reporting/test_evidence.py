@@ -252,7 +252,7 @@ def test_a_call_whose_time_is_over_starts_nothing(script, settings, tmp_path):
 @pytest.mark.parametrize("preset", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("cpu", "gpu")), "smoke"])
 def test_every_run_of_the_grid_composes(script, settings, tmp_path, preset):
     about = settings["presets"][preset]
-    places = {"{pilot}": str(tmp_path), "{data}": str(tmp_path)}
+    places = {"{pilots}": str(tmp_path), "{data}": str(tmp_path)}
     jobs = list(
         script.grid({**about, "seeds": [0]}, settings["arms"], list(about["parts"]), tmp_path / "[a], b", places)
     )
@@ -271,7 +271,7 @@ def test_every_run_of_the_grid_composes(script, settings, tmp_path, preset):
 def test_what_cannot_run_is_said_before_anything_does(script, capsys):
     for given, said in (
         (["cpu", "--parts", "imaginary"], "builtin, real"),
-        (["cpu", "--parts", "real"], "--pilot, --data"),
+        (["cpu", "--parts", "real"], "--pilots, --data"),
     ):
         with pytest.raises(SystemExit):
             script.main(given)

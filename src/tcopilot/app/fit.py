@@ -30,6 +30,8 @@ from tcopilot.app.console import show_fit
 from tcopilot.app.jobs import STOPPED
 from tcopilot.app.joint import Trained, given_overrides
 from tcopilot.app.trainer import make_callbacks, make_trainer
+from tcopilot.evaluation.likelihood import option_rows
+from tcopilot.evaluation.modes import LIKELIHOOD
 from tcopilot.mistake_log.recording import RecordedPilot, Recording, RecordingError
 from tcopilot.models.pilot_files import digest, load_unembedding
 from tcopilot.processes import agree_on, is_first
@@ -56,6 +58,10 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     # What is recorded anew holds the rows reported as well, so that further fits can be judged by it.
     reported = [cfg.evaluation.report_on] if judged or given is None else []
     parts = {split: prepared.data.rows_of(split) for split in ("train", "validation", *reported)}
+    if LIKELIHOOD in cfg.evaluation.modes:
+        answered = [*reported, *(["validation"] if cfg.fusion.select_by != "nll" else [])]
+        options = [option for split in answered for row in parts[split] for option in option_rows(row)]
+        parts |= {"options": options}
     data = RecordedData(
         recording, parts["train"], parts["validation"], list(chain(*parts.values())), own.copilot.depths,
         own.copilot.batch_size, own.copilot.passes, cfg.seed,
@@ -87,13 +93,16 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     for part in (copilot, model.pilot.get_output_embeddings()) if judged else (model,):
         part.to(device)
     kept = f"after pass {best.best_pass} of {best.passes}" if best.best_pass else "as it was new, for none was better"
-    rate = len(recording) / max(recording.seconds, 1e-9)
+    needed = [*parts["train"], *parts["validation"]]
+    recorded_seconds, recorded_flops = recording.cost_of(needed)
+    rate = len(needed) / max(recorded_seconds, 1e-9)
     note = (
-        f"{len(recording):,} rows were recorded in {recording.seconds:.0f} s ({rate:.1f} rows a second), and the "
-        f"Copilot was fitted to {len(data.train):,} of them in {module.seconds:.1f} s; it is kept {kept}"
+        f"{len(needed):,} rows to learn from and to validate on were recorded in {recorded_seconds:.0f} s ({rate:.1f} "
+        f"rows a second), and the Copilot was fitted to {len(data.train):,} of them in {module.seconds:.1f} s; it is "
+        f"kept {kept}"
     )
-    seconds = agree_on(round(recording.seconds + module.seconds, 2))
-    flops = recording.flops + (count.total() or 0.0)
+    seconds = agree_on(round(recorded_seconds + module.seconds, 2))
+    flops = recorded_flops + (count.total() or 0.0)
     return Trained(model, trainer.loggers, params, trainer.global_step, seconds, flops, [note], recording)
 
 

@@ -30,7 +30,6 @@ from tcopilot.app.memory.estimate import Budget, budget
 from tcopilot.data.shots import read_shots, write_shots
 from tcopilot.evaluation.calibrate import calibrate
 from tcopilot.evaluation.evaluate import Evaluator
-from tcopilot.evaluation.recorded import evaluate_recorded
 from tcopilot.evaluation.results import Results, git_revision
 from tcopilot.evaluation.trace import trace_problems, write_trace
 from tcopilot.mistake_log.recording import Recording
@@ -94,7 +93,7 @@ def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, 
     results.controls = agree_on(_results_of(run_dir).controls if trained_before else [])
     _save_results(results, run_dir)
     log_evaluation(trained.loggers, results, run_dir.folder)
-    for found in train_controls(JointRun(cfg, prepared, model, results), run_dir):
+    for found in train_controls(JointRun(cfg, prepared, model, results, recording), run_dir):
         results.controls += found
         _save_results(results, run_dir)
     results.notes += agree_on(against_controls(results, run_dir) if is_first() else [])
@@ -243,13 +242,8 @@ def _run_evaluator(
     if decoding.decoding == "static" and decoding.compile:
         clear_empty_libraries()
     splits = ("validation", cfg.evaluation.report_on)
-    if recording is not None:
-        names = prepared.data.benchmark_names
-        rows = {split: {name: prepared.data.evaluation_rows(split, name) for name in names} for split in splits}
-        found = evaluate_recorded(model, recording, rows, weights)
-    else:
-        evaluator = Evaluator(model, prepared.tokenizer, prepared.data, where, decoding, *choice)
-        found = evaluator.run(weights, splits, known)
+    evaluator = Evaluator(model, prepared.tokenizer, prepared.data, where, decoding, *choice, recording)
+    found = evaluator.run(weights, splits, known)
     notes = list(found.verdicts)
     if weights == []:
         notes.insert(0, "λ is the one that the training run chose (fusion.weight=run)")

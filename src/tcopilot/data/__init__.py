@@ -7,13 +7,14 @@ from tcopilot.data.generated_tasks import GeneratedTask
 from tcopilot.data.metrics import Answer, CorpusMetric, MacroF1, Metric
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.data.next_item import NextItem
-from tcopilot.data.question_types import LetteredOptions, MultipleChoice, NumberAnswer, YesNo
+from tcopilot.data.question_types import Cloze, LetteredOptions, MultipleChoice, NumberAnswer, YesNo
 from tcopilot.data.tokenizers import byte_tokenizer, word_tokenizer
 
 __all__ = [
     "Answer",
     "Batch",
     "Benchmark",
+    "Cloze",
     "CorpusMetric",
     "DataError",
     "ExactMatch",

@@ -131,7 +131,7 @@ class MultipleChoice(NamedAnswer):
     def render(self, row: Row) -> Example:
         """Name the options and the gold one."""
         options = _options(row, self.option_columns, self.option_count)
-        names = [f"{self.option_name}{number}" for number in range(1, len(options) + 1)]
+        names = self._names(options)
         question = text_at(row, self.question_column).strip()
         heading = self.heading_column and lookup(row, self.heading_column)
         heading = text_at(row, self.heading_column).strip() if heading is not None else ""
@@ -144,6 +144,10 @@ class MultipleChoice(NamedAnswer):
             options="\n".join(f"{name}: {option}" for name, option in zip(names, options, strict=True)),
         )
         return example._replace(twin=_has_twin(options, gold))
+
+    def _names(self, options: Sequence[str]) -> list[str]:
+        """What the answer calls each option."""
+        return [f"{self.option_name}{number}" for number in range(1, len(options) + 1)]
 
     @property
     def _pattern(self) -> str:
@@ -173,6 +177,29 @@ class MultipleChoice(NamedAnswer):
                 f"{self.label_column} is {label!r}, expected {expected} (a {self.label} label of {options} options)"
             )
         return names.index(text)
+
+
+@dataclass(kw_only=True)
+class Cloze(MultipleChoice):
+    """Ask a question and show no options; the answer is the text of one of them, as a pretrained model would go on.
+
+    Made for `evaluation=likelihood`, which chooses the likeliest option; a generated text must be all of the gold one.
+    """
+
+    prompt: str = "Question: {question}\nAnswer:"
+    target: str = " {answer}"
+
+    def extract(self, text: str) -> str | None:
+        """Return the text itself, without the answer sentence if the target has one."""
+        found = tidy(text)
+        return found and (found.removeprefix(" ".join(self.target.partition("{answer}")[0].split())).strip() or None)
+
+    def extract_lenient(self, text: str) -> str | None:
+        """Return the same."""
+        return self.extract(text)
+
+    def _names(self, options: Sequence[str]) -> list[str]:
+        return list(options)
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,6 @@ import torch
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.models.calibration import Observed
 from tcopilot.processes import gather
-from tcopilot.training.error_statistics import correct_targets
 
 
 def calibrate(evaluator: Evaluator, split: str = "validation") -> None:
@@ -20,7 +19,7 @@ def calibrate(evaluator: Evaluator, split: str = "validation") -> None:
     """
     model, data = evaluator.model, evaluator.data
     tokens_A, seen = torch.tensor(data.target_tokens()), []
-    for batch in (batch for name in data.benchmark_names for batch in evaluator.batches(split, name)):
-        log_probs_BNV, _ = correct_targets(model, batch)
-        seen.append(Observed.of(log_probs_BNV, batch.target_ids_BN, batch.target_mask_BN, tokens_A))
+    for name in data.benchmark_names:
+        for batch, log_probs_BNV, _ in evaluator.scored_batches(split, name):
+            seen.append(Observed.of(log_probs_BNV, batch.target_ids_BN, batch.target_mask_BN, tokens_A))
     model.copilot.fit(Observed.joined(gather(seen)))

@@ -19,13 +19,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from tcopilot.data.batch import Batch
 from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.metrics import NLL, CorpusMetric, Metric, show
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.likelihood import Likelihood
-from tcopilot.evaluation.modes import Decoding, Mode
+from tcopilot.evaluation.modes import LIKELIHOOD, TARGETS, Decoding, Mode, Scored
 from tcopilot.evaluation.predictions import PredictionFiles, claim, digest_of, fingerprint
 from tcopilot.evaluation.ranking import ItemRanking
 from tcopilot.evaluation.results import Gain, Row, Selection, direction_and_unit
@@ -42,6 +41,8 @@ from tcopilot.evaluation.selection import (
     too_few,
 )  # fmt: skip
 from tcopilot.evaluation.significance import compare_by, interval_of
+from tcopilot.evaluation.targets import Targets
+from tcopilot.mistake_log.recording import Recording
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.gates import GATES, Observations, build_gate
 from tcopilot.models.pilot import end_ids
@@ -96,6 +97,8 @@ class Evaluator:
         select_by: what decides on λ: `nll`, which then needs no answers to the rows it is chosen on and answers the
             others at 0 and this λ alone; `metric`; or `auto` for the one that the number of rows suits, see
             `tcopilot.evaluation.selection`.
+        recording: of the frozen Pilot, with the rows; then targets are scored without its layers, which may be
+            missing.
     """
 
     SETTINGS: ClassVar = {
@@ -113,12 +116,18 @@ class Evaluator:
     decoding: Decoding = field(default_factory=Decoding)
     per: str = "all"
     select_by: str = "auto"
+    recording: Recording | None = None
 
     def __post_init__(self) -> None:
         self.model.eval()
         side = "right" if self.model.config.is_encoder_decoder else "left"
         self.collate = PromptTargetCollator(self.tokenizer.pad_token_id, side)
         self._fingerprint: str | None = None  # while weights cannot change
+
+    @property
+    def device(self) -> torch.device:
+        """Where the Pilot's head is; its layers may be missing."""
+        return self.model.pilot.get_output_embeddings().weight.device
 
     def run(
         self,
@@ -239,9 +248,9 @@ class Evaluator:
         if self.per not in GATES:
             return
         seen = []
-        for batch in (batch for name in self.data.benchmark_names for batch in self.batches(split, name)):
-            scored = correct_targets(self.model, batch)
-            seen.append(Observations.of(*scored, batch.target_ids_BN, batch.target_mask_BN))
+        for name in self.data.benchmark_names:
+            for batch, *scored in self.scored_batches(split, name):
+                seen.append(Observations.of(*scored, batch.target_ids_BN, batch.target_mask_BN))
         fitted = GATES[self.per].fit(Observations.joined(gather(seen)))
         self.model.set_gate(build_gate(agree_on(fitted.settings())))
 
@@ -290,30 +299,40 @@ class Evaluator:
         """How the rows of a benchmark are answered, the mode that decides first."""
         task, decoding = self.data.benchmarks[benchmark], self.decoding
         shared = (self.model, self.tokenizer, self.collate, task, decoding)
-        if task.catalogue is not None:
+        if task.catalogue is not None and list(decoding.modes) != [TARGETS]:
             return [ItemRanking(*shared)]
-        return [
-            Likelihood(*shared) if name == "likelihood" else Generation(*shared, self._longest_answer(benchmark))
-            for name in decoding.modes
-            if name == "generation" or self.data.has_options(benchmark)
-        ]
+        made = {
+            "generation": lambda: Generation(*shared, self._longest_answer(benchmark)),
+            LIKELIHOOD: lambda: Likelihood(*shared, self.scored),
+            TARGETS: lambda: Targets(*shared, self.scored),
+        }
+        has_options = self.data.has_options(benchmark)
+        return [made[name]() for name in decoding.modes if name != LIKELIHOOD or has_options]
 
     def _statistics(self, split: str, weights: Sequence[float]) -> dict[str, ErrorStatistics]:
         """Teacher-forced pass over a split: each benchmark's fused likelihood at every λ at once, and λ*."""
         found = {}
         for name in self.data.benchmark_names:
             found[name] = ErrorStatistics(weights, self.model.fusion)
-            for batch in self.batches(split, name):
-                found[name].observe(self.model, batch)
+            for batch, *scored in self.scored_batches(split, name):
+                found[name].update(*scored, batch.target_ids_BN, batch.target_mask_BN)
             found[name].reduce(sum_over_processes)
         return found
 
-    def batches(self, split: str, benchmark: str) -> Iterator[Batch]:
-        """This process's share of a benchmark's rows, rows of similar length together."""
+    def scored(self, rows: Sequence[dict[str, Any]]) -> Scored:
+        """The batch of some rows with log p̂ and f^C at its targets, see `correct_targets`; as recorded, if it is."""
+        batch, copilot = self.collate(rows).to(self.device), self.model.copilot
+        if self.recording is None:
+            return batch, *correct_targets(self.model, batch)
+        states = self.recording.states_of(batch, rows, self.model.pilot, copilot.pooler.depths)
+        return batch, *correct_targets(self.model, batch, states)
+
+    def scored_batches(self, split: str, benchmark: str) -> Iterator[Scored]:
+        """This process's share of a benchmark's rows, `scored`; rows of similar length together."""
         rows = sorted(self.data.evaluation_rows(split, benchmark), key=lambda row: len(row["source_ids"]))
         share, size = rows[rank() :: world_size()], self.decoding.batch_size
         for first in range(0, len(share), size):
-            yield self.collate(share[first : first + size]).to(self.model.device)
+            yield self.scored(share[first : first + size])
 
     def _report(
         self, found: Evaluation, split: str, outcomes: Outcomes, statistics: dict[str, ErrorStatistics]
@@ -353,6 +372,7 @@ class Evaluator:
         """Everything that an answer depends on, in contents, not in names."""
         return {
             "model": self._fingerprint or fingerprint(self.model),
+            "recording": self.recording and self.recording.pilot.digest,
             "vocabulary": digest_of(self.tokenizer.get_vocab()),
             "rows": digest_of([{key: value for key, value in row.items() if key != "benchmark"} for row in rows]),
             "benchmark": mode.benchmark.answer_settings(),

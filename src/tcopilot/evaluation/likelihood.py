@@ -5,28 +5,25 @@ Shapes: B batch, N target length, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tcopilot.data.batch import Batch
 from tcopilot.data.metrics import Answer, Metric
-from tcopilot.evaluation.modes import Mode, about
+from tcopilot.evaluation.modes import Scored, TeacherForced, about
 from tcopilot.evaluation.predictions import Prediction
 from tcopilot.models.fused_model import TCopilotModel
-from tcopilot.training.error_statistics import correct_targets
 
 
-@torch.no_grad()
-def log_likelihoods(model: TCopilotModel, batch: Batch, weights: Sequence[float]) -> Tensor:
+def log_likelihoods(model: TCopilotModel, scored: Scored, weights: Sequence[float]) -> Tensor:
     """Return Σ log p̃ of a batch's targets at each λ, end token included: [λ, B] in nats, float64.
 
     One pass serves all λ: neither p̂ nor f^C depends on it.
     """
-    log_probs_BNV, corrections_BNV = correct_targets(model, batch)
+    batch, log_probs_BNV, corrections_BNV = scored
     index_BN1 = batch.target_ids_BN.unsqueeze(-1)
     sums = []
     for weight in weights:
@@ -35,7 +32,12 @@ def log_likelihoods(model: TCopilotModel, batch: Batch, weights: Sequence[float]
     return torch.stack(sums)
 
 
-class Likelihood(Mode):
+def option_rows(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row once for each of its options, with the option as its target."""
+    return [{**row, "target_ids": ids} for ids in row["option_ids"]]
+
+
+class Likelihood(TeacherForced):
     """Choose the option with the largest log-likelihood: of the whole text, and per token.
 
     The sum favours short options, the mean per token long ones; both are common, so both are reported, as
@@ -44,17 +46,13 @@ class Likelihood(Mode):
 
     suffix = "-likelihood"
     metrics = (Metric("accuracy_sum"), Metric("accuracy_mean"))
-    settings: ClassVar[dict[str, Any]] = {}
 
-    def rows_at_once(self, weights: int) -> int:
-        """Rows of a batch; all λ share it."""
-        return self.decoding.batch_size
-
+    @torch.no_grad()
     def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
         """Return one prediction per λ and row, with the log-likelihood of each option and the scores."""
-        size, pairs = self.decoding.batch_size, [row | {"target_ids": i} for row in rows for i in row["option_ids"]]
-        parts = [self.collate(pairs[first : first + size]) for first in range(0, len(pairs), size)]
-        found = [log_likelihoods(self.model, part.to(self.model.device), weights).cpu() for part in parts]
+        size, pairs = self.decoding.batch_size, [pair for row in rows for pair in option_rows(row)]
+        parts = (pairs[first : first + size] for first in range(0, len(pairs), size))
+        found = [log_likelihoods(self.model, self.score(part), weights).cpu() for part in parts]
         return {
             weight: self._chosen(rows, sums)
             for weight, sums in zip(weights, torch.cat(found, 1).tolist(), strict=True)
@@ -64,10 +62,6 @@ class Likelihood(Mode):
         """Take the option that is likeliest as a whole for the answer."""
         option, target = prediction["prediction_sum"], prediction["target"]
         return Answer(option, option, target, option == target)
-
-    def judged(self, prediction: Prediction) -> Prediction:
-        """Return the prediction: its scores depend on no setting."""
-        return prediction
 
     @staticmethod
     def _chosen(rows: Sequence[dict[str, Any]], sums: list[float]) -> list[Prediction]:

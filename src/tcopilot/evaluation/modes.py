@@ -1,14 +1,16 @@
-"""How rows are answered: the settings of decoding, and what generation, likelihood and ranking have in common."""
+"""How rows are answered: the settings of decoding, and what the ways to answer have in common."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tcopilot.data.batch import Batch
 from tcopilot.data.benchmarks import Benchmark
 from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.metrics import Answer, Metric
@@ -16,8 +18,10 @@ from tcopilot.evaluation.predictions import Prediction
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.settings import FLAG, list_of, one_of, whole
 
-RECORDED = "recorded"
-"""In place of all modes: no answers, only the likelihood of targets, from a recording of the Pilot."""
+LIKELIHOOD, TARGETS = "likelihood", "targets"
+"""Modes that score given texts by teacher forcing, of which a frozen Pilot may be recorded."""
+Scored = tuple[Batch, Tensor, Tensor | None]
+"""A batch, with log p̂ [B, N, V] and f^C [B, N, V] at its targets; None for the latter without a Copilot."""
 
 
 @dataclass
@@ -28,7 +32,7 @@ class Decoding:
         "num_beams": whole(),
         "max_new_tokens": whole().or_null(),
         "batch_size": whole(),
-        "modes": list_of(("generation", "likelihood", RECORDED)),
+        "modes": list_of(("generation", LIKELIHOOD, TARGETS)),
         "ranking": one_of(("beam", "exhaustive")),
         "ranking_beams": whole(),
         "decoding": one_of(("dynamic", "static")),
@@ -91,6 +95,27 @@ class Mode(ABC):
     def judged(self, prediction: Prediction) -> Prediction:
         """Return a stored prediction with its scores, one for each metric that is a mean over rows."""
         return prediction | {"scores": self.benchmark.judge(self.read(prediction))}
+
+
+@dataclass
+class TeacherForced(Mode):
+    """A way that scores given texts in place of answering.
+
+    Attributes:
+        score: some rows, see `Evaluator.scored`.
+    """
+
+    settings: ClassVar[dict[str, Any]] = {}
+
+    score: Callable[[Sequence[dict[str, Any]]], Scored]
+
+    def rows_at_once(self, weights: int) -> int:
+        """Rows of a batch; all λ share it."""
+        return self.decoding.batch_size
+
+    def judged(self, prediction: Prediction) -> Prediction:
+        """Return the prediction: its scores depend on no setting."""
+        return prediction
 
 
 def about(row: dict[str, Any]) -> Prediction:

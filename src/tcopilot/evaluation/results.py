@@ -76,6 +76,7 @@ class Control:
     """Another model on the same rows, such as the Pilot trained for the wall time of the joint run.
 
     `rounds` are Pilot updates, `train_seconds` wall time and `train_flops` operations: what the model cost to train.
+    `weight` is the λ at which it answers, above 0 if it is a fused model itself.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Control:
     parameters: int | None = None
     higher_is_better: bool = True
     unit: str = SHARE
+    weight: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from tcopilot.data.batch import Batch
 from tcopilot.data.collate import PromptTargetCollator
-from tcopilot.models.states import StackedStates, trace_pilot
+from tcopilot.models.families import logits_from_head_input
+from tcopilot.models.states import PilotStates, StackedStates, trace_pilot
 from tcopilot.processes import rank
 from tcopilot.run_directory import write_whole
 
@@ -77,7 +80,7 @@ class Recording:
 
     def __init__(self, folder: Path, pilot: RecordedPilot) -> None:
         self.folder, self.pilot = folder, pilot
-        self._places: dict[int, tuple[Path, int, int]] = {}  # key of a row: its file and its tokens there
+        self._places: dict[int, tuple[Path, int, int, int]] = {}  # key of a row: its file, its place and tokens there
         self._files: dict[Path, dict[str, Tensor]] = {}
         self.seconds = self.flops = 0.0
         self.find()
@@ -125,7 +128,7 @@ class Recording:
 
     def record_of(self, key: int, depths: Sequence[float]) -> dict[str, Tensor]:
         """The record of a row, with its states at some depths; the state at depth 1 is there as `head_input` too."""
-        file, first, last = self._places[key]
+        file, _, first, last = self._places[key]
         tensors = self._tensors(file)
         read = {name: tensors[name][first:last] for name in ("states", "targets", "normaliser", "likeliest")}
         columns = [self.pilot.depths.index(depth) for depth in depths]
@@ -135,6 +138,32 @@ class Recording:
             "head_input": states_NDP[:, -1],
             **{name: value if value.is_floating_point() else value.long() for name, value in read.items()},
         }
+
+    def cost_of(self, rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+        """Seconds and FLOPs that recording these rows took; a file's seconds are shared out by FLOPs."""
+        seconds = flops = 0.0
+        for row in rows:
+            file, place, _, _ = self._places[row_key(row)]
+            tensors = self._tensors(file)
+            of_row, of_file = tensors["flops"][place].item(), tensors["flops"].double().sum().item()
+            share = of_row / of_file if of_file else 1 / len(tensors["lengths"])
+            seconds, flops = seconds + share * tensors["seconds"].item(), flops + of_row
+        return seconds, flops
+
+    def states_of(self, batch: Batch, rows: Sequence[Mapping[str, Any]], pilot: PreTrainedModel,
+                  depths: Sequence[float]) -> PilotStates:  # fmt: skip
+        """What the Pilot's pass over a batch of recorded rows left; of the Pilot only the head is used."""
+        device = pilot.get_output_embeddings().weight.device
+        records = [self.record_of(row_key(row), depths) for row in rows]
+        states_BNP, head_input_BNP = (
+            pad_sequence([record[name] for record in records], batch_first=True).to(device)
+            for name in ("states", "head_input")
+        )
+        head_input_BNP = head_input_BNP.to(pilot.get_output_embeddings().weight.dtype)
+        return PilotStates(
+            logits_from_head_input(pilot, head_input_BNP), None, None, states_BNP.float(), batch.target_ids_BN,
+            batch.target_mask_BN, batch.ids_B, batch.benchmark_B, head_input_BNP=head_input_BNP, pilot=pilot,
+        )  # fmt: skip
 
     def add(self, rows: Sequence[Mapping[str, Any]], pilot: PreTrainedModel, collate: PromptTargetCollator,
             batch_size: int, done: Callable[[int], None] = lambda rows: None,
@@ -202,7 +231,8 @@ class Recording:
             tensors = self._tensors(file)
             ends = tensors["lengths"].cumsum(0).tolist()
             keys, starts = tensors["keys"].tolist(), [0, *ends[:-1]]
-            self._places |= {key: (file, *tokens) for key, *tokens in zip(keys, starts, ends, strict=True)}
+            places = zip(range(len(keys)), starts, ends, strict=True)
+            self._places |= {key: (file, *place) for key, place in zip(keys, places, strict=True)}
             self.seconds += tensors["seconds"].item()
             self.flops += tensors["flops"].double().sum().item()
 

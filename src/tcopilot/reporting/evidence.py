@@ -182,8 +182,11 @@ def _line(name: str, runs: Sequence[FinishedRun], benchmark: str, metric: str, c
         if control is None:
             likelihood, cost = results.find("all", NLL.name, results.reported_on, weight), results
         else:
-            weight, folder = 0.0, folder.control(control)
-            likelihood = cost = next(c for c in results.controls if (c.name, c.metric) == (name, NLL.name))
+            folder = folder.control(control)
+            likelihood = cost = next(
+                one for one in results.controls if (one.name, one.benchmark, one.metric) == (name, "all", NLL.name)
+            )
+            weight = cost.weight
         pilot |= _scores(run, run.directory, benchmark, metric, 0.0)
         scores |= _scores(run, folder, benchmark, metric, weight)
         likelihoods.append([results.find("all", NLL.name, results.reported_on, 0.0).value, likelihood.value])

@@ -16,7 +16,7 @@ from torch import Tensor
 from tcopilot.functional import best_weight, token_errors
 from tcopilot.models.decoding import correct_text
 from tcopilot.models.fusion import FusionRule, ProbabilityFusion
-from tcopilot.models.states import StatePooler, trace_pilot
+from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
 
 if TYPE_CHECKING:
     from tcopilot.data.batch import Batch
@@ -26,14 +26,22 @@ PERCENTILES = (10, 50, 90)
 
 
 @torch.no_grad()
-def correct_targets(model: TCopilotModel, batch: Batch) -> tuple[Tensor, Tensor | None]:
+def correct_targets(
+    model: TCopilotModel, batch: Batch, states: PilotStates | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Score given targets in one pass, with the feedback that the model's decoding uses; its λ is not used.
+
+    Args:
+        model: the fused model.
+        batch: with the targets.
+        states: what the Pilot's pass over the batch left, where that is known; then it makes none.
 
     Returns:
         log p̂ [B, N, V] in float32 and f^C [B, N, V]; None for the latter without a Copilot.
     """
     copilot = model.copilot
-    states = trace_pilot(model.pilot, batch, StatePooler() if copilot is None else copilot.pooler)
+    if states is None:
+        states = trace_pilot(model.pilot, batch, StatePooler() if copilot is None else copilot.pooler)
     log_probs_BNV = torch.log_softmax(states.logits_BNV.float(), dim=-1)
     if copilot is None:
         return log_probs_BNV, None
@@ -59,8 +67,7 @@ class ErrorStatistics:
     @torch.no_grad()
     def observe(self, model: TCopilotModel, batch: Batch) -> None:
         """Add a batch by a teacher-forced pass of a fused model, with the feedback that its decoding uses."""
-        log_probs_BNV, corrections_BNV = correct_targets(model, batch)
-        self.update(log_probs_BNV, corrections_BNV, batch.target_ids_BN, batch.target_mask_BN)
+        self.update(*correct_targets(model, batch), batch.target_ids_BN, batch.target_mask_BN)
 
     @torch.no_grad()
     def update(

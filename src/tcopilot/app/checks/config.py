@@ -343,7 +343,7 @@ def _learners(cfg: DictConfig) -> Iterator[str]:
 
 def _controls(cfg: DictConfig) -> Iterator[str]:
     names, given = control_names(cfg.control), f"control={cfg.control}"
-    yield from recording_problems(cfg, names)
+    yield from recording_problems(cfg)
     if any(isinstance(name, bool) or name not in CONTROLS for name in names) or len(set(names)) < len(names):
         yield f"{given}: use one or a list of null, {', '.join(CONTROLS)}"
         return

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from tcopilot.app.checks.problems import existing
 from tcopilot.app.memory.free import available_memory
 from tcopilot.data.module import TCopilotDataModule
-from tcopilot.evaluation.modes import RECORDED
+from tcopilot.evaluation.modes import TARGETS
 from tcopilot.evaluation.ranking import ranking_problems
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.pilot import ModelSource
@@ -30,12 +30,13 @@ def data_problems(cfg: DictConfig, pilot: PreTrainedConfig, data: TCopilotDataMo
         for name in data.benchmark_names
         if f"{name}/{split}" not in summary
     ]
-    for name, task in data.benchmarks.items() if RECORDED not in cfg.evaluation.modes else ():
+    only_targets = list(cfg.evaluation.modes) == [TARGETS]
+    for name, task in data.benchmarks.items() if not only_targets else ():
         if task.catalogue is not None:
             splits = (split for split in ("validation", "test") if f"{name}/{split}" in summary)
             most_seen = max(len(row["seen"]) for split in splits for row in data.evaluation_rows(split, name))
             problems += ranking_problems(name, task, cfg.evaluation.ranking, cfg.evaluation.ranking_beams, most_seen)
-        elif "generation" not in cfg.evaluation.modes and not data.has_options(name):
+        elif list(cfg.evaluation.modes) == ["likelihood"] and not data.has_options(name):
             problems.append(
                 f"evaluation.modes={list(cfg.evaluation.modes)}: {name} has no options whose likelihoods could be "
                 f"compared; add generation"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig
 
-from tcopilot.evaluation.modes import RECORDED
+from tcopilot.evaluation.modes import LIKELIHOOD, TARGETS
 from tcopilot.models.kinds import KINDS
 
 OF_ROUNDS = ("rounds", "data.epochs", "data.rounds", "copilot.steps_per_round", "copilot.own_feedback")
@@ -23,11 +23,11 @@ def fits_from_recording(cfg: DictConfig) -> bool:
 
 
 def evaluates_recording(cfg: DictConfig) -> bool:
-    """Whether a run scores recorded targets in place of answering rows, so that it never needs the Pilot's layers."""
-    return list(cfg.evaluation.modes) == [RECORDED]
+    """Whether a run only scores texts that it recorded, so that it does without the Pilot's layers."""
+    return fits_from_recording(cfg) and set(cfg.evaluation.modes) <= {LIKELIHOOD, TARGETS}
 
 
-def recording_problems(cfg: DictConfig, controls: list[str]) -> Iterator[str]:
+def recording_problems(cfg: DictConfig) -> Iterator[str]:
     """Settings that contradict a recording, or that ask for one where there is none."""
     fits, mend = fits_from_recording(cfg), "use pilot=frozen copilot=head"
     if not fits and (given := cfg.mistake_log["from"]) is not None:
@@ -36,14 +36,3 @@ def recording_problems(cfg: DictConfig, controls: list[str]) -> Iterator[str]:
         if fits and cfg.data[key] != wanted:
             shown = str(wanted).lower()
             yield f"data.{key}={cfg.data[key]}: a recording holds all rows, and all are fitted; use data.{key}={shown}"
-    if RECORDED not in cfg.evaluation.modes:
-        return
-    key = f"evaluation.modes={list(cfg.evaluation.modes)}"
-    if len(cfg.evaluation.modes) > 1:
-        yield f"{key}: recorded stands for the likelihood alone, without answers; leave out the others"
-    if not fits:
-        yield f"{key}: only a frozen Pilot is recorded; {mend}, or evaluation=greedy"
-    if cfg.fusion.weight == "auto" or cfg.fusion.per != "all":
-        yield f"{key}: one λ is chosen by likelihood; give fusion.weight=<numbers> and fusion.per=all"
-    if controls:
-        yield f"{key} with control={cfg.control}: controls answer rows; use evaluation=greedy, or control=null"

@@ -30,6 +30,7 @@ from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.results import Control, Results
 from tcopilot.evaluation.significance import compare
+from tcopilot.mistake_log.recording import Recording
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.families import skeleton
 from tcopilot.models.fused_model import TCopilotModel
@@ -49,6 +50,7 @@ class JointRun:
     prepared: Prepared
     model: TCopilotModel
     results: Results
+    recording: Recording | None = None
 
     @property
     def trial_rounds(self) -> int:
@@ -105,8 +107,9 @@ def equal_parameters(joint: JointRun) -> Trained:
 def calibrated(joint: JointRun) -> Trained:
     """The run's own Pilot with a temperature and biases, fitted on validation rows; its cost is that of the fit."""
     pilot, began = joint.model.pilot, time.perf_counter()
-    model = type(joint.model).from_pilot(pilot, kind="calibration").to(pilot.device)
-    calibrate(Evaluator(model, joint.prepared.tokenizer, joint.prepared.data, Path()))
+    model = type(joint.model).from_pilot(pilot, kind="calibration")
+    model.copilot.to(pilot.get_output_embeddings().weight.device)
+    calibrate(Evaluator(model, joint.prepared.tokenizer, joint.prepared.data, Path(), recording=joint.recording))
     return Trained(model, 0, round(agree_on(time.perf_counter() - began), 2), None)
 
 
@@ -166,11 +169,11 @@ def _on_a_budget(prepared: Prepared) -> dict[str, Any]:
 def against_controls(results: Results, run: RunDirectory) -> list[str]:
     """Hold the fused model against every control, on the rows that both answered: a sentence for each benchmark."""
     sentences = []
-    titles = {control.name for control in results.controls}
+    titles = {control.name: control.weight for control in results.controls}
     for name, (title, _) in CONTROLS.items():
         for benchmark, gain in results.row_wise().items() if title in titles else ():
             ours = read_predictions(results, run.predictions, benchmark, results.weight_of(benchmark))
-            theirs = read_predictions(results, run.control(name).predictions, benchmark, WEIGHTS.get(name, 0.0))
+            theirs = read_predictions(results, run.control(name).predictions, benchmark, titles[title])
             pairs = [[found[row]["scores"][gain.metric] for found in (theirs, ours)] for row in ours if row in theirs]
             if not pairs:  # somebody removed the predictions
                 continue
@@ -185,7 +188,8 @@ def _scored(name: str, trained: Trained, joint: JointRun, folder: Path) -> list[
     decoding = build.decoding(cfg.evaluation)
     if isinstance(trained.model.pilot, AveragedPilots):
         decoding = replace(decoding, compile=False)  # its caches are put together anew in each step
-    evaluator = Evaluator(trained.model, prepared.tokenizer, prepared.data, folder, decoding)
+    recording = joint.recording if trained.model.pilot is joint.model.pilot else None  # of no other Pilot
+    evaluator = Evaluator(trained.model, prepared.tokenizer, prepared.data, folder, decoding, recording=recording)
     cost = {
         "rounds": trained.rounds,
         "train_seconds": trained.seconds,
@@ -197,7 +201,7 @@ def _scored(name: str, trained: Trained, joint: JointRun, folder: Path) -> list[
     found = evaluator.run([weight], (split, split))
     compared = {(gain.benchmark, gain.metric) for gain in found.gain} | {("all", NLL.name)}
     return [
-        Control(CONTROLS[name][0], **{key: value for key, value in asdict(row).items() if key != "weight"}, **cost)
+        Control(CONTROLS[name][0], **asdict(row), **cost)
         for row in found.rows
         if (row.benchmark, row.metric) in compared and row.weight == weight
     ]
