@@ -66,7 +66,8 @@ def grid(
                         program, given = "train.py", [f"experiment=[{experiments}]"] if experiments else []
                         given += [f"seed={seed}"]
                         given += [text for level in (part, about, extra) for text in level.get("overrides", [])]
-                        given += [f"control=[{','.join(part['controls'])}]"] if arm == DEFAULT else []
+                        controls = about.get("controls", part["controls"]) if arm == DEFAULT else []
+                        given += [f"control=[{','.join(controls)}]"] if controls else []
                     known = {**places, "{default}": str(home / DEFAULT / str(seed)), "{seed}": str(seed)}
                     if after := about.get("after"):
                         known["{after}"] = str(folder / name / after / DEFAULT / str(seed))

@@ -54,10 +54,10 @@ def test_a_new_one_is_the_pilot(fuse, prompts, family, head):
     assert torch.equal(decode(model, tokens), model.pilot.generate(**tokens, max_new_tokens=10, do_sample=False))
 
 
-@pytest.mark.parametrize("context", ["inclusive", "strict"])
+@pytest.mark.parametrize(("context", "hidden"), [("inclusive", 24), ("inclusive", None), ("strict", 24)])
 @pytest.mark.parametrize("family", FAST)
-def test_it_reads_the_late_states_of_its_own_target(fuse, family, context):
-    model = fuse(family, context=context)
+def test_it_reads_the_late_states_of_its_own_target(fuse, family, context, hidden):
+    model = fuse(family, context=context, hidden=hidden)
     batch, copilot = make_batch(model.pilot), model.copilot
     log_probs_BNV, corrections_BNV = correct_targets(model, batch)
     states = trace_pilot(model.pilot, batch, copilot.pooler)
@@ -69,7 +69,7 @@ def test_it_reads_the_late_states_of_its_own_target(fuse, family, context):
         h_BNQ = torch.cat([torch.zeros_like(h_BNQ[:, :1]), h_BNQ[:, :-1]], dim=1)
     layers = h_BNQ.split(width, dim=-1)
     scaled = torch.cat([one / (one.square().mean(-1, keepdim=True) + 1e-6).sqrt() for one in layers], dim=-1)
-    z = gelu(scaled @ copilot.hidden.weight.T + copilot.hidden.bias)
+    z = scaled if hidden is None else gelu(scaled @ copilot.hidden.weight.T + copilot.hidden.bias)
     shift = z @ copilot.head.map.weight.T @ model.pilot.get_output_embeddings().weight.T
     expected = torch.softmax(log_probs_BNV + shift, dim=-1) - log_probs_BNV.exp()
     torch.testing.assert_close(corrections_BNV, expected)

@@ -1,5 +1,7 @@
 """Fits to a recording: a loss over some tokens stands for that over all, and the best Copilot is kept."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from family_models import perturb, tiny_pilot
@@ -10,7 +12,7 @@ from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.mistake_log.recording import RecordedPilot, Recording, row_key
 from tcopilot.models.head_copilot import HeadCopilot
 from tcopilot.training import fit
-from tcopilot.training.fit import CopilotFit, KeepBest, RecordBatch, RecordedData
+from tcopilot.training.fit import CopilotFit, KeepBest, RecordBatch, RecordedData, reached
 from tcopilot.training.objectives import RootMeanSquaredError
 
 DEPTHS = (0.5, 1.0)
@@ -71,6 +73,26 @@ def test_all_tokens_give_what_the_copilot_corrects_in_decoding(pilot, tmp_path):
     hidden, _ = copilot(batch.states_BNQ.new_empty(6, 4, 0), None, None, batch.states_BNQ)
     torch.testing.assert_close(corrections, copilot.correct(hidden[batch.mask_BN], probs.log()))
     assert torch.equal(targets, batch.targets_T)
+
+
+def test_own_mistakes_weigh_a_token_by_how_often_sampled_answers_come_to_it_right(pilot, tmp_path):
+    right = torch.tensor([0.5, 0.4, 0.9, 0.2])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    torch.testing.assert_close(reached(right, mask), torch.tensor([1.0, 0.5, 0.2, 1.0]))
+    batch = batch_of(recorded(tmp_path, pilot, rows_of(6)))
+    copilot = perturb(HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=16), 0.1)
+    module = CopilotFit(copilot, pilot, learner(1e-3), 1, own_mistakes=True)
+    corrections, probs, targets = module._compare(batch)
+    places = torch.arange(len(targets))
+    losses, own = -(probs + corrections)[places, targets].log(), probs[places, targets]
+    lengths, first = batch.mask_BN.sum(1).tolist(), 0
+    counts = []
+    for length in lengths:
+        counts += [own[first : first + place].prod() for place in range(length)]
+        first += length
+    counts = torch.stack(counts)
+    module.log, module._trainer = (lambda *given, **options: None), SimpleNamespace(world_size=1)
+    torch.testing.assert_close(module.training_step(batch, 0), (losses * counts).sum() / counts.sum())
 
 
 def fitted(folder, pilot, copilot, train, validation, patience=50, passes=30, objective=None):

@@ -78,7 +78,7 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     pilot.requires_grad_(False).eval()
     copilot = build.make_copilot(own, prepared, pilot)
     learner, objective = build.learner(own.copilot, data.updates), instantiate(own.objective)
-    module = CopilotFit(copilot, pilot, learner, data.updates, objective)
+    module = CopilotFit(copilot, pilot, learner, data.updates, objective, own.copilot.own_mistakes)
     best, count = KeepBest(own.copilot.patience), FlopCount()
     trainer = make_trainer(_passes(cfg, data), [best, count, *_bars(cfg)], None, data.updates)
     model = build.fuse(own, prepared, pilot, copilot)

@@ -34,7 +34,7 @@ class HeadCopilotConfig:
     Attributes:
         pilot_width: P, width of the Pilot that it reads.
         depths: of the Pilot's decoder layers whose outputs it reads, as shares of the decoder's depth.
-        hidden: width of its hidden layer.
+        hidden: width of its hidden layer; None for none, which leaves a linear map of the states.
         head: what reads the hidden layer, see `SOFT_HEADS`.
         context: `inclusive` (target i reads h_i, which predicts it) or `strict` (h_{i−1}).
         gate: settings of the gate that scales its corrections in decoding and scoring; None for none.
@@ -44,7 +44,7 @@ class HeadCopilotConfig:
     kind: ClassVar[str] = "head"
     SETTINGS: ClassVar = {
         "depths": Rule(_are_depths, "give shares of the Pilot's depth in (0, 1], such as [0.8, 0.9, 1.0]"),
-        "hidden": whole(),
+        "hidden": whole().or_null(),
         "head": one_of(SOFT_HEADS),
         "context": one_of(CONTEXTS),
     }
@@ -52,7 +52,7 @@ class HeadCopilotConfig:
     pilot_width: int
     vocab_size: int
     depths: list[float] = field(default_factory=lambda: [0.8, 0.9, 1.0])
-    hidden: int = 512
+    hidden: int | None = 512
     head: str = "soft"
     context: str = "inclusive"
     gate: dict[str, Any] | None = None
@@ -76,8 +76,9 @@ class HeadCopilot(LayerlessCopilot):
     def __init__(self, config: HeadCopilotConfig) -> None:
         super().__init__(config)
         self.pooler = StackedStates(tuple(config.depths))
-        self.hidden = nn.Linear(len(config.depths) * config.pilot_width, config.hidden)
-        self.head = SOFT_HEADS[config.head](config.hidden, config.vocab_size, config.pilot_width)
+        width = len(config.depths) * config.pilot_width
+        self.hidden = nn.Linear(width, config.hidden) if config.hidden else None
+        self.head = SOFT_HEADS[config.head](config.hidden or width, config.vocab_size, config.pilot_width)
 
     @classmethod
     def from_pilot(cls, pilot: PreTrainedModel, **options: Any) -> "HeadCopilot":
@@ -102,6 +103,6 @@ class HeadCopilot(LayerlessCopilot):
 
     def _read(self, states_BNQ: Tensor) -> Tensor:
         """Bring each layer's state to RMS 1, since residual streams grow with depth, and run the hidden layer."""
-        layers = states_BNQ.to(self.hidden.weight.dtype).unflatten(-1, (-1, self.config.pilot_width))
-        scaled = nn.functional.rms_norm(layers, (self.config.pilot_width,), eps=1e-6)
-        return nn.functional.gelu(self.hidden(scaled.flatten(-2)))
+        layers = states_BNQ.to(next(self.head.parameters()).dtype).unflatten(-1, (-1, self.config.pilot_width))
+        scaled = nn.functional.rms_norm(layers, (self.config.pilot_width,), eps=1e-6).flatten(-2)
+        return scaled if self.hidden is None else nn.functional.gelu(self.hidden(scaled))

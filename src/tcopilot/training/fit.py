@@ -27,7 +27,7 @@ from tcopilot.mistake_log.recording import Recording, missing_rows, row_key
 from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.head_copilot import HeadCopilot
 from tcopilot.processes import barrier, sum_over_processes
-from tcopilot.settings import Rule, whole
+from tcopilot.settings import FLAG, Rule, whole
 from tcopilot.training.module import Learner
 from tcopilot.training.objectives import CrossEntropy, Objective
 
@@ -138,16 +138,17 @@ class CopilotFit(LightningModule):
         learner: how the Copilot is updated.
         updates: of the whole fit, for the schedule.
         objective: what it learns, by default the likelihood of the fused distribution.
+        own_mistakes: whether a token counts by how likely the Pilot's own answer comes to it, see `reached`.
     """
 
-    SETTINGS: ClassVar[dict[str, Rule]] = {"passes": whole(), "patience": whole()}
+    SETTINGS: ClassVar[dict[str, Rule]] = {"passes": whole(), "patience": whole(), "own_mistakes": FLAG}
 
     def __init__(
         self, copilot: HeadCopilot, pilot: PreTrainedModel, learner: Learner, updates: int,
-        objective: Objective | None = None,
+        objective: Objective | None = None, own_mistakes: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.copilot, self.learner, self.rounds = copilot, learner, updates
+        self.copilot, self.learner, self.rounds, self.own_mistakes = copilot, learner, updates, own_mistakes
         self.objective = CrossEntropy() if objective is None else objective
         self.__dict__["_pilot"] = pilot  # past `nn.Module`: layers without weights cannot be moved
         self.seconds, self._began = 0.0, 0.0
@@ -185,8 +186,11 @@ class CopilotFit(LightningModule):
     def training_step(self, batch: RecordBatch, batch_idx: int) -> Tensor:
         """The objective over a batch, all processes together."""
         corrections_TU, probs_TU, targets_T = self._compare(batch)
-        total = self.objective.row_losses(corrections_TU, probs_TU, targets_T).sum()
-        tokens = sum_over_processes(torch.tensor(float(len(targets_T)), device=total.device))
+        losses_T = self.objective.row_losses(corrections_TU, probs_TU, targets_T)
+        counts_T = torch.ones_like(losses_T)
+        if self.own_mistakes:
+            counts_T = reached(probs_TU.gather(1, targets_T[:, None])[:, 0], batch.mask_BN)
+        total, tokens = (losses_T * counts_T).sum(), sum_over_processes(counts_T.sum())
         others = sum_over_processes(total.detach()) - total.detach()
         loss = self.objective.reduce(total + others, tokens)
         self.log("train/copilot_loss", loss.detach(), prog_bar=True, rank_zero_only=True)
@@ -236,6 +240,17 @@ class CopilotFit(LightningModule):
         drawn = torch.randint(vocab_size, (RANDOM_TOKENS,), device=device)
         tokens_U = torch.cat([meant, drawn]).unique()
         return tokens_U, ~torch.isin(tokens_U, meant)
+
+
+def reached(right_T: Tensor, mask_BN: Tensor) -> Tensor:
+    """How likely an answer that the Pilot samples is still right when it comes to each target token, [T].
+
+    That is Π_{j<i} p̂(y_j), given p̂(y_i) of all tokens. From a single right answer, the Pilot's own ones part at token i
+    with probability Π_{j<i} p̂(y_j) · (1 − p̂(y_i)), in the very states that were recorded. Weighing records by it is what
+    training on any number of sampled answers, up to their first mistake, comes to on average.
+    """
+    log_BN = torch.zeros(mask_BN.shape, device=right_T.device).masked_scatter(mask_BN, right_T.clamp_min(1e-12).log())
+    return (log_BN.cumsum(1) - log_BN).exp()[mask_BN]
 
 
 class KeepBest(Callback):
