@@ -245,9 +245,9 @@ class CopilotFit(LightningModule):
 def reached(right_T: Tensor, mask_BN: Tensor) -> Tensor:
     """How likely an answer that the Pilot samples is still right when it comes to each target token, [T].
 
-    That is Π_{j<i} p̂(y_j), given p̂(y_i) of all tokens. From a single right answer, the Pilot's own ones part at token i
-    with probability Π_{j<i} p̂(y_j) · (1 − p̂(y_i)), in the very states that were recorded. Weighing records by it is what
-    training on any number of sampled answers, up to their first mistake, comes to on average.
+    That is Π_{j<i} p̂(y_j), given p̂(y_i) of all tokens. From a single right answer, the Pilot's own ones part at token
+    i with probability Π_{j<i} p̂(y_j) · (1 − p̂(y_i)), in the very states that were recorded. Weighing records by it is
+    what training on any number of sampled answers, up to their first mistake, comes to on average.
     """
     log_BN = torch.zeros(mask_BN.shape, device=right_T.device).masked_scatter(mask_BN, right_T.clamp_min(1e-12).log())
     return (log_BN.cumsum(1) - log_BN).exp()[mask_BN]
