@@ -418,7 +418,6 @@ def test_the_new_fusion_rule_keeps_to_what_the_page_asks_of_rules(extended):
 
 
 def test_a_family_is_added_by_a_yaml(extended, tmp_path):
-    assert "arcee" not in families.SUPPORTED
     run = trained("pilot", tmp_path)
     assert run.export.pilot.model_type == "arcee"
     model = AutoModelForCausalLM.from_pretrained(run.folder / "export")
@@ -434,14 +433,11 @@ def test_the_check_of_a_new_family_passes(extended, capsys):
     assert [line.partition(":")[0] for line in printed] == ["none", "pilot"]
 
 
-@pytest.mark.parametrize(
-    ("family", "why"), [("stablelm", "missing 3 required keyword-only arguments"), ("olmo2", "size of tensor")]
-)
-def test_families_that_are_said_not_to_fit_are_refused_with_the_reason(family, why):
+def test_the_family_that_is_said_not_to_fit_is_refused_with_the_reason():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 56, "pad_token_id": 0}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    pilot = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **heads))
+    pilot = AutoModelForCausalLM.from_config(AutoConfig.for_model("stablelm", **sizes, **heads))
     prompt = torch.arange(3, 10)[None]
     pilot(input_ids=prompt)  # nothing is wrong with the model itself
-    with pytest.raises(families.UnsupportedFamilyError, match=f"{family!r} is not supported.*{why}"):
+    with pytest.raises(families.UnsupportedFamilyError, match=r"'stablelm' is not supported.*keeps arguments"):
         TCopilotForCausalLM.from_pilot(pilot)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import composed
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig
+from transformers import LlamaConfig, MambaConfig
 
 from tcopilot.app import console, run
 from tcopilot.app.checks import config as checks
@@ -111,7 +111,7 @@ BAD = {  # overrides, and what the message must say: key, value and the way out
     "unknown Pilot": (["pilot.path=no/such-model"], ["pilot.path=no/such-model", "a folder with config.json"]),
     "unknown family": (["pilot.config.model_type=gtp"], ["pilot.config", "gtp"]),
     "impossible sizes": ([*LLAMA, "pilot.config.hidden_size=63"], ["pilot.config", "63", "multiple"]),
-    "unsupported family": (["pilot.path=<gpt2>"], ["'gpt2' is not supported", "llama"]),
+    "unsupported family": (["pilot.path=<mamba>"], ["'mamba' is not supported", "an attention each"]),
     "donor of a Copilot that is only a head": (
         [*LLAMA, "copilot=head", "copilot.path=<llama>"],
         ["copilot.path=<llama>: a Copilot that is only a head starts from no checkpoint; leave it out"],
@@ -120,7 +120,7 @@ BAD = {  # overrides, and what the message must say: key, value and the way out
         [*LLAMA, "copilot=head", "adapter@copilot.adapter=lora"],
         ["copilot.adapter: a Copilot that is only a head has no layers; use adapter@copilot.adapter=none"],
     ),
-    "unsupported donor": (["copilot.path=<gpt2>"], ["copilot", "'gpt2' is not supported", "llama"]),
+    "unsupported donor": (["copilot.path=<mamba>"], ["copilot", "'mamba' is not supported", "an attention each"]),
     "donor of another family": (["copilot.path=<llama>"], ["copilot.path=<llama>", "t5", "same family"]),
     "donor of another vocabulary": ([*LLAMA, "copilot.path=<llama>"], ["<llama>", "99 tokens", "same family and tok"]),
     "an argument that nobody takes": (["+data.rows=5"], ["data", "'rows'"]),
@@ -138,9 +138,9 @@ def no_weights(monkeypatch):
 def place(tmp_path):
     """Put folders of models that cannot serve in place of their names: configs only, weights must not be asked for."""
     small = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-    GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=50).save_pretrained(tmp_path / "gpt2")
+    MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=50).save_pretrained(tmp_path / "mamba")
     LlamaConfig(hidden_size=8, vocab_size=99, **small).save_pretrained(tmp_path / "llama")
-    return lambda text: text.replace("<gpt2>", f"{tmp_path}/gpt2").replace("<llama>", f"{tmp_path}/llama")
+    return lambda text: text.replace("<mamba>", f"{tmp_path}/mamba").replace("<llama>", f"{tmp_path}/llama")
 
 
 def complaint(folder: Path, *overrides: str) -> str:

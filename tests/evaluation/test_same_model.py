@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from family_models import make_batch, perturb, prompts, tiny_pilot
+from family_models import EVERY_FAMILY, make_batch, perturb, prompts, tiny_pilot
 from small_training import tiny_model
 from transformers import AutoTokenizer
 
@@ -13,7 +13,6 @@ from tcopilot.data import GeneratedTask, TCopilotDataModule
 from tcopilot.data.tokenizers import byte_tokenizer, word_tokenizer
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.models.adapters import Lora, merge_adapters
-from tcopilot.models.families import SUPPORTED
 from tcopilot.models.fusion import LogitFusion, ProbabilityFusion
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.pilot import ModelSource
@@ -23,7 +22,7 @@ from tcopilot.training.error_statistics import correct_targets
 FAST = ("t5", "bart", "llama")
 
 
-@pytest.mark.parametrize("family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in SUPPORTED])
+@pytest.mark.parametrize("family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in EVERY_FAMILY])
 def test_an_export_of_a_bfloat16_run_scores_as_the_model_that_was_trained_to_the_bit(family, tmp_path):
     tokenizer, checkpoint = byte_tokenizer(), tiny_pilot(family, vocab_size=259)
     if family == "bart":

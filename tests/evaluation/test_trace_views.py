@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from family_models import EVERY_FAMILY
 
 from tcopilot.evaluation.trace_views import CANDIDATES, positions, trace_targets
 from tcopilot.functional import token_errors
-from tcopilot.models.families import SUPPORTED
 from tcopilot.models.gates import build_gate
 from tcopilot.models.modeling import fused_class
 from tcopilot.training.error_statistics import correct_targets
@@ -25,7 +25,7 @@ def fused(tiny_pilot, randomise):
 
 
 @pytest.mark.parametrize("gate", [None, {"per": "token", "coefficients": [0.5, -1.0, 0.3, 2.0]}])
-@pytest.mark.parametrize("family", SUPPORTED)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_the_last_layer_of_each_lens_is_the_model_itself(fused, make_batch, family, gate):
     model = fused(family)
     model.set_gate(build_gate(gate))

@@ -575,7 +575,7 @@ MODELS = {  # a change to a good folder of a small Llama
     "config.json is binary": (write("config.json", b"\xff\xfe\0"), ("not a valid JSON file",)),
     "unknown family": (edit_json("config.json", model_type="evil"), ("evil",)),
     "family is a number": (edit_json("config.json", model_type=5), ("`5`",)),
-    "another family": (edit_json("config.json", model_type="gpt2"), ("'gpt2' is not supported",)),
+    "another family": (edit_json("config.json", model_type="mamba"), ("'mamba' is not supported",)),
     "no family": (edit_json("config.json", model_type=None, architectures=None), ("model_type",)),
     "width is text": (edit_json("config.json", hidden_size="big"), ("hidden_size",)),
     "negative width": (edit_json("config.json", hidden_size=-16), ("cannot read it",)),

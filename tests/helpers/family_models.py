@@ -10,42 +10,30 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
-    Gemma2Config,
-    GemmaConfig,
-    LlamaConfig,
-    MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
     T5Config,
 )
 
 from tcopilot.data.batch import Batch
-from tcopilot.models.families import SUPPORTED
 
+EVERY_FAMILY = ("t5", "bart", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
+"""Those that run through every test; `test_family_check.py` has all others."""
 FAST = ("t5", "llama")  # one family of each architecture
 
 
 def of_families(*families: str) -> list:
     """Parameters for tests of several families: those in `FAST` in the fast suite, the others in the slow one."""
-    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in families or SUPPORTED]
+    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in families or EVERY_FAMILY]
 
 
 VOCAB = 56
 _TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-_DECODER_ONLY = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "gemma": GemmaConfig,
-    "gemma2": Gemma2Config,
-}
-DECODER_ONLY = tuple(_DECODER_ONLY)
+DECODER_ONLY = EVERY_FAMILY[2:]
 _built: dict[str, tuple[nn.Module, torch.Tensor]] = {}
 
 
@@ -85,7 +73,7 @@ def _config(family: str, width: int, layers: int, changes: dict[str, Any]) -> Pr
         return BartConfig(**_TOKENS | shape | depth | heads | rest | changes)
     shape = {"hidden_size": width, "intermediate_size": 64, "head_dim": 8, "max_position_embeddings": 128}
     depth = {"num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return _DECODER_ONLY[family](**_TOKENS | shape | depth | changes)
+    return AutoConfig.for_model(family, **_TOKENS | shape | depth | changes)
 
 
 def perturb(module: nn.Module, scale: float = 0.2, seed: int = 1) -> nn.Module:

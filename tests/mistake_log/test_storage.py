@@ -5,6 +5,7 @@ from functools import cache
 import composed
 import pytest
 import torch
+from family_models import EVERY_FAMILY
 from small_training import (
     FAMILIES,
     VOCAB,
@@ -21,7 +22,6 @@ from tcopilot.app import console
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.storage import DenseStorage, FrozenHeadStorage, TopKStorage
 from tcopilot.models.adapters import Lora
-from tcopilot.models.families import SUPPORTED
 from tcopilot.models.states import StatePooler, trace_pilot
 
 
@@ -136,9 +136,9 @@ def test_keeping_no_entry_is_refused():
 
 
 ENCODER_DECODERS = ("t5", "bart")
-OTHERS = [family for family in SUPPORTED if family not in ("llama", "t5")]
+OTHERS = [family for family in EVERY_FAMILY if family not in ("llama", "t5")]
 EACH_FAMILY = ["llama", "t5", *(pytest.param(family, marks=pytest.mark.slow) for family in OTHERS)]
-LORA_TARGETS = {"t5": ("q", "v", "wi", "wo"), "bart": ("q_proj", "v_proj", "fc1", "fc2")}
+LORA_TARGETS = {"gpt2": ("lm_head",), "t5": ("q", "v", "wi", "wo"), "bart": ("q_proj", "v_proj", "fc1", "fc2")}
 
 
 class TwoLogs(MistakeLog):
@@ -194,15 +194,15 @@ def test_in_bf16_mixed_the_heads_input_is_kept_in_bfloat16_and_loses_nothing(tin
     torch.testing.assert_close(rebuilt, expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("family", EACH_FAMILY)
+@pytest.mark.parametrize("family", [*EACH_FAMILY, "gpt2"])
 def test_with_a_frozen_embedding_a_record_keeps_prompt_ids_and_gives_the_same_source(tiny_pilot, family):
     kind, model = with_adapters(tiny_pilot, family)
     batch = random_batch(kind, rows=5, seed=1, vocab=56)
     states = trace_pilot(model.pilot, batch, StatePooler())
     log = MistakeLog(policy=InOrder())
     log.append(states)
-    assert ("source_ids" in log.rounds[0].tensors) == (family not in ENCODER_DECODERS)
-    assert ("source" in log.rounds[0].tensors) == (family in ENCODER_DECODERS)
+    assert ("source_ids" in log.rounds[0].tensors) == (family not in (*ENCODER_DECODERS, "gpt2"))
+    assert ("source" in log.rounds[0].tensors) == (family in (*ENCODER_DECODERS, "gpt2"))  # it adds positions
     record = log.sample(5)
     assert torch.equal(record.source_BMP[record.source_mask_BM], states.source_BMP[batch.source_mask_BM])
     assert not record.source_BMP[~record.source_mask_BM].any()

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from family_models import DECODER_ONLY, of_families
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedConfig
+from family_models import DECODER_ONLY, EVERY_FAMILY, of_families
+from transformers import PreTrainedConfig
 
 from tcopilot import Copilot
 from tcopilot.models import families
@@ -9,63 +9,6 @@ from tcopilot.models.adapters import Lora
 from tcopilot.models.families import UnsupportedFamilyError
 from tcopilot.models.log_attention import LogAttention
 from tcopilot.models.states import StatePooler, trace_pilot
-
-
-@pytest.mark.parametrize("family", of_families())
-def test_every_supported_family_passes_the_check(tiny_pilot, family):
-    families.check_family(tiny_pilot(family).config)
-
-
-def test_an_unsupported_family_is_refused_by_name_before_anything_is_built():
-    with pytest.raises(UnsupportedFamilyError, match=r"'gpt2' is not supported.*Supported: t5, bart, llama"):
-        families.check_family(GPT2Config())
-
-
-def test_a_copilot_of_an_unsupported_pilot_is_refused():
-    pilot = GPT2LMHeadModel(GPT2Config(vocab_size=56, n_embd=32, n_layer=2, n_head=4))
-    with pytest.raises(UnsupportedFamilyError, match="'gpt2' is not supported"):
-        Copilot.from_pilot(pilot)
-
-
-SIZES = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-@pytest.mark.parametrize("family", of_families(*DECODER_ONLY))
-def test_the_families_that_are_tested_would_pass_the_trial(tiny_pilot, family):
-    families._try_log_attention(tiny_pilot(family).config)
-
-
-@pytest.mark.parametrize("family", ["arcee", "starcoder2", "granite", "mixtral"])
-def test_a_family_built_like_llama_passes_without_being_listed(family):
-    config = AutoConfig.for_model(family, **SIZES)
-    before, state = config.to_dict(), torch.get_rng_state()
-    families.check_family(config)
-    assert config.to_dict() == before
-    assert torch.equal(torch.get_rng_state(), state)  # a trial draws no number of a run's
-
-
-@pytest.mark.parametrize(
-    ("family", "why"),
-    [
-        ("smollm3", "something else than SmolLM3Attention"),  # every fourth layer does without positions
-        ("cohere", "something else than CohereAttention"),  # turns neighbouring dimensions
-        ("olmo2", "size of tensor"),  # norms over all heads at once
-        ("phi3", "no separate q_proj"),
-        ("mt5", "encoder-decoders t5 and bart"),
-    ],
-)
-def test_a_family_whose_layers_differ_is_refused_with_the_reason(family, why):
-    sizes = SIZES | ({"pad_token_id": 0} if family == "phi3" else {}) if family != "mt5" else {}
-    with pytest.raises(UnsupportedFamilyError, match=f"{family!r} is not supported.*{why}.*Supported: t5, bart"):
-        families.check_family(AutoConfig.for_model(family, **sizes))
-
-
-def test_a_clipped_projection_is_noticed():
-    config = AutoConfig.for_model("olmo", **SIZES)
-    families.check_family(config)
-    config.clip_qkv = 8.0
-    with pytest.raises(UnsupportedFamilyError, match="something else than OlmoAttention"):
-        families.check_family(config)
 
 
 @pytest.mark.parametrize("family", of_families())
@@ -135,13 +78,6 @@ def test_log_attention_replaces_the_chosen_layers_and_keeps_their_weights(tiny_p
     assert body.layers[1].self_attn.attention is stock[1]
 
 
-def test_a_layer_with_fused_projections_is_refused(tiny_pilot):
-    body = tiny_pilot("llama").get_decoder()
-    del body.layers[1].self_attn.k_proj
-    with pytest.raises(UnsupportedFamilyError, match="LlamaAttention has no separate q_proj, k_proj"):
-        families.install_log_attention(body, [1])
-
-
 @pytest.mark.parametrize("family", of_families())
 def test_input_embeddings_are_what_the_first_layer_reads(tiny_pilot, family):
     pilot = tiny_pilot(family, **({"scale_embedding": True} if family == "bart" else {}))
@@ -186,7 +122,7 @@ def test_a_config_without_a_depth_is_refused():
         families.decoder_depth(config)
 
 
-HEADS = {family: (family, {}) for family in families.SUPPORTED} | {
+HEADS = {family: (family, {}) for family in EVERY_FAMILY} | {
     "t5 untied": ("t5", {"tie_word_embeddings": False}),
     "t5 with dropout": ("t5", {"dropout_rate": 0.3}),
     "bart with dropout": ("bart", {"dropout": 0.3}),

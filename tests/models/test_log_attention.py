@@ -181,7 +181,9 @@ def test_rows_of_the_log_are_read_at_the_scale_that_the_projections_were_trained
             inputs = layer.input_layernorm(5 * rows)
             expected, _ = layer.self_attn(inputs, position_embeddings=rotary, attention_mask=mask)
             unit = copilot.source_in(5 * rows)
-            found, _ = own.self_attn(inputs, rotary, log_BSC=unit, log_mask=mask, log_rotary=rotary)
+            given = {"position_embeddings": rotary, "attention_mask": None}
+            log = {"log_BSC": unit, "log_mask": mask, "log_places": {"position_embeddings": rotary}}
+            found, _ = own.self_attn(inputs, **given, **log)
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 

@@ -14,7 +14,7 @@ from tcopilot import Copilot, TCopilotCache, TCopilotConfig, TCopilotForCausalLM
 from tcopilot.functional import fuse_logits, fuse_probabilities, token_errors
 from tcopilot.models.copilot import PATTERNS
 from tcopilot.models.decoding import Beside
-from tcopilot.models.families import ENCODER_DECODERS
+from tcopilot.models.families import has_encoder
 from tcopilot.models.fusion import LogitFusion, ProbabilityFusion
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.states import StatePooler, trace_pilot
@@ -36,7 +36,7 @@ FACTORS = {
 
 def pairs_of_variants(family):
     """Eight variants in which every pair of factors but one meets in all values; the odd one turns by architecture."""
-    turn = int(family in ENCODER_DECODERS)
+    turn = int(has_encoder(family))
     for i in range(8):
         low, middle, high = i & 1, i >> 1 & 1, i >> 2
         bits = (high, low ^ high, middle ^ high, low ^ middle ^ high, low ^ turn)

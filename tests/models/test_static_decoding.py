@@ -3,12 +3,11 @@
 import composed
 import pytest
 import torch
-from family_models import of_families
+from family_models import EVERY_FAMILY, of_families
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import CompileConfig
 
 from tcopilot.app.checks.config import config_problems
-from tcopilot.models.families import SUPPORTED
 from tcopilot.models.modeling import fused_class
 
 STATIC = {"cache_implementation": "static", "disable_compile": True}
@@ -56,7 +55,7 @@ def test_static_caches_give_the_tokens_of_dynamic_ones(fuse, prompts, family, va
     assert torch.equal(decode(model, tokens, **STATIC), decode(model.pilot, tokens))
 
 
-@pytest.mark.parametrize("family", [f if f == "t5" else pytest.param(f, marks=pytest.mark.slow) for f in SUPPORTED])
+@pytest.mark.parametrize("family", [f if f == "t5" else pytest.param(f, marks=pytest.mark.slow) for f in EVERY_FAMILY])
 def test_the_step_compiles_as_one_graph_and_gives_the_same_tokens(fuse, prompts, family):
     model = fuse(family)
     tokens = prompts(model.pilot, padded=True)

@@ -25,6 +25,7 @@ from tcopilot.mistake_log.policies import Fifo, SamplingPolicy
 from tcopilot.mistake_log.rounds import LoggedRecords, LoggedRound, SeenRows, join
 from tcopilot.mistake_log.spill import Spill
 from tcopilot.mistake_log.storage import DenseStorage, Storage, dtype_name, is_frozen
+from tcopilot.models.family_check import embeds_tokens_alone
 from tcopilot.models.states import PilotStates
 from tcopilot.settings import DTYPE, FLAG, SEED, one_of, require, whole
 
@@ -299,8 +300,9 @@ class MistakeLog:
 
 def _kept_of_source(pilot: PreTrainedModel) -> str:
     """What the log keeps of X̃: `source_ids` where a frozen embedding rebuilds it, else `source`."""
-    rebuilt = not pilot.config.is_encoder_decoder and is_frozen(pilot.get_input_embeddings())
-    return "source_ids" if rebuilt else "source"
+    if pilot.config.is_encoder_decoder or not is_frozen(pilot.get_input_embeddings()):
+        return "source"
+    return "source_ids" if embeds_tokens_alone(pilot.config) else "source"
 
 
 def _mean_energy(probs_BNV: Tensor, targets_BN: Tensor, mask_BN: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from tcopilot.models import families
 from tcopilot.models.base_copilot import FORMAT, BaseCopilot
 from tcopilot.models.caches import BodyState
 from tcopilot.models.error_input import project_errors
+from tcopilot.models.family_check import check_family
 from tcopilot.models.gates import build_gate
 from tcopilot.models.heads import HEADS
 from tcopilot.models.log_attention import CONTEXTS, additive, causal_mask, log_mask, log_positions
@@ -75,7 +76,7 @@ class CopilotConfig:
         require(self.SETTINGS, vars(self), "copilot")
         build_gate(self.gate)
         if self.positions is None:
-            self.positions = "none" if self.body["model_type"] in families.ENCODER_DECODERS else "pilot"
+            self.positions = "none" if families.has_encoder(self.body["model_type"]) else "pilot"
 
     @property
     def pooler(self) -> StatePooler:
@@ -139,7 +140,7 @@ class Copilot(BaseCopilot):
             **options: fields of `CopilotConfig`.
         """
         donor = pilot if donor is None else donor
-        families.check_family(donor.config)
+        check_family(donor.config)
         vocab, donor_vocab = (m.get_input_embeddings().num_embeddings for m in (pilot, donor))
         same = vocab == donor_vocab or (tokens is not None and tokens <= min(vocab, donor_vocab))
         if not same or donor.config.model_type != pilot.config.model_type:
@@ -250,7 +251,7 @@ class Copilot(BaseCopilot):
         return torch.zeros_like(positions) if self.config.positions == "none" else positions
 
     def _log_layers(self) -> list[int]:
-        depth = len(self.body.layers)
+        depth = len(families.decoder_layers(self.body))
         layers = list(range(depth)) if PATTERNS[self.config.pattern][0] == "every" else list(range(1, depth, 2))
         if not layers:
             raise ValueError(

@@ -1,10 +1,13 @@
 """What differs between model families, in one place: how a family's stock decoder becomes the body of a Copilot.
 
 No layer of a family is rewritten. An encoder-decoder's cross-attention already reads any memory; a decoder-only layer
-gets its self-attention wrapped by `LogAttention`, which uses the family's own projections and attention kernel.
+gets its self-attention wrapped by `LogAttention`, which runs the family's own. Which families this serves is decided
+by a check (`family_check.py`), not here.
 """
 
 import copy
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,81 +17,27 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 from tcopilot.models.caches import with_room
-from tcopilot.models.log_attention import LogAttention, additive, causal_mask
+from tcopilot.models.log_attention import LogAttention
 
-ENCODER_DECODERS = ("t5", "bart")
-SUPPORTED = (*ENCODER_DECODERS, "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")
-"""Families that the tests run through training, cached decoding, saving and loading."""
+# What modules are called, most frequent names first.
+LAYERS = ("layers", "block", "h", "blocks")
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+INPUT_NORM = ("input_layernorm", "ln_1", "pre_attention_layernorm")
+FINAL_NORM = ("norm", "final_layer_norm", "layer_norm", "ln_f", "final_layernorm", "norm_f")
+SCALED_WHERE_TIED = ("umt5", "switch_transformers")
+"""Relatives of T5 that scale the head's input where it shares the embedding; the others say so in their config."""
 
 
 class UnsupportedFamilyError(ValueError):
-    """The family's decoder cannot carry log attention."""
+    """The family's decoder cannot carry log attention, or a Copilot could not rely on what it computes."""
 
 
-def check_family(config: PreTrainedConfig) -> None:
-    """Raise an `UnsupportedFamilyError` if the family's decoder cannot carry log attention; no weights are loaded.
-
-    A family outside `SUPPORTED` passes if log attention fits a small random model of it.
-    """
-    if config.model_type in SUPPORTED:
-        return
-    try:
-        if config.is_encoder_decoder:
-            raise UnsupportedFamilyError("log attention fits the encoder-decoders " + " and ".join(ENCODER_DECODERS))
-        _try_log_attention(config)
-    except Exception as error:  # the family's own code may raise anything when it is run like this
-        raise UnsupportedFamilyError(
-            f"pilot model type {config.model_type!r} is not supported: a Copilot needs a decoder with separate q, k "
-            f"and v projections and one rotary embedding, which hands unknown arguments on to its attention layers. "
-            f"Tried on a small model of it: {' '.join(str(error).split())}. Supported: {', '.join(SUPPORTED)}, and "
-            f"families built like them"
-        ) from error
-
-
-def _try_log_attention(config: PreTrainedConfig) -> None:
-    """Compare log attention with the layers of a small random model of a decoder-only family.
-
-    Where the log is a layer's own input, at the same positions and under the same mask, log attention is the stock
-    self-attention. So both must agree to the bit; a norm, a gate or a rotation that only the stock layer has shows up.
-    An error of any kind means that the small model cannot be built or a layer cannot take the log.
-    """
-    small, heads, tokens = decoder_config(config, min(decoder_depth(config), 8)), 4, 6
-    grouped = getattr(config, "num_key_value_heads", None) != getattr(config, "num_attention_heads", None)
-    sizes = {
-        "hidden_size": 8 * heads, "intermediate_size": 32, "num_attention_heads": heads, "head_dim": 8,
-        "num_key_value_heads": heads // 2 if grouped else heads, "vocab_size": 16, "pad_token_id": 0,
-    }  # fmt: skip
-    for name in sizes.keys() & vars(small).keys():
-        setattr(small, name, sizes[name])
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
-        body = model.get_decoder()
-        inputs_BNC, positions_BN = torch.randn(1, tokens, 8 * heads), torch.arange(tokens)[None]
-        mask_B1NK = additive(causal_mask(tokens, inputs_BNC.device), inputs_BNC.dtype)
-        options = {"attention_mask": mask_B1NK, "position_ids": positions_BN, "use_cache": False}
-        for std in (0.3, 3.0):  # large values show what a family clips
-            for parameter in body.parameters():
-                parameter.normal_(std=std)
-            for index, layer in enumerate(body.layers):
-                stock, read = layer.self_attn, []
-                hook = stock.register_forward_pre_hook(
-                    lambda _, given, named, read=read: read.extend((*given, *named.values())), with_kwargs=True
-                )
-                expected_BNC = body(inputs_embeds=inputs_BNC, **options).last_hidden_state
-                hook.remove()
-                install_log_attention(body, [index])
-                layer.self_attn.norm = None  # what is read here is behind the norm already
-                found_BNC = run_body(
-                    body, inputs_BNC, mask_B1NK, positions_BN, read[0], mask_B1NK, positions_BN, cache=None
-                )
-                layer.self_attn = stock
-                if not torch.equal(found_BNC, expected_BNC):
-                    raise UnsupportedFamilyError(f"log attention computes something else than {type(stock).__name__}")
-        logits_BNV = model(inputs_embeds=inputs_BNC, **options).logits
-        if not torch.allclose(logits_from_head_input(model, expected_BNC), logits_BNV, rtol=1e-4):
-            raise UnsupportedFamilyError("its logits are not what its head makes of the decoder's last hidden state")
+def has_encoder(model_type: str) -> bool:
+    """Whether Pilots of a type are encoder-decoders, whose Copilots read the log by the stock cross-attention."""
+    return model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 
 
 def decoder_config(config: PreTrainedConfig, layers: int | None = None) -> PreTrainedConfig:
@@ -99,19 +48,26 @@ def decoder_config(config: PreTrainedConfig, layers: int | None = None) -> PreTr
     layers = depth if layers is None else layers
     if not 1 <= layers <= depth:
         raise ValueError(f"copilot layers={layers}: the {config.model_type} decoder has {depth}; choose 1 to {depth}")
-    for name in ("num_hidden_layers", "num_layers", "num_decoder_layers", "decoder_layers"):
-        if hasattr(body, name):
-            setattr(body, name, layers)
-    if getattr(body, "layer_types", None):
-        body.layer_types = list(body.layer_types[:layers])
+    cut_depth(body, layers)
     if hasattr(body, "decoder_layerdrop"):
         body.decoder_layerdrop = 0.0
     return body
 
 
+def cut_depth(config: PreTrainedConfig, layers: int) -> None:
+    """Set the number of layers in place, and shorten what the config lists for each of them."""
+    depth = decoder_depth(config)
+    for name, value in list(vars(config).items()):
+        if ("layer" in name or "window" in name) and isinstance(value, list | tuple) and len(value) == depth:
+            setattr(config, name, list(value[:layers]))
+    for name in ("num_hidden_layers", "num_layers", "num_decoder_layers", "decoder_layers"):
+        if hasattr(config, name):
+            setattr(config, name, layers)
+
+
 def set_dropout(config: PreTrainedConfig, rate: float) -> None:
     """Set the dropout of a decoder's config; a rotary family has it in its attention only."""
-    for name in ("dropout_rate", "dropout", "attention_dropout"):
+    for name in ("dropout_rate", "dropout", "attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
         if hasattr(config, name):
             setattr(config, name, rate)
 
@@ -127,17 +83,18 @@ def decoder_depth(config: PreTrainedConfig) -> int:
 def build_body(config: PreTrainedConfig) -> nn.Module:
     """Build the family's stock decoder, without its token embedding (the Copilot feeds embedded errors)."""
     body = type(skeleton(config).get_decoder())(copy.deepcopy(config))
-    body.embed_tokens = None
+    body.set_input_embeddings(None)
     return body
 
 
 def load_decoder_weights(body: nn.Module, donor: PreTrainedModel) -> None:
     """Copy the donor's first decoder layers into `body`, wrapped or not; a donor with LoRA adapters is refused."""
     given = donor.get_decoder().state_dict()
-    origin = {  # log attention holds the stock attention and a copy of the layer's input norm
-        name: name.replace(".self_attn.norm.", ".input_layernorm.").replace(".self_attn.attention.", ".self_attn.")
-        for name in body.state_dict()
-    }
+    attention, norm = "|".join(ATTENTION), input_norm(decoder_layers(body)[0])[0]
+    origin = {}
+    for name in body.state_dict():  # log attention holds the stock attention and a copy of the layer's input norm
+        stock = re.sub(rf"\.({attention})\.attention\.", r".\1.", name)
+        origin[name] = name if name in given else re.sub(rf"\.({attention})\.norm\.", f".{norm}.", stock)
     if missing := sorted(set(origin.values()) - set(given)):
         raise ValueError(
             f"the donor's decoder has no weights {missing[:3]} ({len(missing)} in all). Build the Copilot before "
@@ -146,16 +103,33 @@ def load_decoder_weights(body: nn.Module, donor: PreTrainedModel) -> None:
     body.load_state_dict({name: given[source] for name, source in origin.items()})
 
 
+def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
+    """The layers of a decoder."""
+    _, layers = _first_of(LAYERS, decoder)
+    if layers is None:
+        raise UnsupportedFamilyError(f"{type(decoder).__name__} has no layers by the name of {', '.join(LAYERS)}")
+    return layers
+
+
+def self_attention(layer: nn.Module) -> tuple[str, nn.Module]:
+    """The self-attention of a decoder-only layer, and its name."""
+    name, attention = _first_of(ATTENTION, layer)
+    if attention is None:
+        raise UnsupportedFamilyError(f"{type(layer).__name__} has no attention by the name of {', '.join(ATTENTION)}")
+    return name, attention
+
+
+def input_norm(layer: nn.Module) -> tuple[str, nn.Module | None]:
+    """The norm between a decoder-only layer's input and its attention, and its name; None where there is none."""
+    return _first_of(INPUT_NORM, layer)
+
+
 def install_log_attention(body: nn.Module, layers: list[int]) -> None:
     """Replace the self-attention of decoder-only layers (0-based) by log attention (Eq. 5–6)."""
     for index in layers:
-        attention, norm = body.layers[index].self_attn, getattr(body.layers[index], "input_layernorm", None)
-        if not all(hasattr(attention, name) for name in LogAttention.NEEDED):
-            raise UnsupportedFamilyError(
-                f"{type(attention).__name__} has no separate q_proj, k_proj, v_proj and o_proj, which log "
-                f"attention needs"
-            )
-        body.layers[index].self_attn = LogAttention(attention, copy.deepcopy(norm))
+        layer = decoder_layers(body)[index]
+        name, attention = self_attention(layer)
+        setattr(layer, name, LogAttention(attention, copy.deepcopy(input_norm(layer)[1])))
 
 
 def remove_positions(body: nn.Module) -> None:
@@ -183,15 +157,25 @@ def run_body(
     given = {"inputs_embeds": inputs_BNC, "attention_mask": self_mask_B1NK}
     if is_cross_attending(body):
         given |= {"encoder_hidden_states": log_BSC, "encoder_attention_mask": log_mask_B1NS}
+        given |= {"position_ids": positions_BN} if hasattr(body, "rotary_emb") else {}
     else:
-        rotary = body.rotary_emb(log_BSC, position_ids=log_positions_BS)
-        given |= {"position_ids": positions_BN, "log_BSC": log_BSC, "log_mask": log_mask_B1NS, "log_rotary": rotary}
+        places = {"position_ids": log_positions_BS, "position_embeddings": _rotary(body, log_BSC, log_positions_BS)}
+        given |= {"position_ids": positions_BN, "log_BSC": log_BSC, "log_mask": log_mask_B1NS, "log_places": places}
     return body(**given, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+
+
+def _rotary(body: nn.Module, log_BSC: Tensor, log_positions_BS: Tensor) -> Any:
+    """What a decoder tells its layers of positions, here the log's; by kind of layer where these differ (Gemma 3)."""
+    if not hasattr(body, "rotary_emb"):
+        return None
+    if "layer_type" not in inspect.signature(body.rotary_emb.forward).parameters:
+        return body.rotary_emb(log_BSC, position_ids=log_positions_BS)
+    return {kind: body.rotary_emb(log_BSC, log_positions_BS, kind) for kind in dict.fromkeys(body.config.layer_types)}
 
 
 def is_cross_attending(body: nn.Module) -> bool:
     """Whether the decoder reads its memory by cross-attention (T5, BART) rather than by `LogAttention`."""
-    return not hasattr(body, "rotary_emb")
+    return has_encoder(body.config.model_type)
 
 
 def new_cache(body: nn.Module) -> Cache:
@@ -203,10 +187,10 @@ def new_cache(body: nn.Module) -> Cache:
 def memory_scale(donor: PreTrainedModel) -> float:
     """Root mean square of what a donor's cross-attention was trained to read: its encoder's output, behind a norm."""
     encoder = donor.get_encoder()
-    norm = encoder.layers[-1] if hasattr(encoder, "layers") else encoder
-    squares = [
-        parameter.detach().float().square() for parameter in norm.final_layer_norm.parameters()
-    ]  # w, and b if any
+    norm = final_norm(encoder)
+    if isinstance(norm, nn.Identity):
+        norm = encoder.layers[-1].final_layer_norm
+    squares = [parameter.detach().float().square() for parameter in norm.parameters()]  # w, and b if any
     return sum(squares).mean().sqrt().item()
 
 
@@ -222,11 +206,11 @@ def logits_from_head_input(
 ) -> Tensor:
     """Logits [B, N, V] from the last of the decoder's hidden states, as the model's own forward pass computes them.
 
-    A tied T5 scales that output down, BART adds a bias to the logits, Granite scales them, Gemma2 caps them. With
-    `tokens_U` only the logits [B, N, U] of these tokens are computed.
+    A tied T5 scales that output down, BART adds a bias to the logits, Granite and Cohere scale them, Gemma2 caps them.
+    With `tokens_U` only the logits [B, N, U] of these tokens are computed.
     """
     config, head = model.config, model.get_output_embeddings()
-    if config.model_type == "t5" and getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
+    if getattr(config, "scale_decoder_outputs", config.model_type in SCALED_WHERE_TIED and config.tie_word_embeddings):
         head_input_BNP = head_input_BNP * config.d_model**-0.5
     if isinstance(tokens_U, slice):
         logits_BNV = head(head_input_BNP)
@@ -239,6 +223,8 @@ def logits_from_head_input(
         logits_BNV = logits_BNV + bias_1V[:, tokens_U].to(logits_BNV.device)
     if (scale := getattr(config, "logits_scaling", None)) is not None:
         logits_BNV = logits_BNV / scale
+    if (scale := getattr(config, "logit_scale", None)) is not None:
+        logits_BNV = logits_BNV * scale
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
         logits_BNV = torch.tanh(logits_BNV / cap) * cap
     return logits_BNV
@@ -251,13 +237,13 @@ def logit_lens(model: PreTrainedModel, layer_BNP: Tensor) -> Tensor:
 
 def final_norm(decoder: nn.Module) -> nn.Module:
     """The norm between a decoder's last layer and the head; BART, whose layers end in one, has none."""
-    return getattr(decoder, "norm", None) or getattr(decoder, "final_layer_norm", None) or nn.Identity()
+    return _first_of(FINAL_NORM, decoder)[1] or nn.Identity()
 
 
 @contextmanager
 def layer_outputs(decoder: nn.Module) -> Iterator[list[list[Tensor]]]:
     """Collect what each layer of a decoder returns, before the final norm: one list per layer, one entry per call."""
-    layers = decoder.block if hasattr(decoder, "block") else decoder.layers
+    layers = decoder_layers(decoder)
     seen: list[list[Tensor]] = [[] for _ in layers]
 
     def keep(into: list[Tensor], module: nn.Module, inputs: Any, output: Any) -> None:
@@ -272,7 +258,7 @@ def layer_outputs(decoder: nn.Module) -> Iterator[list[list[Tensor]]]:
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The full model of a config on the meta device: classes and shapes, no memory."""
     config = copy.deepcopy(config)
-    encoder_decoder = config.model_type in ENCODER_DECODERS
+    encoder_decoder = has_encoder(config.model_type)
     if encoder_decoder:
         config.is_encoder_decoder, config.is_decoder, config.use_cache = True, False, False
     auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
@@ -284,6 +270,10 @@ def body_config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
     """Rebuild a decoder's config from its saved dictionary."""
     values = {k: v for k, v in values.items() if not k.startswith("_") and k != "transformers_version"}
     return AutoConfig.for_model(**values)
+
+
+def _first_of(names: tuple[str, ...], module: nn.Module) -> tuple[str, nn.Module | None]:
+    return next(((name, getattr(module, name)) for name in names if hasattr(module, name)), ("", None))
 
 
 class _NoPositions(nn.Module):

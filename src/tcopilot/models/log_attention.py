@@ -7,11 +7,11 @@ Shapes: B batch, M source length, N target length, C Copilot width, S = 1 + M + 
 H heads, D head width, K keys of the self-attention.
 """
 
-import sys
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 CONTEXTS = ("strict", "inclusive")
 
@@ -19,45 +19,69 @@ CONTEXTS = ("strict", "inclusive")
 class LogAttention(nn.Module):
     """Stands in for a decoder-only layer's self-attention; queries from the Copilot, keys and values from the log.
 
-    Wraps the family's own attention module, so weights, head layout, kernels and adapters stay the family's. The log's
-    arguments reach it through the stock decoder, which hands unknown keyword arguments on to its attention.
+    Wraps the family's own attention and runs its own forward pass, so that projections, norms, rotation, sinks,
+    kernels and adapters are the family's, whatever they are. That pass hands its keys and values to a cache and
+    attends to what the cache answers: it runs on the log until it hands them over, then on the Copilot's states,
+    and is answered with the log's. The log's arguments reach it through the stock decoder, which hands unknown keyword
+    arguments on to its attention.
 
     The projections were trained behind the layer's input norm, so a copy of it weights the rows of the log, which have
     been normalised before. It leaves a row's own scale as it is: that is how null row, X̃ and h̄ can be told apart.
     """
-
-    NEEDED = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling")
 
     def __init__(self, attention: nn.Module, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.attention, self.norm = attention, norm
 
     def forward(
-        self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None,
-        *, log_BSC, log_mask, log_rotary, **kwargs,
-    ):  # fmt: skip
-        """Attend from `hidden_states` [B, N, C] to the log; new rows `log_BSC` join those in the cache."""
-        stock = self.attention
+        self, hidden_states: Tensor, *, log_BSC: Tensor | None = None, log_mask: Tensor | None = None,
+        log_places: dict[str, Any] | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Attend from `hidden_states` [B, N, C] to the log; new rows `log_BSC` join those in the cache.
+
+        `log_places` are the arguments by which the stock decoder tells its layers where these rows stand.
+        """
+        if log_BSC is None or log_places is None:
+            raise ValueError("the decoder keeps arguments that it does not know from its attention")
+        stock, cache = self.attention, "layer_past" if "layer_past" in kwargs else "past_key_values"
         if self.norm is not None:
             log_BSC = self.norm(log_BSC) * (log_BSC.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-        query_BHND = _heads(stock.q_proj(hidden_states), stock.head_dim, getattr(stock, "q_norm", None))
-        key_BHSD = _heads(stock.k_proj(log_BSC), stock.head_dim, getattr(stock, "k_norm", None))
-        value_BHSD = _heads(stock.v_proj(log_BSC), stock.head_dim)
-        query_BHND, key_BHSD = _rotate(query_BHND, position_embeddings), _rotate(key_BHSD, log_rotary)
-        if past_key_values is not None:
-            key_BHSD, value_BHSD = past_key_values.update(key_BHSD, value_BHSD, stock.layer_idx)
-        family = sys.modules[type(stock).__module__]
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            stock.config._attn_implementation, family.eager_attention_forward
-        )
-        softcap = getattr(stock, "attn_logit_softcapping", None)
-        output_BNHD, weights = attend(
-            stock, query_BHND, key_BHSD, value_BHSD, log_mask,
-            dropout=stock.attention_dropout if self.training else 0.0,
-            scaling=stock.scaling,
-            **({} if softcap is None else {"softcap": softcap}),
-        )  # fmt: skip
-        return stock.o_proj(output_BNHD.flatten(2)), weights
+        places = {name: log_places[name] for name in log_places.keys() & kwargs.keys()}
+        if isinstance(places.get("position_embeddings"), dict):
+            places["position_embeddings"] = places["position_embeddings"][stock.config.layer_types[stock.layer_idx]]
+        given, new = kwargs | {"attention_mask": log_mask}, _Caught()
+        with suppress(_Handed):  # not by `__call__`: hooks are for whole passes
+            stock.forward(log_BSC, **given | places | {cache: new})
+        if new.rows is None:
+            raise ValueError(f"{type(stock).__name__} hands its keys and values to no cache")
+        key_BHSD, value_BHSD = new.rows
+        if (past := kwargs.get(cache)) is not None:
+            key_BHSD, value_BHSD = past.update(key_BHSD, value_BHSD, stock.layer_idx)
+        return stock(hidden_states, **given | {cache: _Held(key_BHSD, value_BHSD)})
+
+
+class _Handed(Exception):
+    """Keys and values were handed over."""
+
+
+class _Caught:
+    """The cache of a pass that ends where it hands over its new keys and values."""
+
+    rows: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_BHSD: Tensor, value_BHSD: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.rows = key_BHSD, value_BHSD
+        raise _Handed
+
+
+class _Held:
+    """The cache of a pass whose own keys and values are of no use: it answers with those of the log."""
+
+    def __init__(self, *rows: Tensor) -> None:
+        self.rows = rows
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        return self.rows
 
 
 def log_positions(source_mask_BM: Tensor, targets: int) -> tuple[Tensor, Tensor]:
@@ -99,14 +123,3 @@ def additive(mask_BNK: Tensor, dtype: torch.dtype) -> Tensor:
     """Turn True = visible into the additive form [B, 1, N, K], right for every attention kernel (bool is not)."""
     zeros_BNK = torch.zeros(mask_BNK.shape, dtype=dtype, device=mask_BNK.device)
     return zeros_BNK.masked_fill_(~mask_BNK, torch.finfo(dtype).min)[:, None]
-
-
-def _heads(projected: Tensor, width: int, norm: nn.Module | None = None) -> Tensor:
-    heads = projected.unflatten(-1, (-1, width))
-    return (heads if norm is None else norm(heads)).transpose(1, 2)
-
-
-def _rotate(heads_BHND: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    cos_B1ND, sin_B1ND = (part.unsqueeze(1) for part in rotary)
-    first, second = heads_BHND.chunk(2, dim=-1)
-    return heads_BHND * cos_B1ND + torch.cat([-second, first], dim=-1) * sin_B1ND

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from tcopilot.app.checks.problems import attempt
 from tcopilot.models import families
 from tcopilot.models.adapters import Lora
+from tcopilot.models.family_check import check_family
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.settings import is_whole
 
@@ -21,7 +22,7 @@ def source_problems(*sources: ModelSource | None) -> list[str]:
     problems = []
     for source in filter(None, sources):
         found: list[str] = []
-        attempt(found, lambda source=source: families.check_family(source.model_config), source.key)
+        attempt(found, lambda source=source: check_family(source.model_config), source.key)
         problems += found or _size_problems(source)
     return problems
 
