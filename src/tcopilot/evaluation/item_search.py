@@ -181,7 +181,7 @@ class _Walk:
             encoded = BaseModelOutput(last_hidden_state=self._encoded_BMP[users])
             return self.model(encoder_outputs=encoded, attention_mask=mask_RM, decoder_input_ids=tokens_R1, **shared)
         if depth == 0:
-            shared |= {"logits_to_keep": 1, "prefix": self.batch.prefix}
+            shared |= {"logits_to_keep": 1, "prefix": self.batch.prefix, "target_start": mask_RM.shape[1]}
             return self.model(input_ids=self.batch.source_ids_BM, attention_mask=mask_RM, **shared)
         mask = torch.cat([mask_RM, mask_RM.new_ones(len(mask_RM), depth)], dim=1)
         return self.model(input_ids=tokens_R1, attention_mask=mask, **shared)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 LAYER = re.compile(r"(.*?\b(?:layers|block|h))\.(\d+)\.")
 """Of a module's name: the list of layers that it lies in, and the number of its layer."""
@@ -72,3 +73,21 @@ def merge_adapters(model: nn.Module) -> None:
             module.merge()
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
+
+
+def merged_weights(model: nn.Module) -> dict[str, Tensor] | None:
+    """The weights of the plain model that `merge_adapters` would leave, of which this one stays as it is.
+
+    None for a model without adapters.
+    """
+    adapted = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    if not adapted:
+        return None
+    weights = model.state_dict()
+    for name, module in adapted.items():
+        for key in [key for key in weights if key.startswith(f"{name}.")]:
+            del weights[key]
+        merged = copy.deepcopy(module)  # one layer at a time
+        merged.merge()
+        weights |= {f"{name}.{key}": value for key, value in merged.get_base_layer().state_dict().items()}
+    return weights

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
 LEAST_ROOM = 64  # columns
-CANNOT_UNDO = "a fused model cannot undo decoding steps; use greedy, sampling or beam search"
 
 
 class RoomyLayer(DynamicLayer):
@@ -168,21 +167,38 @@ class CopilotState:
         target_B1: how many targets come before the next one.
         pending_B1P: the newest h̄, which strict context has not read yet.
         feedback_BV: the last p̂ (observed feedback) or the last f^C (own feedback).
+        history: both of these at each target since the last `crop`, the newest last; None where nothing is to be
+            undone.
     """
 
     target_B1: Tensor
     pending_B1P: Tensor
     feedback_BV: Tensor | None = None
+    history: list[tuple[Tensor, Tensor]] | None = None
 
     def rearrange(self, method: str, argument: Any, rows: Callable[[Tensor], Tensor]) -> None:
         """Rearrange the batch: `rows` does it to a tensor, a cache has a method of that name for it."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, rows(value))
+        if self.history is not None:
+            self.history = [(rows(states_B1P), rows(feedback_BV)) for states_B1P, feedback_BV in self.history]
 
     def keep(self, states_B1P: Tensor, feedback_BV: Tensor) -> None:
         """Keep what the next step needs of this one."""
         self.pending_B1P, self.feedback_BV = states_B1P, feedback_BV
+        if self.history is not None:
+            self.history.append((states_B1P, feedback_BV))
+
+    def can_crop(self, targets: int) -> bool:
+        """Whether it is known what was kept so many targets ago."""
+        return self.history is not None and targets < len(self.history)
+
+    def crop(self, targets: int) -> None:
+        """Go back by so many targets, and forget those."""
+        self.history = [self.history[-1 - targets]]
+        self.pending_B1P, self.feedback_BV = self.history[0]
+        self.target_B1 = self.target_B1 - targets
 
 
 @dataclass(kw_only=True)
@@ -207,6 +223,15 @@ class BodyState(CopilotState):
         getattr(self.cache, method)(argument)
         super().rearrange(method, argument, rows)
 
+    def crop(self, targets: int) -> None:
+        """Go back by so many targets, in the cache as well."""
+        super().crop(targets)
+        is_pair = isinstance(self.cache, EncoderDecoderCache)  # whose own `crop` leaves the memory, here the log
+        for part in (self.cache.self_attention_cache, self.cache.cross_attention_cache) if is_pair else (self.cache,):
+            part.crop(-targets)
+        self.rows -= targets
+        self.position_B1 = self.position_B1 - targets
+
     def grow(self) -> tuple[Tensor, Tensor]:
         """Add a row to the log; returns the next target's masks over errors [1, 1, 1, K] and log [B, 1, 1, S]."""
         self.rows += 1
@@ -218,19 +243,50 @@ class BodyState(CopilotState):
 
 
 class TCopilotCache(Cache):
-    """The caches of both models under one name, so that beam search reorders them together."""
+    """The caches of both models under one name, so that beam search reorders them together.
+
+    Attributes:
+        pilot: the Pilot's cache.
+        copilot: what the Copilot keeps; None before its first target.
+        start: column of the first target; None before it is reached, and after the Pilot went on alone, at λ = 0.
+        ids_BT: the tokens read so far, of which a decoder-only model's next turn makes X̃; None if they are not known.
+        records: whether the Copilot keeps what `crop` needs.
+    """
 
     is_compileable = False
-    is_croppable = False
+    is_croppable = False  # without loss, unless `activate_past_recording` is called before anything is read
 
-    def __init__(self, pilot: Cache) -> None:
+    def __init__(self, pilot: Cache, ids_BT: Tensor | None = None) -> None:
         self.pilot = pilot
         self.copilot: CopilotState | None = None
+        self.start: int | None = None
+        self.ids_BT = ids_BT
+        self.records = False
 
     @property
     def layers(self):
-        """The Pilot's cache layers: whoever asks for lengths or masks means the Pilot."""
-        return self.pilot.layers
+        """The Pilot's cache layers, of a pair those of its self-attention: whoever asks for them means the Pilot."""
+        return getattr(self.pilot, "self_attention_cache", self.pilot).layers
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the Pilot's kind of cache has, such as the parts of a pair."""
+        if name.startswith("__") or "pilot" not in vars(self):
+            raise AttributeError(name)
+        return getattr(self.pilot, name)
+
+    def __iter__(self):
+        """The Pilot's layers."""
+        return iter(self.pilot)
+
+    def read(self, ids_BN: Tensor | None, past: int) -> None:
+        """Note which tokens have been read behind the first so many."""
+        if past and self.ids_BT is not None and ids_BN is not None:
+            ids_BN = torch.cat([self.ids_BT, ids_BN], dim=1)
+        self.ids_BT = None if past and self.ids_BT is None else ids_BN
+
+    def forget_copilot(self) -> None:
+        """Drop the Copilot's part, which is behind when the Pilot has gone on alone."""
+        self.copilot = self.start = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens that the Pilot has seen."""
@@ -239,6 +295,11 @@ class TCopilotCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Mask sizes of the Pilot's cache."""
         return self.pilot.get_mask_sizes(query_length, layer_idx)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.pilot.reset()
+        self.copilot = self.start = self.ids_BT = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the surviving beams, in both models."""
@@ -252,14 +313,31 @@ class TCopilotCache(Cache):
         """Keep some rows, in both models."""
         self._in_both("batch_select_indices", indices, lambda one: one[indices])
 
+    def activate_past_recording(self) -> None:
+        """Keep from now on what `crop` needs."""
+        self.pilot.activate_past_recording()
+        self.records = True
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: assisted and prompt-lookup decoding would need to undo Copilot steps."""
-        raise ValueError(CANNOT_UNDO)
+        """Forget the last tokens in both models; as in transformers, −1 removes one.
+
+        Where the Copilot's state of that time has not been recorded, it is forgotten as a whole: a decoder-only model
+        makes another one where the next target begins.
+        """
+        if self.copilot is not None and self.copilot.can_crop(-tokens_to_remove):
+            self.copilot.crop(-tokens_to_remove)
+        elif tokens_to_remove:
+            self.forget_copilot()
+        self.pilot.crop(tokens_to_remove)
+        if self.ids_BT is not None:
+            self.ids_BT = self.ids_BT[:, : self.get_seq_length()]
 
     def _in_both(self, method: str, argument: Any, rearrange: Callable[[Tensor], Tensor]) -> None:
         getattr(self.pilot, method)(argument)
         if self.copilot is not None:
             self.copilot.rearrange(method, argument, rearrange)
+        if self.ids_BT is not None:
+            self.ids_BT = rearrange(self.ids_BT)
 
 
 def of_pilot(cache: Cache | None) -> Cache | None:

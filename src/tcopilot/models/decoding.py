@@ -48,7 +48,7 @@ class Beside:
 
 def correct_text(
     copilot: BaseCopilot, feedback: str, log_probs_BNV: Tensor, tokens_BK: Tensor, source_BMP: Tensor,
-    source_mask_BM: Tensor, states_BNP: Tensor, keep: bool = False,
+    source_mask_BM: Tensor, states_BNP: Tensor, keep: bool = False, record: bool = False,
 ) -> tuple[Tensor, CopilotState | None]:  # fmt: skip
     """Correct N targets of which the first K = N − 1 tokens are known.
 
@@ -56,7 +56,8 @@ def correct_text(
     each correction is an input of the next, so the targets are visited in order.
 
     Returns:
-        f^C [B, N, V], float32 and gated, and the state from which `correct_next` goes on (None unless `keep`).
+        f^C [B, N, V], float32 and gated, and the state from which `correct_next` goes on (None unless `keep`), which
+        can go back to any of these targets with `record`.
     """
     if feedback == "observed" or not copilot.reads_errors:
         probs_BKV = log_probs_BNV[:, :-1].exp()
@@ -64,11 +65,15 @@ def correct_text(
         hidden, state = copilot(copilot.inputs(errors_BKV), source_BMP, source_mask_BM, states_BNP, keep)
         if state is not None:
             state.feedback_BV = log_probs_BNV[:, -1].exp()
+            if record:
+                probs_BNV = log_probs_BNV.exp()
+                state.history = [(states_BNP[:, i : i + 1], probs_BNV[:, i]) for i in range(probs_BNV.shape[1])]
         return copilot.gated(log_probs_BNV, copilot.correct(hidden, log_probs_BNV)), state
     none_B0V = log_probs_BNV[:, :0]
     hidden, state = copilot(copilot.inputs(none_B0V), source_BMP, source_mask_BM, states_BNP[:, :1], keep=True)
     first_B1V = copilot.correct(hidden, log_probs_BNV[:, :1])
     corrections, state.feedback_BV = [copilot.gated(log_probs_BNV[:, :1], first_B1V)], first_B1V[:, 0]
+    state.history = [(state.pending_B1P, state.feedback_BV)] if record else None
     for i in range(1, log_probs_BNV.shape[1]):
         here = (log_probs_BNV[:, i : i + 1], tokens_BK[:, i - 1 : i], states_BNP[:, i : i + 1])
         corrections.append(correct_next(copilot, feedback, *here, state))
@@ -86,6 +91,23 @@ def correct_next(
     """Return f^C [B, 1, V] of the next target, after `token_B1` was emitted at the last one; the state moves on."""
     hidden_B1C = advance(copilot, feedback, token_B1, state.pending_B1P if copilot.is_strict else states_B1P, state)
     return conclude(copilot, feedback, hidden_B1C, log_probs_B1V, states_B1P, state)
+
+
+def correct_more(
+    copilot: BaseCopilot,
+    feedback: str,
+    log_probs_BKV: Tensor,
+    tokens_BK: Tensor,
+    states_BKP: Tensor,
+    state: CopilotState,
+) -> Tensor:
+    """Return f^C [B, K, V] of the next K targets, each after one more of K tokens; the state moves on."""
+    steps = (slice(i, i + 1) for i in range(tokens_BK.shape[1]))
+    corrections = [
+        correct_next(copilot, feedback, log_probs_BKV[:, at], tokens_BK[:, at], states_BKP[:, at], state)
+        for at in steps
+    ]
+    return torch.cat(corrections, dim=1)
 
 
 def advance(copilot: BaseCopilot, feedback: str, token_B1: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:

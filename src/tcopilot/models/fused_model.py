@@ -17,35 +17,31 @@ from transformers.modeling_outputs import ModelOutput
 from tcopilot.models.base_copilot import BaseCopilot
 from tcopilot.models.caches import TCopilotCache, of_pilot, with_room
 from tcopilot.models.configuration import TCopilotConfig
-from tcopilot.models.decoding import Beside, advance, conclude, correct_text
+from tcopilot.models.decoding import Beside, advance, conclude, correct_more, correct_text
 from tcopilot.models.fusion import FusionRule, build_fusion
 from tcopilot.models.gates import Gate
 from tcopilot.models.kinds import empty_copilot, new_copilot
+from tcopilot.models.pretrained import FusedPreTrainedModel, check_pilot, follow_attention
+from tcopilot.models.target_start import IGNORED_LABEL
 
-IGNORED_LABEL = -100
 
-
-class TCopilotModel(PreTrainedModel):
+class TCopilotModel(FusedPreTrainedModel):
     """What causal and sequence-to-sequence fused models share. λ = 0 or no Copilot runs the Pilot alone."""
 
-    config_class = TCopilotConfig
-    base_model_prefix = "pilot"
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _no_split_modules = []
-    _keep_in_fp32_modules_strict = ["copilot"]  # as it was trained, whatever the type of its Pilot
     auto_class: Any
 
     def __init__(
         self, config: TCopilotConfig, pilot: PreTrainedModel | None = None, copilot: BaseCopilot | None = None
     ):
         super().__init__(config)
+        check_pilot(config, pilot)
         self.pilot = self.auto_class.from_config(copy.deepcopy(config.pilot)) if pilot is None else pilot
         if copilot is None and config.copilot is not None:
             copilot = empty_copilot(config.copilot)
         self.copilot = copilot
         if copilot is not None:
             copilot.bind(self.pilot)
+            follow_attention(copilot, self.pilot)
         self.fusion = build_fusion(config.fusion)
         self.static_decoder = None  # kept by `static_decoding.sample` from one call to the next
         if getattr(self.pilot, "generation_config", None) is not None:
@@ -59,12 +55,14 @@ class TCopilotModel(PreTrainedModel):
     ) -> "TCopilotModel":  # fmt: skip
         """Fuse a loaded Pilot, which is not copied, with a Copilot, by Eq. 8 unless another rule is given.
 
-        None builds a Copilot by `new_copilot(pilot, **copilot_options)`, which is a no-op until trained.
+        None builds a Copilot by `new_copilot(pilot, **copilot_options)`, which is a no-op until trained. As after
+        `from_pretrained`, the model is in evaluation mode.
         """
+        check_pilot(pilot.config, pilot)
         if copilot is None:
             copilot = new_copilot(pilot, **copilot_options)
         config = TCopilotConfig(pilot.config, copilot.config, fusion=fusion, weight=weight, feedback=feedback)
-        return cls(config, pilot, copilot)
+        return cls(config, pilot, copilot).eval()
 
     def attach(self, copilot: BaseCopilot) -> None:
         """Attach a Copilot that was built for this Pilot's width and vocabulary, in place of the one at hand."""
@@ -75,6 +73,7 @@ class TCopilotModel(PreTrainedModel):
                 f"tokens; the Pilot at hand has width {width} and {vocab} tokens"
             )
         copilot.bind(self.pilot)
+        follow_attention(copilot, self.pilot)
         self.copilot = copilot
         self.config.copilot = copilot.config.to_dict()
 
@@ -105,17 +104,6 @@ class TCopilotModel(PreTrainedModel):
         self.fusion, self.config.fusion = rule, rule.settings()
         self.static_decoder = None  # its step was compiled with the previous rule
 
-    def get_input_embeddings(self):
-        """Those of the Pilot."""
-        return self.pilot.get_input_embeddings()
-
-    def get_output_embeddings(self):
-        """Those of the Pilot."""
-        return self.pilot.get_output_embeddings()
-
-    def _init_weights(self, module) -> None:
-        """Both models initialise themselves."""
-
     def fuse(self, log_probs_BNV: Tensor, corrections_BNV: Tensor | None, weight: float | Tensor) -> Tensor:
         """Return log p̃ at one λ or at one per row [B]; where λ or all of f^C is 0, it is log p̂ to the bit."""
         return self.fusion.fuse(log_probs_BNV, corrections_BNV, weight)
@@ -140,53 +128,111 @@ class TCopilotModel(PreTrainedModel):
         return with_room(DynamicCache() if keep_all else DynamicCache(config=self.config))
 
     def _open_cache(
-        self, cache: Cache | None, use_cache: bool | None, weights_B: Tensor | None, copies: int
+        self, cache: Cache | None, use_cache: bool | None, alone: bool, copies: int
     ) -> tuple[Cache | None, int, int]:
-        """Make a cache if one is asked for; returns it, its tokens, and how many equal rows to compute once."""
-        if cache is None and use_cache and not self._is_pilot_only(weights_B):
-            cache = TCopilotCache(self._new_pilot_cache())
+        """Make a cache if one is asked for, unless the Pilot is `alone` and makes its own.
+
+        Returns the cache, which holds both models' unless the Pilot is alone, its tokens, and how many equal rows to
+        compute once.
+        """
+        if cache is None and use_cache and not alone:
+            cache = self._new_pilot_cache()
         past = 0 if cache is None else cache.get_seq_length()
+        if cache is not None and not alone and not isinstance(cache, TCopilotCache):
+            cache = TCopilotCache(cache)
         can_repeat_rows = isinstance(of_pilot(cache), DynamicCache | EncoderDecoderCache)  # a static cache cannot
         return cache, past, copies if can_repeat_rows and not past else 1
+
+    def _only_pilot_read(self, out: ModelOutput, cache: Cache | None, ids_BN: Tensor | None, past: int) -> None:
+        """Leave a cache of both models, of which the Pilot alone read the last tokens, in the Pilot's output."""
+        if isinstance(cache, TCopilotCache):
+            cache.read(ids_BN, past)
+            cache.forget_copilot()
+            out.past_key_values = cache
+
+    def _asked(self, hidden_states: bool | None, attentions: bool | None) -> dict[str, bool]:
+        """Which states of the Pilot are to be returned, by this call or by the config."""
+        asked = {"output_hidden_states": hidden_states, "output_attentions": attentions}
+        return {
+            name: True
+            for name, given in asked.items()
+            if (getattr(self.config, name, False) if given is None else given)
+        }
 
     def _pooled(self, out: ModelOutput, positions: slice = slice(None)) -> Tensor | None:
         """h̄ of the targets; None without a Copilot to read it."""
         hidden_states = out.decoder_hidden_states if self.config.is_encoder_decoder else out.hidden_states
         return None if self.copilot is None else self.copilot.pooler(hidden_states, positions)
 
-    def _correct_text(self, logits_BNV, tokens_BK, source_BMP, source_mask_BM, states_BNP, cache: Cache | None):
+    def _correct_text(
+        self, logits_BNV, tokens_BK, source_BMP, source_mask_BM, states_BNP, cache: TCopilotCache | None
+    ):
         """Return log p̂ and f^C of a text, and leave the Copilot's state in the cache."""
         log_probs_BNV = torch.log_softmax(logits_BNV.float(), dim=-1)
         if self.copilot is None:
             return log_probs_BNV, None
         text = (log_probs_BNV, tokens_BK, source_BMP, source_mask_BM, states_BNP)
-        corrections_BNV, state = correct_text(self.copilot, self.config.feedback, *text, keep=cache is not None)
+        keep = {"keep": cache is not None, "record": cache is not None and cache.records}
+        corrections_BNV, state = correct_text(self.copilot, self.config.feedback, *text, **keep)
         if cache is not None:
             cache.copilot = state
         return log_probs_BNV, corrections_BNV
 
-    def _next(self, run_pilot: Callable[[], ModelOutput], token_B1: Tensor, cache: TCopilotCache):
-        """Run both models for the next target; returns the Pilot's output, log p̂ and f^C.
+    def _next(self, run_pilot: Callable[[], ModelOutput], tokens_BK: Tensor, cache: TCopilotCache):
+        """Run both models for the targets after K more tokens; returns the Pilot's output, log p̂ and f^C.
 
-        In strict context the Copilot's body needs nothing of the Pilot's present step, so it runs beside it: on a
-        stream of its own on a GPU, before it elsewhere. In inclusive context it reads h̄ of this step and comes after.
+        In strict context the Copilot's body needs nothing of the Pilot's present step, so after one token it runs
+        beside it: on a stream of its own on a GPU, before it elsewhere. In inclusive context it reads h̄ of this step
+        and comes after.
         """
-        if token_B1.shape[1] != 1:
-            mend = "takes them one at a time; pass the whole text without a cache, or use generate"
-            raise ValueError(f"{token_B1.shape[1]} tokens after a filled cache: a fused model {mend}")
         if self.copilot is None:
             out = run_pilot()
             return out, torch.log_softmax(out.logits.float(), dim=-1), None
         copilot, feedback, state = self.copilot, self.config.feedback, cache.copilot
-        if copilot.is_strict:
-            body = Beside(token_B1.device, lambda: advance(copilot, feedback, token_B1, state.pending_B1P, state))
+        is_beside = copilot.is_strict and tokens_BK.shape[1] == 1
+        if is_beside:
+            body = Beside(tokens_BK.device, lambda: advance(copilot, feedback, tokens_BK, state.pending_B1P, state))
         out = run_pilot()
-        states_B1P = self._pooled(out)
-        hidden_B1C = body.result() if copilot.is_strict else advance(copilot, feedback, token_B1, states_B1P, state)
-        log_probs_B1V = torch.log_softmax(out.logits.float(), dim=-1)
-        return out, log_probs_B1V, conclude(copilot, feedback, hidden_B1C, log_probs_B1V, states_B1P, state)
+        states_BKP, log_probs_BKV = self._pooled(out), torch.log_softmax(out.logits.float(), dim=-1)
+        if is_beside:
+            return out, log_probs_BKV, conclude(copilot, feedback, body.result(), log_probs_BKV, states_BKP, state)
+        return out, log_probs_BKV, correct_more(copilot, feedback, log_probs_BKV, tokens_BK, states_BKP, state)
 
     def _fused_logits(self, pilot_BNV, log_probs_BNV, corrections_BNV, weights_B: Tensor | None) -> Tensor:
         """Return log p̃; the Pilot's logits where λ or f^C is 0, since log p̂ may round two of them to a tie."""
         weight = self.weight if weights_B is None else weights_B
         return self.fusion.fuse(log_probs_BNV, corrections_BNV, weight, pilot_BNV.float())
+
+
+def beside_logits(out: ModelOutput, asked: dict[str, bool]) -> dict[str, Any]:
+    """The Pilot's hidden states and attentions in its output, as far as they are asked for."""
+    kinds = tuple(name.removeprefix("output_") for name in asked)
+    return {name: value for name, value in out.items() if kinds and name.endswith(kinds)}
+
+
+def cross_entropy(logits_BNV: Tensor, labels_BN: Tensor, items: Tensor | int | None = None) -> Tensor:
+    """The mean over labels, or their sum divided by `items` of a batch that is accumulated over several passes."""
+    options = {"ignore_index": IGNORED_LABEL, "reduction": "mean" if items is None else "sum"}
+    loss = torch.nn.functional.cross_entropy(logits_BNV.flatten(0, 1), labels_BN.flatten(), **options)
+    return loss if items is None else loss / torch.as_tensor(items, device=loss.device)
+
+
+def first_of(copies: int, *tensors: Tensor | None) -> list[Tensor | None]:
+    """One of each group of equal rows."""
+    return [tensor if tensor is None or copies == 1 else tensor[::copies] for tensor in tensors]
+
+
+def repeat(copies: int, *tensors: Tensor | None, cache: Cache | None) -> list[Tensor | None]:
+    """Undo `first_of`, in the cache too."""
+    if copies == 1:
+        return list(tensors)
+    cache.batch_repeat_interleave(copies)
+    return [None if tensor is None else tensor.repeat_interleave(copies, dim=0) for tensor in tensors]
+
+
+def not_read(tokens: int) -> ValueError:
+    """The error for a cache whose tokens the Copilot has not read."""
+    return ValueError(
+        f"the Copilot has not read the {tokens} tokens of this cache: the Pilot read them alone, at λ = 0, or some "
+        f"were taken back; read the text anew, or give generate all of it"
+    )

@@ -4,29 +4,50 @@ Shapes: B batch, M source length.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
-from transformers.generation import LogitNormalization
+from transformers.generation import LogitNormalization, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
-from tcopilot.models.caches import CANNOT_UNDO, TCopilotCache
+from tcopilot.models.caches import TCopilotCache
 from tcopilot.models.static_decoding import sample
+
+OURS = ("copies", "weights_B", "target_start", "prefix")
+"""Arguments of the forward pass that a draft model does not know."""
 
 
 class FusedGenerationMixin(GenerationMixin):
     """Decoding for a `TCopilotModel`: greedy, sampling and beams, with dynamic or static caches."""
 
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """Decode from the fused distribution; arguments as in transformers. Prompts must be left-padded."""
-        config = kwargs.get("generation_config") or self.generation_config
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Decode from the fused distribution; arguments as in transformers. Prompts must be left-padded.
+
+        All of the prompt comes before the target, whatever a cache in `past_key_values` holds of it.
+        """
+        config = generation_config or self.generation_config
         repeats = max(  # how often transformers is about to repeat each row, for beams or samples
             kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")
         )
         kwargs["copies"] = kwargs.get("copies", 1) * repeats
-        return super().generate(inputs, **kwargs)
+        if not self.config.is_encoder_decoder and not self._is_pilot_only(kwargs.get("weights_B")):
+            kwargs.setdefault("target_start", _prompt_columns(inputs, kwargs))
+            cache, ids_BM = kwargs.get("past_key_values"), inputs if inputs is not None else kwargs.get("input_ids")
+            if cache is not None and not isinstance(cache, TCopilotCache) and ids_BM is not None:
+                past = cache.get_seq_length()  # of a text that the Pilot has read alone
+                kwargs["past_key_values"] = TCopilotCache(
+                    cache, ids_BM[:, :past] if 0 < past < ids_BM.shape[1] else None
+                )
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def generate_at_weights(
         self, weights: Sequence[float], input_ids: Tensor, attention_mask: Tensor, prefix: int = 0, **kwargs: Any
@@ -80,9 +101,22 @@ class FusedGenerationMixin(GenerationMixin):
         Some, such as `repetition_penalty`, act otherwise on logits, and would tell λ = 0 from a Copilot that says 0.
         """
         found = super()._get_logits_processor(generation_config, *args, **kwargs)
+        for processor in found:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                processor.model = self._unguided(processor, kwargs.get("model_kwargs") or {})
         if not found or generation_config.num_beams not in (None, 1):  # beam search normalises by itself
             return found
         return LogitsProcessorList([LogitNormalization(), *found])
+
+    def _unguided(
+        self, processor: UnbatchedClassifierFreeGuidanceLogitsProcessor, model_kwargs: dict[str, Any]
+    ) -> Any:
+        """The model that `guidance_scale` runs beside this one, told where the prompt that it begins with ends."""
+        ids_BM = processor.unconditional_context["input_ids"]  # by default the prompt's last token
+        start = {"target_start": 1 if ids_BM is None else ids_BM.shape[1]}
+        return partial(
+            self, weights_B=model_kwargs.get("weights_B"), **({} if self.config.is_encoder_decoder else start)
+        )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         implementation = generation_config.cache_implementation
@@ -99,7 +133,9 @@ class FusedGenerationMixin(GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         alone = self._is_pilot_only(model_kwargs.get("weights_B"))
         if cache is not None and not alone and not isinstance(cache, TCopilotCache):
-            model_kwargs["past_key_values"] = TCopilotCache(cache)
+            model_kwargs["past_key_values"] = cache = TCopilotCache(cache)
+        if generation_config.is_assistant and cache is not None:
+            cache.activate_past_recording()
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         given = (input_ids, logits_processor, stopping_criteria, generation_config)
@@ -109,7 +145,12 @@ class FusedGenerationMixin(GenerationMixin):
             raise ValueError("cache_implementation='static' takes no streamer and no synced_gpus; leave it out")
         return sample(self, *given, **kwargs)
 
-    def _assisted_decoding(self, *args, **kwargs):
-        if not self._is_pilot_only(kwargs.get("weights_B")):
-            raise ValueError(CANNOT_UNDO)
-        return super()._assisted_decoding(*args, **kwargs)
+    def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in OURS}
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
+
+
+def _prompt_columns(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
+    """Columns of the whole prompt, of which a mask tells where only the tokens behind a cache are given."""
+    given = [inputs, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))]
+    return max((tensor.shape[1] for tensor in given if tensor is not None), default=1)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from tcopilot.models.base_copilot import BaseCopilot
@@ -42,6 +44,18 @@ def empty_copilot(settings: Mapping[str, Any]) -> BaseCopilot:
     """A Copilot without trained weights, from the settings that an export keeps of it."""
     copilot, config = _of(settings.get("kind", "decoder"))
     return copilot(config(**{name: value for name, value in settings.items() if name != "kind"}))
+
+
+def resize_vocabulary(copilot: BaseCopilot, vocab_size: int) -> None:
+    """Cut or extend all that a Copilot holds for each token; rows of zeros leave new tokens uncorrected."""
+    settings = copilot.config.to_dict() | {"vocab_size": vocab_size}
+    with torch.device("meta"):
+        wanted = dict(empty_copilot(settings).named_parameters())
+    for name, own in copilot.named_parameters():
+        if name in wanted and own.shape != wanted[name].shape:
+            added = max(0, vocab_size - len(own))
+            own.data = nn.functional.pad(own.data[:vocab_size], (*(0, 0) * (own.dim() - 1), 0, added))
+    copilot.config.vocab_size = vocab_size
 
 
 def _of(kind: str) -> tuple[type, type]:

@@ -1,0 +1,207 @@
+"""The fused model of a decoder-only Pilot: one forward pass over prompt and target, or over what follows a cache.
+
+Shapes: B batch, M source length, T columns of the text, N targets, K known targets, P Pilot width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from tcopilot.models.caches import TCopilotCache, of_pilot
+from tcopilot.models.fused_model import TCopilotModel, beside_logits, cross_entropy, first_of, not_read, repeat
+from tcopilot.models.generation import FusedGenerationMixin
+from tcopilot.models.prefix import can_share, run_after_prefix
+from tcopilot.models.prefix import position_ids as count_positions
+from tcopilot.models.target_start import TargetColumns, find_starts
+
+TEXT = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"}  # what a prefix changes
+
+
+@dataclass
+class TCopilotCausalLMOutput(CausalLMOutputWithPast):
+    """The usual output; with `output_corrections` also log p̂ and f^C [B, N, V] of the target positions, float32."""
+
+    pilot_log_probs: Tensor | None = None
+    corrections: Tensor | None = None
+
+
+class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
+    """A decoder-only Pilot with its Copilot."""
+
+    auto_class = AutoModelForCausalLM
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None, past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
+        target_start: int | Tensor | None = None, assistant_masks: Tensor | None = None,
+        output_hidden_states: bool | None = None, output_attentions: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None, weights_B: Tensor | None = None, copies: int = 1,
+        prefix: int = 0, output_corrections: bool = False, **kwargs: Any,
+    ) -> CausalLMOutputWithPast:  # fmt: skip
+        """Return fused logits; positions before the one that predicts a row's first target carry the Pilot's.
+
+        Where the target begins is told by `target_start`, else by `assistant_masks`, else by `labels`. Where nothing
+        tells it, the whole text counts as target, and a warning says so. Rows may begin at different columns unless a
+        cache is kept.
+
+        Args:
+            input_ids: [B, M + K] prompt and known targets, or the tokens that come after a filled cache.
+            attention_mask: [B, M + K] over everything seen; None means no padding.
+            position_ids: counted from the mask when None.
+            past_key_values: a `TCopilotCache`, or any cache if it is empty or λ = 0. After a filled one, tokens go on
+                with its target, unless `target_start` lies behind what it holds: all before that is then the prompt.
+            inputs_embeds: in place of `input_ids`; the targets' tokens are then read in `labels`.
+            labels: [B, M + K]; −100 is left out of the loss.
+            use_cache: keep a cache and return it.
+            logits_to_keep: return only the last that many positions, or those of these indices; 0 returns all.
+            target_start: M, the column of the first target in the whole text, or one for each row [B]. A column behind
+                the text, with a cache, says that the prompt goes on.
+            assistant_masks: [B, M + K], 1 where a token is the assistant's, as chat templates return it.
+            output_hidden_states: also return the Pilot's.
+            output_attentions: also return the Pilot's.
+            num_items_in_batch: what the sum of all losses is divided by; None divides by the labels of this batch.
+            weights_B: λ of each row, in place of the model's one.
+            copies: consecutive rows that are equal while a cache is being filled; only one of each is computed.
+            prefix: tokens with which all prompts begin alike; they are read once, where all logits asked for are of
+                later positions (`logits_to_keep`).
+            output_corrections: also return log p̂ and f^C; the Copilot then runs at λ = 0 too.
+            **kwargs: further arguments of the Pilot.
+        """
+        asked = self._asked(output_hidden_states, output_attentions)
+        copies, prefix = (1, 0) if asked else (copies, prefix)
+        alone = self._is_pilot_only(weights_B) and not output_corrections
+        cache, past, copies = self._open_cache(past_key_values, use_cache, alone, copies)
+        input_ids, attention_mask, position_ids, inputs_embeds = first_of(
+            copies, input_ids, attention_mask, position_ids, inputs_embeds
+        )
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache, **asked, **kwargs}
+        given |= {} if inputs_embeds is None else {"inputs_embeds": inputs_embeds}
+        given |= {"past_key_values": of_pilot(cache), "position_ids": position_ids, "logits_to_keep": logits_to_keep}
+        prefix, columns = 0 if past else prefix, (inputs_embeds if input_ids is None else input_ids).shape[1]
+        length = past + columns
+        goes_on = bool(past) and not alone and _goes_on(cache.start, target_start)
+        is_prompt = cache is not None and isinstance(target_start, int) and target_start > length
+        if alone or is_prompt:
+            out = self._run_pilot(prefix, given, labels, num_items_in_batch)
+            self._only_pilot_read(out, cache, input_ids, past)
+            (out.logits,) = repeat(copies, out.logits, cache=cache)
+            return out
+        if goes_on:
+            text = TargetColumns(past + 1, length)
+        else:
+            if past and target_start is None and labels is None and assistant_masks is None:
+                raise not_read(past)
+            text = TargetColumns(
+                find_starts(length, target_start, assistant_masks, labels, attention_mask, past), length
+            )
+            _check_start(text, cache, past)
+        chosen = isinstance(logits_to_keep, Tensor)
+        wanted = columns if chosen or logits_to_keep == 0 else logits_to_keep
+        if position_ids is None and attention_mask is not None:
+            given["position_ids"] = count_positions(attention_mask)[:, past:]
+        given |= {"logits_to_keep": max(wanted, text.count), "output_hidden_states": True}
+        if goes_on:
+            out, *parts = self._next(lambda: self.pilot(**given), input_ids, cache)
+        else:
+            out, *parts = self._begin(text, past, prefix, given, labels, cache)
+        if cache is not None:
+            cache.read(input_ids, past)
+            cache.start = cache.start if goes_on else text.first
+        logits, log_probs_BNV, corrections_BNV = repeat(copies, out.logits, *parts, cache=cache)
+        pilot_BNV = logits[:, -text.count :]
+        fused_BNV = self._fused_logits(text.targets(pilot_BNV), log_probs_BNV, corrections_BNV, weights_B)
+        fused_BNV = text.in_place(fused_BNV, pilot_BNV)
+        if logits.shape[1] > text.count:
+            fused_BNV = torch.cat([logits[:, : -text.count].float(), fused_BNV], dim=1)
+        loss = None
+        if labels is not None:
+            predicted = fused_BNV.shape[1] - 1
+            loss = cross_entropy(fused_BNV[:, :-1], labels[:, labels.shape[1] - predicted :], num_items_in_batch)
+        extra = {}
+        if output_corrections:
+            extra["pilot_log_probs"] = text.in_place(log_probs_BNV, pilot_BNV.float().log_softmax(-1))
+            extra["corrections"] = text.in_place(corrections_BNV, torch.zeros_like(fused_BNV[:, :1]))
+        return TCopilotCausalLMOutput(
+            loss=loss, logits=fused_BNV[:, logits_to_keep if chosen else slice(-wanted, None)], past_key_values=cache,
+            **beside_logits(out, asked), **extra,
+        )  # fmt: skip
+
+    def _run_pilot(self, prefix: int, given: dict[str, Any], labels: Tensor | None, items: Tensor | int | None):
+        """The Pilot's own answer."""
+        if labels is None:
+            return self._read(prefix, given)[0]
+        if items is None:
+            return self.pilot(**given, labels=labels)
+        return self.pilot(**given, labels=labels, num_items_in_batch=items)
+
+    def _begin(
+        self, text: TargetColumns, past: int, prefix: int, given: dict[str, Any], labels: Tensor | None,
+        cache: TCopilotCache | None,
+    ) -> tuple[CausalLMOutputWithPast, Tensor, Tensor | None]:  # fmt: skip
+        """Run both models on a text in which a target begins, or on the end of one, behind a cache."""
+        ids, embeds = given["input_ids"], given.get("inputs_embeds")
+        tokens = labels.clamp_min(0) if ids is None and labels is not None else ids
+        if tokens is None:
+            if text.count > 1:
+                raise ValueError(
+                    f"inputs_embeds does not tell the tokens of a target that begins at column {text.first}; give "
+                    f"labels, or the prompt alone, with target_start={past + embeds.shape[1]}"
+                )
+            tokens = embeds.new_zeros(embeds.shape[:2], dtype=torch.long)
+        out, embedded_BTP = self._read(prefix, given)
+        if past:
+            before_BTP = self.get_input_embeddings()(cache.ids_BT).to(embedded_BTP)
+            embedded_BTP = torch.cat([before_BTP, embedded_BTP], dim=1)
+        mask_BT = given["attention_mask"]
+        mask_BT = torch.ones_like(embedded_BTP[..., 0]) if mask_BT is None else mask_BT
+        read_BNV, known_BK = out.logits[:, -text.count :], tokens[:, text.first - past :]
+        states_BNP = self._pooled(out, slice(-text.count, None))
+        source = (text.prompts(embedded_BTP), text.prompt_mask(mask_BT))
+        known = (text.targets(known_BK), *source, text.targets(states_BNP))
+        return out, *self._correct_text(text.targets(read_BNV), *known, cache)
+
+    def _read(self, prefix: int, given: dict[str, Any]) -> tuple[CausalLMOutputWithPast, Tensor | None]:
+        """Run the Pilot on texts, their common prefix once where that can be done; also returns the embedded texts."""
+        ids, mask, cache = given["input_ids"], given["attention_mask"], given["past_key_values"]
+        if (
+            prefix
+            and 0 < given["logits_to_keep"] <= ids.shape[1] - prefix
+            and can_share(self.pilot, ids.shape[1], cache)
+        ):
+            rest = {name: value for name, value in given.items() if name not in TEXT}
+            return run_after_prefix(
+                self.pilot, prefix, ids, torch.ones_like(ids) if mask is None else mask, cache, **rest
+            )
+        out = self.pilot(**given)
+        return out, out.hidden_states and out.hidden_states[0]
+
+
+def _goes_on(start: int | None, target_start: int | Tensor | None) -> bool:
+    """Whether tokens belong to the target that a cache has begun."""
+    return start is not None and (target_start is None or (isinstance(target_start, int) and target_start == start))
+
+
+def _check_start(text: TargetColumns, cache: TCopilotCache | None, past: int) -> None:
+    """Refuse what a cache cannot go on from."""
+    if cache is None:
+        return
+    if text.first < text.last:
+        raise ValueError(
+            f"targets start at columns {text.first} to {text.last}: with a cache, a fused model needs one column for "
+            f"the whole batch; left-pad the prompts and give target_start"
+        )
+    if past and (cache.ids_BT is None or (cache.start is None and text.first <= past)):
+        raise not_read(past)
+    if past and text.first <= past:
+        raise ValueError(
+            f"target_start={text.first}: the cache holds {past} tokens already, with a target from column "
+            f"{cache.start} on; go on with that one, or begin another behind what has been read"
+        )

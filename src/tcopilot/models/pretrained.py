@@ -1,0 +1,129 @@
+"""What transformers asks of a model besides its forward pass: embeddings, attention, saving, loading, pickling."""
+
+import os
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import output_capturing
+
+from tcopilot.models.adapters import merged_weights
+from tcopilot.models.base_copilot import BaseCopilot
+from tcopilot.models.configuration import TCopilotConfig
+from tcopilot.models.kinds import resize_vocabulary
+
+ATTENTION = ("eager", "sdpa")
+"""Attention kernels that take the Copilot's masks, which are additive."""
+
+
+class FusedPreTrainedModel(PreTrainedModel):
+    """Answers for both models of a fused one. It has the attributes `pilot` and `copilot`, which may be None."""
+
+    config_class = TCopilotConfig
+    base_model_prefix = "pilot"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # a Trainer that accumulates gradients then says how many targets there are in all
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _no_split_modules = []
+    _keep_in_fp32_modules_strict = ["copilot"]  # as it was trained, whatever the type of its Pilot
+    pilot: PreTrainedModel
+    copilot: BaseCopilot | None
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the Pilot."""
+        return self.pilot.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Those of the Pilot."""
+        self.pilot.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Those of the Pilot."""
+        return self.pilot.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Those of the Pilot."""
+        self.pilot.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize both models' vocabulary; arguments as in transformers. New tokens are not corrected at first."""
+        embeddings = self.pilot.resize_token_embeddings(*args, **kwargs)
+        self.config.pilot.vocab_size = embeddings.num_embeddings
+        if self.copilot is not None:
+            resize_vocabulary(self.copilot, embeddings.num_embeddings)
+            self.config.copilot = self.copilot.config.to_dict()
+        self.static_decoder = None
+        return embeddings
+
+    def enable_input_require_grads(self) -> None:
+        """Let gradients begin at the embedded text; by a hook that can be pickled, other than transformers' own."""
+        self._require_grads_hook = self.get_input_embeddings().register_forward_hook(_require_grad)
+        self._require_grads_hooks = [self._require_grads_hook]
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """Choose the attention kernel of both models; the Copilot keeps its own where that takes no additive masks."""
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        if self.copilot is not None:
+            follow_attention(self.copilot, self.pilot)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a fused model; arguments as in transformers.
+
+        Raises:
+            ValueError: if a device map puts the Copilot where its weights are not in memory.
+        """
+        found = super().from_pretrained(*args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        if model.copilot is not None and any(parameter.is_meta for parameter in model.copilot.parameters()):
+            raise ValueError(
+                "device_map offloads the Copilot, which is called part by part and must lie on a device as a whole; "
+                "name one for it, such as device_map={'pilot': 'disk', 'copilot': 0}"
+            )
+        return found
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        """Write a folder that `from_pretrained` loads; adapters inside either model are merged in what is written."""
+        merged = merged_weights(self)
+        super().save_pretrained(save_directory, is_main_process, state_dict if merged is None else merged, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: without compiled code, and without hooks that the next forward pass installs again."""
+        for module in self.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if hook.__module__ == output_capturing.__name__:
+                    del module._forward_hooks[key]
+            vars(module).pop("_output_capturing_hooks_installed", None)
+        return {**vars(self), "static_decoder": None}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Both models initialise themselves."""
+
+
+def check_pilot(config: PreTrainedConfig, pilot: PreTrainedModel | None) -> None:
+    """Raise a ValueError where a fused model has no Pilot, or one without a language modelling head."""
+    if pilot is None and getattr(config, "pilot", None) is None:
+        raise ValueError(
+            "this config names no Pilot, as that of a plain model does; load that model with transformers' own class "
+            "and fuse it by from_pilot(model)"
+        )
+    if pilot is not None and pilot.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(pilot).__name__} has no language modelling head, whose errors a Copilot corrects; load the Pilot "
+            f"with AutoModelForCausalLM or AutoModelForSeq2SeqLM"
+        )
+
+
+def follow_attention(copilot: BaseCopilot, pilot: PreTrainedModel) -> None:
+    """Give a Copilot's layers the attention kernel of its Pilot where it takes additive masks."""
+    chosen = pilot.config._attn_implementation
+    if copilot.body is not None and chosen in ATTENTION:
+        copilot.body.config._attn_implementation = chosen
+
+
+def _require_grad(module: nn.Module, given: Any, embedded: Tensor) -> None:
+    embedded.requires_grad_(True)
