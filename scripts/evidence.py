@@ -23,7 +23,7 @@ import yaml
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.controls.training import CONTROLS
 from tcopilot.app.jobs import FOREVER, Job, run_jobs
-from tcopilot.reporting.evidence import DEFAULT, TaskEvidence, as_markdown, gather, put_between_markers
+from tcopilot.reporting.evidence import DEFAULT, TaskEvidence, gather, put_between_markers
 from tcopilot.reporting.finished_runs import FinishedRun, find_runs
 from tcopilot.run_directory import RunDirectory, override
 
@@ -133,8 +133,8 @@ def write_page(settings: dict[str, Any], asked: str, folder: Path, page: Path) -
     """Put all that is finished into the page; a smoke test stands by itself."""
     presets = [name for name in settings["presets"] if (name == "smoke") == (asked == "smoke")]
     found = [evidence(settings, preset, folder) for preset in presets]
-    text = as_markdown([task for tasks, _ in found for task in tasks], [run for _, runs in found for run in runs])
-    page.write_text(put_between_markers(page.read_text(encoding="utf-8"), text), encoding="utf-8")
+    tasks, missing = ([one for part in column for one in part] for column in zip(*found, strict=True))
+    page.write_text(put_between_markers(page.read_text(encoding="utf-8"), tasks, missing), encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

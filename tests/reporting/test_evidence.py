@@ -24,7 +24,9 @@ from tcopilot.reporting.finished_runs import FinishedRun
 from tcopilot.run_directory import RunDirectory
 
 TINY = ["rounds=1", "trainer.val_check_interval=1", "data.max_eval_rows=8", "copilot.steps_per_round=1"]
-PAGE = f"# Before\n{evidence.BEGIN}\nold\n{evidence.END}\nafter\n"
+BRIEF = f"{evidence.BRIEF[0]}\n| cpu, other: task | 1 | 2 | +1 |  |  |  |\n{evidence.BRIEF[1]}"
+OTHER = "## cpu, other\n\n| kept |\n"
+PAGE = f"# Before\n{BRIEF}\n{evidence.BEGIN}\n{OTHER}## smoke, builtin\nold\n{evidence.END}\nafter\n"
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +190,10 @@ def test_the_page_keeps_what_stands_around_the_tables(script, settings, smoke, t
     assert "old" not in text
     assert text.count("| default |") == 3
     assert "Not run, or not finished: smoke/builtin/word_problems/offline (seed 1)." in text
+    brief = [line for line in text.partition(evidence.BEGIN)[0].splitlines() if line.startswith("| ")]
+    assert {line.count("|") for line in brief} == {len(evidence.BRIEF_HEAD) + 1}
+    assert [line.split(":")[0] for line in brief[2:]] == ["| cpu, other", *3 * ["| smoke, builtin"]]
+    assert text.count(OTHER) == 1
     overview, *tables = text.split("### ")[1:]
     for part, columns in ((overview, 1 + len(tables)), *((table, len(evidence.HEAD)) for table in tables)):
         assert {line.count("|") for line in part.splitlines() if line.startswith("| ")} == {columns + 1}

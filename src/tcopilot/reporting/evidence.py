@@ -6,6 +6,7 @@ answered, paired by seed and row. Where seeds share a row, its scores under all 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,13 @@ from tcopilot.run_directory import RunDirectory
 DEFAULT = "default"
 VERDICTS = ("better", "worse", "not distinguishable")
 BEGIN, END = "<!-- evidence: tables -->", "<!-- evidence: end of tables -->"
+BRIEF = "<!-- evidence: in brief -->", "<!-- evidence: end of brief -->"
+SECTION = re.compile(r"(?ms)^## (.+?)$\n(.*?)(?=^## |\Z)")
+BRIEF_CONTROLS = ("Pilot, calibrated", "Pilot, equal time", "Pilot, equal FLOPs")
+BRIEF_HEAD = (
+    *("regime: task", "Pilot", "with Copilot", "gain over its Pilot [95 %]", "ahead of the calibrated Pilot"),
+    *("ahead of a Pilot for equal time", "ahead of a Pilot for equal FLOPs"),
+)
 HEAD = (
     *("arm", "Pilot", "with it", "gain over its Pilot [95 %], p", f"against `{DEFAULT}` [95 %], p"),
     *("NLL", "ε²/S²", "λ*", "λ", "rounds", "train s", "TFLOP", "seeds ahead"),
@@ -57,6 +65,11 @@ class TaskEvidence:
     metric: str
     lines: list[Line]
     unit: str = SHARE
+
+    @property
+    def part(self) -> str:
+        """What its name begins with: preset and part."""
+        return self.name.partition(": ")[0]
 
     def line(self, name: str) -> Line | None:
         """The line of an arm or control, or None."""
@@ -167,11 +180,58 @@ def _counted(comparisons: Sequence[tuple[str, Comparison]]) -> str:
     )
 
 
-def put_between_markers(page: str, text: str) -> str:
-    """Replace what stands between the page's two markers; a ValueError says that one is missing."""
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"the page has no {BEGIN} and {END}: put these two lines where the tables belong")
-    return f"{page.partition(BEGIN)[0]}{BEGIN}\n\n{text}\n\n{END}{page.partition(END)[2]}"
+def put_between_markers(page: str, tasks: Sequence[TaskEvidence], missing: Sequence[str] = ()) -> str:
+    """Put tasks into a page: the brief table at its top, and a section for each part of a preset that has tasks.
+
+    What the page has of other parts stays, so that each may be run on a machine of its own.
+
+    Args:
+        page: with two pairs of markers.
+        tasks: of any parts, which their names begin with.
+        missing: runs that are not finished, as paths that begin with preset and part.
+
+    Raises:
+        ValueError: if a marker is missing.
+    """
+    for mark in (*BRIEF, BEGIN, END):
+        if mark not in page:
+            raise ValueError(f"the page has no {mark}: put it where the tables belong")
+    sections = dict(SECTION.findall(_between(page, BEGIN, END)))
+    for part in dict.fromkeys(task.part for task in tasks):
+        left = [run for run in missing if run.startswith(part.replace(", ", "/"))]
+        sections[part] = as_markdown([task for task in tasks if task.part == part], left)
+    rows = {row[0]: row for row in map(_cells_of, _between(page, *BRIEF).splitlines()) if len(row) == len(BRIEF_HEAD)}
+    rows = {name: row for name, row in rows.items() if name not in (BRIEF_HEAD[0], "---")}
+    rows |= {row[0]: row for row in map(_brief, tasks)}
+    brief = markdown_table([BRIEF_HEAD, ("---",) * len(BRIEF_HEAD), *rows.values()])
+    text = "\n\n".join(f"## {part}\n\n{text.strip()}" for part, text in sections.items())
+    for (begin, end), new in ((BRIEF, brief), ((BEGIN, END), text)):
+        page = f"{page.partition(begin)[0]}{begin}\n\n{new}\n\n{end}{page.partition(end)[2]}"
+    return page
+
+
+def _between(page: str, begin: str, end: str) -> str:
+    return page.partition(begin)[2].partition(end)[0]
+
+
+def _cells_of(line: str) -> tuple[str, ...]:
+    return tuple(cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|"))
+
+
+def _brief(task: TaskEvidence) -> tuple[str, ...]:
+    """A task in a line: its gain, and how far it is ahead of controls for the same cost; bold beyond chance."""
+
+    def shown(found: Comparison | None, sign: int) -> str:
+        if found is None:
+            return ""
+        ends = sorted(sign * end for end in found.ci95)
+        text = show_difference(sign * found.difference, task.unit, (ends[0], ends[1]), _digits(task.unit))
+        return text if _verdict(found) == "not distinguishable" else f"**{text}**"
+
+    first = task.lines[0]
+    pilot, fused = (f"{scale(task.unit) * one:.{_digits(task.unit)}f}" for one in (first.gain.pilot, first.gain.fused))
+    against = [line.against if (line := task.line(name)) else None for name in BRIEF_CONTROLS]
+    return task.name, pilot, fused, shown(first.gain, 1), *(shown(found, -1) for found in against)
 
 
 def _line(name: str, runs: Sequence[FinishedRun], benchmark: str, metric: str, control: str | None = None) -> Line:
