@@ -31,7 +31,7 @@ def rows(tmp_path, number: int = 6) -> None:
 
 @pytest.fixture
 def setting(tmp_path):
-    def build(family: str, batch_size: int = 4, modes=("likelihood",), **options) -> Evaluator:
+    def build(family: str, batch_size: int = 4, modes=("likelihood",), num_beams=1, **options) -> Evaluator:
         rows(tmp_path)
         task = MultipleChoice(
             name="choice", question_column="q", option_columns=["o"], label_column="l", label="zero_based",
@@ -42,7 +42,7 @@ def setting(tmp_path):
         tokenizer.padding_side = source_side(family)
         data.prepare(tokenizer, source_side(family))
         model = tiny_model(family, vocab=len(tokenizer), head_std=0.1, **options).eval()
-        decoding = Decoding(batch_size=batch_size, modes=modes)
+        decoding = Decoding(batch_size=batch_size, modes=modes, num_beams=num_beams)
         return Evaluator(model, tokenizer, data, tmp_path / f"p{batch_size}", decoding)
 
     return build
@@ -118,3 +118,19 @@ def test_the_answer_in_a_stored_prediction_is_the_likeliest_option():
     stored = {"prediction_sum": " b", "prediction_mean": " a", "target": " b"}
     assert (read(stored).text, read(stored).correct) == (" b", True)
     assert not read(stored | {"target": " a"}).correct
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_reranking_answers_with_the_likeliest_of_the_pilots_own_beams(setting, family):
+    judge = setting(family, batch_size=9, modes=("reranking",), num_beams=3)
+    (mode,) = judge.modes("choice")
+    rows = judge.data.evaluation_rows("test", "choice")[:4]
+    (decoded,) = mode.decode(rows, [0.0], num_return_sequences=3)
+    said = mode.emit(rows, [0.0, 1.0])
+    for number, row in enumerate(rows):
+        beams = [mode._with_end(tokens) for tokens in decoded[3 * number : 3 * number + 3]]
+        assert all(set(beam[:-1]).isdisjoint(mode.ends) for beam in beams)
+        sums = [[alone(judge.model, row["source_ids"], beam, weight) for beam in beams] for weight in (0.0, 1.0)]
+        assert sums[0] != pytest.approx(sums[1], abs=1e-3)  # the Copilot has a say
+        for weight, of_weight in zip((0.0, 1.0), sums, strict=True):
+            assert said[weight][number] == beams[of_weight.index(max(of_weight))]

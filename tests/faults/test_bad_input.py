@@ -157,6 +157,7 @@ CONFIGS = {
     "modes are text": given("evaluation.modes=generation", says=("evaluation.modes=generation", "a list of")),
     "unknown mode": given("evaluation.modes=[guess]", says=("evaluation.modes=['guess']", "generation, likelihood")),
     "a mode twice": given("evaluation.modes=[generation,generation]", says=("evaluation.modes", "a list of")),
+    "reranking of one": given("evaluation.modes=[reranking]", says=("reranking", "use 2 or more")),
     "modes without answers": given("evaluation.modes=[likelihood]", says=("word_problems has no options", "add gen")),
     "half a beam": given("evaluation.num_beams=2.5", says=("evaluation.num_beams=2.5", "whole number")),
     "beams are null": given("evaluation.num_beams=null", says=("evaluation.num_beams=None", "whole number")),

@@ -27,6 +27,7 @@ from tcopilot.evaluation.likelihood import Likelihood
 from tcopilot.evaluation.modes import LIKELIHOOD, TARGETS, Decoding, Mode, Scored
 from tcopilot.evaluation.predictions import PredictionFiles, claim, digest_of, fingerprint
 from tcopilot.evaluation.ranking import ItemRanking
+from tcopilot.evaluation.reranking import Reranking
 from tcopilot.evaluation.results import Gain, Row, Selection, direction_and_unit
 from tcopilot.evaluation.selection import (
     SELECT_BY,
@@ -303,6 +304,7 @@ class Evaluator:
             return [ItemRanking(*shared)]
         made = {
             "generation": lambda: Generation(*shared, self._longest_answer(benchmark)),
+            "reranking": lambda: Reranking(*shared, self._longest_answer(benchmark), self.scored),
             LIKELIHOOD: lambda: Likelihood(*shared, self.scored),
             TARGETS: lambda: Targets(*shared, self.scored),
         }

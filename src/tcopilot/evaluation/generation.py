@@ -43,18 +43,24 @@ class Generation(Mode):
         found = self.emit(rows, weights)
         return {weight: list(map(prediction, rows, answers)) for weight, answers in found.items()}
 
-    @torch.no_grad()
     def emit(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[list[int]]]:
         """Return the tokens of each answer, for each λ and row; what follows an end token is padding."""
+        return dict(zip(weights, self.decode(rows, weights), strict=True))
+
+    @torch.no_grad()
+    def decode(
+        self, rows: Sequence[dict[str, Any]], weights: Sequence[float], **options: Any
+    ) -> list[list[list[int]]]:
+        """Decode at each λ; further options are those of `generate`."""
         batch = self.collate(rows).to(self.model.device)
         start = 1 if self.model.config.is_encoder_decoder else batch.source_ids_BM.shape[1]
         found = self.model.generate_at_weights(
             weights, batch.source_ids_BM, batch.source_mask_BM.long(), batch.prefix, do_sample=False,
             num_beams=self.decoding.num_beams, max_new_tokens=self.max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.ends,
-            cache_implementation=self.decoding.decoding, disable_compile=not self.decoding.compile,
+            cache_implementation=self.decoding.decoding, disable_compile=not self.decoding.compile, **options,
         )  # fmt: skip
-        return {weight: tokens[:, start:].tolist() for weight, tokens in zip(weights, found, strict=True)}
+        return [tokens[:, start:].tolist() for tokens in found]
 
     def read(self, prediction: Prediction) -> Answer:
         """Read the answer in a predicted text."""

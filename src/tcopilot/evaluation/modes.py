@@ -32,7 +32,7 @@ class Decoding:
         "num_beams": whole(),
         "max_new_tokens": whole().or_null(),
         "batch_size": whole(),
-        "modes": list_of(("generation", LIKELIHOOD, TARGETS)),
+        "modes": list_of(("generation", "reranking", LIKELIHOOD, TARGETS)),
         "ranking": one_of(("beam", "exhaustive")),
         "ranking_beams": whole(),
         "decoding": one_of(("dynamic", "static")),

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.likelihood import Likelihood
 from tcopilot.evaluation.predictions import Prediction
+from tcopilot.evaluation.reranking import Reranking
 from tcopilot.evaluation.results import Gain, Results
 from tcopilot.evaluation.targets import Targets
 
@@ -18,7 +19,7 @@ OUTCOMES = ("fixed", "broken", "both right", "both wrong")
 def read_predictions(results: Results, folder: Path, benchmark: str, weight: float) -> dict[int, Prediction]:
     """Row id to prediction on the reported split at one λ, of the mode that decided; empty if there is no file."""
     gain = results.row_wise().get(benchmark)
-    for suffix in (Generation.suffix, Likelihood.suffix, Targets.suffix):
+    for suffix in (mode.suffix for mode in (Generation, Reranking, Likelihood, Targets)):
         file = folder / f"{results.reported_on}-{benchmark}{suffix}-weight={weight:g}.jsonl"
         if file.exists():
             with file.open(encoding="utf-8") as lines:  # `splitlines` would also cut at U+2028, which JSON may hold

@@ -313,6 +313,8 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
     for one, other in pairwise(weights):
         if f"{one:g}" == f"{other:g}":
             yield f"fusion.weight: {one} and {other} are alike in six digits, by which files name λ; give one of them"
+    if "reranking" in cfg.evaluation.modes and cfg.evaluation.num_beams == 1:
+        yield "evaluation.modes has reranking with evaluation.num_beams=1: one beam is no choice; use 2 or more"
     if cfg.evaluation.decoding == "static" and cfg.evaluation.num_beams != 1:
         yield (
             f"evaluation.decoding=static with evaluation.num_beams={cfg.evaluation.num_beams}: static caches decode "
