@@ -257,6 +257,8 @@ def test_the_commands_are_found():
 TARGETS = {  # of the rows of train, validation and test that each example has, in order
     "data=instructions": "Paris|cold,one two three,Madrid",
     "data=completions": " red.| white., blue., green.",
+    "data=chat": "Hello|See you|The sky,Roses,Snow",
+    "data=chat system": "See you|The sky,Roses,Snow",
     "data=jsonl": " 9| 007, 1.50, 4",
     "data=jsonl splits": " 9| 1.50, 007, 007",
     "data=completions splits": " red.| blue.| white., black., green.",
@@ -274,7 +276,7 @@ def test_every_example_of_the_data_page_gives_the_rows_that_it_shows(extended, m
         data.prepare(tokenizer, "left")
         keys = [override.partition("=")[0].rpartition(".")[2] for override in overrides]
         example = " ".join(
-            [overrides[0], *(key for key in keys if key in ("hub", "splits") and "[" not in overrides[0])]
+            [overrides[0], *(key for key in keys if key in ("hub", "splits", "system") and "[" not in overrides[0])]
         )
         targets = {
             split: [tokenizer.decode(row["target_ids"][:-1]) for row in data.rows_of(split)]

@@ -16,6 +16,8 @@ from pathlib import PurePath
 from string import Formatter
 from typing import Any, ClassVar, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from tcopilot.data.answers import is_blank, tidy
 from tcopilot.data.metrics import Answer, CorpusMetric, Metric
 
@@ -90,6 +92,8 @@ class Benchmark(ABC):
     """
 
     words: ClassVar[frozenset[str]] = frozenset()
+    templated: ClassVar[bool] = False
+    """Whether a chat template writes prompt and target as one text, which then is tokenised as one."""
     no_answer_depends_on: ClassVar[frozenset[str]] = frozenset(
         {"source", "hub", "config", "revision", "folder", "splits", "metric", "more_metrics"}
     )
@@ -148,8 +152,15 @@ class Benchmark(ABC):
         return f"{split}.jsonl"
 
     def derive(self, split: str, rows: Iterable[Row]) -> Iterable[Row]:
-        """Make a split's rows from those of its file; a benchmark whose file holds them just hands them on."""
+        """Make a split's rows, to be iterated as often as wanted, from those of its file; most just hand them on."""
         return rows
+
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: B027
+        """Take over what rows depend on besides their text; called before any row is read."""
+
+    def group_of(self, row: Row) -> str:
+        """Return what rows have in common that must not be trained and tested on: here the question."""
+        return self.render(row).question
 
     @property
     def catalogue(self) -> Sequence[str] | None:
@@ -294,26 +305,6 @@ class ExactMatch(Benchmark):
         prompt, target = text_at(row, self.prompt_column), text_at(row, self.target_column)
         example = self._example(row, "", prompt=prompt, target=target)
         return example._replace(answer=tidy(example.target) or "")
-
-
-@dataclass(kw_only=True)
-class Instruction(ExactMatch):
-    """Answer an instruction, as in Alpaca's rows; ``{prompt}`` is the instruction and, behind a blank line, its input.
-
-    Attributes:
-        input: Column of the input, which may be empty or missing.
-    """
-
-    prompt: str = "### Instruction:\n{prompt}\n\n### Response:\n"
-    target: str = "{target}"
-    prompt_column: str = "instruction"
-    target_column: str = "output"
-    input: str = "input"
-
-    def render(self, row: Row) -> Example:
-        """Fill the templates; the answer is the tidied output."""
-        parts = [text_at(row, name) for name in (self.prompt_column, self.input) if row.get(name) not in (None, "")]
-        return super().render({**row, self.prompt_column: "\n\n".join(parts)})
 
 
 class _Filler(Formatter):

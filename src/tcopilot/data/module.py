@@ -155,6 +155,8 @@ class TCopilotDataModule(LightningDataModule):
             DataError: With every problem found, one a line.
         """
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        for benchmark in self.benchmarks.values():
+            benchmark.use_tokenizer(tokenizer)
         fixed = tokenizer, source_side, *self.limits
         preparer = RowPreparer(*fixed)
         self.collate = PromptTargetCollator(pad, source_side)
@@ -201,8 +203,7 @@ class TCopilotDataModule(LightningDataModule):
             log.warning(remark)
         weighed = self.weights is not None and len(train) == len(self.benchmarks)
         weights = [self.weights[name] for name in self.benchmarks] if weighed else None
-        none = datasets.Dataset.from_dict({"id": [], "length": []})
-        self._train = mixture(train, weights, self.seed) if train else none
+        self._train = mixture(train or [datasets.Dataset.from_dict({"id": [], "length": []})], weights, self.seed)
         self._lengths = None if self.streaming or not self.group_by_length else np.asarray(self._train["length"][:])
 
     def setup(self, stage: str | None = None) -> None:

@@ -34,8 +34,9 @@ class RowPreparer:
     gets both ends as the tokenizer itself writes them. What a prompt spells out already, as those of chat templates
     do, is not written twice. Shots stand between the start and the prompt, each as prompt, target with its end, and
     a blank line. A target is its tokens and one end token. Where its text brings special tokens of its own at the end,
-    as chat data does, the end token is not doubled, and answers are judged without them, since generated texts have
-    none.
+    the end token is not doubled, and answers are judged without them, since generated texts have none.
+
+    What a chat template writes as one text is tokenised as one text, and gets no start but its own.
 
     Args:
         tokenizer: The Pilot's.
@@ -115,10 +116,11 @@ class RowPreparer:
             note: Called with the question of each row that is yielded.
         """
         rows, skip = iter(rows), skip or report
+        start = [] if benchmark.templated else self._start
         while chunk := list(islice(rows, CHUNK)):
             for number, example, source, target in self._tokenised(chunk, benchmark, skip):
                 try:
-                    fitted = self._fit(example, source, target, training)
+                    fitted = self._fit(example, start, source, target, training)
                     texts = {} if training or fitted is None else self._texts(example)
                 except _Empty as error:
                     skip(f"row {number + 1}: {error}")
@@ -143,6 +145,8 @@ class RowPreparer:
         Prompt and target are tokenised apart, as they are in a row that is trained on. A decoder-only Pilot sees each
         target end as its own answer is to end.
         """
+        if rows and benchmark.templated:
+            raise DataError(f"{benchmark.name}: data.shots are no turns of a conversation; use data.shots=0")
         (separator,) = self._ids([SEPARATOR])
         end = [] if self._end else [self.tokenizer.eos_token_id]  # with an encoder an end token ends the whole prompt
         ids, questions = [], []
@@ -169,8 +173,13 @@ class RowPreparer:
             else:
                 examples[number] = example
         if examples:
-            sources = map(self._unframed, self._ids([example.prompt for example in examples.values()]))
+            sources = self._ids([example.prompt for example in examples.values()])
             targets = self._ids([example.target for example in examples.values()])
+            if benchmark.templated:
+                whole = self._ids([example.prompt + example.target for example in examples.values()])
+                targets = list(map(_behind, sources, whole, targets))
+            else:
+                sources = map(self._unframed, sources)
             for (number, example), source, target in zip(examples.items(), sources, targets, strict=True):
                 if target and target[-1] in self.tokenizer.all_special_ids:
                     self.counts["end_tokens"] += 1
@@ -209,7 +218,7 @@ class RowPreparer:
         return texts | {"option_ids": option_ids}
 
     def _fit(
-        self, example: Example, source: list[int], target: list[int], training: bool
+        self, example: Example, start: list[int], source: list[int], target: list[int], training: bool
     ) -> tuple[list[int], list[int]] | None:
         """Add the special tokens and apply the limits; None if the row is left out."""
         if training and self.reserved and example.question in self.reserved:
@@ -218,7 +227,7 @@ class RowPreparer:
         for what, ids in (("prompt", source), ("target", target)):
             if not ids:
                 raise _Empty(f"the {what} is empty")
-        frame = len(self._start) + len(self._end)
+        frame = len(start) + len(self._end)
         shots = self._fitting_shots(len(source) + frame)
         lengths = (
             ("prompt", len(source) + sum(map(len, shots)) + frame, "max_source_length", self.max_source_length),
@@ -240,7 +249,7 @@ class RowPreparer:
                 target, end = target[: self.max_target_length], []
         if len(shots) < len(self.shots):
             self.counts["lost_shots"] += 1
-        return [*self._start, *chain(*shots), *source, *self._end], target + end
+        return [*start, *chain(*shots), *source, *self._end], target + end
 
     def _fitting_shots(self, length: int) -> list[list[int]]:
         """Return the last shots that fit before a prompt of that many tokens."""
@@ -326,6 +335,11 @@ class _Empty(DataError):
 
 class _TooLong(DataError):
     """Say, in one argument for each text, that a row does not fit the limits."""
+
+
+def _behind(source: list[int], whole: list[int], target: list[int]) -> list[int]:
+    """Return what follows a prompt in the tokens of the whole text; the target's own if a token spans their border."""
+    return whole[len(source) :] if whole[: len(source)] == source else target
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -158,6 +158,6 @@ def _by_question(benchmark: Benchmark, rows: list[NumberedRow]) -> dict[str | in
 def _question(benchmark: Benchmark, row: NumberedRow) -> str | int:
     """Return what a row asks; a row that cannot be rendered is told of later and stands by itself."""
     try:
-        return benchmark.render(row[1]).question
+        return benchmark.group_of(row[1])
     except Exception:
         return row[0]
