@@ -45,6 +45,7 @@ class RunDirectory:
     recording = _Entry("recording")  # of a frozen Pilot, see `tcopilot.mistake_log.recording`
     export = _Entry("export")  # the fused model as transformers saves it
     copilot_alone = _Entry("export/copilot.safetensors")  # of a run that never had its Pilot's layers in memory
+    model_card = _Entry("export/README.md")  # what a reader of the export needs to know of it
     controls = _Entry("control")  # a run directory for each control, with predictions only
     trace = _Entry("trace")  # target positions of both models, see `tcopilot.evaluation.trace`
     trace_meta = _Entry("trace/meta.json")

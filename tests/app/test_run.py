@@ -109,7 +109,8 @@ def answers(model, tokenizer, prompts: list[str], seq2seq: bool) -> list[str]:
 
 
 def test_a_run_directory_is_complete(finished):
-    for name in ("config.yaml", "results.json", "metrics.csv", "export/config.json", "export/model.safetensors"):
+    files = ("config.yaml", "results.json", "metrics.csv", "export/config.json", "export/model.safetensors")
+    for name in (*files, "export/README.md"):
         assert (finished.folder / name).is_file(), name
     saved = {path.name for path in (finished.folder / "checkpoints").iterdir()}
     assert saved == {"round=50", "round=80"}

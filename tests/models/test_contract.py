@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaModel, Tra
 
 from tcopilot import TCopilotForCausalLM
 from tcopilot.models.modeling import fused_class
+from tcopilot.models.pretrained import check_placement
 
 
 def build(family, **options):
@@ -178,7 +179,7 @@ def test_a_fused_model_decodes_without_dropout_after_from_pilot(t5):
 @pytest.mark.parametrize("feedback", ["observed", "own"])
 def test_another_turn_goes_on_from_the_cache_of_the_last(llama, feedback):
     llama.config.feedback = feedback
-    rows = torch.cat([IDS[:, :7]])
+    rows = IDS[:, :7]
     mask = torch.ones(3, 7, dtype=torch.long)
     mask[1, :3] = 0
     first = llama.generate(rows, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
@@ -193,6 +194,16 @@ def test_another_turn_goes_on_from_the_cache_of_the_last(llama, feedback):
     turn = torch.cat([out.sequences[:, :14], IDS[:, :3]], dim=1)
     out.past_key_values.batch_select_indices(torch.arange(0, 9, 3))
     llama.config.feedback = "observed"
+
+
+@torch.no_grad()
+def test_an_answer_goes_on_from_its_cache(model):
+    name, known = ("decoder_input_ids", 1) if model.config.is_encoder_decoder else ("input_ids", 12)
+    begun = model.generate(IDS, return_dict_in_generate=True, do_sample=False, max_new_tokens=5, min_new_tokens=5)
+    given = {"input_ids": IDS} | {name: begun.sequences, "past_key_values": begun.past_key_values}
+    more = model.generate(**given, do_sample=False, max_new_tokens=3, min_new_tokens=3)
+    assert more.shape == (3, known + 8)
+    assert torch.equal(more, model.generate(IDS, **GREEDY))
 
 
 @torch.no_grad()
@@ -277,6 +288,14 @@ def test_what_has_been_read_is_undone_where_it_was_recorded(model):
 
 
 @torch.no_grad()
+def test_rows_of_several_texts_are_refused(llama):
+    positions = torch.arange(12).remainder(6).expand(3, -1)
+    for packed in ({"position_ids": positions, "labels": IDS}, {"attention_mask": torch.ones(3, 1, 12, 12).tril()}):
+        with pytest.raises(ValueError, match="a fused model reads one text a row"):
+            llama(IDS, **packed)
+
+
+@torch.no_grad()
 def test_guidance_embeds_and_positional_settings_decode_as_the_stock_class_would(llama):
     guided = {"guidance_scale": 1.5, "negative_prompt_ids": IDS[:, :4], **GREEDY}
     assert torch.equal(llama.generate(IDS, **guided), llama.generate(IDS, use_cache=False, **guided))
@@ -356,6 +375,30 @@ def test_a_model_that_has_run_is_pickled(model):
     assert torch.equal(one(**given).logits, expected)
 
 
+def test_the_pilot_may_be_offloaded_and_what_a_copilot_uses_may_not(tmp_path):
+    build("llama").float().save_pretrained(tmp_path / "decoder")
+
+    def load(name, **device_map):
+        given = {"device_map": device_map, "offload_folder": tmp_path / "offloaded"}
+        return AutoModelForCausalLM.from_pretrained(tmp_path / name, **given)
+
+    options = {"do_sample": False, "max_new_tokens": 4}
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder").generate(IDS, **options)
+    spread = {"pilot": "disk", "copilot": "cpu"}
+    assert torch.equal(load("decoder", **spread).generate(IDS, **options), whole)
+    with pytest.raises(ValueError, match="device_map offloads the Copilot, which is called part by part"):
+        load("decoder", pilot="cpu", copilot="disk")
+    head = TCopilotForCausalLM.from_pilot(tiny_pilot("llama"), kind="head", depths=[1.0])
+    head.save_pretrained(tmp_path / "head")
+    with pytest.raises(
+        ValueError, match="device_map offloads the Pilot's output embeddings, which this Copilot reads"
+    ):
+        load("head", **spread)
+    head.hf_device_map = {"pilot": 0, "copilot": 1}
+    with pytest.raises(ValueError, match="device_map spreads the fused model over the devices 0, 1"):
+        check_placement(head)
+
+
 def test_what_cannot_be_fused_is_refused_in_one_sentence(llama, tmp_path):
     with pytest.raises(ValueError, match="LlamaModel has no language modelling head"):
         TCopilotForCausalLM.from_pilot(LlamaModel(llama.pilot.config))
@@ -363,8 +406,7 @@ def test_what_cannot_be_fused_is_refused_in_one_sentence(llama, tmp_path):
     with pytest.raises(ValueError, match="this config names no Pilot"):
         TCopilotForCausalLM.from_pretrained(tmp_path / "plain")
     llama.save_pretrained(tmp_path / "fused")
-    spread = {"device_map": {"pilot": "cpu", "copilot": "disk"}, "offload_folder": tmp_path / "offloaded"}
-    with pytest.raises(ValueError, match="device_map offloads the Copilot"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "fused", **spread)
+    with pytest.raises(ValueError, match="continuous batching packs tokens of many requests into one row"):
+        llama.generate_batch([[3, 4, 5]])
     eager = AutoModelForCausalLM.from_pretrained(tmp_path / "fused", attn_implementation="eager")
     assert eager.copilot.body.config._attn_implementation == eager.pilot.config._attn_implementation == "eager"

@@ -39,6 +39,7 @@ from tcopilot.models.pilot import ModelSource
 from tcopilot.models.transfer import put_on, transfer_problems
 from tcopilot.processes import agree_on, is_first
 from tcopilot.reporting.dashboards import log_evaluation
+from tcopilot.reporting.model_card import model_card
 from tcopilot.run_directory import RunDirectory, write_whole
 from tcopilot.training.checkpoints import checkpoints
 from tcopilot.training.loggers import closing_wandb
@@ -97,6 +98,8 @@ def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, 
         results.controls += found
         _save_results(results, run_dir)
     results.notes += agree_on(against_controls(results, run_dir) if is_first() else [])
+    if is_first() and model.copilot is not None:
+        write_whole(run_dir.model_card, model_card(results, cfg.pilot.path, model.config.pilot))
     return _finish(results, run_dir)
 
 

@@ -97,6 +97,7 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
         if goes_on:
             text = TargetColumns(past + 1, length)
         else:
+            _check_rows(attention_mask, position_ids, labels)
             if past and target_start is None and labels is None and assistant_masks is None:
                 raise not_read(past)
             text = TargetColumns(
@@ -108,10 +109,11 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
         if position_ids is None and attention_mask is not None:
             given["position_ids"] = count_positions(attention_mask)[:, past:]
         given |= {"logits_to_keep": max(wanted, text.count), "output_hidden_states": True}
+        tokens = input_ids if inputs_embeds is None else _tokens(inputs_embeds, labels, text, length)
         if goes_on:
-            out, *parts = self._next(lambda: self.pilot(**given), input_ids, cache)
+            out, *parts = self._next(lambda: self.pilot(**given), tokens, cache)
         else:
-            out, *parts = self._begin(text, past, prefix, given, labels, cache)
+            out, *parts = self._begin(text, past, prefix, given, tokens, cache)
         if cache is not None:
             cache.read(input_ids, past)
             cache.start = cache.start if goes_on else text.first
@@ -143,19 +145,10 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
         return self.pilot(**given, labels=labels, num_items_in_batch=items)
 
     def _begin(
-        self, text: TargetColumns, past: int, prefix: int, given: dict[str, Any], labels: Tensor | None,
+        self, text: TargetColumns, past: int, prefix: int, given: dict[str, Any], tokens: Tensor,
         cache: TCopilotCache | None,
     ) -> tuple[CausalLMOutputWithPast, Tensor, Tensor | None]:  # fmt: skip
         """Run both models on a text in which a target begins, or on the end of one, behind a cache."""
-        ids, embeds = given["input_ids"], given.get("inputs_embeds")
-        tokens = labels.clamp_min(0) if ids is None and labels is not None else ids
-        if tokens is None:
-            if text.count > 1:
-                raise ValueError(
-                    f"inputs_embeds does not tell the tokens of a target that begins at column {text.first}; give "
-                    f"labels, or the prompt alone, with target_start={past + embeds.shape[1]}"
-                )
-            tokens = embeds.new_zeros(embeds.shape[:2], dtype=torch.long)
         out, embedded_BTP = self._read(prefix, given)
         if past:
             before_BTP = self.get_input_embeddings()(cache.ids_BT).to(embedded_BTP)
@@ -187,6 +180,30 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
 def _goes_on(start: int | None, target_start: int | Tensor | None) -> bool:
     """Whether tokens belong to the target that a cache has begun."""
     return start is not None and (target_start is None or (isinstance(target_start, int) and target_start == start))
+
+
+def _tokens(embeds_BNP: Tensor, labels_BN: Tensor | None, text: TargetColumns, length: int) -> Tensor:
+    """The tokens of embedded targets, as the labels tell them; those of a prompt are not needed."""
+    if labels_BN is not None:
+        return labels_BN.clamp_min(0)
+    if text.first < length:
+        raise ValueError(
+            f"inputs_embeds does not tell the tokens of a target that begins at column {text.first}; give labels, or "
+            f"the prompt alone, with target_start={length}"
+        )
+    return embeds_BNP.new_zeros(embeds_BNP.shape[:2], dtype=torch.long)
+
+
+def _check_rows(mask: Tensor | None, positions_BT: Tensor | None, labels_BT: Tensor | None) -> None:
+    """Refuse rows of several texts, of which a Copilot would read one as the prompt of another."""
+    is_packed = mask is not None and mask.dim() != 2
+    if labels_BT is not None and positions_BT is not None:
+        is_packed = is_packed or bool((positions_BT.diff(dim=-1) < 0).any())
+    if is_packed:
+        raise ValueError(
+            "a mask of more than two dimensions, or positions that begin anew within a row: a fused model reads one "
+            "text a row; use a collator that pads"
+        )
 
 
 def _check_start(text: TargetColumns, cache: TCopilotCache | None, past: int) -> None:

@@ -137,7 +137,7 @@ class TCopilotModel(FusedPreTrainedModel):
         """
         if cache is None and use_cache and not alone:
             cache = self._new_pilot_cache()
-        past = 0 if cache is None else cache.get_seq_length()
+        past = 0 if cache is None else int(cache.get_seq_length())  # a static cache counts on its device
         if cache is not None and not alone and not isinstance(cache, TCopilotCache):
             cache = TCopilotCache(cache)
         can_repeat_rows = isinstance(of_pilot(cache), DynamicCache | EncoderDecoderCache)  # a static cache cannot

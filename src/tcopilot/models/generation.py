@@ -32,22 +32,33 @@ class FusedGenerationMixin(GenerationMixin):
     ) -> Any:
         """Decode from the fused distribution; arguments as in transformers. Prompts must be left-padded.
 
-        All of the prompt comes before the target, whatever a cache in `past_key_values` holds of it.
+        All that is given comes before the target, of which a cache in `past_key_values` may hold a part. Only where
+        that part ends with the last answer but for its last token does decoding go on with that answer.
         """
         config = generation_config or self.generation_config
         repeats = max(  # how often transformers is about to repeat each row, for beams or samples
             kwargs.get(name) or getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")
         )
         kwargs["copies"] = kwargs.get("copies", 1) * repeats
-        if not self.config.is_encoder_decoder and not self._is_pilot_only(kwargs.get("weights_B")):
-            kwargs.setdefault("target_start", _prompt_columns(inputs, kwargs))
-            cache, ids_BM = kwargs.get("past_key_values"), inputs if inputs is not None else kwargs.get("input_ids")
-            if cache is not None and not isinstance(cache, TCopilotCache) and ids_BM is not None:
-                past = cache.get_seq_length()  # of a text that the Pilot has read alone
-                kwargs["past_key_values"] = TCopilotCache(
-                    cache, ids_BM[:, :past] if 0 < past < ids_BM.shape[1] else None
-                )
+        if not self._is_pilot_only(kwargs.get("weights_B")):
+            self._tell_start(inputs, kwargs)
         return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _tell_start(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Add to the arguments where the target of a decoder-only model begins, and to a cache what it lacks."""
+        if self.config.is_encoder_decoder:
+            known_BN = kwargs.get("decoder_input_ids")
+            if known_BN is not None and kwargs.get("past_key_values") is not None:
+                kwargs.setdefault("decoder_attention_mask", torch.ones_like(known_BN))  # or all of it is read again
+            return
+        cache, ids_BM = kwargs.get("past_key_values"), inputs if inputs is not None else kwargs.get("input_ids")
+        start, past = _prompt_columns(inputs, kwargs), 0 if cache is None else int(cache.get_seq_length())
+        if isinstance(cache, TCopilotCache):
+            if cache.start is not None and cache.start < past == start - 1:
+                start = cache.start
+        elif past and ids_BM is not None and past < ids_BM.shape[1]:  # of a text that the Pilot has read alone
+            kwargs["past_key_values"] = TCopilotCache(cache, ids_BM[:, :past])
+        kwargs.setdefault("target_start", start)
 
     def generate_at_weights(
         self, weights: Sequence[float], input_ids: Tensor, attention_mask: Tensor, prefix: int = 0, **kwargs: Any
@@ -144,6 +155,13 @@ class FusedGenerationMixin(GenerationMixin):
         if any(kwargs.pop(name, None) for name in ("synced_gpus", "streamer")):
             raise ValueError("cache_implementation='static' takes no streamer and no synced_gpus; leave it out")
         return sample(self, *given, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse, at λ = 0 too: `model.pilot` has the method for the Pilot alone."""
+        raise ValueError(
+            "continuous batching packs tokens of many requests into one row, and a Copilot needs a row for each; use "
+            "generate with a batch of prompts, or generate_batch of model.pilot without a Copilot"
+        )
 
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in OURS}

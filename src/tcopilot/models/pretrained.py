@@ -69,18 +69,13 @@ class FusedPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a fused model; arguments as in transformers.
+        """Load a fused model; arguments as in transformers. A device map may offload the Pilot, not the Copilot.
 
         Raises:
-            ValueError: if a device map puts the Copilot where its weights are not in memory.
+            ValueError: if a device map separates what one model reads of the other.
         """
         found = super().from_pretrained(*args, **kwargs)
-        model = found[0] if isinstance(found, tuple) else found
-        if model.copilot is not None and any(parameter.is_meta for parameter in model.copilot.parameters()):
-            raise ValueError(
-                "device_map offloads the Copilot, which is called part by part and must lie on a device as a whole; "
-                "name one for it, such as device_map={'pilot': 'disk', 'copilot': 0}"
-            )
+        check_placement(found[0] if isinstance(found, tuple) else found)
         return found
 
     def save_pretrained(
@@ -115,6 +110,28 @@ def check_pilot(config: PreTrainedConfig, pilot: PreTrainedModel | None) -> None
         raise ValueError(
             f"{type(pilot).__name__} has no language modelling head, whose errors a Copilot corrects; load the Pilot "
             f"with AutoModelForCausalLM or AutoModelForSeq2SeqLM"
+        )
+
+
+def check_placement(model: FusedPreTrainedModel) -> None:
+    """Raise a ValueError where a device map puts weights that the Copilot uses out of its reach."""
+    devices = {str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()} - {"cpu", "disk"}
+    if len(devices) > 1:
+        raise ValueError(
+            f"device_map spreads the fused model over the devices {', '.join(sorted(devices))}, and each model reads "
+            f"the other's tensors; give one device, beside 'cpu' or 'disk' for layers of the Pilot"
+        )
+    if model.copilot is None:
+        return
+    if any(parameter.is_meta for parameter in model.copilot.parameters()):
+        raise ValueError(
+            "device_map offloads the Copilot, which is called part by part and must stay in memory; name a device for "
+            "'copilot', as in device_map={'pilot': 'disk', 'copilot': 0}"
+        )
+    if (unembedding_VC := model.copilot.unembedding_VC) is not None and unembedding_VC.is_meta:
+        raise ValueError(
+            "device_map offloads the Pilot's output embeddings, which this Copilot reads; offload no more than "
+            "layers of the Pilot"
         )
 
 
