@@ -41,6 +41,8 @@ class RunDirectory:
     weights = _Entry("weights.csv")  # every metric over λ
     generations = _Entry("generations.csv")  # answers of Pilot and fused model side by side
     predictions = _Entry("predictions")  # every answer, see `tcopilot.evaluation.predictions`
+    answers = _Entry("predictions/answers.csv")  # those of both models to all reported rows, with their scores
+    answers_exact = _Entry("predictions/answers.parquet")  # the same, without a spreadsheet's apostrophes
     checkpoints = _Entry("checkpoints")
     recording = _Entry("recording")  # of a frozen Pilot, see `tcopilot.mistake_log.recording`
     export = _Entry("export")  # the fused model as transformers saves it
@@ -90,13 +92,13 @@ RUNLESS |= {RunDirectory.recording.name}
 """Folders of a run directory in which no further run is to be looked for."""
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, and its folder, so that a reader sees the old file or the new one, never half of it."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, and its folder, so that a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")  # same folder: a rename is atomic on one disk only
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

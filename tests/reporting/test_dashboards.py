@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 import composed
+import pandas as pd
 import pytest
 import small_training as training
 import torch
 import wandb
 from wandb.proto import wandb_internal_pb2
 
+from tcopilot.evaluation.outcomes import answers_table
 from tcopilot.evaluation.results import Gain, Results, Row
 from tcopilot.reporting.dashboards import SHOWN, side_by_side
 from tcopilot.training.loggers import has_credentials
@@ -277,6 +279,23 @@ def test_answers_stand_side_by_side_with_the_changed_ones_first(suffix, tmp_path
     ]
 
 
+def test_all_answers_stand_side_by_side_with_their_scores(tmp_path):
+    for name, scores in (("a", [1, 0]), ("b", [0])):
+        write_predictions(tmp_path, name, 0, scores)
+        write_predictions(tmp_path, name, 1, [1 - score for score in scores])
+    table = answers_table(results_of("a", "b"), tmp_path)
+    assert table.columns.tolist() == [
+        *("benchmark", "id", "prompt", "target", "pilot", "fused", "outcome"),
+        *("pilot_accuracy", "pilot_x", "fused_accuracy", "fused_x"),
+    ]
+    assert table.drop(columns=["pilot_x", "fused_x"]).to_numpy().tolist() == [
+        ["a", 0, "p0", "t0", "0/0", "1/0", "broken", 1, 0],
+        ["a", 1, "p1", "t1", "0/1", "1/1", "fixed", 0, 1],
+        ["b", 0, "p0", "t0", "0/0", "1/0", "fixed", 0, 1],
+    ]
+    assert answers_table(results_of("c"), tmp_path).empty
+
+
 def test_benchmarks_share_the_table_and_leave_each_other_what_they_do_not_need(tmp_path):
     for name, rows in (("a", 5), ("b", 2 * SHOWN), ("c", 2 * SHOWN)):
         for weight in (0, 1):
@@ -305,6 +324,10 @@ def test_a_run_shows_its_generations_on_every_logger(finished):
     assert sorted((int(r["id"]), r["prompt"], r["pilot"], r["fused"]) for r in table) == [
         (p["id"], p["prompt"], p["prediction"], f["prediction"]) for p, f in zip(said[0], said[selected], strict=True)
     ]
+    answers = pd.read_parquet(finished / "predictions/answers.parquet")
+    assert answers.fused.tolist() == [p["prediction"] for p in said[selected]]
+    assert answers.pilot_accuracy.tolist() == [p["scores"]["accuracy"] for p in said[0]]
+    assert pd.read_csv(finished / "predictions/answers.csv", keep_default_na=False).prompt.equals(answers.prompt)
     text = events(finished).Tensors("eval/generations/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text.count("\n") == 1 + 16
     (file,) = (finished / "wandb").glob("offline-run-*/files/media/table/eval/generations_*.json")

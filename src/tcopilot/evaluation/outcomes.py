@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
+
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.likelihood import Likelihood
 from tcopilot.evaluation.predictions import Prediction
@@ -44,8 +46,7 @@ class Answers(NamedTuple):
 def answers_of_both(results: Results, folder: Path, benchmark: str) -> list[Answers]:
     """Return the rows of the reported split that both models answered, the fused one at its selected λ."""
     gain = results.row_wise().get(benchmark)
-    weights = (0.0, results.weight_of(benchmark) or 0.0)
-    pilot, fused = (read_predictions(results, folder, benchmark, weight) for weight in weights)
+    pilot, fused = _predictions_of_both(results, folder, benchmark)
     return [
         Answers(
             benchmark, number, said["prompt"], said["target"], answer_text(said), answer_text(fused[number]),
@@ -54,6 +55,24 @@ def answers_of_both(results: Results, folder: Path, benchmark: str) -> list[Answ
         for number, said in pilot.items()
         if number in fused
     ]  # fmt: skip
+
+
+def answers_table(results: Results, folder: Path) -> pd.DataFrame:
+    """Return both models' answers to all rows reported, and behind them their scores, `pilot_<metric>` and so on."""
+    rows = []
+    for benchmark in dict.fromkeys(gain.benchmark for gain in results.gain):
+        both = dict(zip(("pilot", "fused"), _predictions_of_both(results, folder, benchmark), strict=True))
+        for answers in answers_of_both(results, folder, benchmark):
+            scores = {who: found[answers.id]["scores"] for who, found in both.items()}
+            rows.append(
+                answers._asdict() | {f"{who}_{name}": score for who in both for name, score in scores[who].items()}
+            )
+    return pd.DataFrame(rows)
+
+
+def _predictions_of_both(results: Results, folder: Path, benchmark: str) -> list[dict[int, Prediction]]:
+    weights = (0.0, results.weight_of(benchmark) or 0.0)
+    return [read_predictions(results, folder, benchmark, weight) for weight in weights]
 
 
 def answer_text(prediction: Prediction) -> str:

@@ -13,7 +13,7 @@ import pandas as pd
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from tcopilot.evaluation.outcomes import OUTCOMES, Answers, answers_of_both
+from tcopilot.evaluation.outcomes import OUTCOMES, Answers, answers_of_both, answers_table
 from tcopilot.evaluation.results import Results
 from tcopilot.reporting.tables import without_formulas
 from tcopilot.run_directory import RunDirectory, write_whole
@@ -24,9 +24,10 @@ WEIGHT_COLUMNS = ["benchmark", "split", "metric", "weight", "value", "ci95_low",
 
 @rank_zero_only
 def log_evaluation(loggers: Sequence[Logger], results: Results, run_dir: str | Path, most: int = SHOWN) -> None:
-    """Show the final evaluation on every logger, and write both tables as `weights.csv` and `generations.csv`.
+    """Show the final evaluation on every logger, and write its tables.
 
-    The latter has at most so many rows.
+    `weights.csv` and `generations.csv`, which has at most so many rows, are what loggers show; all answers of both
+    models are beside the predictions.
     """
     run = RunDirectory(run_dir)
     figures: dict[str, float] = {"round": float(results.rounds)}
@@ -42,7 +43,11 @@ def log_evaluation(loggers: Sequence[Logger], results: Results, run_dir: str | P
     weights["selected"] = [row.weight == results.weight_of(row.benchmark) for row in results.rows]
     weights = weights[WEIGHT_COLUMNS]
     generations = pd.DataFrame(side_by_side(results, run.predictions, most), columns=list(Answers._fields))
-    for path, table in ((run.weights, weights), (run.generations, generations)):
+    tables = {run.weights: weights, run.generations: generations}
+    if len(answers := answers_table(results, run.predictions)):
+        tables[run.answers] = answers
+        write_whole(run.answers_exact, answers.to_parquet(index=False))
+    for path, table in tables.items():
         write_whole(path, without_formulas(table).to_csv(index=False, lineterminator="\r\n"))
     for logger in loggers:
         logger.log_metrics(figures, step=results.rounds)
