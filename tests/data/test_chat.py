@@ -126,6 +126,13 @@ def test_settings_decide_on_turns_and_system_prompts(tmp_path):
     greeted = [{"role": "assistant", "content": "Hello"}, *TALK]
     assert [target for _, target in texts(tokenizer, tmp_path, greeted)] == [target for _, target in both]
 
+    asked, said = TALK[0]["content"], TALK[1]["content"]
+    pairs = [{"prompt": asked, "completion": said}, {"prompt": TALK[:1], "completion": TALK[1:2]}]
+    pairs += [{"instruction": asked, "input": None, "output": said}]
+    assert texts(tokenizer, tmp_path, *pairs) == both[:1] * 3
+    with_input = {"instruction": "What is", "input": "red?", "output": said}
+    assert texts(tokenizer, tmp_path, with_input) == [(both[0][0].replace("is red", "is\n\nred"), said)]
+
     with_system = [("<|im_start|>system\nBe brief.<|im_end|>\n" + prompt, target) for prompt, target in both]
     own = {"role": "system", "content": "Be brief."}
     assert texts(tokenizer, tmp_path, TALK, system="Be brief.") == with_system
@@ -153,6 +160,7 @@ def test_every_conversation_that_cannot_be_used_is_named(tmp_path):
         "messages.0 is 'Hi', expected a message": ["Hi"],
         "messages.0 is .*expected texts as role and content": [{"role": "user", "content": 5}],
         "messages.0 is {'role': 'user', 'content': .*image": [{"role": "user", "content": [{"type": "image"}]}],
+        "prompt\\+completion.0 is .*expected texts": {"prompt": 5, "completion": "six"},
         "no turn of the assistant follows one of the user": TALK[:1],
         "no system role": [{"role": "system", "content": "Be brief."}, *TALK],
     }

@@ -15,6 +15,8 @@ from tcopilot.data.benchmarks import Benchmark, DataError, Example, Row, lookup
 
 Message = dict[str, Any]
 COLUMNS = ("messages", "conversations")
+PAIRS = (("prompt", "completion"), ("instruction", "output"))
+"""Columns of a question and its answer, each a text or a list of messages, where a row has none of `COLUMNS`."""
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 """What ShareGPT calls the roles of chat templates."""
 TURN = "_turn"
@@ -33,7 +35,8 @@ class Chat(Benchmark):
     those do that drop earlier thoughts; and prompt and target is what everything behind this class works on.
 
     Messages are ``{role, content}``, or ShareGPT's ``{from, value}``. A message with ``weight: 0`` is context only. A
-    column ``system`` is the system prompt of a conversation that has none, and ``tools`` is handed to the template.
+    prompt and its completion, or an instruction, its input and an output, are a conversation of one turn. A column
+    ``system`` is the system prompt of a conversation that has none, and ``tools`` is handed to the template.
 
     Attributes:
         messages_column: Column of the messages; None is ``messages`` or ``conversations``.
@@ -118,20 +121,29 @@ class Chat(Benchmark):
         return (learnt if self.turns == "all" else learnt[-1:]) or [None]
 
     def _messages(self, row: Row) -> list[Message]:
-        column = self.messages_column or next((name for name in COLUMNS if name in row), None)
-        if column is None:
-            raise DataError(
-                f"no column {' or '.join(map(repr, COLUMNS))}: it has {', '.join(map(repr, row))}. Name the column of "
-                f"the messages in data.benchmarks.{self.name}.messages_column"
-            )
-        given = lookup(row, column)
+        where, given = self._given(row)
         if not isinstance(given, list) or not given:
-            raise DataError(f"{column} is {given!r:.80}, expected a list of messages")
-        messages = [_message(one, f"{column}.{place}") for place, one in enumerate(given)]
+            raise DataError(f"{where} is {given!r:.80}, expected a list of messages")
+        messages = [_message(one, f"{where}.{place}") for place, one in enumerate(given)]
         system = row.get("system") or self.system
         if system and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
         return messages
+
+    def _given(self, row: Row) -> tuple[str, Any]:
+        """Return the messages of a row as they stand there, and the name of their column or columns."""
+        if column := self.messages_column or next((name for name in COLUMNS if name in row), None):
+            return column, lookup(row, column)
+        if pair := next((pair for pair in PAIRS if row.keys() >= set(pair)), None):
+            asked, said = (row[name] for name in pair)
+            if isinstance(asked, list) and isinstance(said, list):
+                return "+".join(pair), asked + said
+            asked = f"{asked}\n\n{row['input']}" if row.get("input") else asked
+            return "+".join(pair), [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        raise DataError(
+            f"no column {' or '.join(map(repr, COLUMNS))}: it has {', '.join(map(repr, row))}. Name the column of "
+            f"the messages in data.benchmarks.{self.name}.messages_column"
+        )
 
     def _prompt_and_rest(self, messages: list[Message], tools: Any = None) -> tuple[str, str]:
         """Write a conversation as what comes before its last turn and the rest."""
