@@ -111,7 +111,7 @@ BAD = {  # overrides, and what the message must say: key, value and the way out
     "unknown Pilot": (["pilot.path=no/such-model"], ["pilot.path=no/such-model", "a folder with config.json"]),
     "unknown family": (["pilot.config.model_type=gtp"], ["pilot.config", "gtp"]),
     "impossible sizes": ([*LLAMA, "pilot.config.hidden_size=63"], ["pilot.config", "63", "multiple"]),
-    "unsupported family": (["pilot.path=<mamba>"], ["'mamba' is not supported", "an attention each"]),
+    "unsupported family": (["pilot.path=<mamba>"], ["'mamba' is not supported", "from a cache"]),
     "donor of a Copilot that is only a head": (
         [*LLAMA, "copilot=head", "copilot.path=<llama>"],
         ["copilot.path=<llama>: a Copilot that is only a head starts from no checkpoint; leave it out"],
@@ -120,7 +120,7 @@ BAD = {  # overrides, and what the message must say: key, value and the way out
         [*LLAMA, "copilot=head", "adapter@copilot.adapter=lora"],
         ["copilot.adapter: a Copilot that is only a head has no layers; use adapter@copilot.adapter=none"],
     ),
-    "unsupported donor": (["copilot.path=<mamba>"], ["copilot", "'mamba' is not supported", "an attention each"]),
+    "unsupported donor": (["copilot.path=<mamba>"], ["copilot", "'mamba' is not supported", "from a cache"]),
     "donor of another family": (["copilot.path=<llama>"], ["copilot.path=<llama>", "t5", "same family"]),
     "donor of another vocabulary": ([*LLAMA, "copilot.path=<llama>"], ["<llama>", "99 tokens", "same family and tok"]),
     "an argument that nobody takes": (["+data.rows=5"], ["data", "'rows'"]),

@@ -2,12 +2,14 @@ import pytest
 import torch
 from family_models import of_families
 from transformers import AutoConfig, GPT2Config, LlamaConfig
+from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from tcopilot import Copilot
 from tcopilot.models import family_check
 from tcopilot.models.families import UnsupportedFamilyError
-from tcopilot.models.family_check import check_family, failed_check, tiny_config
+from tcopilot.models.family_check import check_family, failed_check
+from tcopilot.models.tiny_model import DEEPEST, DEPTH, tiny_config
 
 
 @pytest.fixture
@@ -35,11 +37,8 @@ def test_families_with_ways_of_their_own_pass(family):
     ("family", "why"),
     [
         ("stablelm", "log attention on a layer's own input is not the family's own attention .*keeps arguments"),
-        (
-            "mamba",
-            "it is not built of layers with an attention each.*MambaBlock has no attention by the name of self_attn",
-        ),
-        ("bert", "it is not built of layers .*BertModel has no layers"),
+        ("mamba", "it does not go on from a cache of keys and values as it reads a whole text"),
+        ("bert", "no tiny model of it can be built .*BertModel has no layers"),
     ],
 )
 def test_a_family_is_refused_with_the_check_that_failed(family, why):
@@ -47,19 +46,25 @@ def test_a_family_is_refused_with_the_check_that_failed(family, why):
         check_family(of_type(family))
 
 
+def test_a_pilot_whose_layers_no_copilot_takes_needs_no_log_attention():
+    check_family(of_type("stablelm"), decoder=False)
+    with pytest.raises(UnsupportedFamilyError, match="'mamba' is not supported: it does not go on from a cache"):
+        check_family(of_type("mamba"), decoder=False)
+
+
 def test_a_copilot_of_a_pilot_that_fails_is_refused(tiny_pilot, fresh_verdicts, monkeypatch):
     pilot = tiny_pilot("llama")
-    monkeypatch.setattr(family_check, "CHECKS", {"it has no luck": lambda trial: 1 / 0})
+    monkeypatch.setattr(family_check, "PILOT_CHECKS", {"it has no luck": lambda trial: 1 / 0})
     with pytest.raises(UnsupportedFamilyError, match=r"'llama' is not supported: it has no luck \(division by zero\)"):
         Copilot.from_pilot(pilot)
 
 
 def test_attention_that_leaves_something_out_is_noticed(fresh_verdicts, monkeypatch):
-    """A rotation of the queries alone, were a family to have it where log attention cannot see it."""
+    """Something that a family does to its keys where log attention cannot see it."""
     stock = LlamaAttention.forward
 
     def other(self, hidden_states, *args, past_key_values=None, **kwargs):
-        scale = 1.0 if past_key_values is None else 1.01
+        scale = 1.0 if past_key_values is None or isinstance(past_key_values, Cache) else 1.01
         return stock(self, scale * hidden_states, *args, past_key_values=past_key_values, **kwargs)
 
     monkeypatch.setattr(LlamaAttention, "forward", other)
@@ -78,13 +83,14 @@ def test_a_check_changes_neither_the_config_nor_a_runs_random_numbers(fresh_verd
 
 def test_a_verdict_is_found_once_for_all_sizes_and_again_where_a_switch_differs(fresh_verdicts, monkeypatch):
     tried = []
-    monkeypatch.setattr(family_check, "CHECKS", {"it is tried": lambda trial: tried.append(trial.config)})
+    monkeypatch.setattr(family_check, "PILOT_CHECKS", {"it is tried": lambda trial: tried.append(trial.config)})
     for changes in ({}, {"hidden_size": 8192, "intermediate_size": 1 << 14}, {"attention_bias": True}):
         check_family(LlamaConfig(**changes))
     assert [config.attention_bias for config in tried] == [False, True]
 
 
 def test_a_tiny_config_keeps_every_kind_of_layer():
+    assert tiny_config(LlamaConfig()).num_hidden_layers == DEPTH
     kinds = tiny_config(of_type("gemma3_text")).layer_types
-    assert len(kinds) == family_check.DEEPEST
+    assert len(kinds) == DEEPEST
     assert set(kinds) == {"sliding_attention", "full_attention"}

@@ -72,7 +72,7 @@ def prepare(cfg: DictConfig) -> Prepared:
     if logs and not any(problem.startswith(("mistake_log.log", "seed")) for problem in problems):
         log = attempt(problems, lambda: instantiate(watched.mistake_log.log, _convert_="all"))
     data = attempt(problems, lambda: instantiate(cfg.data))
-    unreadable = checks.source_problems(pilot, donor)
+    unreadable = checks.source_problems(cfg, pilot, donor)
     problems += unreadable
     if not unreadable:
         problems += checks.model_problems(cfg, pilot, donor)

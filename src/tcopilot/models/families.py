@@ -25,7 +25,7 @@ from tcopilot.models.log_attention import LogAttention
 # What modules are called, most frequent names first.
 LAYERS = ("layers", "block", "h", "blocks")
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-INPUT_NORM = ("input_layernorm", "ln_1", "pre_attention_layernorm")
+INPUT_NORM = ("input_layernorm", "ln_1", "self_attn_layer_norm", "attention_layernorm", "operator_norm")
 FINAL_NORM = ("norm", "final_layer_norm", "layer_norm", "ln_f", "final_layernorm", "norm_f")
 SCALED_WHERE_TIED = ("umt5", "switch_transformers")
 """Relatives of T5 that scale the head's input where it shares the embedding; the others say so in their config."""
@@ -56,13 +56,20 @@ def decoder_config(config: PreTrainedConfig, layers: int | None = None) -> PreTr
 
 def cut_depth(config: PreTrainedConfig, layers: int) -> None:
     """Set the number of layers in place, and shorten what the config lists for each of them."""
-    depth = decoder_depth(config)
-    for name, value in list(vars(config).items()):
-        if ("layer" in name or "window" in name) and isinstance(value, list | tuple) and len(value) == depth:
-            setattr(config, name, list(value[:layers]))
+    for name, value in per_layer(config).items():
+        setattr(config, name, list(value[:layers]))
     for name in ("num_hidden_layers", "num_layers", "num_decoder_layers", "decoder_layers"):
         if hasattr(config, name):
             setattr(config, name, layers)
+
+
+def per_layer(config: PreTrainedConfig) -> dict[str, list[Any]]:
+    """What a config lists for each of its layers."""
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if ("layer" in name or "window" in name) and isinstance(value, list) and len(value) == decoder_depth(config)
+    }
 
 
 def set_dropout(config: PreTrainedConfig, rate: float) -> None:
@@ -154,7 +161,8 @@ def run_body(
     if isinstance(cache, EncoderDecoderCache):
         for layer in cache.is_updated:  # let the stock cross-attention append the new rows instead of reusing
             cache.is_updated[layer] = False
-    given = {"inputs_embeds": inputs_BNC, "attention_mask": self_mask_B1NK}
+    # Some families take a mask for each row only.
+    given = {"inputs_embeds": inputs_BNC, "attention_mask": self_mask_B1NK.expand(len(inputs_BNC), -1, -1, -1)}
     if is_cross_attending(body):
         given |= {"encoder_hidden_states": log_BSC, "encoder_attention_mask": log_mask_B1NS}
         given |= {"position_ids": positions_BN} if hasattr(body, "rotary_emb") else {}

@@ -17,12 +17,13 @@ from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.settings import is_whole
 
 
-def source_problems(*sources: ModelSource | None) -> list[str]:
+def source_problems(cfg: DictConfig, *sources: ModelSource | None) -> list[str]:
     """Models whose config cannot be read or built, or whose family is not supported; their weights are not read."""
+    takes_layers = cfg.copilot.enabled and "layers" in cfg.copilot  # or it is only a head
     problems = []
     for source in filter(None, sources):
         found: list[str] = []
-        attempt(found, lambda source=source: check_family(source.model_config), source.key)
+        attempt(found, lambda source=source: check_family(source.model_config, takes_layers), source.key)
         problems += found or _size_problems(source)
     return problems
 
