@@ -6,10 +6,10 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -123,18 +123,23 @@ def _recording(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Re
 def _record(
     recording: Recording, prepared: Prepared, pilot: Any, rows: Sequence[Any], device: torch.device, cfg: DictConfig
 ) -> None:
-    """Record this process's share of the rows, with the FLOPs of a row taken from the passes of a few."""
+    """Record this process's share of the rows, benchmark by benchmark, whose rows have their shots in common."""
     pilot.to(device)
-    collate = prepared.data.collate
     size = cfg.pilot.micro_batch_size or cfg.data.eval_batch_size
-    sample = rows[:: max(1, len(rows) // 8)][: min(8, size)]
-    with FlopCounter() as counter:
-        recording.add(sample, pilot, collate, size, flops=lambda: counter.flops / len(sample))
     with _progress(len(rows)) as bar:
-        bar(len(sample))
-        known = {id(row) for row in sample}
-        rest = [row for row in rows if id(row) not in known]
-        recording.add(rest, pilot, collate, size, bar, flops=lambda: counter.flops / len(sample))
+        for _, members in groupby(rows, key=lambda row: row["benchmark"]):
+            _record_alike(recording, list(members), pilot, prepared.data.collate, size, bar)
+
+
+def _record_alike(
+    recording: Recording, rows: list[Any], pilot: Any, collate: Any, size: int, bar: Callable[[int], None]
+) -> None:
+    """Record rows of one benchmark; FLOPs are counted in a pass over some, since counting them takes time."""
+    spread = set(range(0, len(rows), -(-len(rows) // size)))
+    some, rest = ([row for place, row in enumerate(rows) if (place in spread) == one] for one in (True, False))
+    with FlopCounter() as counter:
+        recording.add(some, pilot, collate, size, bar, flops=lambda: counter.flops / len(some))
+    recording.add(rest, pilot, collate, size, bar, flops=lambda: counter.flops / len(some))
 
 
 @contextmanager

@@ -110,8 +110,7 @@ class TCopilotDataModule(LightningDataModule):
         self.rounds, self.epochs, self.held_out = rounds, epochs, held_out
         alone, sizes = len(benchmarks) == 1, (validation_size, max_train_rows, max_eval_rows)
         self._reader = SplitReader(path, alone, streaming, *sizes, split_seed, on_error, shots)
-        self.limits = (max_source_length, max_target_length, overflow)
-        self.on_error = on_error
+        self.limits, self.on_error = (max_source_length, max_target_length, overflow), on_error
         self.group_by_length, self.num_workers, self.shuffle_buffer = group_by_length, num_workers, shuffle_buffer
         self.seed, self.split_seed, self.shots = seed, split_seed, shots
         self._check_settings()
@@ -204,7 +203,10 @@ class TCopilotDataModule(LightningDataModule):
         weighed = self.weights is not None and len(train) == len(self.benchmarks)
         weights = [self.weights[name] for name in self.benchmarks] if weighed else None
         self._train = mixture(train or [datasets.Dataset.from_dict({"id": [], "length": []})], weights, self.seed)
-        self._lengths = None if self.streaming or not self.group_by_length else np.asarray(self._train["length"][:])
+        self._lengths = None
+        if train and self.group_by_length and not self.streaming:
+            length, own = (np.asarray(self._train[name][:]) for name in ("length", "benchmark"))
+            self._lengths = length + (length.max() + 1) * own * bool(self.shots)  # whose shots a batch reads once
 
     def setup(self, stage: str | None = None) -> None:
         """Check that ``prepare`` was called; Lightning calls this."""
