@@ -1,6 +1,7 @@
 """Controls: two Pilots really averaged, budgets really equal, ablated Copilots really blind, all beside any run."""
 
 import json
+from types import SimpleNamespace
 
 import composed
 import pytest
@@ -27,6 +28,9 @@ NAMES = {
     "averaged": "two Pilots averaged",
     "equal_parameters": "Pilot, equal parameters",
     "calibrated": "Pilot, calibrated",
+    "tuned": "Pilot, tuned",
+    "output_head": "Pilot with its output head",
+    "twice": "Pilot, twice the rounds",
 }
 AT = {"calibrated": 1.0}  # λ at which a control answers
 
@@ -144,6 +148,7 @@ def controlled(tmp_path_factory):
     return composed.train(tmp_path_factory.mktemp("controlled"), *SMALL, f"control=[{','.join(NAMES)}]")
 
 
+@pytest.mark.slow
 def test_all_controls_stand_beside_the_gain_with_what_they_cost(controlled):
     folder = controlled
     found = composed.results(folder)
@@ -164,12 +169,44 @@ def test_all_controls_stand_beside_the_gain_with_what_they_cost(controlled):
     assert cost["equal_flops"]["train_flops"] == pytest.approx(found["train_flops"], rel=0.25)
     assert cost["equal_flops"]["rounds"] > found["rounds"]
     assert found["train_flops"] > cost["averaged"]["train_flops"] / 2 > 0
+    assert cost["twice"]["rounds"] == 2 * found["rounds"] == 2 * cost["output_head"]["rounds"]
+    alone = cost["twice"]["train_flops"] / 2
+    assert cost["tuned"]["train_flops"] == pytest.approx(len(controls.GRID) * alone, rel=0.1)  # each as long as one
+
+
+def test_the_tuned_pilot_is_the_best_of_its_grid_on_validation(monkeypatch):
+    trained, judged = [], iter([0.4, 0.2, 0.3, 0.9, 0.5])
+
+    def train(joint, rounds, rate, batch_size):
+        trained.append((rounds, rate, batch_size))
+        return controls.Trained(SimpleNamespace(rate=rate), rounds, 2.0, 10.0)
+
+    monkeypatch.setattr(controls, "train_pilot", train)
+    monkeypatch.setattr(controls, "Evaluator", lambda *given: SimpleNamespace(likelihood=lambda split: next(judged)))
+    cfg = OmegaConf.create({"pilot": {"frozen": False}, "data": {"batch_size": 8}})
+    joint = SimpleNamespace(cfg=cfg, results=SimpleNamespace(rounds=6), prepared=SimpleNamespace(tokenizer=0, data=0))
+    best = controls.tuned(joint)
+    assert trained == [(6, 0.5, 8), (6, 1, 8), (6, 2, 8), (6, 4, 8), (12, 2, 4)]
+    assert (best.model.rate, best.seconds, best.flops) == (1, 10.0, 50.0)
+
+
+def test_the_output_head_is_trained_apart_from_the_embedding():
+    model = tiny_model("t5").requires_grad_(False)
+    pilot = model.pilot
+    before = pilot.get_output_embeddings().weight.detach().clone()
+    controls._free_output_head(model)
+    head = pilot.get_output_embeddings().weight
+    assert head.requires_grad
+    assert not pilot.get_input_embeddings().weight.requires_grad
+    assert torch.equal(head.detach(), before)
+    assert head.data_ptr() != pilot.get_input_embeddings().weight.data_ptr()
 
 
 def test_the_checks_know_every_control_by_name():
     assert tuple(controls.CONTROLS) == checks.CONTROLS
 
 
+@pytest.mark.slow
 def test_the_second_pilot_is_another_one(controlled, tmp_path):
     folder, title = controlled, NAMES["averaged"]
     said = [c for c in composed.results(folder)["controls"] if (c["name"], c["metric"]) == (title, "nll")]

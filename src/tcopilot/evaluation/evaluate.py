@@ -321,6 +321,10 @@ class Evaluator:
             found[name].reduce(sum_over_processes)
         return found
 
+    def likelihood(self, split: str, weight: float = 0.0) -> float:
+        """Mean −log p̃ per target token of a split's benchmarks together, in nats."""
+        return ErrorStatistics.joined(self._statistics(split, [weight]).values()).nll()[weight]
+
     def scored(self, rows: Sequence[dict[str, Any]]) -> Scored:
         """The batch of some rows with log p̂ and f^C at its targets, see `correct_targets`; as recorded, if it is."""
         batch, copilot = self.collate(rows).to(self.device), self.model.copilot

@@ -36,8 +36,8 @@ from tcopilot.training.callbacks import MistakeLogCallback
 from tcopilot.training.fit import CopilotFit
 from tcopilot.training.module import Learner, TCopilotModule
 
-CONTROLS = ("equal_time", "equal_flops", "averaged", "equal_parameters", "calibrated")
-OF_FROZEN = ("equal_time", "equal_flops", "calibrated")
+CONTROLS = ("equal_time", "equal_flops", "averaged", "equal_parameters", "calibrated", "tuned", "output_head", "twice")
+OF_FROZEN = ("equal_time", "equal_flops", "calibrated", "tuned")
 """Controls of a frozen Pilot; the first two train it with LoRA."""
 SECTIONS = (
     "pilot", "copilot", "data", "data.benchmarks", "mistake_log", "mistake_log.log", "fusion", "evaluation",

@@ -40,6 +40,8 @@ from tcopilot.training.callbacks import FlopCount
 
 log = logging.getLogger(__name__)
 WARM_UP_ROUNDS, TRIAL_ROUNDS = 5, 30  # at most
+GRID = ((0.5, 1), (1, 1), (2, 1), (4, 1), (2, 0.5))
+"""Of the control `tuned`: factors of the run's own learning rate and batch size."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,12 @@ def equal_time(joint: JointRun) -> Trained:
 
 def equal_flops(joint: JointRun) -> Trained:
     """The Pilot alone, for as many rounds as the joint run's FLOPs pay for; a short trial counts those of a round."""
+    return train_pilot(joint, _rounds_for_equal_flops(joint))
+
+
+def _rounds_for_equal_flops(joint: JointRun) -> int:
     trial = train_pilot(joint, joint.trial_rounds, count_every=1)
-    return train_pilot(joint, max(1, round(joint.results.train_flops / (trial.flops / trial.rounds))))
+    return max(1, round(joint.results.train_flops / (trial.flops / trial.rounds)))
 
 
 def averaged(joint: JointRun) -> Trained:
@@ -104,6 +110,42 @@ def equal_parameters(joint: JointRun) -> Trained:
     return train_pilot(replace(joint, prepared=prepared), joint.results.rounds)
 
 
+def twice(joint: JointRun) -> Trained:
+    """The Pilot alone, for twice the joint run's rounds: a second epoch, where that was the first."""
+    return train_pilot(joint, 2 * joint.results.rounds)
+
+
+def output_head(joint: JointRun) -> Trained:
+    """The Pilot alone, whose output head is trained too, untied from its embedding; for the joint run's rounds."""
+    return train_pilot(joint, joint.results.rounds, free=_free_output_head)
+
+
+def tuned(joint: JointRun) -> Trained:
+    """The Pilot of the best validation likelihood over `GRID`, each for the FLOPs of one; its cost is that of all.
+
+    A Pilot that was frozen has the FLOPs of the run to train with, any other those of the joint run's rounds.
+    """
+    rounds = _rounds_for_equal_flops(joint) if joint.cfg.pilot.frozen else joint.results.rounds
+    found = []
+    for rate, share in GRID:
+        batch_size = max(1, round(share * joint.cfg.data.batch_size))
+        one = train_pilot(
+            joint, round(rounds * joint.cfg.data.batch_size / batch_size), rate=rate, batch_size=batch_size
+        )
+        judge = Evaluator(one.model, joint.prepared.tokenizer, joint.prepared.data, Path())
+        found.append((judge.likelihood("validation"), one))
+        log.info("lr x %g, batches of %d: validation nll %.4f", rate, batch_size, found[-1][0])
+    _, best = min(found, key=lambda pair: pair[0])
+    flops = [one.flops for _, one in found]
+    seconds = sum(one.seconds for _, one in found)
+    return replace(best, seconds=seconds, flops=None if None in flops else sum(flops))
+
+
+def _free_output_head(model: TCopilotModel) -> None:
+    head = model.pilot.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone().float())
+
+
 def calibrated(joint: JointRun) -> Trained:
     """The run's own Pilot with a temperature and biases, fitted on validation rows; its cost is that of the fit."""
     pilot, began = joint.model.pilot, time.perf_counter()
@@ -119,6 +161,9 @@ CONTROLS: dict[str, tuple[str, Callable[[JointRun], Trained]]] = {
     "averaged": ("two Pilots averaged", averaged),
     "equal_parameters": ("Pilot, equal parameters", equal_parameters),
     "calibrated": ("Pilot, calibrated", calibrated),
+    "tuned": ("Pilot, tuned", tuned),
+    "output_head": ("Pilot with its output head", output_head),
+    "twice": ("Pilot, twice the rounds", twice),
 }
 """Name in the config: name in tables, and how it is trained."""
 WEIGHTS = {"calibrated": 1.0}
@@ -134,15 +179,31 @@ def train_controls(joint: JointRun, run: RunDirectory) -> Iterator[list[Control]
             yield _scored(name, train(joint), joint, run.control(name).predictions)
 
 
-def train_pilot(joint: JointRun, rounds: int, seed: int | None = None, count_every: int = 100) -> Trained:
-    """Train the Pilot without a Copilot for some rounds, one that was frozen with LoRA; on all training rows."""
+def train_pilot(
+    joint: JointRun, rounds: int, seed: int | None = None, count_every: int = 100, rate: float = 1.0,
+    batch_size: int | None = None, free: Callable[[TCopilotModel], None] = lambda model: None,
+) -> Trained:  # fmt: skip
+    """Train the Pilot without a Copilot, one that was frozen with LoRA; on all training rows.
+
+    Args:
+        joint: the run, whose settings it is trained with.
+        rounds: to train for.
+        seed: of weights and order; the run's own unless given.
+        count_every: rounds from one count of FLOPs to the next.
+        rate: factor of the learning rate.
+        batch_size: rows of a round; the run's own unless given.
+        free: given the model, makes further weights trainable.
+    """
     prepared, data = joint.prepared, copy.copy(joint.prepared.data)
     cfg = OmegaConf.merge(joint.cfg, {"copilot": {"enabled": False}, "seed": joint.cfg.seed if seed is None else seed})
+    cfg.pilot.optimizer.lr *= rate
+    data.batch_size = cfg.data.batch_size = batch_size or data.batch_size
     if cfg.pilot.frozen:
         for key, value in _on_a_budget(prepared).items():
             OmegaConf.update(cfg.pilot, key, value, merge=False, force_add=True)
     seed_everything(cfg.seed, workers=True, verbose=False)
     model = build.fused_model(cfg, prepared)
+    free(model)
     module = build.training_module(cfg, model, rounds)
     if rank():
         seed_everything(cfg.seed + rank(), workers=True, verbose=False)  # dropout of its own, as in the joint run
