@@ -134,12 +134,12 @@ def _record(
 def _record_alike(
     recording: Recording, rows: list[Any], pilot: Any, collate: Any, size: int, bar: Callable[[int], None]
 ) -> None:
-    """Record rows of one benchmark; FLOPs are counted in a pass over some, since counting them takes time."""
-    spread = set(range(0, len(rows), -(-len(rows) // size)))
-    some, rest = ([row for place, row in enumerate(rows) if (place in spread) == one] for one in (True, False))
+    """Record rows of one benchmark, in order of length; FLOPs are counted, which takes time, in the pass of the middle."""
+    first = max(0, (len(rows) - size) // 2)
+    middle, rest = rows[first : first + size], rows[:first] + rows[first + size :]
     with FlopCounter() as counter:
-        recording.add(some, pilot, collate, size, bar, flops=lambda: counter.flops / len(some))
-    recording.add(rest, pilot, collate, size, bar, flops=lambda: counter.flops / len(some))
+        recording.add(middle, pilot, collate, size, bar, flops=lambda: counter.flops / len(middle))
+    recording.add(rest, pilot, collate, size, bar, flops=lambda: counter.flops / len(middle))
 
 
 @contextmanager
