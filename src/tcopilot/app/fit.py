@@ -134,7 +134,7 @@ def _record(
 def _record_alike(
     recording: Recording, rows: list[Any], pilot: Any, collate: Any, size: int, bar: Callable[[int], None]
 ) -> None:
-    """Record rows of one benchmark, in order of length; FLOPs are counted, which takes time, in the pass of the middle."""
+    """Record rows of one benchmark, in order of length; FLOPs are counted in the pass of the middle ones."""
     first = max(0, (len(rows) - size) // 2)
     middle, rest = rows[first : first + size], rows[:first] + rows[first + size :]
     with FlopCounter() as counter:

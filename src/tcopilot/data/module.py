@@ -198,8 +198,7 @@ class TCopilotDataModule(LightningDataModule):
             raise DataError("\n".join(dict.fromkeys(complaints)))
         wait = {name: max_new_tokens or self.longest_answer(name) for _, name in self._evaluation}
         self.remarks += judge(self._summary, questions, self._evaluation, self.benchmarks, tokenizer, wait)
-        for remark in self.remarks:
-            log.warning(remark)
+        list(map(log.warning, self.remarks))
         weighed = self.weights is not None and len(train) == len(self.benchmarks)
         weights = [self.weights[name] for name in self.benchmarks] if weighed else None
         self._train = mixture(train or [datasets.Dataset.from_dict({"id": [], "length": []})], weights, self.seed)
@@ -385,8 +384,7 @@ class TCopilotDataModule(LightningDataModule):
             preparer.reserved.update(asked)
         if len(shown.rows) == self.shots:
             return [f"{name}, {shown.where}, {text}; it is to be a shot" for text in refused]
-        here = f"there are no train rows here, and a run gives {len(shown.rows)}"
-        return [f"{name}: data.shots={self.shots} are drawn from train rows; {here}"]
+        return [f"{name}: data.shots={self.shots} are drawn from train rows; there are no train rows here"]
 
     def _note(self, name: str, split: str, rows: list[PreparedRow], figures: Figures, skipped: list[str]) -> None:
         self.skipped[name] += skipped

@@ -8,24 +8,22 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.collate import PromptTargetCollator
-from tcopilot.data.metrics import NLL, CorpusMetric, Metric, show
+from tcopilot.data.metrics import NLL, CorpusMetric
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.likelihood import Likelihood
 from tcopilot.evaluation.modes import LIKELIHOOD, TARGETS, Decoding, Mode, Scored
 from tcopilot.evaluation.predictions import PredictionFiles, claim, digest_of, fingerprint
+from tcopilot.evaluation.progress import progress
 from tcopilot.evaluation.ranking import ItemRanking
 from tcopilot.evaluation.reranking import Reranking
 from tcopilot.evaluation.results import Gain, Row, Selection, direction_and_unit
@@ -47,7 +45,7 @@ from tcopilot.mistake_log.recording import Recording
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.gates import GATES, Observations, build_gate
 from tcopilot.models.pilot import end_ids
-from tcopilot.processes import agree_on, gather, is_first, rank, sum_over_processes, world_size
+from tcopilot.processes import agree_on, gather, rank, sum_over_processes, world_size
 from tcopilot.settings import Rule, is_number, one_of
 from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 
@@ -286,7 +284,7 @@ class Evaluator:
         if len(open_rows) < len(rows):
             log.info("%s: %d of %d rows are answered already", title, len(rows) - len(open_rows), len(rows))
         sums, asked = dict.fromkeys(weights, 0.0), 0
-        with _progress(title, len(ordered)) as bar:
+        with progress(title, len(ordered)) as bar:
             for first in range(0, len(ordered), size):
                 members = ordered[first : first + size]
                 answers = mode.answer(members, weights)
@@ -384,21 +382,3 @@ class Evaluator:
             "benchmark": mode.benchmark.answer_settings(),
             **mode.settings,
         }
-
-
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int, Metric, dict[float, float]], None]]:
-    """A bar with examples per second and the running score; silent where the output is no terminal."""
-    console = Console(stderr=True)
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[state]}", TimeRemainingColumn())
-    silent = not (console.is_terminal and is_first())
-    with Progress(*columns, console=console, transient=True, disable=silent) as bar:
-        task = bar.add_task(title, total=total, state="")
-
-        def advance(rows: int, metric: Metric, means: dict[float, float]) -> None:
-            ends = list(means.items())[:: len(means) - 1 or 1]
-            shown = ", ".join(f"{show(mean, metric.unit, 1)} at λ={weight:g}" for weight, mean in ends)
-            speed = bar.tasks[0].speed or 0.0
-            bar.update(task, advance=rows, state=f"{speed:.1f}/s, {metric.name} {shown}")
-
-        yield advance
