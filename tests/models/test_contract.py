@@ -135,7 +135,11 @@ def test_losses_are_divided_by_the_number_of_items_that_is_given(model, weight):
     model.weight = weight
     given = {"input_ids": IDS, "labels": IDS.masked_fill(torch.arange(12) < 5, -100)}
     mean = model(**given).loss
-    torch.testing.assert_close(model(**given, num_items_in_batch=torch.tensor(42)).loss * 42, mean * 21)
+    items = int((given["labels"] != -100).sum())
+    torch.testing.assert_close(model(**given, num_items_in_batch=torch.tensor(2 * items)).loss * 2, mean)
+    if not model.config.is_encoder_decoder:
+        shifted = torch.nn.functional.pad(given["labels"], (0, 1), value=-100)[:, 1:].contiguous()
+        torch.testing.assert_close(model(IDS, shift_labels=shifted, labels=IDS).loss, mean)
 
 
 # What is returned
@@ -154,6 +158,9 @@ def test_states_tuples_and_chosen_logits_are_returned_as_the_pilot_returns_them(
     assert {name for name in found if name.endswith(("hidden_states", "attentions"))} == names
     for name in names:
         assert all(torch.equal(*pair) for pair in zip(found[name], expected[name], strict=True)), name
+    some = model(**given, output_hidden_states=[0, -1])
+    some = some["decoder_hidden_states" if model.config.is_encoder_decoder else "hidden_states"]
+    assert [state is None for state in some] == [False, True, True, True, False]
     assert torch.equal(model(**given, return_dict=False)[0], model(**given).logits)
     decoded = eager.generate(
         IDS, GenerationConfig(max_new_tokens=3, min_new_tokens=3, num_beams=2), return_dict_in_generate=True, **asked
@@ -312,6 +319,9 @@ def test_guidance_embeds_and_positional_settings_decode_as_the_stock_class_would
 
 
 def test_gradient_checkpointing_changes_no_gradient(model):
+    if not model.config.is_encoder_decoder:
+        with pytest.raises(ValueError, match="use_reentrant=True: the layers of this Copilot read the log"):
+            model.activation_checkpointing_enable({"use_reentrant": True})
     labels = IDS.masked_fill(torch.arange(12) < 5, -100)
     found = []
     for checkpointed in (False, True):

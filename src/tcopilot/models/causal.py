@@ -18,7 +18,7 @@ from tcopilot.models.fused_model import TCopilotModel, beside_logits, cross_entr
 from tcopilot.models.generation import FusedGenerationMixin
 from tcopilot.models.prefix import can_share, run_after_prefix
 from tcopilot.models.prefix import position_ids as count_positions
-from tcopilot.models.target_start import TargetColumns, find_starts
+from tcopilot.models.target_start import IGNORED_LABEL, TargetColumns, find_starts
 
 TEXT = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"}  # what a prefix changes
 
@@ -42,7 +42,7 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
         position_ids: Tensor | None = None, past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
         target_start: int | Tensor | None = None, assistant_masks: Tensor | None = None,
-        output_hidden_states: bool | None = None, output_attentions: bool | None = None,
+        shift_labels: Tensor | None = None, output_hidden_states: Any = None, output_attentions: bool | None = None,
         num_items_in_batch: Tensor | int | None = None, weights_B: Tensor | None = None, copies: int = 1,
         prefix: int = 0, output_corrections: bool = False, **kwargs: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
@@ -65,7 +65,8 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
             target_start: M, the column of the first target in the whole text, or one for each row [B]. A column behind
                 the text, with a cache, says that the prompt goes on.
             assistant_masks: [B, M + K], 1 where a token is the assistant's, as chat templates return it.
-            output_hidden_states: also return the Pilot's.
+            shift_labels: the same as `labels`, moved to the positions that predict them; they take their place.
+            output_hidden_states: also return the Pilot's, of all layers or of those with these indices.
             output_attentions: also return the Pilot's.
             num_items_in_batch: what the sum of all losses is divided by; None divides by the labels of this batch.
             weights_B: λ of each row, in place of the model's one.
@@ -75,6 +76,8 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
             output_corrections: also return log p̂ and f^C; the Copilot then runs at λ = 0 too.
             **kwargs: further arguments of the Pilot.
         """
+        if shift_labels is not None:
+            labels = torch.nn.functional.pad(shift_labels, (1, 0), value=IGNORED_LABEL)[:, :-1]
         asked = self._asked(output_hidden_states, output_attentions)
         copies, prefix = (1, 0) if asked else (copies, prefix)
         alone = self._is_pilot_only(weights_B) and not output_corrections
@@ -90,7 +93,8 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
         goes_on = bool(past) and not alone and _goes_on(cache.start, target_start)
         is_prompt = cache is not None and isinstance(target_start, int) and target_start > length
         if alone or is_prompt:
-            out = self._run_pilot(prefix, given, labels, num_items_in_batch)
+            losses = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            out = self._run_pilot(prefix, given, losses)
             self._only_pilot_read(out, cache, input_ids, past)
             (out.logits,) = repeat(copies, out.logits, cache=cache)
             return out
@@ -123,10 +127,7 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
         fused_BNV = text.in_place(fused_BNV, pilot_BNV)
         if logits.shape[1] > text.count:
             fused_BNV = torch.cat([logits[:, : -text.count].float(), fused_BNV], dim=1)
-        loss = None
-        if labels is not None:
-            predicted = fused_BNV.shape[1] - 1
-            loss = cross_entropy(fused_BNV[:, :-1], labels[:, labels.shape[1] - predicted :], num_items_in_batch)
+        loss = None if labels is None else _loss(fused_BNV, labels, shift_labels, num_items_in_batch)
         extra = {}
         if output_corrections:
             extra["pilot_log_probs"] = text.in_place(log_probs_BNV, pilot_BNV.float().log_softmax(-1))
@@ -136,13 +137,10 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
             **beside_logits(out, asked), **extra,
         )  # fmt: skip
 
-    def _run_pilot(self, prefix: int, given: dict[str, Any], labels: Tensor | None, items: Tensor | int | None):
+    def _run_pilot(self, prefix: int, given: dict[str, Any], losses: dict[str, Any]) -> CausalLMOutputWithPast:
         """The Pilot's own answer."""
-        if labels is None:
-            return self._read(prefix, given)[0]
-        if items is None:
-            return self.pilot(**given, labels=labels)
-        return self.pilot(**given, labels=labels, num_items_in_batch=items)
+        losses = {name: value for name, value in losses.items() if value is not None}
+        return self.pilot(**given, **losses) if "labels" in losses else self._read(prefix, given)[0]
 
     def _begin(
         self, text: TargetColumns, past: int, prefix: int, given: dict[str, Any], tokens: Tensor,
@@ -175,6 +173,14 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
             )
         out = self.pilot(**given)
         return out, out.hidden_states and out.hidden_states[0]
+
+
+def _loss(fused_BNV: Tensor, labels_BT: Tensor, shift_labels_BT: Tensor | None, items: Tensor | int | None) -> Tensor:
+    """The cross-entropy of the last columns' logits with the tokens that follow them."""
+    next_BT = shift_labels_BT
+    if next_BT is None:
+        fused_BNV, next_BT = fused_BNV[:, :-1], labels_BT[:, 1:]
+    return cross_entropy(fused_BNV, next_BT[:, next_BT.shape[1] - fused_BNV.shape[1] :], items)
 
 
 def _goes_on(start: int | None, target_start: int | Tensor | None) -> bool:

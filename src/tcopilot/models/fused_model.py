@@ -150,14 +150,11 @@ class TCopilotModel(FusedPreTrainedModel):
             cache.forget_copilot()
             out.past_key_values = cache
 
-    def _asked(self, hidden_states: bool | None, attentions: bool | None) -> dict[str, bool]:
-        """Which states of the Pilot are to be returned, by this call or by the config."""
+    def _asked(self, hidden_states: Any, attentions: bool | None) -> dict[str, Any]:
+        """Which states of the Pilot this call or the config asks for: all, or those of some layers."""
         asked = {"output_hidden_states": hidden_states, "output_attentions": attentions}
-        return {
-            name: True
-            for name, given in asked.items()
-            if (getattr(self.config, name, False) if given is None else given)
-        }
+        asked = {name: getattr(self.config, name, None) if given is None else given for name, given in asked.items()}
+        return {name: given for name, given in asked.items() if given is not None and given is not False}
 
     def _pooled(self, out: ModelOutput, positions: slice = slice(None)) -> Tensor | None:
         """h̄ of the targets; None without a Copilot to read it."""
@@ -204,10 +201,16 @@ class TCopilotModel(FusedPreTrainedModel):
         return self.fusion.fuse(log_probs_BNV, corrections_BNV, weight, pilot_BNV.float())
 
 
-def beside_logits(out: ModelOutput, asked: dict[str, bool]) -> dict[str, Any]:
+def beside_logits(out: ModelOutput, asked: dict[str, Any]) -> dict[str, Any]:
     """The Pilot's hidden states and attentions in its output, as far as they are asked for."""
     kinds = tuple(name.removeprefix("output_") for name in asked)
-    return {name: value for name, value in out.items() if kinds and name.endswith(kinds)}
+    found = {name: value for name, value in out.items() if kinds and name.endswith(kinds)}
+    if (layers := asked.get("output_hidden_states", True)) is not True:
+        layers = [layers] if isinstance(layers, int) else layers
+        for name in [name for name in found if name.endswith("hidden_states")]:
+            chosen = {layer % len(found[name]) for layer in layers}
+            found[name] = tuple(state if layer in chosen else None for layer, state in enumerate(found[name]))
+    return found
 
 
 def cross_entropy(logits_BNV: Tensor, labels_BN: Tensor, items: Tensor | int | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from transformers.utils import output_capturing
 from tcopilot.models.adapters import merged_weights
 from tcopilot.models.base_copilot import BaseCopilot
 from tcopilot.models.configuration import TCopilotConfig
+from tcopilot.models.families import is_cross_attending
 from tcopilot.models.kinds import resize_vocabulary
 
 ATTENTION = ("eager", "sdpa")
@@ -49,12 +50,27 @@ class FusedPreTrainedModel(PreTrainedModel):
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize both models' vocabulary; arguments as in transformers. New tokens are not corrected at first."""
         embeddings = self.pilot.resize_token_embeddings(*args, **kwargs)
-        self.config.pilot.vocab_size = embeddings.num_embeddings
+        self.vocab_size = self.config.pilot.vocab_size = embeddings.num_embeddings
         if self.copilot is not None:
             resize_vocabulary(self.copilot, embeddings.num_embeddings)
             self.config.copilot = self.copilot.config.to_dict()
         self.static_decoder = None
         return embeddings
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """Recompute activations in the backward pass of both models; arguments as in transformers.
+
+        Raises:
+            ValueError: for re-entrant checkpoints, which lose the gradient of what a layer reads beside its input.
+        """
+        reads_log = self.copilot is not None and self.copilot.body is not None
+        reads_log = reads_log and not is_cross_attending(self.copilot.body)
+        if reads_log and (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True: the layers of this Copilot read the log beside their input, and re-entrant "
+                "checkpoints lose its gradient; leave it out, or use False"
+            )
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
     def enable_input_require_grads(self) -> None:
         """Let gradients begin at the embedded text; by a hook that can be pickled, other than transformers' own."""

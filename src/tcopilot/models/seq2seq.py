@@ -45,7 +45,7 @@ class TCopilotForSeq2SeqLM(TCopilotModel, FusedGenerationMixin):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None, decoder_attention_mask: Tensor | None = None,
         encoder_outputs: Any = None, past_key_values: Cache | None = None, labels: Tensor | None = None,
-        use_cache: bool | None = None, output_hidden_states: bool | None = None,
+        use_cache: bool | None = None, output_hidden_states: Any = None,
         output_attentions: bool | None = None, num_items_in_batch: Tensor | int | None = None,
         weights_B: Tensor | None = None, copies: int = 1, output_corrections: bool = False, **kwargs: Any,
     ) -> Seq2SeqLMOutput:  # fmt: skip
