@@ -300,6 +300,10 @@ def test_rows_of_several_texts_are_refused(llama):
     for packed in ({"position_ids": positions, "labels": IDS}, {"attention_mask": torch.ones(3, 1, 12, 12).tril()}):
         with pytest.raises(ValueError, match="a fused model reads one text a row"):
             llama(IDS, **packed)
+    mask = (torch.arange(12) >= 4).long().expand(3, -1)
+    padded = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)}
+    labels = IDS.masked_fill(torch.arange(12) < 6, -100)
+    torch.testing.assert_close(llama(IDS, **padded, labels=labels).loss, llama(IDS[:, 4:], labels=labels[:, 4:]).loss)
 
 
 @torch.no_grad()

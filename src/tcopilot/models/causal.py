@@ -203,8 +203,11 @@ def _tokens(embeds_BNP: Tensor, labels_BN: Tensor | None, text: TargetColumns, l
 def _check_rows(mask: Tensor | None, positions_BT: Tensor | None, labels_BT: Tensor | None) -> None:
     """Refuse rows of several texts, of which a Copilot would read one as the prompt of another."""
     is_packed = mask is not None and mask.dim() != 2
-    if labels_BT is not None and positions_BT is not None:
-        is_packed = is_packed or bool((positions_BT.diff(dim=-1) < 0).any())
+    if labels_BT is not None and positions_BT is not None and not is_packed:
+        begins_anew = positions_BT.diff(dim=-1) < 0
+        if mask is not None and mask.shape[1] == positions_BT.shape[-1]:
+            begins_anew = begins_anew & mask[:, :-1].bool()  # padding may have any position
+        is_packed = bool(begins_anew.any())
     if is_packed:
         raise ValueError(
             "a mask of more than two dimensions, or positions that begin anew within a row: a fused model reads one "
