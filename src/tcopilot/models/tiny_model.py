@@ -65,6 +65,7 @@ class TinyModel:
     """A tiny random model of a family, in evaluation and float32, and inputs for it."""
 
     config: PreTrainedConfig
+    attention: str | None = None  # None is what the family runs with by default
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -73,7 +74,7 @@ class TinyModel:
         weights = sum(weight.numel() for weight in families.skeleton(self.config).parameters())
         if weights > MOST_WEIGHTS:
             raise ValueError(f"its config tells sizes by other names: {weights:,} weights remain")
-        model = auto.from_config(self.config, dtype=torch.float32, attn_implementation="eager").eval()
+        model = auto.from_config(self.config, dtype=torch.float32, attn_implementation=self.attention).eval()
         for parameter in model.parameters():
             if parameter.requires_grad:  # sinusoids are weights of some families, which make them again on loading
                 parameter.normal_(std=0.3)
@@ -122,7 +123,7 @@ class TinyModel:
         config = families.decoder_config(self.model.config)
         values = {**config.to_dict(), "model_type": config.model_type}
         body = families.build_body(families.body_config_from_dict(values)).eval()
-        body.set_attn_implementation("eager")
+        body.set_attn_implementation(self.model.config._attn_implementation)
         families.load_decoder_weights(body, self.model)
         return body
 
