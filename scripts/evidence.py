@@ -66,7 +66,7 @@ def grid(
                         program, given = "train.py", [f"experiment=[{experiments}]"] if experiments else []
                         given += [f"seed={seed}"]
                         given += [text for level in (part, about, extra) for text in level.get("overrides", [])]
-                        controls = about.get("controls", part["controls"]) if arm == DEFAULT else []
+                        controls = extra.get("controls", part["controls"] if arm == DEFAULT else [])
                         given += [f"control=[{','.join(controls)}]"] if controls else []
                     known = {**places, "{default}": str(home / DEFAULT / str(seed)), "{seed}": str(seed)}
                     if after := about.get("after"):
@@ -109,7 +109,8 @@ def evidence(settings: dict[str, Any], preset: str, folder: Path) -> tuple[list[
                 arms.setdefault(job.arm, []).extend(find_runs([job.folder]).runs)
         if DEFAULT in arms:
             titles = {name: title for name, (title, _) in CONTROLS.items()}
-            tasks += gather(f"{preset}, {part}: {task}", arms, titles)
+            hidden = {arm for arm, extra in settings["arms"].items() if "controls" in extra}
+            tasks += gather(f"{preset}, {part}: {task}", arms, titles, hidden)
     return tasks, not_done(jobs, folder)
 
 

@@ -7,7 +7,7 @@ answered, paired by seed and row. Where seeds share a row, its scores under all 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tcopilot.data.metrics import NLL, SHARE, scale, show_difference
@@ -76,13 +76,16 @@ class TaskEvidence:
         return next((line for line in self.lines if line.name == name), None)
 
 
-def gather(name: str, arms: Mapping[str, Sequence[FinishedRun]], controls: Mapping[str, str]) -> list[TaskEvidence]:
+def gather(
+    name: str, arms: Mapping[str, Sequence[FinishedRun]], controls: Mapping[str, str], hidden: Container[str] = ()
+) -> list[TaskEvidence]:
     """Read the runs of a task; each of its benchmarks is a table of its own.
 
     Args:
         name: of the task.
         arms: finished runs by arm, one for each seed; `default` among them.
-        controls: folder of a control to its name in `results.json`; they stand in the default arm's runs.
+        controls: folder of a control to its name in `results.json`; they stand in the runs of any arm.
+        hidden: arms without a line of their own, which are there for their controls.
 
     Raises:
         ValueError: if a run has no comparison of a benchmark, or answered other rows than the default arm's.
@@ -93,10 +96,12 @@ def gather(name: str, arms: Mapping[str, Sequence[FinishedRun]], controls: Mappi
     deciding, found = first.row_wise(), []
     for benchmark, gain in reversed(deciding.items()):
         metric, lower = gain.metric, not gain.higher_is_better
-        lines = [_line(arm, runs, benchmark, metric) for arm, runs in arms.items() if runs]
+        lines = [_line(arm, runs, benchmark, metric) for arm, runs in arms.items() if runs and arm not in hidden]
         lines.sort(key=lambda line: line.name != DEFAULT)
         for folder, title in controls.items():
-            if runs := [run for run in arms[DEFAULT] if any(c.name == title for c in run.results.controls)]:
+            beside = (run for runs in arms.values() for run in runs)
+            having = [run for run in beside if any(control.name == title for control in run.results.controls)]
+            if runs := list({run.results.seed: run for run in having}.values()):
                 lines.append(_line(title, runs, benchmark, metric, folder))
         for line in lines:
             line.gain, _ = _compared(line.pilot, line.scores, lower)
