@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -61,10 +62,17 @@ def _found_out(question: Callable[[TinyModel], Any], tiny: PreTrainedConfig) -> 
     """The answer for a tiny model, which is the same for all checkpoints whose configs differ in sizes only."""
     key = f"{question.__name__} {sorted(tiny.to_dict().items(), key=str)}"
     if key not in _found:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), _silence():
+        with _as_usual(), _silence(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             _found[key] = question(TinyModel(copy.deepcopy(tiny)))
     return _found[key]
+
+
+@contextmanager
+def _as_usual() -> Iterator[None]:
+    """Compute with real numbers on the CPU, also where someone asks who only wants shapes, or half precision."""
+    with _disable_current_modes(), torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
 
 
 @contextmanager
