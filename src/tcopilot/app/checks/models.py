@@ -23,7 +23,8 @@ def source_problems(cfg: DictConfig, *sources: ModelSource | None) -> list[str]:
     problems = []
     for source in filter(None, sources):
         found: list[str] = []
-        attempt(found, lambda source=source: check_family(source.model_config, takes_layers), source.key)
+        key = source.key if source.path else f"{source.key}.config"
+        attempt(found, lambda source=source: check_family(source.model_config, takes_layers), key)
         problems += found or _size_problems(source)
     return problems
 
