@@ -579,7 +579,7 @@ MODELS = {  # a change to a good folder of a small Llama
     "another family": (edit_json("config.json", model_type="mamba"), ("'mamba' is not supported",)),
     "no family": (edit_json("config.json", model_type=None, architectures=None), ("model_type",)),
     "width is text": (edit_json("config.json", hidden_size="big"), ("hidden_size",)),
-    "negative width": (edit_json("config.json", hidden_size=-16), ("cannot read it",)),
+    "negative width": (edit_json("config.json", hidden_size=-16), (".path=", "negative dimension -16")),
     "heads do not divide": (edit_json("config.json", num_key_value_heads=3), ("num_key_value_heads=3", "divisor")),
     "another width": (edit_json("config.json", hidden_size=32), ("shape", "config.json", "do not belong together")),
     "fewer words": (edit_json("config.json", vocab_size=100), ("259 words", "100 rows")),

@@ -23,7 +23,7 @@ def source_problems(cfg: DictConfig, *sources: ModelSource | None) -> list[str]:
     problems = []
     for source in filter(None, sources):
         found: list[str] = []
-        key = source.key if source.path else f"{source.key}.config"
+        key = f"{source.key}.config" if source.path is None else f"{source.key}.path={source.path}"
         attempt(found, lambda source=source: check_family(source.model_config, takes_layers), key)
         problems += found or _size_problems(source)
     return problems
