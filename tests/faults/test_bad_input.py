@@ -155,7 +155,7 @@ CONFIGS = {
     "no fusion space": given("fusion.rule=null", says=("fusion.rule=None", "fusion=<name>")),
     "no feedback": given("fusion.feedback=null", says=("fusion.feedback=None", "observed, own")),
     "modes are text": given("evaluation.modes=generation", says=("evaluation.modes=generation", "a list of")),
-    "unknown mode": given("evaluation.modes=[guess]", says=("evaluation.modes=['guess']", "generation, likelihood")),
+    "unknown mode": given("evaluation.modes=[guess]", says=("evaluation.modes=['guess']", "generation, reranking")),
     "a mode twice": given("evaluation.modes=[generation,generation]", says=("evaluation.modes", "a list of")),
     "reranking of one": given("evaluation.modes=[reranking]", says=("reranking", "use 2 or more")),
     "modes without answers": given("evaluation.modes=[likelihood]", says=("word_problems has no options", "add gen")),

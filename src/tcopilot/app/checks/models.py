@@ -24,8 +24,10 @@ def source_problems(cfg: DictConfig, *sources: ModelSource | None) -> list[str]:
     for source in filter(None, sources):
         found: list[str] = []
         key = f"{source.key}.config" if source.path is None else f"{source.key}.path={source.path}"
-        attempt(found, lambda source=source: check_family(source.model_config, takes_layers), key)
-        problems += found or _size_problems(source)
+        attempt(found, lambda source=source, found=found: found.extend(_size_problems(source)), key)
+        if not found:
+            attempt(found, lambda source=source: check_family(source.model_config, takes_layers), key)
+        problems += found
     return problems
 
 
