@@ -84,7 +84,7 @@ def gather(
     Args:
         name: of the task.
         arms: finished runs by arm, one for each seed; `default` among them.
-        controls: folder of a control to its name in `results.json`; they stand in the runs of any arm.
+        controls: folder of a control to its name in `results.json`; they stand in the runs of the default arm, or of a hidden one.
         hidden: arms without a line of their own, which are there for their controls.
 
     Raises:
@@ -99,7 +99,7 @@ def gather(
         lines = [_line(arm, runs, benchmark, metric) for arm, runs in arms.items() if runs and arm not in hidden]
         lines.sort(key=lambda line: line.name != DEFAULT)
         for folder, title in controls.items():
-            beside = (run for runs in arms.values() for run in runs)
+            beside = (run for arm, runs in arms.items() if arm == DEFAULT or arm in hidden for run in runs)
             having = [run for run in beside if any(control.name == title for control in run.results.controls)]
             if runs := list({run.results.seed: run for run in having}.values()):
                 lines.append(_line(title, runs, benchmark, metric, folder))
