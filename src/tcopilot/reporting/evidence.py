@@ -84,7 +84,7 @@ def gather(
     Args:
         name: of the task.
         arms: finished runs by arm, one for each seed; `default` among them.
-        controls: folder of a control to its name in `results.json`; they stand in the runs of the default arm, or of a hidden one.
+        controls: folder of a control to its name in `results.json`, of the default arm's runs or a hidden one's.
         hidden: arms without a line of their own, which are there for their controls.
 
     Raises:
