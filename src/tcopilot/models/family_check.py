@@ -228,6 +228,10 @@ class _Pair(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Both are there."""
 
+    def should_save_on_this_rank(self, is_main_process: bool) -> bool:
+        """Each process tries for itself."""
+        return True
+
 
 def _gradients(trial: TinyModel) -> None:
     inputs_BTC, log_BTC = (trial.inputs_BTC.clone().requires_grad_() for _ in range(2))
