@@ -155,6 +155,16 @@ def test_without_answers_a_copilot_is_fitted_and_judged_in_seconds_and_answers_l
         assert figures[0] == pytest.approx(figures[1], rel=1e-4)
 
 
+def test_a_run_is_evaluated_anew_by_reranking_the_pilots_beams(first, tmp_path):
+    folder = composed.evaluate(first, tmp_path, "evaluation=reranking", "fusion.weight=[0,1]")
+    found = composed.results(folder)
+    for weight in (0.0, 1.0):
+        file = folder / "predictions" / f"test-word_problems-reranking-weight={weight:g}.jsonl"
+        said = [json.loads(line)["scores"]["accuracy"] for line in file.read_text().splitlines()]
+        assert composed.value(found, "test", "accuracy", weight) == pytest.approx(sum(said) / len(said))
+    assert (folder / "predictions" / "answers.csv").exists()
+
+
 def test_options_are_chosen_from_a_recording_as_by_the_pilot(pilot, tmp_path):
     rows = [{"q": f"what is {n}", "o": [f"{n}", f"{n + 1}", "no"], "a": n % 3} for n in range(40)]
     for split, part in (("train", rows[:24]), ("validation", rows[24:32]), ("test", rows[32:])):

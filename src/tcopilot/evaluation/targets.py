@@ -19,6 +19,10 @@ EXACT = Metric("exact")
 greedy decoding give precisely the target."""
 
 
+NOT_DECODED = "(another text, not decoded)"
+"""What stands in tables for an answer that is only known to differ from the target."""
+
+
 class Targets(TeacherForced):
     """Score each row's target: `exact`, and its mean `nll` per token."""
 
@@ -38,11 +42,12 @@ class Targets(TeacherForced):
             nll_B = nll_BN.sum(-1) / mask_BN.sum(-1).clamp_min(1)
             scores = zip(exact_B.tolist(), nll_B.tolist(), strict=True)
             found[weight] = [
-                about(row) | {"prediction": "", "scores": {EXACT.name: exact, NLL.name: nll}}
+                about(row)
+                | {"prediction": row["target"] if exact else NOT_DECODED, "scores": {EXACT.name: exact, NLL.name: nll}}
                 for row, (exact, nll) in zip(rows, scores, strict=True)
             ]
         return found
 
     def read(self, prediction: Prediction) -> Answer:
-        """Nothing was said; only whether it would have been right is known."""
-        return Answer("", None, prediction["target"], prediction["scores"][EXACT.name] == 1.0)
+        """Only whether the answer would have been the target is known."""
+        return Answer(prediction["prediction"], None, prediction["target"], prediction["scores"][EXACT.name] == 1.0)

@@ -196,7 +196,8 @@ def train_pilot(
     """
     prepared, data = joint.prepared, copy.copy(joint.prepared.data)
     cfg = OmegaConf.merge(joint.cfg, {"copilot": {"enabled": False}, "seed": joint.cfg.seed if seed is None else seed})
-    cfg.pilot.optimizer.lr *= rate
+    if rate != 1.0:
+        cfg.pilot.optimizer.lr *= rate  # which an optimiser of one's own may not have
     data.batch_size = cfg.data.batch_size = batch_size or data.batch_size
     if cfg.pilot.frozen:
         for key, value in _on_a_budget(prepared).items():
