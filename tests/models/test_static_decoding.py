@@ -77,6 +77,9 @@ def test_one_compilation_serves_every_weight_and_texts_of_similar_length(fuse, p
             for given, length in ((tokens, 7), (shorter, 5)):
                 assert torch.equal(decode(model, given, length, **COMPILED), decode(model, given, length))
     assert model.static_decoder is decoder
+    with torch._dynamo.config.patch(recompile_limit=1):  # which counts for each decoder alone
+        assert torch.equal(decode(model, tokens, 70, **COMPILED), decode(model, tokens, 70))
+    assert model.static_decoder is not decoder
 
 
 @pytest.mark.slow

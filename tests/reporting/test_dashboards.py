@@ -15,14 +15,15 @@ import pandas as pd
 import pytest
 import small_training as training
 import torch
-import wandb
-from wandb.proto import wandb_internal_pb2
 
 from tcopilot.evaluation.outcomes import answers_table
 from tcopilot.evaluation.results import Gain, Results, Row
 from tcopilot.reporting.dashboards import SHOWN, side_by_side
 from tcopilot.training.loggers import has_credentials
 from tcopilot.training.module import TCopilotModule, TrainingDivergedError
+
+wandb = pytest.importorskip("wandb")
+wandb_internal_pb2 = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 
 PAGE = (composed.ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 GPU_ONLY = {"memory/gpu_peak_mib"}

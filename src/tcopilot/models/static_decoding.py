@@ -8,6 +8,8 @@ Shapes: B batch, T tokens of prompt and answer, M source length, N steps, K erro
 V vocabulary.
 """
 
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -123,7 +125,7 @@ class StaticDecoder:
             output_B1P = in_place(mask_B11M.new_zeros(rows, 1, model.config.pilot.hidden_size))
             output = BaseModelOutput(last_hidden_state=output_B1P)
             self.encoder = {"attention_mask": in_place(mask_B11M), "encoder_outputs": output}
-        self._step = _step if compiler is None else torch.compile(_step, isolate_recompiles=True, **compiler)
+        self._step = _step if compiler is None else torch.compile(_with_own_code(_step), **compiler)
 
     @staticmethod
     def key_of(cache: Cache, answer: int, compiler: dict[str, Any] | None) -> tuple:
@@ -236,6 +238,11 @@ def _ready_decoder(model, cache: Cache, answer: int, config: GenerationConfig, m
         decoder = model.static_decoder = StaticDecoder(model, cache, mask_BM, answer, compiler)
     decoder.fill(model, cache, mask_BM.bool(), answer, model_kwargs.get("weights_B"))
     return decoder
+
+
+def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Copy a function, for torch limits how often it compiles one piece of code, and each decoder compiles its own."""
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
 
 
 def _block(compiler: dict[str, Any] | None) -> int:
