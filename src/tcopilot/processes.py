@@ -7,10 +7,12 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 PARENT = "TCOPILOT_PARENT"  # environment variable: the process that starts the others of a job
@@ -174,6 +176,19 @@ def sum_over_processes(value: Tensor) -> Tensor:
     total = value.to(torch.device("cuda", torch.cuda.current_device()) if gpu else value.device, copy=True)
     distributed.all_reduce(total)
     return total.to(value.device)
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Put the sum over all processes in the place of each gradient."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = sum_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(piece.view_as(gradient))
+
+
+def undivided(value: Tensor) -> Tensor:
+    """Return a tensor that may be divided among the processes as a plain one; all of them must call this."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _on() -> bool:

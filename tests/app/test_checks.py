@@ -42,7 +42,17 @@ BAD = {  # overrides, and what the message must say: key, value and the way out
     "fp16": (["trainer.precision=16-mixed"], ["trainer.precision=16-mixed", "loss scaler", "bf16-mixed or 32-true"]),
     "precision": (["trainer.precision=64-true"], ["trainer.precision=64-true", "32-true, bf16-mixed"]),
     "deepspeed": (["trainer.strategy=deepspeed"], ["trainer.strategy=deepspeed", "two optimisers", "ddp"]),
-    "fsdp": (["trainer.strategy=fsdp"], ["trainer.strategy=fsdp", "two optimisers", "ddp"]),
+    "fsdp alone": (["trainer.strategy=fsdp"], ["trainer.devices=1 with trainer.strategy=fsdp", "trainer=gpu"]),
+    "fsdp": (
+        [
+            *("trainer=two_ranks", "trainer.strategy=fsdp", "compile=true", "control=equal_time"),
+            *("optimizer@pilot.optimizer=adamw_8bit", "data.eval_batch_size=1"),
+        ],
+        [
+            *("compile=True with trainer.strategy=fsdp", "use compile=false", "control=equal_time", "copilot=none"),
+            *("pilot.optimizer._target_=bitsandbytes", "optimizer@pilot.optimizer=adamw;", "data.eval_batch_size=1"),
+        ],
+    ),
     "no device": (["trainer.devices=0"], ["trainer.devices=0", "at least 1"]),
     "micro batch": (["pilot.micro_batch_size=7"], ["pilot.micro_batch_size=7", "batch_size=16", "a divisor of 16"]),
     "devices": (["trainer.devices=3"], ["data.batch_size=16", "3 processes", "trainer.devices"]),

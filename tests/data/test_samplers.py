@@ -1,10 +1,10 @@
-from itertools import chain
+from itertools import chain, product
 
 import numpy as np
 import pytest
 
 from tcopilot.data import DataError
-from tcopilot.data.samplers import RoundSampler, rank_slice
+from tcopilot.data.samplers import RoundSampler, rank_batches, rank_slice
 
 
 def test_a_pass_has_every_row_and_the_next_pass_another_order():
@@ -32,6 +32,15 @@ def test_two_ranks_together_see_what_one_process_sees():
     one = list(RoundSampler(50, 8, 20, seed=1, lengths=range(50)))
     two = [list(RoundSampler(50, 8, 20, seed=1, lengths=range(50), rank=rank, world_size=2)) for rank in (0, 1)]
     assert [left + right for left, right in zip(*two, strict=True)] == one
+
+
+def test_ranks_have_equally_many_batches_of_rows_that_are_each_in_one():
+    for rows, size, ranks in product(range(3, 30), (2, 3, 4), (1, 2, 3)):
+        shares = [rank_batches(rows, size, rank, ranks) for rank in range(ranks)]
+        assert len({len(batches) for batches in shares}) == 1
+        assert sorted(chain(*chain(*shares))) == list(range(rows))
+        assert all(1 <= len(batch) <= size for batch in chain(*shares))
+    assert [list(batch) for batch in rank_batches(5, 2, 0, 1)] == [[0, 1], [2, 3], [4]]
 
 
 def test_the_state_is_the_number_of_batches_and_goes_on_at_the_next():

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -43,8 +44,9 @@ def trained(folder: Path, *overrides: str) -> Path:
 def job_of_two(*overrides: str, of_rank: str = "") -> list[CompletedProcess[str]]:
     """Two processes as a cluster would start them; `of_rank` is a key that each gives its own rank."""
     place = {"NODE_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500 + os.getpid() % 1000}
+    given = overrides if overrides[0].startswith("resume=") else (*SMALL, "trainer=two_ranks", *overrides)
     job = [
-        composed.start("train.py", *SMALL, "trainer=two_ranks", *overrides, *own, LOCAL_RANK=rank, **place)
+        composed.start("train.py", *given, *own, LOCAL_RANK=rank, **place)
         for rank, own in enumerate([[f"{of_rank}={rank}"] for rank in (0, 1)] if of_rank else [[], []])
     ]
     return [process.wait(timeout=200) for process in job]
@@ -98,6 +100,40 @@ def test_two_processes_train_what_one_trains(variant, tmp_path, monkeypatch):
         for weight in (0.0, 0.5, 1.0):
             ids = [row["id"] for row in composed.predictions(two, split, weight)]
             assert len(ids) == len(set(ids)) == rows
+
+
+DIVIDED = {
+    "all weights trained": ["data.benchmarks.word_problems.validation=25", "data.eval_batch_size=12"],
+    "adapters": [*LLAMA, "adapter@pilot.adapter=lora", "log_storage@mistake_log.log.storage=frozen_head"],
+}
+"""With 25 validation rows one process has 13, in two batches, and the other 12, in one that is halved."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", DIVIDED)
+def test_a_pilot_divided_among_processes_is_trained_resumed_and_exported_as_a_whole_one(
+    variant, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(run, "budget", lambda *_: None)
+    given = DIVIDED[variant] + (["pilot.adapter.dropout=0"] if variant == "adapters" else [])
+    one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
+    trained(one, *given)
+    states = ["pilot.micro_batch_size=4", "callbacks.checkpoint.every_n_rounds=4", "callbacks.checkpoint.keep=3"]
+    done = job_of_two(*given, *states, "trainer.strategy=fsdp", f"paths.run_dir={two}")
+    assert [process.returncode for process in done] == [0, 0], done[0].stdout + done[0].stderr
+    assert_same(one, two)
+
+    shutil.copytree(two / "checkpoints" / "round=4", resumed / "checkpoints" / "round=4")
+    for name in ("config.yaml", "metrics.csv"):
+        shutil.copy(two / name, resumed)
+    undivided = ["trainer.strategy=ddp"] if variant == "adapters" else []
+    done = job_of_two(f"resume={resumed}", *undivided)
+    assert [process.returncode for process in done] == [0, 0], done[0].stdout + done[0].stderr
+    assert_same(two, resumed)
+    if not undivided:
+        assert metrics(resumed) == metrics(two)
+        first, second = (load_file(folder / "export" / "model.safetensors") for folder in (two, resumed))
+        assert all(first[name].equal(second[name]) for name in first)
 
 
 # Processes that were not started alike -----------------------------------------------------------------------------

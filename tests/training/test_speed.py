@@ -28,8 +28,7 @@ from tcopilot.app.memory.dry_run import Load, measure
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models import error_input
 from tcopilot.models.states import StatePooler, trace_pilot
-from tcopilot.training import chunked_loss
-from tcopilot.training import module as training
+from tcopilot.training import chunked_loss, compilation
 from tcopilot.training.callbacks import FlopCount
 from tcopilot.training.objectives import RootMeanSquaredError, objective_sum
 from tcopilot.training.serialization import pack, unpack
@@ -185,7 +184,7 @@ def test_an_update_of_the_copilot_holds_one_tensor_of_tokens_times_vocabulary(fa
 
 
 def test_an_empty_library_in_the_compilers_cache_is_removed_and_no_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "cache_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(compilation, "cache_dir", lambda: str(tmp_path))
     for name, content, age in (
         ("killed.so", "", 60),
         ("whole.so", "x", 60),
@@ -194,5 +193,5 @@ def test_an_empty_library_in_the_compilers_cache_is_removed_and_no_other(tmp_pat
     ):
         (tmp_path / name).write_text(content)
         os.utime(tmp_path / name, (time.time() - age,) * 2)
-    training.clear_empty_libraries()
+    compilation.clear_empty_libraries()
     assert {path.name for path in tmp_path.iterdir()} == {"whole.so", "linking.so", "empty.txt"}

@@ -42,8 +42,8 @@ from tcopilot.reporting.dashboards import log_evaluation
 from tcopilot.reporting.model_card import model_card
 from tcopilot.run_directory import RunDirectory, write_whole
 from tcopilot.training.checkpoints import checkpoints
+from tcopilot.training.compilation import clear_empty_libraries
 from tcopilot.training.loggers import closing_wandb
-from tcopilot.training.module import clear_empty_libraries
 from tcopilot.version import __version__
 
 log = logging.getLogger(__name__)

@@ -21,6 +21,7 @@ from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.settings import FLAG, Rule, is_number, is_whole, one_of, problems, whole
 from tcopilot.training.callbacks import MistakeLogCallback
 from tcopilot.training.checkpoints import SafeCheckpointIO
+from tcopilot.training.sharding import ShardingStrategy
 
 FIXED = {"max_epochs": 1, "min_epochs": 0, "enable_checkpointing": False, "use_distributed_sampler": False}
 """One Lightning epoch is the whole budget of rounds; a minimum of 0 lets a clean stop end it early."""
@@ -36,7 +37,7 @@ UNUSABLE = {  # arguments of Lightning's Trainer that a config cannot give, and 
     "gradient_clip_val": "set pilot.clip and copilot.clip",
     "gradient_clip_algorithm": "set pilot.clip and copilot.clip",
 }
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
 
 
 def _are_devices(value: Any) -> bool:
@@ -63,7 +64,7 @@ SETTINGS = {
     ),
     "strategy": Rule(
         lambda value: value in STRATEGIES,
-        f"use one of {', '.join(STRATEGIES)}; two optimisers are stepped by hand, which DeepSpeed and FSDP forbid",
+        f"use one of {', '.join(STRATEGIES)}; two optimisers are stepped by hand, which DeepSpeed forbids",
     ),
     "val_check_interval": whole(),
     "limit_val_batches": Rule(_is_number_or_share, "give a number of batches, or a share in [0.0, 1.0]"),
@@ -131,9 +132,11 @@ def make_trainer(cfg: DictConfig, callbacks: list[Callback], log: MistakeLog | N
     """
     if log is not None:
         callbacks = [MistakeLogCallback(log, cfg.mistake_log.every_n_rounds), *callbacks]
+    sharding = {"strategy": ShardingStrategy(process_count(cfg))} if cfg.trainer.strategy == "fsdp" else {}
     try:
         return instantiate(
             cfg.trainer,
+            **sharding,
             **FIXED,
             val_check_interval=min(cfg.trainer.val_check_interval, rounds),  # Lightning refuses a longer one
             callbacks=callbacks,

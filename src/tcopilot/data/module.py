@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError
 from tcopilot.data.collate import HeldOutCollator, PromptTargetCollator, Side
 from tcopilot.data.prepare import SHOWN, Overflow, RowPreparer, StreamedRows, shortened
-from tcopilot.data.samplers import HeldOutSampler, RoundSampler, StreamRounds
+from tcopilot.data.samplers import HeldOutSampler, RoundSampler, StreamRounds, rank_batches
 from tcopilot.data.shots import NumberedRow
 from tcopilot.data.sources import as_stream, mixture
 from tcopilot.data.splits import Split, SplitReader
@@ -275,12 +275,12 @@ class TCopilotDataModule(LightningDataModule):
     def val_dataloader(self) -> StatefulDataLoader:
         """Return the validation rows of all benchmarks in fixed order; ranks take every ``world_size``-th row."""
         self.setup()
-        rank, world_size = self._place
         parts = [self._evaluation.get(("validation", name), []) for name in self.benchmarks]
         # Interleaved in proportion, since training looks at the first batches only.
         places = sorted(((i + 0.5) / len(part), n, i) for n, part in enumerate(parts) for i in range(len(part)))
         rows = [parts[n][i] for _, n, i in places]
-        return StatefulDataLoader(rows[rank::world_size], batch_size=self.eval_batch_size, collate_fn=self.collate)
+        batches = rank_batches(len(rows), self.eval_batch_size, *self._place)
+        return StatefulDataLoader(rows, batch_sampler=batches, collate_fn=self.collate)
 
     def evaluation_rows(self, split: str, benchmark_name: str) -> list[PreparedRow]:
         """Return the rows of a split to score, with the keys that ``RowPreparer`` gives them.

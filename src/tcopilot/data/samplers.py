@@ -150,6 +150,23 @@ class StreamRounds(Resumable, IterableDataset):
                 raise DataError("the train stream gave no row; if all were dropped, raise the length limits")
 
 
+def rank_batches(rows: int, size: int, rank: int, world_size: int) -> list[range]:
+    """Return batches of every ``world_size``-th row, equally many for all ranks.
+
+    A rank whose rows fill one batch fewer than another's halves its last one, unless that is a single row. All ranks
+    then run the Pilot equally often, as they must where it is divided among them.
+
+    >>> [[*batch] for rank in (0, 1) for batch in rank_batches(9, size=4, rank=rank, world_size=2)]
+    [[0, 2, 4, 6], [8], [1, 3], [5, 7]]
+    """
+    own, most = range(rows)[rank::world_size], len(range(0, rows, world_size))
+    batches = [own[first : first + size] for first in range(0, len(own), size)]
+    if most > len(batches) * size and batches and len(batches[-1]) > 1:
+        last = batches.pop()
+        batches += [last[: len(last) // 2], last[len(last) // 2 :]]
+    return batches
+
+
 def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
     """Return which rows of a global batch belong to a rank.
 

@@ -64,6 +64,12 @@ class TCopilotModel(FusedPreTrainedModel):
         config = TCopilotConfig(pilot.config, copilot.config, fusion=fusion, weight=weight, feedback=feedback)
         return cls(config, pilot, copilot).eval()
 
+    def replace_pilot(self, pilot: PreTrainedModel) -> None:
+        """Put a Pilot of the same config in the place of the one at hand."""
+        self.pilot = pilot
+        if self.copilot is not None:
+            self.copilot.bind(pilot)
+
     def attach(self, copilot: BaseCopilot) -> None:
         """Attach a Copilot that was built for this Pilot's width and vocabulary, in place of the one at hand."""
         vocab, width = self.pilot.get_input_embeddings().num_embeddings, self.pilot.config.hidden_size

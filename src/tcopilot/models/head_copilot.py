@@ -19,6 +19,7 @@ from tcopilot.models.gates import build_gate
 from tcopilot.models.heads import SOFT_HEADS
 from tcopilot.models.log_attention import CONTEXTS
 from tcopilot.models.states import StackedStates
+from tcopilot.processes import undivided
 from tcopilot.settings import Rule, is_number, one_of, require, whole
 
 
@@ -99,7 +100,7 @@ class HeadCopilot(LayerlessCopilot):
     @property
     def unembedding_VC(self) -> Tensor | None:
         """The Pilot's unembedding [V, P] as it is now; None for a head that has a map of its own."""
-        return self._pilot.get_output_embeddings().weight.detach() if self.head.reads_unembedding else None
+        return undivided(self._pilot.get_output_embeddings().weight.detach()) if self.head.reads_unembedding else None
 
     def _read(self, states_BNQ: Tensor) -> Tensor:
         """Bring each layer's state to RMS 1, since residual streams grow with depth, and run the hidden layer."""

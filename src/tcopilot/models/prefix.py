@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import ModelOutput
@@ -22,13 +23,16 @@ def can_share(pilot: PreTrainedModel, columns: int, cache: Cache | None = None) 
 
     Not where activations are recomputed, since transformers then keeps no keys and values; not through a compiled
     forward pass, which would be compiled for both parts; not where texts are as long as a sliding window, which counts
-    columns, padding between prefix and text among them; and not into a cache that is static, or that a backward pass
-    will read.
+    columns, padding between prefix and text among them; not into a cache that is static, or that a backward pass will
+    read; and not where the Pilot is divided among processes, which must run it equally often.
     """
     window = getattr(pilot.config.get_text_config(), "sliding_window", None)
     recomputes, is_compiled = pilot.training and pilot.is_gradient_checkpointing, "forward" in vars(pilot)
     takes_rows = cache is None or (isinstance(cache, DynamicCache) and not torch.is_grad_enabled())
-    return not recomputes and not is_compiled and (window is None or columns < window) and takes_rows
+    is_sharded = isinstance(pilot, FSDPModule)
+    return (
+        not recomputes and not is_compiled and not is_sharded and (window is None or columns < window) and takes_rows
+    )
 
 
 def run_after_prefix(

@@ -5,29 +5,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
-from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from tcopilot.data.batch import Batch
 from tcopilot.mistake_log.log import MistakeLog, MistakeRecord
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
-from tcopilot.processes import sum_over_processes
+from tcopilot.processes import sum_gradients, sum_over_processes, undivided
 from tcopilot.settings import POSITIVE, Rule, is_number, whole
+from tcopilot.training.compilation import clear_empty_libraries
 from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 from tcopilot.training.objectives import Objective, RootMeanSquaredError, objective_sum
+from tcopilot.training.sharding import ShardedPilot
 
 OF_BENCHMARK = ("pilot_nll", "fused_nll", "error_ratio", "best_weight")  # validation's figures of each benchmark
-
-
-SECONDS_TO_LINK = 10  # a library of another process may be empty for a moment
 
 
 class TrainingDivergedError(RuntimeError):
@@ -110,6 +107,7 @@ class TCopilotModule(LightningModule):
         self.own_feedback = (own_feedback,) * 2 if isinstance(own_feedback, float | int) else tuple(own_feedback)
         self.compile_backend = compile
         self.mistake_log: MistakeLog | None = None
+        self.sharded: ShardedPilot | None = None  # while `ShardingStrategy` trains
         self.copilot_stopped = False  # `CopilotStop` sets it: no more records and updates, while the Pilot goes on
         self.seconds = {"pilot": 0.0, "copilot": 0.0}
         self.gradient_norms: dict[str, list[Tensor]] = {}  # of this round's updates
@@ -125,6 +123,11 @@ class TCopilotModule(LightningModule):
     def copilot_learns(self) -> bool:
         """Whether rounds record errors and update a Copilot."""
         return self.learners["copilot"] is not None and not self.copilot_stopped
+
+    def configure_model(self) -> None:
+        """Divide the Pilot among the processes, if the strategy has laid them out for it."""
+        if self.device_mesh is not None and self.sharded is None:
+            self.sharded = ShardedPilot(self.model.pilot, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> tuple[list, list]:
         """Build the optimisers and schedules of the models that learn, the Pilot's first."""
@@ -152,6 +155,12 @@ class TCopilotModule(LightningModule):
         for part in self._compiled_parts():
             del part.forward
 
+    def on_fit_end(self) -> None:
+        """Give every process the whole Pilot again."""
+        if self.sharded is not None:
+            self.model.replace_pilot(self.sharded.gathered())
+            self.sharded = None
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One round of Algorithm 1; comments number its steps as `docs/algorithm.md` does. Step 1 drew the batch."""
         with self._timed("copilot"):
@@ -162,11 +171,13 @@ class TCopilotModule(LightningModule):
         with self._timed("copilot"):  # 8 and 9: draw from the log and run the Copilot on what was drawn
             if self.copilot_learns:
                 copilot_loss = self._copilot_loss(self._draw())
-                loss = loss + copilot_loss * self.trainer.world_size
+                loss = loss + copilot_loss * (self.trainer.world_size if self.sharded is None else 1)  # DDP averages
             elif self.copilot_stopped and self.trainer.world_size > 1:  # DDP waits for a gradient of each weight
                 loss = loss + sum(0 * p.sum() for p in self.model.copilot.parameters() if p.requires_grad)
         with self._timed("copilot" if self.trainer.world_size == 1 else "pilot"):
             self._backward(loss)
+            if self.copilot_learns and self.sharded is not None:
+                sum_gradients(self.model.copilot.parameters())
         with self._timed("pilot"):
             pilot_loss = self._sum_over_ranks(pilot_loss / self.trainer.world_size)
             self._check(pilot_loss, copilot_loss)  # waits for a GPU, so it comes when all its work is launched
@@ -327,10 +338,7 @@ class TCopilotModule(LightningModule):
             self.manual_backward(loss)
             self._check(pilot_loss, loss)
         if self.trainer.world_size > 1:
-            gradients = [p.grad for p in self.model.copilot.parameters() if p.grad is not None]
-            flat = self._sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
-            for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(piece.view_as(gradient))
+            sum_gradients(self.model.copilot.parameters())
         self._step("copilot", self.learners["copilot"], self._as_list(self.optimizers())[-1])
 
     def _step(self, name: str, learner: Learner, optimizer: Any) -> None:
@@ -339,7 +347,7 @@ class TCopilotModule(LightningModule):
             norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         else:
             norm = nn.utils.clip_grad_norm_(parameters, learner.clip)
-        self.gradient_norms.setdefault(name, []).append(norm)  # before clipping; a tensor, so nothing waits for it
+        self.gradient_norms.setdefault(name, []).append(undivided(norm))  # before clipping; a tensor, so nothing waits
         optimizer.step()
         optimizer.zero_grad()
 
@@ -380,14 +388,6 @@ class TCopilotModule(LightningModule):
     @staticmethod
     def _as_list(value: Any) -> list:
         return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def clear_empty_libraries() -> None:
-    """Remove what a kill during compilation leaves in the compiler's cache and every later run would fail to load."""
-    for library in Path(cache_dir()).rglob("*.so"):
-        with suppress(FileNotFoundError):  # another process clears up too
-            if not library.stat().st_size and time.time() - library.stat().st_mtime > SECONDS_TO_LINK:
-                library.unlink()
 
 
 def _take_settings(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:

@@ -21,6 +21,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from tcopilot.app.checks.problems import ConfigError, existing
 from tcopilot.app.checks.recordings import recording_problems
+from tcopilot.app.checks.sharding import sharding_problems
 from tcopilot.app.checks.unused import slips
 from tcopilot.app.trainer import process_count, trainer_problems
 from tcopilot.evaluation.evaluate import Evaluator
@@ -126,7 +127,7 @@ def config_problems(cfg: DictConfig, training: bool = True) -> list[str]:
     An evaluation without training depends on a part of them only.
     """
     checks = [unread_keys, _settings, _folders, _checkpoints, trainer_problems, _machine, _batches, _evaluation]
-    checks += [_learners, _controls]
+    checks += [_learners, _controls, sharding_problems]
     if not training:
         checks = [unread_keys, partial(_settings, sections=("fusion", "evaluation")), _folders, _evaluation]
     problems: list[str] = []

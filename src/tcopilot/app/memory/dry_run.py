@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from tcopilot.models.caches import LEAST_ROOM
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.training.callbacks import MistakeLogCallback
 from tcopilot.training.module import TCopilotModule
+from tcopilot.training.sharding import kept_whole
 
 aten = torch.ops.aten
 
@@ -69,6 +70,7 @@ def measure(
     precision: str = "32-true",
     on_gpu: bool = False,
     tied: bool = True,
+    shards: int = 1,
 ) -> Footprint:
     """Run a round, a validation batch and a decoding step without memory, and count what they would take.
 
@@ -79,6 +81,7 @@ def measure(
         precision: the Trainer's.
         on_gpu: count as on a GPU, where optimisers update all parameters at once.
         tied: whether input and output embeddings are one, which tensors without values cannot tell.
+        shards: processes that the Pilot is divided among while it is trained.
     """
     with _ShapesOnly(tied), torch.device("meta"):
         module = make()
@@ -91,7 +94,29 @@ def measure(
         states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
         optimizer = sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
         decoding, caches = _decoding(module.model, load, memory) if load.answer else (0, 0)
-    return Footprint(parameters, gradients, optimizer, logits, training, caches, parameters + decoding)
+        elsewhere = _of_others(module, trainer, shards)
+    footprint = Footprint(parameters, gradients, optimizer, logits, training, caches, parameters + decoding)
+    return replace(
+        footprint,
+        parameters=parameters - elsewhere[0],
+        gradients=gradients - elsewhere[1],
+        optimizer=optimizer - elsewhere[2],
+        training=training - elsewhere[0] - elsewhere[2],  # where all gradients are there, hardly anything else is
+    )
+
+
+def _of_others(module: TCopilotModule, trainer: Trainer, shards: int) -> list[int]:
+    """Bytes of the Pilot's weights, gradients and optimiser state that other processes hold, if it is divided."""
+    kept = kept_whole(module.model.pilot)
+    weights = [weight for weight in module.model.pilot.parameters() if weight not in kept]
+    learns = module.learners["pilot"] is not None
+    states = trainer.optimizers[0].state.values() if learns else ()
+    held = [
+        sum(weight.nbytes for weight in weights),
+        sum(weight.nbytes for weight in weights if weight.requires_grad),
+        sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor)),
+    ]
+    return [size - size // shards for size in held]
 
 
 def _take_off_meta(module: nn.Module) -> None:

@@ -86,6 +86,7 @@ def budget(cfg: DictConfig, prepared: Prepared) -> Budget | None:
         needed = measure(
             lambda: _module(cfg, prepared), _load(cfg, prepared), prepared.log, str(cfg.trainer.precision), on_gpu,
             tied=bool((prepared.donor or prepared.pilot).model_config.tie_word_embeddings),
+            shards=process_count(cfg) if cfg.trainer.strategy == "fsdp" else 1,
         )  # fmt: skip
     except Exception as error:  # an estimate that fails is no reason not to train
         log.warning("memory is not estimated: %s: %s", type(error).__name__, error)

@@ -1,0 +1,53 @@
+"""What a run whose Pilot is divided among processes (`trainer.strategy=fsdp`) cannot have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from omegaconf import DictConfig, OmegaConf
+
+from tcopilot.app.checks.recordings import fits_from_recording
+from tcopilot.app.trainer import process_count
+from tcopilot.data.module import TCopilotDataModule
+
+
+def row_problems(cfg: DictConfig, data: TCopilotDataModule) -> Iterator[str]:
+    """Refuse fewer validation rows than processes, which all run a divided Pilot or none does."""
+    rows, processes = len(data.rows_of("validation")), process_count(cfg)
+    if cfg.trainer.strategy == "fsdp" and cfg.trainer.limit_val_batches and 0 < rows < processes:
+        yield (
+            f"trainer.strategy=fsdp with {rows} validation rows for {processes} processes: each needs one; raise "
+            f"data.validation_size, or set trainer.limit_val_batches=0"
+        )
+
+
+def sharding_problems(cfg: DictConfig) -> Iterator[str]:
+    """List the settings that contradict a divided Pilot."""
+    if cfg.trainer.strategy != "fsdp":
+        return
+    given = "with trainer.strategy=fsdp"
+    if process_count(cfg) == 1:
+        yield (
+            f"trainer.devices={cfg.trainer.devices} {given}: one process has nobody to divide the Pilot with; give "
+            f"trainer.devices=<2 or more>, or use trainer=gpu"
+        )
+    if fits_from_recording(cfg):
+        yield f"pilot.frozen=true and copilot={cfg.copilot.kind} {given}: recording does not divide; use trainer=ddp"
+    if cfg.compile is not False:
+        yield f"compile={cfg.compile} {given}: the parts of a compiled Pilot could not be gathered; use compile=false"
+    optimizer = str(OmegaConf.select(cfg, "pilot.optimizer._target_", default=""))
+    if optimizer.startswith("bitsandbytes.") and not cfg.pilot.frozen:
+        yield (
+            f"pilot.optimizer._target_={optimizer} {given}: its 8-bit states cannot be divided; use "
+            f"optimizer@pilot.optimizer=adamw"
+        )
+    if cfg.data.eval_batch_size == 1:
+        yield (
+            f"data.eval_batch_size=1 {given}: all processes run the Pilot equally often, for which a last batch may "
+            f"have to be split; use 2 or more"
+        )
+    if cfg.control is not None:
+        yield (
+            f"control={cfg.control} {given}: controls keep the run's own Pilot in memory beside the one that they "
+            f"train; use control=null, and train a Pilot alone as a run of its own (copilot=none)"
+        )
