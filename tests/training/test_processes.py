@@ -103,7 +103,10 @@ def test_two_processes_train_what_one_trains(variant, tmp_path, monkeypatch):
 
 
 DIVIDED = {
-    "all weights trained": ["data.benchmarks.word_problems.validation=25", "data.eval_batch_size=12"],
+    "all weights trained": [
+        *("data.benchmarks.word_problems.validation=25", "data.eval_batch_size=12"),
+        "callbacks=[default,copilot_stop]",
+    ],
     "adapters": [*LLAMA, "adapter@pilot.adapter=lora", "log_storage@mistake_log.log.storage=frozen_head"],
 }
 """With 25 validation rows one process has 13, in two batches, and the other 12, in one that is halved."""

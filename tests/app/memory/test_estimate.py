@@ -148,6 +148,19 @@ def test_what_may_not_fit_is_said_and_not_refused(training, decoding, mend, capl
     assert mend in caplog.text
 
 
+@SLOW
+def test_of_a_divided_pilot_each_process_holds_its_part():
+    def module():
+        return small_module(tiny_model("t5", vocab=VOCAB, width=32), 1, copilot_batch_size=ROWS)
+
+    one, two = (measure(module, Load(ROWS, 20, TARGET), MistakeLog(), shards=shards) for shards in (1, 2))
+    half = sum(weight.nbytes for weight in module().model.pilot.parameters()) / 2
+    assert one.parameters - two.parameters == one.gradients - two.gradients == pytest.approx(half, abs=1)
+    assert one.optimizer - two.optimizer == pytest.approx(2 * half, rel=1e-2)  # AdamW's moments
+    assert one.training - two.training == pytest.approx(3 * half, rel=1e-2)
+    assert (one.logits, one.decoding) == (two.logits, two.decoding)
+
+
 def test_a_run_that_cannot_fit_stops_before_weights_load(tmp_path, monkeypatch):
     free = 3_000_000  # enough for the log and for the parameters, but not for all
     monkeypatch.setattr(free_memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))

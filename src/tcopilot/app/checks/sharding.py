@@ -34,7 +34,7 @@ def sharding_problems(cfg: DictConfig) -> Iterator[str]:
     if fits_from_recording(cfg):
         yield f"pilot.frozen=true and copilot={cfg.copilot.kind} {given}: recording does not divide; use trainer=ddp"
     if cfg.compile is not False:
-        yield f"compile={cfg.compile} {given}: the parts of a compiled Pilot could not be gathered; use compile=false"
+        yield f"compile={cfg.compile} {given}: layers that are gathered on the way are not compiled; use compile=false"
     optimizer = str(OmegaConf.select(cfg, "pilot.optimizer._target_", default=""))
     if optimizer.startswith("bitsandbytes.") and not cfg.pilot.frozen:
         yield (

@@ -101,7 +101,9 @@ def measure(
         parameters=parameters - elsewhere[0],
         gradients=gradients - elsewhere[1],
         optimizer=optimizer - elsewhere[2],
-        training=training - elsewhere[0] - elsewhere[2],  # where all gradients are there, hardly anything else is
+        training=training
+        - elsewhere[0]
+        - elsewhere[2],  # gradients in full: how many of them there are at the peak is not known
     )
 
 
