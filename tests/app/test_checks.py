@@ -50,7 +50,11 @@ BAD = {  # overrides, and what the message must say: key, value and the way out
         ],
         [
             *("compile=True with trainer.strategy=fsdp", "use compile=false", "control=equal_time", "copilot=none"),
-            *("pilot.optimizer._target_=bitsandbytes", "optimizer@pilot.optimizer=adamw;", "data.eval_batch_size=1"),
+            *(
+                "pilot.optimizer._target_=bitsandbytes",
+                "use optimizer@pilot.optimizer=adamw",
+                "data.eval_batch_size=1",
+            ),
         ],
     ),
     "no device": (["trainer.devices=0"], ["trainer.devices=0", "at least 1"]),

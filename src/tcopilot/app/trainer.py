@@ -102,6 +102,12 @@ def process_count(cfg: DictConfig) -> int:
     return (max(1, torch.cuda.device_count()) if cfg.trainer.accelerator in ("gpu", "cuda", "auto") else 1) * nodes
 
 
+def fixed(cfg: DictConfig) -> dict[str, Any]:
+    """What stands in place of the config's values; by `fsdp` Lightning understands the first FSDP."""
+    sharding = {"strategy": ShardingStrategy(process_count(cfg))} if cfg.trainer.strategy == "fsdp" else {}
+    return FIXED | sharding
+
+
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Let Lightning say nothing of a trainer that is built on trial, or of a training that is none."""
@@ -132,12 +138,10 @@ def make_trainer(cfg: DictConfig, callbacks: list[Callback], log: MistakeLog | N
     """
     if log is not None:
         callbacks = [MistakeLogCallback(log, cfg.mistake_log.every_n_rounds), *callbacks]
-    sharding = {"strategy": ShardingStrategy(process_count(cfg))} if cfg.trainer.strategy == "fsdp" else {}
     try:
         return instantiate(
             cfg.trainer,
-            **sharding,
-            **FIXED,
+            **fixed(cfg),
             val_check_interval=min(cfg.trainer.val_check_interval, rounds),  # Lightning refuses a longer one
             callbacks=callbacks,
             plugins=[*instantiate(cfg.trainer.get("plugins") or []), SafeCheckpointIO()],

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from tcopilot.app.checks.problems import refusal
-from tcopilot.app.trainer import FIXED, make_callbacks, quiet_lightning
+from tcopilot.app.trainer import fixed, make_callbacks, quiet_lightning
 
 
 def trial_problems(cfg: DictConfig) -> list[str]:
@@ -28,7 +28,7 @@ def trial_problems(cfg: DictConfig) -> list[str]:
     ]
     if callbacks:
         return problems + callbacks
-    return problems + _refused("trainer", cfg.trainer, logger=False, callbacks=make_callbacks(cfg), **FIXED)
+    return problems + _refused("trainer", cfg.trainer, logger=False, callbacks=make_callbacks(cfg), **fixed(cfg))
 
 
 def _learner_problems(key: str, node: DictConfig) -> list[str]:
