@@ -1,10 +1,15 @@
 """A Pilot divided among two processes: what each holds, and the plain Pilot that comes back."""
 
+from types import SimpleNamespace
+
+import composed
 from processes import run_in_processes
 from small_training import tiny_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig
 
+from tcopilot.app.checks.sharding import pilot_and_row_problems
 from tcopilot.processes import rank, sum_over_processes
 from tcopilot.training.sharding import ShardedPilot
 
@@ -39,3 +44,14 @@ def division_job(folder):
 def test_each_process_holds_half_of_a_divided_pilot_and_gets_back_all_of_it(tmp_path):
     run_in_processes(division_job, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_quantised_pilots_and_processes_without_validation_rows_are_refused():
+    data = SimpleNamespace(rows_of=lambda split: [{}])
+    plain, quantised = LlamaConfig(), LlamaConfig(quantization_config={"quant_method": "bitsandbytes"})
+    divided = composed.compose_config("trainer=two_ranks", "trainer.strategy=fsdp")
+    (rows,) = pilot_and_row_problems(divided, plain, data)
+    assert "trainer.strategy=fsdp with 1 validation rows for 2 processes" in rows
+    assert "trainer.limit_val_batches=0" in rows
+    assert "quantised weights cannot be divided" in next(pilot_and_row_problems(divided, quantised, data))
+    assert not list(pilot_and_row_problems(composed.compose_config("trainer=two_ranks"), quantised, data))

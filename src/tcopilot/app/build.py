@@ -21,7 +21,7 @@ from tcopilot.app.checks.config import config_problems, fusion_rule, refuse_miss
 from tcopilot.app.checks.data import data_problems, memory_problems
 from tcopilot.app.checks.problems import ConfigError, attempt
 from tcopilot.app.checks.recordings import fits_from_recording
-from tcopilot.app.checks.sharding import row_problems
+from tcopilot.app.checks.sharding import pilot_and_row_problems
 from tcopilot.app.checks.targets import target_problems
 from tcopilot.app.checks.trial_build import trial_problems
 from tcopilot.app.checks.unused import watch
@@ -88,7 +88,7 @@ def prepare(cfg: DictConfig) -> Prepared:
         data.remarks += split_seed_remarks(data, pilot, donor)
         problems += data_problems(cfg, pilot.model_config, data)
         problems += [] if log is None else memory_problems(cfg, pilot, data, log)
-        problems += row_problems(cfg, data)
+        problems += pilot_and_row_problems(cfg, pilot.model_config, data)
     if problems:
         raise ConfigError(problems)
     return Prepared(pilot, donor, tokenizer, data, log, watched, read)

@@ -69,6 +69,7 @@ class ShardingStrategy(ModelParallelStrategy):
     They are whole, so that the program's own checkpoints hold them, and a run goes on with or without sharding.
     """
 
+    restore_checkpoint_after_setup = False  # as other strategies do: by then the module has divided itself
     lightning_restore_optimizer = True  # by `load_optimizer_state_dict`
 
     def __init__(self, processes: int) -> None:

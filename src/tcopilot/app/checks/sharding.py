@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from omegaconf import DictConfig, OmegaConf
+from transformers import PreTrainedConfig
 
 from tcopilot.app.checks.recordings import fits_from_recording
 from tcopilot.app.trainer import process_count
 from tcopilot.data.module import TCopilotDataModule
 
 
-def row_problems(cfg: DictConfig, data: TCopilotDataModule) -> Iterator[str]:
-    """Refuse fewer validation rows than processes, which all run a divided Pilot or none does."""
+def pilot_and_row_problems(cfg: DictConfig, pilot: PreTrainedConfig, data: TCopilotDataModule) -> Iterator[str]:
+    """Refuse a quantised Pilot, and fewer validation rows than processes, which all run a divided Pilot or none."""
+    if cfg.trainer.strategy != "fsdp":
+        return
+    if getattr(pilot, "quantization_config", None) is not None:
+        yield (
+            f"trainer.strategy=fsdp with pilot.path={cfg.pilot.path}: quantised weights cannot be divided; use "
+            f"trainer=ddp, or a Pilot that is not quantised"
+        )
     rows, processes = len(data.rows_of("validation")), process_count(cfg)
-    if cfg.trainer.strategy == "fsdp" and cfg.trainer.limit_val_batches and 0 < rows < processes:
+    if cfg.trainer.limit_val_batches and 0 < rows < processes:
         yield (
             f"trainer.strategy=fsdp with {rows} validation rows for {processes} processes: each needs one; raise "
             f"data.validation_size, or set trainer.limit_val_batches=0"
