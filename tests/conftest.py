@@ -4,6 +4,7 @@ Nothing large is imported here, since the process that hands tests to the worker
 starts them.
 """
 
+import gc
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -27,13 +28,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """One thread for each process, and no warnings of transformers among what tests read."""
+    """One thread for each process, and no warnings of transformers among what tests read.
+
+    The million objects that imports have made are taken from the garbage collector, which would look at them again
+    and again, and would make every forked process copy the memory that holds them.
+    """
     import torch
     from transformers import logging
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -236,7 +236,10 @@ def test_every_key_of_the_algorithm_page_is_in_the_config():
 def test_every_documented_command_composes(extended, command):
     program, *overrides = command
     try:
-        cfg = composed.compose_whole("paths.run_dir=runs/x", *overrides, name=program, with_hydra=True)
+        if any(re.match(r"\+?(hydra|launcher|sweep)\b", override) for override in overrides):
+            cfg = composed.compose_whole("paths.run_dir=runs/x", *overrides, name=program, with_hydra=True)
+        else:
+            cfg = composed.compose_config("paths.run_dir=runs/x", *overrides, name=program)
     except MissingConfigException as error:
         missing = [plugin for group, plugin in PLUGINS.items() if group in str(error)]
         if not missing or any((Path(folder) / "hydra_plugins" / missing[0]).exists() for folder in sys.path):

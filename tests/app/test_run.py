@@ -514,7 +514,7 @@ def test_every_kind_of_run_trains_evaluates_and_exports(kind, tmp_path):
 
 
 def test_a_copilot_that_is_only_a_head_is_traced_like_any_other(tmp_path):
-    folder = composed.train(tmp_path / "run", *composed.SMALL, "copilot=head")
+    folder = composed.train(tmp_path / "run", *SHORT, "copilot=head")
     traced = composed.evaluate(folder, tmp_path / "eval", "trace=true")
     with gzip.open(RunDirectory(traced).trace_rows("word_problems"), "rt") as file:
         position = json.loads(file.readline())["gold"][0]

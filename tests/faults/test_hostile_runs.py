@@ -87,7 +87,7 @@ class Bomb:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    return composed.train(tmp_path_factory.mktemp("finished") / "run", *composed.SMALL)
+    return composed.train(tmp_path_factory.mktemp("finished") / "run", *composed.SMALL, "fusion.weight=[0,1]")
 
 
 @pytest.fixture

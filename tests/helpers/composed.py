@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +25,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.plugins.config_source import ConfigResult
 from lightning import Callback, LightningModule, Trainer
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, base, open_dict
 from processes import Forked
 
-from tcopilot.app import run
+from tcopilot.app import build, run
+from tcopilot.models.family_check import check_family
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -48,6 +49,8 @@ FAST_EXPERIMENTS = (
 )
 """What stands for all experiments where each would take its time; the slow suite takes them all."""
 QUIET = ["trainer.enable_progress_bar=false", "~callbacks.progress", "traceback=true"]
+
+base.parse = lru_cache(10_000)(base.parse)  # a tenth of what a config costs is to parse `${rounds}` and the like again
 
 
 def some_fast(values: Iterable[Any], fast: Callable[[Any], bool]) -> list[Any]:
@@ -160,14 +163,26 @@ def forked(script: str, *overrides: str, timeout: int = 250) -> subprocess.Compl
 
 def start(script: str, *overrides: str, **environment: Any) -> Forked:
     """The same without waiting, so that several processes may form a job."""
+    _warm_up()
     return Forked(_run_script, script, *overrides, **environment)
+
+
+@cache
+def _warm_up() -> None:
+    """Do what every run does once in its process, so that those that are forked from this one need not."""
+    import transformers.optimization  # noqa: F401 - the schedules, with seconds of imports behind them
+
+    compose_config()
+    for name in ("tiny_t5", "tiny_llama"):
+        check_family(build.model_source(compose_config(f"pilot={name}").pilot, "pilot").model_config)
 
 
 def _run_script(script: str, *overrides: str) -> None:
     os.chdir(ROOT)
     sys.argv = [script, *overrides]
     sys.path.insert(0, str(Path(script).resolve().parent))
-    runpy.run_path(script, run_name="__main__")
+    with patch.object(FileConfigSource, "load_config", _load):
+        runpy.run_path(script, run_name="__main__")
 
 
 def program(script: str, *overrides: str, timeout: int = 250) -> subprocess.CompletedProcess[str]:

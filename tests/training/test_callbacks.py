@@ -388,6 +388,9 @@ ALARMS = {
 }
 
 
+QUICK = {"copilot_batch_size": 8, "steps_per_round": 1}  # where the Copilot need not learn anything
+
+
 def alarms(rounds=24, rows=400, capacity=16, head_std=0.0, **options):
     """Which alarms a run rings, as often as it rings them, and the round of the first."""
     data = task_data("llama", rounds, batch_size=16, rows=rows)
@@ -410,30 +413,31 @@ def test_a_healthy_run_rings_no_alarm():
 
 
 def test_a_copilot_that_stays_at_zero_rings_once():
-    assert alarms(rounds=8, pilot=None, copilot=learner(lr=0.0)) == {"collapsed": 1}
+    assert alarms(rounds=8, pilot=None, copilot=learner(lr=0.0), **QUICK) == {"collapsed": 1}
 
 
 def test_a_copilot_whose_corrections_hurt_rings_once():
-    assert alarms(rounds=8, pilot=None, copilot=learner(lr=0.0), head_std=1.0) == {"harmful": 1}
+    assert alarms(rounds=8, pilot=None, copilot=learner(lr=0.0), head_std=1.0, **QUICK) == {"harmful": 1}
 
 
 def test_a_copilot_that_gains_no_likelihood_in_the_end_rings_once(monkeypatch):
-    settings = {"rounds": 8, "pilot": None, "copilot": learner(lr=0.0), "head_std": 1.0}
+    settings = {"rounds": 8, "pilot": None, "copilot": learner(lr=0.0), "head_std": 1.0, **QUICK}
     assert alarms(**settings) == {"harmful": 1}  # which says so already
     monkeypatch.setattr(alarms_module, "NO_GAIN", set())
     assert alarms(**settings) == {"harmful": 1, "no gain": 1}
 
 
 def test_a_log_that_the_pilot_has_trained_a_pass_past_rings_once():
-    settings = {"rounds": 16, "rows": 64, "capacity": 16, "copilot": learner(lr=1e-2)}  # a pass is 4 rounds
+    settings = {"rounds": 8, "rows": 32, "capacity": 8, "copilot": learner(lr=1e-2), **QUICK}  # a pass is 2 rounds
     assert alarms(**settings, pilot=learner(lr=1e-4))["outgrown"] == 1
     assert "outgrown" not in alarms(**settings, pilot=None)  # a frozen one stays what it was
     assert "outgrown" not in alarms(**settings | {"rows": 400}, pilot=learner(lr=1e-4))
 
 
 def test_how_far_the_pilot_is_past_its_records_is_logged_where_it_learns(tmp_path):
-    small = [*composed.SMALL, "rounds=8", "data.batch_size=50", "mistake_log.every_n_rounds=8"]  # a pass is 4 rounds
-    path = composed.train(tmp_path, *small, "trainer.log_every_n_steps=8") / "metrics.csv"
+    small = [*composed.SMALL, "rounds=8", "data.benchmarks.word_problems.train=16", "data.batch_size=4"]  # 4 a pass
+    small += ["fusion.weight=0", "mistake_log.every_n_rounds=8", "trainer.log_every_n_steps=8"]
+    path = composed.train(tmp_path, *small) / "metrics.csv"
     with path.open() as file:
         (line,) = [line for line in csv.DictReader(file) if line.get("log/age_rounds")]
     assert float(line["log/passes_behind"]) == pytest.approx(float(line["log/age_rounds"]) / 4)

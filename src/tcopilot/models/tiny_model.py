@@ -51,10 +51,14 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             with suppress(AttributeError):  # of what follows from other sizes
                 setattr(tiny, name, SIZES[name] if name in SIZES else min(value, limits[name]))
+    pad = getattr(config, "pad_token_id", None)
     for name, value in list(vars(tiny).items()):
-        if name.endswith("_token_id") and value is not None:
-            is_pad = name == "pad_token_id" or value == getattr(config, "pad_token_id", None)
-            setattr(tiny, name, 0 if is_pad else 2 if name == "decoder_start_token_id" else 1)
+        if name == "pad_token_id" or (name.endswith("_token_id") and value == pad is not None):
+            setattr(tiny, name, 0)
+        elif name == "decoder_start_token_id":
+            setattr(tiny, name, 0 if value is None else 2)
+        elif name in ("bos_token_id", "eos_token_id") or (name.endswith("_token_id") and value is not None):
+            setattr(tiny, name, 1)  # the first two may be missing until the tokenizer is known
         if "dropout" in name and isinstance(value, float):
             setattr(tiny, name, 0.0)
     return tiny

@@ -18,6 +18,7 @@ from tcopilot.app.checks.problems import refusal
 from tcopilot.app.trainer import fixed, make_callbacks, quiet_lightning
 
 
+@quiet_lightning()  # it gives its hints again when the real trainer is built
 def trial_problems(cfg: DictConfig) -> list[str]:
     """Parts that cannot be built, or that do not take the values given."""
     problems = [] if cfg.pilot.frozen else _learner_problems("pilot", cfg.pilot)
@@ -48,10 +49,9 @@ def _refused(key: str, node: DictConfig | None, use: Callable[[Any], Any] | None
     if node is None:
         return []
     try:
-        with quiet_lightning():  # it gives its hints again when the real trainer is built
-            made = instantiate(node, _convert_="all", **more)
-            if use is not None:
-                use(made)
+        made = instantiate(node, _convert_="all", **more)
+        if use is not None:
+            use(made)
     except Exception as error:
         reason = refusal(error)
         values = OmegaConf.to_container(node, resolve=True)
