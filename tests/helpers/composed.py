@@ -9,8 +9,8 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +20,11 @@ from unittest.mock import patch
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.plugins.config_source import ConfigResult
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf, base, open_dict
 from processes import Forked
@@ -75,7 +76,7 @@ def compose_config(*overrides: str, name: str = "train") -> DictConfig:
 
 def compose_whole(*overrides: str, name: str = "train", with_hydra: bool = False) -> DictConfig:
     """The same by Hydra alone, and with its own settings if asked."""
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"), patch.object(FileConfigSource, "load_config", _load):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"), _reading_once():
         return compose(name, list(overrides), return_hydra_config=with_hydra)
 
 
@@ -100,17 +101,25 @@ def _composed(name: str, *overrides: str) -> bytes:
     return pickle.dumps(SimpleNamespace(config=cfg, choices=chosen))
 
 
-def _load(source: FileConfigSource, config_path: str) -> ConfigResult:
-    """Hydra reads thirty files for one config; each is read and parsed once."""
-    return pickle.loads(_loaded(source.path, config_path))
+Plugins.instance()  # loads the modules of sources anew, so that those imported by name are not in use
+_READ = {source: source.load_config for source in map(SourcesRegistry.instance().resolve, ("file", "pkg"))}
+_read: dict[tuple[str, ...], bytes] = {}
 
 
-_read = FileConfigSource.load_config
+@contextmanager
+def _reading_once() -> Iterator[None]:
+    """Hydra reads forty files for one config; each is read and parsed once."""
+    with ExitStack() as patched:
+        for source in _READ:
+            patched.enter_context(patch.object(source, "load_config", _load))
+        yield
 
 
-@cache
-def _loaded(folder: str, config_path: str) -> bytes:
-    return pickle.dumps(_read(FileConfigSource("main", folder), config_path))
+def _load(source: ConfigSource, config_path: str) -> ConfigResult:
+    key = source.scheme(), source.provider, source.path, config_path
+    if key not in _read:
+        _read[key] = pickle.dumps(_READ[type(source)](source, config_path))
+    return pickle.loads(_read[key])
 
 
 def _split(overrides: Iterable[str]) -> tuple[list[str], list[Override]]:
@@ -181,7 +190,7 @@ def _run_script(script: str, *overrides: str) -> None:
     os.chdir(ROOT)
     sys.argv = [script, *overrides]
     sys.path.insert(0, str(Path(script).resolve().parent))
-    with patch.object(FileConfigSource, "load_config", _load):
+    with _reading_once():
         runpy.run_path(script, run_name="__main__")
 
 

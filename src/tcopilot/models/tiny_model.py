@@ -33,6 +33,8 @@ LIMITS = {
     "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 """Numbers that it has at most."""
+GIVEN_BY_TOKENIZER = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+"""Tokens that a config may lack before its tokenizer is known, which makes it no other family."""
 MOST_WEIGHTS = 20_000_000
 
 
@@ -52,13 +54,14 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
             with suppress(AttributeError):  # of what follows from other sizes
                 setattr(tiny, name, SIZES[name] if name in SIZES else min(value, limits[name]))
     pad = getattr(config, "pad_token_id", None)
-    for name, value in list(vars(tiny).items()):
+    for name in {*GIVEN_BY_TOKENIZER, *vars(tiny)}:
+        value = getattr(tiny, name, None)
         if name == "pad_token_id" or (name.endswith("_token_id") and value == pad is not None):
             setattr(tiny, name, 0)
         elif name == "decoder_start_token_id":
             setattr(tiny, name, 0 if value is None else 2)
-        elif name in ("bos_token_id", "eos_token_id") or (name.endswith("_token_id") and value is not None):
-            setattr(tiny, name, 1)  # the first two may be missing until the tokenizer is known
+        elif name in GIVEN_BY_TOKENIZER or (name.endswith("_token_id") and value is not None):
+            setattr(tiny, name, 1)
         if "dropout" in name and isinstance(value, float):
             setattr(tiny, name, 0.0)
     return tiny
