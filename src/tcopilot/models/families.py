@@ -29,6 +29,7 @@ INPUT_NORM = ("input_layernorm", "ln_1", "self_attn_layer_norm", "attention_laye
 FINAL_NORM = ("norm", "final_layer_norm", "layer_norm", "ln_f", "final_layernorm", "norm_f")
 SCALED_WHERE_TIED = ("umt5", "switch_transformers")
 """Relatives of T5 that scale the head's input where it shares the embedding; the others say so in their config."""
+_decoder_classes: dict[str, type[nn.Module]] = {}
 
 
 class UnsupportedFamilyError(ValueError):
@@ -89,7 +90,9 @@ def decoder_depth(config: PreTrainedConfig) -> int:
 
 def build_body(config: PreTrainedConfig) -> nn.Module:
     """Build the family's stock decoder, without its token embedding (the Copilot feeds embedded errors)."""
-    body = type(skeleton(config).get_decoder())(copy.deepcopy(config))
+    if config.model_type not in _decoder_classes:  # a whole model shows the class, and takes longer than the decoder
+        _decoder_classes[config.model_type] = type(skeleton(config).get_decoder())
+    body = _decoder_classes[config.model_type](copy.deepcopy(config))
     body.set_input_embeddings(None)
     return body
 
