@@ -4,11 +4,13 @@ import contextlib
 import importlib.util
 import json
 import os
+import pickle
 import random
 import re
 import shlex
 import shutil
 import warnings
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,7 +43,12 @@ def needs(package: str) -> pytest.MarkDecorator:
 
 
 def with_hydra(*overrides: str, name: str = "train") -> DictConfig:
-    return composed.compose_whole(*overrides, name=name, with_hydra=True)
+    return pickle.loads(_with_hydra(*overrides, name=name))
+
+
+@cache
+def _with_hydra(*overrides: str, name: str) -> bytes:
+    return pickle.dumps(composed.compose_whole(*overrides, name=name, with_hydra=True))
 
 
 @contextlib.contextmanager
