@@ -17,14 +17,14 @@ from tcopilot.models.fusion import ProbabilityFusion
 from tcopilot.models.modeling import fused_class
 from tcopilot.training.error_statistics import correct_targets
 
-VOCAB = 400
+VOCAB = 200
 
 
 def calibration(pilot):
     return fused_class(pilot.config.is_encoder_decoder).from_pilot(pilot, kind="calibration").eval()
 
 
-def drawn(scale: float, bias_V, count: int = 4000) -> tuple[torch.Tensor, torch.Tensor]:
+def drawn(scale: float, bias_V, count: int = 2000) -> tuple[torch.Tensor, torch.Tensor]:
     """Distributions, and targets drawn from softmax(scale · log p̂ + b): a Pilot off by just that, as [1, N, V]."""
     generator = torch.Generator().manual_seed(0)
     log_probs_NV = torch.randn(count, VOCAB, generator=generator).mul(2).log_softmax(-1)

@@ -230,7 +230,7 @@ def test_extra_copilot_steps_are_clipped_too():
 
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
 def test_both_schedules_step_once_a_round_whatever_else_happens_in_it(micro_batch_size):
-    rounds, rates = 12, []
+    rounds, rates = 8, []
 
     def note(trainer, module):
         rates.append(tuple(optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers))
@@ -239,7 +239,7 @@ def test_both_schedules_step_once_a_round_whatever_else_happens_in_it(micro_batc
     cosine = partial(get_cosine_with_min_lr_schedule_with_warmup, num_warmup_steps=2, min_lr_rate=0.1)
     trained(
         "llama", batches_of("llama", rounds), callbacks=[EachRound(note)], pilot=linear,
-        copilot=learner(lr=0.01, schedule=cosine), steps_per_round=3, micro_batch_size=micro_batch_size,
+        copilot=learner(lr=0.01, schedule=cosine), steps_per_round=2, micro_batch_size=micro_batch_size,
     )  # fmt: skip
 
     def linear_at(k):

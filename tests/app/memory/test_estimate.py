@@ -87,7 +87,7 @@ def test_parameters_are_counted_as_they_load_and_as_they_are_trained(overrides, 
         saved.save_pretrained(tmp_path / "pilot")
         byte_tokenizer().save_pretrained(tmp_path / "pilot")
         overrides = ["pilot.frozen=true", f"pilot.path={tmp_path}/pilot"]
-    cfg, ready = prepared(tmp_path, *overrides)
+    cfg, ready = prepared(tmp_path, "trainer.limit_val_batches=0", *overrides)
     needed = budget(cfg, ready).needed
     module = build.training_module(cfg, build.fused_model(cfg, ready), 1)
     tensors = {t.untyped_storage().data_ptr(): t.nbytes for t in (*module.parameters(), *module.buffers())}
@@ -166,7 +166,7 @@ def test_a_run_that_cannot_fit_stops_before_weights_load(tmp_path, monkeypatch):
     monkeypatch.setattr(free_memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     monkeypatch.setattr(build.ModelSource, "load", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match="the largest part is"):
-        composed.train(tmp_path / "run", *composed.SMALL, estimate=True)
+        composed.train(tmp_path / "run", *composed.SMALL, "trainer.limit_val_batches=0", estimate=True)
 
 
 def test_parts_that_need_real_numbers_do_not_keep_a_run_from_starting(tmp_path, monkeypatch, caplog):

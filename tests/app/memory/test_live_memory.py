@@ -55,8 +55,8 @@ def test_kinds_are_told_apart_at_the_peak():
 def test_the_byte_limit_of_the_log_bounds_the_memory_that_it_takes_in_training(family):
 
     def held(max_bytes):
-        module = small_module(tiny_model(family), 16)
-        batches = [random_batch(family, rows=8, seed=seed, targets=[5] * 8) for seed in range(16)]
+        module = small_module(tiny_model(family), 8)
+        batches = [random_batch(family, rows=8, seed=seed, targets=[5] * 8) for seed in range(8)]
         log = MistakeLog(capacity_rounds=1000, max_bytes=max_bytes)
         with LiveMemory() as memory:
             train_on(module, batches, log)
