@@ -21,8 +21,8 @@ from tcopilot.processes import DisagreementError, address_problem, agree_on, ran
 
 SMALL = [
     *(f"data.benchmarks.word_problems.{name}" for name in ("train=200", "validation=24", "test=20")),
-    *("rounds=4", "data.batch_size=16", "mistake_log=latest", "fusion.weight=[0.5,1]", "evaluation.batch_size=16"),
-    *("trainer.val_check_interval=2", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=true"),
+    *("rounds=8", "data.batch_size=16", "mistake_log=latest", "fusion.weight=[0.5,1]", "evaluation.batch_size=16"),
+    *("trainer.val_check_interval=4", "trainer.log_every_n_steps=1", "trainer.enable_progress_bar=true"),
 ]  # fmt: skip
 LLAMA = ["pilot=tiny_llama"]
 VARIANTS = {
@@ -88,7 +88,7 @@ def overrides_of(variant: str) -> list[str]:
 )
 def test_two_processes_train_what_one_trains(variant, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "budget", lambda *_: None)  # forked programs inherit it
-    given = overrides_of(variant)
+    given = ["rounds=4", "trainer.val_check_interval=2", *overrides_of(variant)]
     alone = [g for g in given if not g.startswith("pilot.micro_batch_size")]
     one, two = trained(tmp_path / "one", *alone), tmp_path / "two"
     if variant == "two micro-batches":  # started as a user does, the second process by Lightning
