@@ -120,7 +120,8 @@ def test_idle_keys_of_an_experiment_are_named_and_those_that_act_are_not(tmp_pat
         "data: {weights: {word_problems: 1}, batch_size: 16}\nevaluation: {compile: false, ranking: exhaustive}\n"
     )
     given = [*composed.SMALL, "experiment=mine", f"hydra.searchpath=[file://{tmp_path}]", "data.path=/tmp"]
-    done = composed.forked("train.py", *given, f"paths.run_dir={tmp_path}/run")
+    with composed.without_estimate():
+        done = composed.forked("train.py", *given, "fusion.weight=[0,1]", f"paths.run_dir={tmp_path}/run")
     assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stdout.split("\n") if "not used here" in line)
     named = {text.strip() for text in line.strip("│ ").split("│")[1].split(",")}
