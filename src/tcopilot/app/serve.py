@@ -1,0 +1,188 @@
+"""`tcopilot-serve`: an OpenAI-compatible endpoint for a fused model, by the request handlers of `transformers serve`.
+
+Ours is that the model is an export of this package, and that each request may choose its λ (docs/serving.md).
+"""
+
+import argparse
+import contextlib
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import torch
+import transformers
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from tcopilot.app.console import quiet_libraries
+from tcopilot.models.configuration import TCopilotConfig
+from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.models.modeling import fused_class
+
+BAD_REQUEST = (ValueError, TypeError, KeyError, TemplateError)
+"""What handlers, chat templates and `generate` raise at a request that cannot be answered."""
+_GIVE = "give the export folder of a run, or a folder that save_pretrained of a fused model and its tokenizer wrote"
+
+
+class Export(NamedTuple):
+    """A loaded fused model, and the name under which it is served: its folder."""
+
+    name: str
+    model: TCopilotModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def load(cls, folder: Path) -> "Export":
+        """Read an export; a ValueError says what the folder lacks."""
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder}: there is no model in this folder; {_GIVE}")
+        config = AutoConfig.from_pretrained(folder)
+        if not isinstance(config, TCopilotConfig):
+            raise ValueError(f"{folder}: a {config.model_type} model, which `transformers serve` serves; {_GIVE}")
+        if not any(folder.glob("tokenizer*")):
+            raise ValueError(f"{folder}: there is no tokenizer beside the model; {_GIVE}")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = fused_class(config.is_encoder_decoder).from_pretrained(folder, device_map=device)
+        return cls(str(folder), model, AutoTokenizer.from_pretrained(folder))
+
+
+class RequestModel:
+    """The model as one request sees it, with its λ and its seed; weights are shared, and nothing in them is changed.
+
+    The config is the Pilot's, by which handlers know how its family writes tool calls and reasoning.
+    """
+
+    def __init__(self, model: TCopilotModel, weight: float | None, seed: int | None) -> None:
+        self.model, self.weight, self.seed, self.config = model, weight, seed, model.config.pilot
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def generate(self, **given: Any) -> Tensor:
+        """Decode one prompt; returns it with its answer [1, M + N], for an encoder-decoder too."""
+        if self.seed is not None:
+            torch.manual_seed(self.seed)  # here, in the one thread that decodes, and not while another request samples
+        if self.weight is not None:
+            given["weights_B"] = torch.tensor([self.weight], device=self.model.device)
+        found = self.model.generate(**given)
+        is_answer = self.model.config.is_encoder_decoder
+        return torch.cat([given["input_ids"], found[:, 1:]], dim=1) if is_answer else found
+
+
+class ExportHandler:
+    """In front of a handler of transformers: serves one export, and reads λ in a request's field `weight`."""
+
+    export: Export
+
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        super()._validate_request({key: value for key, value in body.items() if key != "weight"})
+        name, model, tokenizer = self.export
+        if body.get("model") not in (None, name):
+            raise ValueError(f"model={body['model']!r}: this server has {name!r} only")
+        check_weight(model, body.get("weight"))
+        if "messages" in body and tokenizer.chat_template is None:
+            raise ValueError("the tokenizer of this model has no chat template; use /v1/completions")
+
+    def _resolve_model(self, body: dict[str, Any]) -> tuple[str, RequestModel, PreTrainedTokenizerBase]:
+        name, model, tokenizer = self.export
+        return name, RequestModel(model, body.get("weight"), body.get("seed")), tokenizer
+
+    def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        config = super()._build_generation_config({**body, "seed": None}, *args, **kwargs)
+        if hasattr(config, "weight"):
+            raise ValueError("generation_config: weight is a field of the request, beside generation_config")
+        return config
+
+
+def check_weight(model: TCopilotModel, weight: Any) -> None:
+    """Raise a ValueError at what is no λ of this model; None is the model's own."""
+    if weight is None:
+        return
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or not 0 <= weight <= torch.finfo(torch.float32).max:
+        raise ValueError(f"weight={weight!r}: λ is a number, 0 (the Pilot) or positive")
+    if weight and model.copilot is None:
+        raise ValueError(f"weight={weight}: this export is a Pilot without a Copilot; leave it out, or give 0")
+
+
+def endpoint(export: Export) -> Any:
+    """The FastAPI application that serves an export."""
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler
+    from transformers.cli.serving.completion import CompletionHandler
+    from transformers.cli.serving.model_manager import ModelManager
+    from transformers.cli.serving.utils import GenerationState
+
+    state = GenerationState()  # of both handlers, so that one thread decodes all requests, one after another
+
+    def answer(handler: type) -> Callable[[dict], Awaitable[Any]]:
+        served = type(handler.__name__, (ExportHandler, handler), {"export": export})(ModelManager(), state)
+
+        async def handle(body: dict) -> Any:
+            return await served.handle_request(body, str(uuid4()))
+
+        return handle
+
+    async def refuse(_: Request, error: Exception) -> JSONResponse:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        return JSONResponse({"error": {"message": reason, "type": "invalid_request_error"}}, status_code=400)
+
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": export.name, "object": "model", "created": 0, "owned_by": ""}]}
+
+    app = FastAPI(title="Transformer Copilot", exception_handlers=dict.fromkeys(BAD_REQUEST, refuse))
+    app.post("/v1/chat/completions")(answer(ChatCompletionHandler))
+    app.post("/v1/completions")(answer(CompletionHandler))
+    app.get("/v1/models")(models)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `tcopilot-serve` until Ctrl-C; 1 with a message on stderr if it cannot start."""
+    parser = argparse.ArgumentParser("tcopilot-serve", description="An OpenAI-compatible endpoint for a fused model.")
+    parser.add_argument("export", type=Path, help="the export folder of a run")
+    parser.add_argument("--host", default="localhost", help="address to listen at (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--weight", type=float, help="λ of requests that name none (default: the export's)")
+    parser.add_argument("--continuous-batching", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args(arguments)
+    if asked.continuous_batching:
+        parser.error("--continuous-batching packs many requests into one row, and a Copilot needs a row for each")
+    quiet_libraries()
+    try:
+        import openai  # noqa: F401 - transformers' handlers need it, and do not say so
+        import uvicorn
+
+        with listen(asked.host, asked.port) as listening:  # before weights load
+            export = Export.load(asked.export)
+            check_weight(export.model, asked.weight)
+            export.model.weight = export.model.weight if asked.weight is None else asked.weight
+            server = uvicorn.Server(uvicorn.Config(endpoint(export), log_level="warning"))
+            host, port = listening.getsockname()[:2]
+            print(f"{export.name} at λ = {export.model.weight:g}: http://{host}:{port}/v1", flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                server.run(sockets=[listening])
+    except (ImportError, OSError, ValueError) as error:
+        needs = "the server needs pip install 'tcopilot[serve]' and transformers 5.17 to 5.23, here is"
+        hint = f"; {needs} {transformers.__version__}" if isinstance(error, ImportError) else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Take the port, or raise a ValueError that says why it cannot be had."""
+    try:
+        return socket.create_server((host, port))
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"--host {host} --port {port}: {reason}; give another one") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
