@@ -81,7 +81,7 @@ def served(folder: Path) -> Iterator[Asking]:
 def export(folder: Path, family: str, template: str | None) -> SimpleNamespace:
     """A fused model whose Copilot changes what it says, with a tokenizer; saved, and as the test's own copy."""
     cls = {"t5": TCopilotForSeq2SeqLM, "llama": TCopilotForCausalLM}[family]
-    model, tokenizer = cls.from_pilot(tiny_pilot(family, layers=2), layers=1, weight=2.0), word_tokenizer(WORDS)
+    model, tokenizer = cls.from_pilot(tiny_pilot(family, layers=2), weight=2.0), word_tokenizer(WORDS)
     perturb(model.copilot)
     tokenizer.chat_template = template
     for part in (model, tokenizer):

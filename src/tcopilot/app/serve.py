@@ -155,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--continuous-batching packs many requests into one row, and a Copilot needs a row for each")
     quiet_libraries()
     try:
+        import fastapi  # noqa: F401 - where it is missing, that is said before weights load
         import openai  # noqa: F401 - transformers' handlers need it, and do not say so
         import uvicorn
 
