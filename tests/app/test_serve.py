@@ -150,7 +150,7 @@ def test_other_fields_do_what_they_do_in_generate(llama, asking):
     stop = whole.split()[4]
     assert asking.said(stop=stop) == answer(llama.model, llama.tokenizer, stop_strings=stop) != whole
     assert asking.said(max_tokens=3) == " ".join(whole.split()[:3])
-    beams = {"num_beams": 3}
+    beams = {"num_beams": 3, "no_repeat_ngram_size": 1}
     assert asking.said(generation=beams) == answer(llama.model, llama.tokenizer, **beams) != whole
     prompt = "w7 w2 w9"
     for weight, text in answers(llama, prompt).items():

@@ -111,7 +111,7 @@ def check_weight(model: TCopilotModel, weight: Any) -> None:
 
 def endpoint(export: Export) -> Any:
     """The FastAPI application that serves an export."""
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI, HTTPException, Request
     from fastapi.responses import JSONResponse
     from transformers.cli.serving.chat_completion import ChatCompletionHandler
     from transformers.cli.serving.completion import CompletionHandler
@@ -130,12 +130,13 @@ def endpoint(export: Export) -> Any:
 
     async def refuse(_: Request, error: Exception) -> JSONResponse:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        return JSONResponse({"error": {"message": reason, "type": "invalid_request_error"}}, status_code=400)
+        said = {"message": getattr(error, "detail", reason), "type": "invalid_request_error"}  # as clients expect it
+        return JSONResponse({"error": said}, status_code=getattr(error, "status_code", 400))
 
     def models() -> dict[str, Any]:
         return {"object": "list", "data": [{"id": export.name, "object": "model", "created": 0, "owned_by": ""}]}
 
-    app = FastAPI(title="Transformer Copilot", exception_handlers=dict.fromkeys(BAD_REQUEST, refuse))
+    app = FastAPI(title="Transformer Copilot", exception_handlers=dict.fromkeys((*BAD_REQUEST, HTTPException), refuse))
     app.post("/v1/chat/completions")(answer(ChatCompletionHandler))
     app.post("/v1/completions")(answer(CompletionHandler))
     app.get("/v1/models")(models)
