@@ -4,6 +4,7 @@ import pytest
 import torch
 from small_training import FAMILIES, learner, random_batch, small_module, tiny_model, tiny_pilot, train_on
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from tcopilot.mistake_log.log import MistakeLog
@@ -32,6 +33,17 @@ def test_a_pass_and_its_gradient_are_counted_as_torch_counts_them(family):
     with FlopCounter() as fused:
         loss().backward()
     assert fused.flops >= ours.flops  # it computes the scores once more on the way back
+
+
+def test_heads_that_share_keys_cost_what_heads_with_their_own_cost():
+    def cost(heads: int) -> int:
+        query = torch.randn(2, 4, 5, 8, requires_grad=True)
+        shared = torch.randn(2, heads, 5, 8, requires_grad=True)
+        with FlopCounter() as count:
+            scaled_dot_product_attention(query, shared, shared, enable_gqa=True).sum().backward()
+        return count.flops
+
+    assert cost(2) == cost(4) > 0
 
 
 def total(rounds: int, every: int, pilot_only: bool = False, count: FlopCount | None = None) -> float:

@@ -13,14 +13,33 @@ from tcopilot.data.batch import Batch
 from tcopilot.processes import sum_over_processes
 
 aten = torch.ops.aten
-FORMULAS = flop_registry | {  # from the shapes of arguments and result; torch's own know the attention of CUDA only
-    aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(
-        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(
-        lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
-    ),
+Shape = tuple[int, ...]
+
+
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, *(_for_all_heads(shape, query) for shape in (key, value)))
+
+
+def _attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, *(_for_all_heads(shape, query) for shape in (key, value)))
+
+
+def _for_all_heads(shape: Shape, query: Shape) -> Shape:
+    """The shape of keys or values that query heads share, as if each had its own: so they are computed with."""
+    return shape[0], query[1], *shape[2:]
+
+
+ATTENTION = {  # torch 2.11 knows neither shared heads nor the attention of CPUs
+    aten._scaled_dot_product_efficient_attention: aten._scaled_dot_product_efficient_attention_backward,
+    aten._scaled_dot_product_flash_attention: aten._scaled_dot_product_flash_attention_backward,
+    aten._scaled_dot_product_cudnn_attention: aten._scaled_dot_product_cudnn_attention_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention_for_cpu_backward,
 }
+FORMULAS = (  # from the shapes of arguments and result
+    flop_registry
+    | dict.fromkeys(ATTENTION, shape_wrapper(_attention))
+    | dict.fromkeys(ATTENTION.values(), shape_wrapper(_attention_backward))
+)
 
 
 class FlopCounter(TorchDispatchMode):
