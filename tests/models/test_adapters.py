@@ -18,6 +18,8 @@ from torch import nn
 
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.adapters import Lora, merge_adapters
+from tcopilot.models.configuration import TCopilotConfig
+from tcopilot.models.modeling import fused_class
 
 TARGETS = {"t5": ("q", "k", "v", "wi", "wo"), "llama": ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")}
 
@@ -51,6 +53,16 @@ def logits(family, model, batch):
         ids = torch.cat([batch.source_ids_BM, batch.target_ids_BN], dim=1)
         mask = torch.cat([batch.source_mask_BM, batch.target_mask_BN], dim=1).long()
         return model(ids, mask, target_start=batch.source_ids_BM.shape[1]).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_say_nothing_at_first_also_when_a_fused_model_is_made_of_what_they_adapt(family):
+    pilot = tiny_pilot(family)
+    Lora(r=4, alpha=8, targets=TARGETS[family])(pilot)
+    fused_class(family == "t5")(TCopilotConfig(pilot.config), pilot)
+    starts = [weight for name, weight in pilot.named_parameters() if "lora_B" in name]
+    assert starts
+    assert not any(weight.any() for weight in starts)
 
 
 def has_adapters(model):

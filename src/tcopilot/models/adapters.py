@@ -53,9 +53,7 @@ class Lora:
         names = [name for name, part in module.named_modules() if self._is_adapted(name, part, module)]
         options = {"lora_alpha": self.alpha, "lora_dropout": self.dropout, "target_modules": names}
         inject_adapter_in_model(LoraConfig(r=self.r, **options), module)
-        for parameter in module.parameters():
-            if parameter.requires_grad:  # peft gives adapters the frozen weights' type; optimisers need float32
-                parameter.data = parameter.data.float()
+        _settle(module)
 
     def _is_adapted(self, name: str, part: nn.Module, module: nn.Module) -> bool:
         if not isinstance(part, nn.Linear) or name.rpartition(".")[2] not in self.targets:
@@ -64,6 +62,18 @@ class Lora:
             return True
         depth = len(module.get_submodule(found[1]))
         return int(found[2]) >= depth - max(1, round(self.top * depth))
+
+
+def _settle(module: nn.Module) -> None:
+    """Give new adapters float32, where peft takes the frozen weights' type, and keep transformers from redrawing them.
+
+    It draws random weights for whatever it has not loaded itself when a fused model is made of the module.
+    """
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for part in (*module.modules(), *module.parameters()):
+        part._is_hf_initialized = True
 
 
 def merge_adapters(model: nn.Module) -> None:
