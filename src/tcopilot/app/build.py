@@ -36,6 +36,7 @@ from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.kinds import empty_copilot, learns, new_copilot, settings_of
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.pilot import ModelSource, ModelSourceError
+from tcopilot.models.quantization import parameter_count
 from tcopilot.processes import is_first
 from tcopilot.run_directory import RunDirectory
 from tcopilot.training.module import Learner, TCopilotModule
@@ -217,7 +218,7 @@ def split_seed_remarks(data: TCopilotDataModule, *sources: ModelSource | None) -
 
 def model_source(node: DictConfig, key: str) -> ModelSource:
     """Where the Pilot, or the checkpoint that a Copilot starts from, comes from."""
-    names = ["path", "dtype", "revision"] if node.get("path") is not None else ["path", "config", "dtype"]
+    names = ["path", "dtype", *(["revision", "quantization"] if node.get("path") is not None else ["config"])]
     given = {name: node[name] for name in names if name in node}
     if OmegaConf.is_config(given.get("config")):
         given["config"] = OmegaConf.to_container(given["config"], resolve=True)
@@ -315,7 +316,7 @@ def parameter_counts(model: TCopilotModel) -> dict[str, int]:
     counts = {}
     for name in ("pilot", "copilot"):
         parameters = list((getattr(model, name) or nn.Module()).parameters())
-        counts[name] = sum(p.numel() for p in parameters)
+        counts[name] = sum(map(parameter_count, parameters))
         counts[f"{name}_trainable"] = sum(p.numel() for p in parameters if p.requires_grad)
     return counts
 

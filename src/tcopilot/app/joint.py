@@ -28,6 +28,7 @@ from tcopilot.app.trainer import make_callbacks, make_trainer
 from tcopilot.mistake_log.recording import Recording
 from tcopilot.models.adapters import merge_adapters
 from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.models.quantization import is_quantised
 from tcopilot.processes import agree_on, rank, refuse_differences
 from tcopilot.run_directory import RunDirectory, flatten
 from tcopilot.training.callbacks import FlopCount, GracefulStop, RoundCheckpoint
@@ -68,7 +69,9 @@ def train_jointly(cfg: DictConfig, prepared: Prepared, memory: Budget | None) ->
     _fit(cfg, prepared, module)
 
     model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
-    merge_adapters(model)
+    for part in (model.pilot, model.copilot):
+        if part is not None and not is_quantised(part):
+            merge_adapters(part)
     seconds = agree_on(round(sum(module.seconds.values()), 2))
     counts = (callback for callback in module.trainer.callbacks if isinstance(callback, FlopCount))
     flops = next((count.total() for count in counts), None)

@@ -1,12 +1,19 @@
-"""LoRA by peft, for Pilot and Copilot alike: injected into a model in place and merged before export."""
+"""LoRA by peft, for Pilot and Copilot alike: injected into a model in place and merged before export.
+
+Adapters of a quantised Pilot are stored as they are, since what they would be merged into would be rounded again.
+"""
 
 from __future__ import annotations
 
 import copy
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.utils import cached_file
 
 LAYER = re.compile(r"(.*?\b(?:layers|block|h))\.(\d+)\.")
 """Of a module's name: the list of layers that it lies in, and the number of its layer."""
@@ -74,6 +81,40 @@ def _settle(module: nn.Module) -> None:
             parameter.data = parameter.data.float()
     for part in (*module.modules(), *module.parameters()):
         part._is_hf_initialized = True
+
+
+OF_PEFT = "base_model.model."
+"""What peft puts before the names of weights in its files."""
+
+
+def save_adapters(model: nn.Module, folder: str | Path, base: str) -> None:
+    """Write a model's adapters, if it has any, as a folder that peft loads onto the base."""
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is None:
+        return
+    from peft import get_peft_model_state_dict
+
+    config.base_model_name_or_path = base
+    config.save_pretrained(folder)
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {OF_PEFT + name: weight.contiguous() for name, weight in weights.items()}
+    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_adapters(model: nn.Module, folder: str, subfolder: str, **hub: Any) -> None:
+    """Inject the adapters that `save_adapters` wrote into a folder, local or on the Hub, frozen; if it has any."""
+    found = cached_file(
+        folder, "adapter_config.json", subfolder=subfolder, **hub, _raise_exceptions_for_missing_entries=False
+    )
+    if found is None:
+        return
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    weights = load_file(cached_file(folder, "adapter_model.safetensors", subfolder=subfolder, **hub))
+    inject_adapter_in_model(LoraConfig.from_pretrained(Path(found).parent), model)
+    _settle(model)
+    set_peft_model_state_dict(model, {name.removeprefix(OF_PEFT): weight for name, weight in weights.items()})
+    model.requires_grad_(False)
 
 
 def merge_adapters(model: nn.Module) -> None:

@@ -15,14 +15,15 @@ class TCopilotConfig(PreTrainedConfig):
 
     Pilot and Copilot may be configs or their dictionaries; no Copilot is a bare Pilot. `fusion` is a rule or its
     settings, the dotted path of its class among them; None is Eq. 8. λ = 0 is the Pilot, exactly. Feedback is
-    `observed`, or `own` (Algorithm 2 as written).
+    `observed`, or `own` (Algorithm 2 as written). `base` names, for a Pilot that was quantised as it was loaded, the
+    model whose weights an export does not hold: its `path` and `revision`.
     """
 
     model_type = "t_copilot"
     sub_configs = {"pilot": AutoConfig}
     has_no_defaults_at_init = True
 
-    def __init__(self, pilot=None, copilot=None, fusion=None, weight=1.0, feedback="observed", **kwargs):
+    def __init__(self, pilot=None, copilot=None, fusion=None, weight=1.0, feedback="observed", base=None, **kwargs):
         if isinstance(pilot, dict):
             pilot = AutoConfig.for_model(**pilot)
         # A copy: transformers resets the attention implementation of the configs inside a composite one, and a live
@@ -50,6 +51,7 @@ class TCopilotConfig(PreTrainedConfig):
         self.copilot = copilot
         self.weight = float(weight)
         self.feedback = feedback
+        self.base = base
         super().__init__(**kwargs)
 
     def get_text_config(self, decoder=None, encoder=None):

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 
 from tcopilot.models.caches import with_room
 from tcopilot.models.log_attention import LogAttention
+from tcopilot.models.quantization import plain_weights
 
 # What modules are called, most frequent names first.
 LAYERS = ("layers", "block", "h", "blocks")
@@ -45,6 +46,7 @@ def decoder_config(config: PreTrainedConfig, layers: int | None = None) -> PreTr
     """Return the config of the family's decoder alone, cut to its first `layers` layers."""
     body = copy.deepcopy(skeleton(config).get_decoder().config)
     body.model_type = config.model_type
+    vars(body).pop("quantization_config", None)  # of a Pilot's layers, not of those that start from them
     depth = decoder_depth(body)
     layers = depth if layers is None else layers
     if not 1 <= layers <= depth:
@@ -99,7 +101,7 @@ def build_body(config: PreTrainedConfig) -> nn.Module:
 
 def load_decoder_weights(body: nn.Module, donor: PreTrainedModel) -> None:
     """Copy the donor's first decoder layers into `body`, wrapped or not; a donor with LoRA adapters is refused."""
-    given = donor.get_decoder().state_dict()
+    given = plain_weights(donor.get_decoder())
     attention, norm = "|".join(ATTENTION), input_norm(decoder_layers(body)[0])[0]
     origin = {}
     for name in body.state_dict():  # log attention holds the stock attention and a copy of the layer's input norm

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import ModelOutput
 
 from tcopilot.models.base_copilot import BaseCopilot
+from tcopilot.models.beside_base import base_of
 from tcopilot.models.caches import TCopilotCache, of_pilot, with_room
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.decoding import Beside, advance, conclude, correct_more, correct_text
@@ -22,6 +23,7 @@ from tcopilot.models.fusion import FusionRule, build_fusion
 from tcopilot.models.gates import Gate
 from tcopilot.models.kinds import empty_copilot, new_copilot
 from tcopilot.models.pretrained import FusedPreTrainedModel, check_pilot, follow_attention
+from tcopilot.models.quantization import is_quantised, keep_scales
 from tcopilot.models.target_start import IGNORED_LABEL
 
 
@@ -36,6 +38,9 @@ class TCopilotModel(FusedPreTrainedModel):
         super().__init__(config)
         check_pilot(config, pilot)
         self.pilot = self.auto_class.from_config(copy.deepcopy(config.pilot)) if pilot is None else pilot
+        if is_quantised(self.pilot):
+            config.base = base_of(self.pilot)
+            keep_scales(self.pilot)
         if copilot is None and config.copilot is not None:
             copilot = empty_copilot(config.copilot)
         self.copilot = copilot

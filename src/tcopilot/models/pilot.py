@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tcopilot.data.tokenizers import byte_tokenizer, word_tokenizer
+from tcopilot.models.quantization import bits_of, loading_options
 from tcopilot.settings import DTYPE
 
 
@@ -44,6 +45,7 @@ class ModelSource:
         dtype: of the weights. `float32` unless the model stays frozen: optimisers need full-precision weights.
         revision: commit or tag on the Hub.
         key: the config node, for messages.
+        quantization: keeps the linear layers in `4bit` or `8bit`; None as they are.
     """
 
     SETTINGS: ClassVar = {"dtype": DTYPE}
@@ -53,6 +55,7 @@ class ModelSource:
     dtype: str = "float32"
     revision: str | None = None
     key: str = "pilot"
+    quantization: str | None = None
 
     @cached_property
     def model_config(self) -> PreTrainedConfig:
@@ -67,6 +70,11 @@ class ModelSource:
                 raise ModelSourceError(f"{self.key}.config={self.config}: {reason}") from error
         stored = self.stored_config
         return getattr(stored, "pilot", stored)  # an export of ours: its Pilot's
+
+    @property
+    def bits(self) -> str | None:
+        """How its linear layers will be kept, by this source's own quantisation or by that of what is stored."""
+        return self.quantization or bits_of(self.model_config)
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -128,7 +136,8 @@ class ModelSource:
     def whole_model(self, auto: Any, dtype: torch.dtype) -> PreTrainedModel:
         """Load a model whose weights are complete, of the config's shapes and finite; transformers fills gaps."""
         with _without_reports():
-            model, report = self._from_hub(auto, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+            options = {"dtype": dtype, **loading_options(self.quantization, dtype)}
+            model, report = self._from_hub(auto, **options, output_loading_info=True, ignore_mismatched_sizes=True)
         apart = "config and weights do not belong together"
         if other := sorted(report["mismatched_keys"]):
             name, there, wanted = other[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from tcopilot.models.beside_base import ADAPTER
 from tcopilot.models.families import skeleton
 from tcopilot.models.pilot import ModelSource
 
@@ -24,12 +26,12 @@ OURS = "pilot."
 
 
 def digest(source: ModelSource) -> str:
-    """16 hex digits of every weight of a pretrained Pilot and of the type that it computes in.
+    """16 hex digits of every weight of a pretrained Pilot, of the type that it computes in, and of its quantisation.
 
     The files are read once from beginning to end, a tensor at a time. Renamed or moved files keep their digest, and so
     does the Pilot in an export whose Copilot has changed.
     """
-    found = hashlib.blake2b(source.dtype.encode(), digest_size=8)
+    found = hashlib.blake2b(f"{source.dtype}{source.bits or ''}".encode(), digest_size=8)
     for name, place in sorted(_weights(source).items()):
         found.update(name.encode())
         weight = _tensor(place).contiguous()
@@ -69,6 +71,7 @@ def load_unembedding(source: ModelSource, tokenizer: PreTrainedTokenizerBase) ->
 
 def _weights(source: ModelSource) -> dict[str, tuple[Path, str]]:
     """Names of the Pilot's weights in its safetensors files, each with its file and its name there."""
+    source, _ = _base(source)
     prefix = OURS if getattr(source.stored_config, "pilot", None) is not None else ""
     places = [(file, name) for file in _safetensors(source) for name in _names(file) if name.startswith(prefix)]
     return {name.removeprefix(prefix): (file, name) for file, name in places}
@@ -83,11 +86,20 @@ def _safetensors(source: ModelSource) -> Iterator[Path]:
 
 
 def _other_files(source: ModelSource) -> list[Path]:
-    """The weights of a Pilot that is not kept in safetensors files."""
+    """The weights of a Pilot that is not kept in safetensors files, and the adapters beside a quantised one."""
+    source, adapters = _base(source)
     if next(_safetensors(source), None) is not None:
-        return []
+        return adapters
     config = _file(source, "config.json")
-    return sorted(config.parent.glob("pytorch_model*.bin")) if config else []
+    return adapters + sorted(config.parent.glob("pytorch_model*.bin")) if config else adapters
+
+
+def _base(source: ModelSource) -> tuple[ModelSource, list[Path]]:
+    """The model whose weights an export of a quantised Pilot names, and the adapters that are put on it."""
+    if (base := getattr(source.stored_config, "base", None)) is None:
+        return source, []
+    adapters = _file(source, f"{ADAPTER}/adapter_model.safetensors")
+    return replace(source, **base), [] if adapters is None else [adapters]
 
 
 def _file(source: ModelSource, name: str) -> Path | None:

@@ -1,14 +1,16 @@
 """What transformers asks of a model besides its forward pass: embeddings, attention, saving, loading, pickling."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import output_capturing
 
-from tcopilot.models.adapters import merged_weights
+from tcopilot.models.adapters import merged_weights, save_adapters
 from tcopilot.models.base_copilot import BaseCopilot
+from tcopilot.models.beside_base import ADAPTER, OF_HUB, load_beside_base, trained_weights
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.families import is_cross_attending
 from tcopilot.models.kinds import resize_vocabulary
@@ -84,13 +86,18 @@ class FusedPreTrainedModel(PreTrainedModel):
             follow_attention(self.copilot, self.pilot)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, name: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Load a fused model; arguments as in transformers. A device map may offload the Pilot, not the Copilot.
 
         Raises:
             ValueError: if a device map separates what one model reads of the other.
         """
-        found = super().from_pretrained(*args, **kwargs)
+        config = kwargs.get("config")
+        if config is None:
+            config = cls.config_class.from_pretrained(name, **{key: kwargs[key] for key in OF_HUB if key in kwargs})
+        if getattr(config, "base", None) is not None:
+            return load_beside_base(cls, str(name), **kwargs | {"config": config})
+        found = super().from_pretrained(name, *args, **kwargs)
         check_placement(found[0] if isinstance(found, tuple) else found)
         return found
 
@@ -98,8 +105,16 @@ class FusedPreTrainedModel(PreTrainedModel):
         self, save_directory: str | os.PathLike, is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Write a folder that `from_pretrained` loads; adapters inside either model are merged in what is written."""
-        merged = merged_weights(self)
+        """Write a folder that `from_pretrained` loads; adapters inside either model are merged in what is written.
+
+        Of a quantised Pilot only its adapters are, beside the name of its base.
+        """
+        if (base := self.config.base) is not None:
+            merged, kwargs["max_shard_size"] = trained_weights(self.copilot), "1TB"
+            if is_main_process:
+                save_adapters(self.pilot, Path(save_directory) / ADAPTER, base["path"])
+        else:
+            merged = merged_weights(self)
         super().save_pretrained(save_directory, is_main_process, state_dict if merged is None else merged, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

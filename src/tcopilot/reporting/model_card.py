@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from tcopilot.data.metrics import show, show_difference
 from tcopilot.evaluation.results import Results
+from tcopilot.models.quantization import bits_of
 from tcopilot.reporting.tables import markdown_table
 from tcopilot.version import __version__
 
@@ -36,6 +37,8 @@ def model_card(results: Results, pilot_path: str | None, pilot_config: PreTraine
         is_local = Path(pilot_path).exists()
         pilot = Path(pilot_path).resolve().name if is_local else pilot_path
         header |= {} if is_local else {"base_model": pilot}
+    if (bits := bits_of(pilot_config)) is not None:
+        pilot += f", quantised to {bits}, whose weights are not in this folder"
     auto = f"AutoModelFor{'Seq2SeqLM' if is_pair else 'CausalLM'}"
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",

@@ -243,9 +243,9 @@ class TCopilotModule(LightningModule):
         """Leave out the frozen weights of a pretrained model: they never change and can be loaded again."""
         checkpoint["seconds"] = dict(self.seconds)
         if getattr(self.model.pilot.config, "_name_or_path", ""):
-            for name, parameter in self.named_parameters(remove_duplicate=False):  # tied weights have two names
-                if not parameter.requires_grad:
-                    checkpoint["state_dict"].pop(name, None)
+            named = [n for n, p in self.named_parameters(remove_duplicate=False) if p.requires_grad]  # tied: two names
+            kept = {*named, *(name for name, _ in self.named_buffers(remove_duplicate=False))}
+            checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting seconds and, if the budget is larger by now, rounds; refuse a checkpoint of another model."""

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from tcopilot.app.checks.problems import ConfigError, existing
+from tcopilot.app.checks.quantised import quantization_problems
 from tcopilot.app.checks.recordings import recording_problems
 from tcopilot.app.checks.sharding import sharding_problems
 from tcopilot.app.checks.unused import slips
@@ -31,6 +32,7 @@ from tcopilot.models.fusion import FusionRule, build_fusion
 from tcopilot.models.gates import GATES
 from tcopilot.models.kinds import KINDS, learns, settings_of
 from tcopilot.models.pilot import ModelSource
+from tcopilot.models.quantization import QUANTIZATIONS
 from tcopilot.run_directory import RunDirectory
 from tcopilot.settings import ANY, FLAG, POSITIVE, SEED, Rule, is_whole, number, one_of, whole
 from tcopilot.training.callbacks import MistakeLogCallback
@@ -72,7 +74,10 @@ RULES: dict[str, Mapping[str, Rule]] = {  # of groups that do not name their cla
         **{"seed": SEED, "rounds": whole().or_null()},
     },
     "paths": {"run_dir": ANY},
-    "pilot": {**LEARNER, "config": ANY, "frozen": FLAG, "micro_batch_size": OF_MODULE["micro_batch_size"]},
+    "pilot": {
+        **{**LEARNER, "config": ANY, "frozen": FLAG, "micro_batch_size": OF_MODULE["micro_batch_size"]},
+        "quantization": one_of(QUANTIZATIONS).or_null(),
+    },
     "copilot": {
         **{"enabled": FLAG, "kind": one_of(KINDS), "batch_size": OF_MODULE["copilot_batch_size"]},
         **{name: OF_MODULE[name] for name in ("steps_per_round", "own_feedback")},
@@ -127,7 +132,7 @@ def config_problems(cfg: DictConfig, training: bool = True) -> list[str]:
     An evaluation without training depends on a part of them only.
     """
     checks = [unread_keys, _settings, _folders, _checkpoints, trainer_problems, _machine, _batches, _evaluation]
-    checks += [_learners, _controls, sharding_problems]
+    checks += [_learners, quantization_problems, _controls, sharding_problems]
     if not training:
         checks = [unread_keys, partial(_settings, sections=("fusion", "evaluation")), _folders, _evaluation]
     problems: list[str] = []

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from tcopilot.app.checks.problems import attempt
+from tcopilot.app.checks.quantised import stored_problems
 from tcopilot.models import families
 from tcopilot.models.adapters import Lora
 from tcopilot.models.family_check import check_family
@@ -33,7 +34,7 @@ def source_problems(cfg: DictConfig, *sources: ModelSource | None) -> list[str]:
 
 def model_problems(cfg: DictConfig, pilot: ModelSource, donor: ModelSource | None) -> list[str]:
     """Problems of models that can be read: a Copilot too deep or too flat, adapters without a place."""
-    problems = _adapter_problems(cfg, "pilot", pilot.model_config)
+    problems = stored_problems(cfg, pilot) + _adapter_problems(cfg, "pilot", pilot.model_config)
     if not cfg.copilot.enabled or (donor is not None and donor.trained_copilot is not None):
         return problems  # a trained Copilot brings its architecture
     if "layers" not in cfg.copilot:

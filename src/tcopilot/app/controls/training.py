@@ -34,6 +34,7 @@ from tcopilot.mistake_log.recording import Recording
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.families import skeleton
 from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.models.quantization import parameter_count
 from tcopilot.processes import agree_on, rank
 from tcopilot.run_directory import RunDirectory
 from tcopilot.training.callbacks import FlopCount
@@ -256,7 +257,7 @@ def _scored(name: str, trained: Trained, joint: JointRun, folder: Path) -> list[
         "rounds": trained.rounds,
         "train_seconds": trained.seconds,
         "train_flops": trained.flops,
-        "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
+        "parameters": sum(map(parameter_count, trained.model.parameters())),
     }
     split = cfg.evaluation.report_on
     weight = WEIGHTS.get(name, 0.0)

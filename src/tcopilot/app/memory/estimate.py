@@ -18,6 +18,7 @@ from tcopilot.app.checks.data import log_bytes
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.memory.dry_run import Footprint, Load, measure
 from tcopilot.app.memory.free import available_memory
+from tcopilot.app.memory.packed_layers import pack_layers
 from tcopilot.app.trainer import process_count
 from tcopilot.models.pilot import ModelSource
 from tcopilot.processes import gather
@@ -25,7 +26,8 @@ from tcopilot.training.module import TCopilotModule
 
 log = logging.getLogger(__name__)
 MENDS = {
-    "parameters": "choose a smaller pilot or copilot, or pilot.dtype=bfloat16 with adapter@pilot.adapter=lora",
+    "parameters": "choose a smaller pilot or copilot, or pilot.dtype=bfloat16 with adapter@pilot.adapter=lora, or "
+    "pilot.quantization=4bit with it",
     "gradients": "train fewer parameters with adapter@pilot.adapter=lora",
     "optimiser": "train fewer parameters with adapter@pilot.adapter=lora",
     "log": "lower mistake_log.log.capacity_rounds or set mistake_log.log.max_bytes",
@@ -119,6 +121,8 @@ def _module(cfg: DictConfig, prepared: Prepared) -> TCopilotModule:
 
     donor = None if prepared.donor is None else without_weights(prepared.donor)
     model = build.fused_model(cfg, replace(prepared, pilot=without_weights(prepared.pilot), donor=donor))
+    if (source := prepared.pilot).bits is not None:
+        pack_layers(model.pilot, source.model_config, source.bits, getattr(torch, source.dtype))
     module = build.training_module(cfg, model, prepared.data.total_rounds)
     module.copilot_batch_size //= process_count(cfg)
     return module

@@ -40,6 +40,11 @@ FORMULAS = (  # from the shapes of arguments and result
     | dict.fromkeys(ATTENTION, shape_wrapper(_attention))
     | dict.fromkeys(ATTENTION.values(), shape_wrapper(_attention_backward))
 )
+QUANTISED = {  # of bitsandbytes, by name, since it need not be there; gradients pass through torch's own products
+    "bitsandbytes::gemm_4bit": lambda inputs, weight, shape, *_, **__: 2 * inputs.numel() * shape[0],
+    "bitsandbytes::int8_scaled_mm": lambda inputs, weight, *_, **__: 2 * inputs.numel() * len(weight),
+    "bitsandbytes::int8_mixed_scaled_mm": lambda inputs, packed, weight, *_, **__: 2 * inputs.numel() * len(weight),
+}
 
 
 class FlopCounter(TorchDispatchMode):
@@ -60,7 +65,8 @@ class FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count it."""
         result = operation(*args, **(kwargs or {}))
-        if (formula := FORMULAS.get(operation._overloadpacket)) is not None:
+        packet = operation._overloadpacket
+        if (formula := FORMULAS.get(packet) or QUANTISED.get(packet._qualified_op_name)) is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
