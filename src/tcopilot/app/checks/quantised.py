@@ -24,6 +24,8 @@ def quantization_problems(cfg: DictConfig) -> Iterator[str]:
         yield f"{given} with pilot.path=null: random weights are trained as a whole; give pilot.path, or leave it out"
     if not _keeps_weights(cfg):
         yield f"{given} without LoRA: quantised weights cannot be trained; {MEND}"
+    if cfg.trainer.strategy == "fsdp":
+        yield f"{given} with trainer.strategy=fsdp: quantised weights cannot be divided; use trainer=ddp"
     if importlib.util.find_spec("bitsandbytes") is None:
         yield f"{given}: bitsandbytes is not installed; pip install bitsandbytes, or use pilot.quantization=null"
     elif (device := _device(cfg)) is not None and (found := device_problem(bits, device)) is not None:
