@@ -104,7 +104,7 @@ def test_a_quantised_run_from_training_to_evaluation_and_a_head_for_its_pilot(ba
         answers = [composed.predictions(folder, "test", weight) for folder in (whole, again)]
         assert answers[0] == answers[1]
 
-    stop = ["+callbacks.stop._target_=composed.InterruptAfter", "+callbacks.stop.rounds=2"]
+    stop = ["+callbacks.interrupt._target_=composed.InterruptAfter", "+callbacks.interrupt.rounds=2"]
     with pytest.raises(SystemExit):
         composed.train(tmp_path / "parts", *given, *stop)
     parts = composed.resume(tmp_path / "parts")

@@ -16,7 +16,7 @@ from tcopilot.models.quantization import is_packed, packed_bytes, settings_of
 def pack_layers(pilot: nn.Module, config: PreTrainedConfig, bits: str, dtype: torch.dtype) -> None:
     """Put stand-ins where transformers would quantise a Pilot of this config, beneath adapters too."""
     plain = skeleton(config)
-    AutoHfQuantizer.from_config(settings_of(bits, dtype), pre_quantized=False).preprocess_model(plain)
+    AutoHfQuantizer.from_config(settings_of(bits, dtype), pre_quantized=False).preprocess_model(plain, device_map=None)
     names = {name for name, part in plain.named_modules() if is_packed(part)}
     for name, part in list(pilot.named_modules()):
         if name.removesuffix(".base_layer") in names and isinstance(part, nn.Linear):
