@@ -85,7 +85,7 @@ def test_llama_8b_with_a_1b_copilot_fits_24_gb_in_4_bits_alone():
         data = SimpleNamespace(split_seed=0, total_rounds=1)
         ready = build.Prepared(pilot, ModelSource(config=LLAMA_1B), range(LLAMA["vocab_size"]), data, None)
         log = instantiate(cfg.mistake_log.log, _convert_="all")
-        load = Load(rows=4, source=256, target=64, parts=4)
+        load = Load(rows=4, source=256, target=256, parts=4)
         needed = measure(lambda ready=ready: estimate._module(cfg, ready), load, log, "bf16-mixed", True, tied=True)
         peaks[bits] = needed.training
     assert peaks["4bit"] < 24e9 < peaks[None], peaks
