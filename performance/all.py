@@ -30,6 +30,7 @@ ON_CPU = {
     "memory": ["memory.py"],
     "scale": ["scale.py", "--repeats", "2"],
     "prefix": ["prefix.py"],
+    "recording": ["recording.py"],
     "log": ["log.py", "--policies", "fifo", "reservoir", "prioritised", "--repeats", "100"],
 }
 ON_GPU = {
@@ -40,6 +41,8 @@ ON_GPU = {
     "gpu_decode_1b": ["decode.py", *BF16, *ALL_BATCHES, "--size", "llama-3.2-1b", "--architectures", "llama"],
     "gpu_decode_3b": ["decode.py", *BF16, *ALL_BATCHES, "--size", "llama-3.2-3b", "--architectures", "llama"],
     "gpu_decode_t5": ["decode.py", *BF16, *ALL_BATCHES, "--size", "flan-t5-base", "--architectures", "t5"],
+    "gpu_recording": ["recording.py", *BF16, "--sizes", "llama-3.2-1b", "llama-3.2-3b", "--rows", "1024",
+                      "--batch", "64"],
     "gpu_memory": ["memory.py", "--full"],
 }  # fmt: skip
 SCRIPTS = ON_CPU | ON_GPU
@@ -148,6 +151,11 @@ RECORDS: Columns = {
     "p̂ smaller": _of("probs_ratio", "{:.1f} ×"), "record MB": _mb("record_bytes"),
     "record smaller": _of("record_ratio", "{:.1f} ×"),
 }  # fmt: skip
+RECORDING: Columns = {
+    "Pilot": _of("size"), "rows": _of("rows"), "batch": _of("batch"), "recorded rows/s": _of("recorded", "{:,.0f}"),
+    "recording : forward pass": _of("over_pass", "{:.2f}"), "fitted rows/s": _of("fitted", "{:,.0f}"),
+    "pass of a fit : recording": _of("fit_over_recording", "{:.3f}"),
+}  # fmt: skip
 TABLES: dict[str, tuple[str | None, Columns]] = {
     **dict.fromkeys(("round", "gpu_round_llama", "gpu_round_t5"), (None, ROUND)),
     **dict.fromkeys(("decode", "gpu_decode_1b", "gpu_decode_3b", "gpu_decode_t5"), ("cases", DECODE)),
@@ -156,6 +164,7 @@ TABLES: dict[str, tuple[str | None, Columns]] = {
                      "measured": _of("measured", "{:.2f}"), "FLOPs": _of("flops", "{:.2f}")}),
     "prefix": (None, {"what": _of("what"), "rows": _of("rows"), "time": _of("time", "{:.2f}"),
                       "FLOPs": _of("flops", "{:.2f}")}),
+    **dict.fromkeys(("recording", "gpu_recording"), (None, RECORDING)),
     "log": ("costs", {"policy": _of("policy"), "rounds held": _of("rounds", "{:,}"),
                       "sample": _of("ratio", "{:.2f}"), "append": _of("append_ratio", "{:.2f}")}),
 }  # fmt: skip

@@ -63,6 +63,7 @@ STEPS = [
     _measurement("gpu_decode_1b", 150, "decode.py", *TINY_DECODE, "--architectures", "llama"),
     _measurement("gpu_decode_3b", 120),
     _measurement("gpu_decode_t5", 120, "decode.py", *TINY_DECODE, "--architectures", "t5"),
+    _measurement("gpu_recording", 60, "recording.py", "--sizes", "tiny", "--rows", "32", "--repeats", "1"),
     _measurement("gpu_memory", 90),
 ]
 """In the order of what a visit that is cut short should have proved."""
