@@ -186,6 +186,7 @@ def in_small(experiment: str, export: Callable[[str], Path] | None = None) -> li
         sizes[depth] = 8  # as many as experiments ask of their Copilots
         changes += ["pilot.path=null", "pilot.config={" + ", ".join(f"{k}: {v}" for k, v in sizes.items()) + "}"]
         changes += ["copilot.path=null"] if cfg.copilot.get("path") else []
+        changes += ["pilot.quantization=null"] if cfg.pilot.quantization else []  # kept by test_quantised_runs.py
     if not all("kind" in benchmark for benchmark in data.benchmarks.values()):
         changes += ["data=word_problems", "data.path=null", "data.streaming=false", "data.weights=null"]
         data = composed.compose_config("data=word_problems").data
