@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning import Callback, Trainer
@@ -95,19 +95,26 @@ def measure(
         optimizer = sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
         decoding, caches = _decoding(module.model, load, memory) if load.answer else (0, 0)
         elsewhere = _of_others(module, trainer, shards)
+    # At the peak gradients count in full, for how many of them there are by then is not known.
     footprint = Footprint(parameters, gradients, optimizer, logits, training, caches, parameters + decoding)
     return replace(
         footprint,
-        parameters=parameters - elsewhere[0],
-        gradients=gradients - elsewhere[1],
-        optimizer=optimizer - elsewhere[2],
-        training=training
-        - elsewhere[0]
-        - elsewhere[2],  # gradients in full: how many of them there are at the peak is not known
+        parameters=parameters - elsewhere.parameters,
+        gradients=gradients - elsewhere.gradients,
+        optimizer=optimizer - elsewhere.optimizer,
+        training=training - elsewhere.parameters - elsewhere.optimizer,
     )
 
 
-def _of_others(module: TCopilotModule, trainer: Trainer, shards: int) -> list[int]:
+class _Elsewhere(NamedTuple):
+    """Bytes of a divided Pilot that other processes hold."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+
+def _of_others(module: TCopilotModule, trainer: Trainer, shards: int) -> _Elsewhere:
     """Bytes of the Pilot's weights, gradients and optimiser state that other processes hold, if it is divided."""
     kept = kept_whole(module.model.pilot)
     weights = [weight for weight in module.model.pilot.parameters() if weight not in kept]
@@ -118,7 +125,7 @@ def _of_others(module: TCopilotModule, trainer: Trainer, shards: int) -> list[in
         sum(weight.nbytes for weight in weights if weight.requires_grad),
         sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor)),
     ]
-    return [size - size // shards for size in held]
+    return _Elsewhere(*(size - size // shards for size in held))
 
 
 def _take_off_meta(module: nn.Module) -> None:
