@@ -68,10 +68,13 @@ def test_further_copilots_are_fitted_without_the_pilots_layers(pilot, first, tmp
 
 
 def test_the_fit_from_a_recording_equals_the_one_that_recorded(pilot, first, tmp_path):
-    again = composed.train(tmp_path, *frozen(pilot, f"mistake_log.from={first}/recording"))
-    weights = [AutoModelForSeq2SeqLM.from_pretrained(run / "export").copilot.state_dict() for run in (first, again)]
-    for name, weight in weights[0].items():
-        assert torch.equal(weights[1][name], weight), name
+    again = composed.train(tmp_path / "again", *frozen(pilot, f"mistake_log.from={first}/recording"))
+    further = composed.train(tmp_path / "further", *frozen(pilot, f"mistake_log.from={again}"))  # a run that has none
+    runs = (first, again, further)
+    weights, *others = [AutoModelForSeq2SeqLM.from_pretrained(run / "export").copilot.state_dict() for run in runs]
+    for other in others:
+        for name, weight in weights.items():
+            assert torch.equal(other[name], weight), name
 
 
 def test_a_recording_of_other_rows_or_another_pilot_is_refused_before_weights_load(

@@ -114,10 +114,20 @@ def _recording(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Re
     )
     if given is None:
         return Recording.open(run_dir.recording, about)
-    folder = Path(given)
-    folder = folder if (folder / Recording.HEADER).exists() else RunDirectory(folder).recording
+    folder = _recorded_at(Path(given))
     Recording.read_header(folder)
     return Recording.open(folder, about)
+
+
+def _recorded_at(folder: Path) -> Path:
+    """The recording that a folder names: itself, its own as a run, or the one that the run was fitted to."""
+    run = RunDirectory(folder)
+    if (folder / Recording.HEADER).exists():
+        return folder
+    if not run.recording.exists() and run.config.exists():
+        fitted_to = OmegaConf.select(OmegaConf.load(run.config), "mistake_log.from")
+        return _recorded_at(Path(fitted_to)) if fitted_to else run.recording
+    return run.recording
 
 
 def _record(
