@@ -49,9 +49,12 @@ def test_each_process_holds_half_of_a_divided_pilot_and_gets_back_all_of_it(tmp_
 def test_quantised_pilots_and_processes_without_validation_rows_are_refused():
     data = SimpleNamespace(rows_of=lambda split: [{}])
     plain, quantised = LlamaConfig(), LlamaConfig(quantization_config={"quant_method": "bitsandbytes"})
-    divided = composed.compose_config("trainer=two_ranks", "trainer.strategy=fsdp")
-    (rows,) = pilot_and_row_problems(divided, plain, data)
-    assert "trainer.strategy=fsdp with 1 validation rows for 2 processes" in rows
+    whole, divided = (composed.compose_config("trainer=two_ranks", *more) for more in ((), ("trainer.strategy=fsdp",)))
+    (rows,) = pilot_and_row_problems(whole, quantised, data)
+    assert "trainer.devices=2 with 1 validation rows for 2 processes" in rows
     assert "trainer.limit_val_batches=0" in rows
-    assert "quantised weights cannot be divided" in next(pilot_and_row_problems(divided, quantised, data))
-    assert not list(pilot_and_row_problems(composed.compose_config("trainer=two_ranks"), quantised, data))
+    assert list(pilot_and_row_problems(divided, plain, data)) == [rows]
+    _, cannot = pilot_and_row_problems(divided, quantised, data)
+    assert "quantised weights cannot be divided" in cannot
+    data.rows_of = lambda split: [{}, {}]
+    assert not list(pilot_and_row_problems(whole, quantised, data))

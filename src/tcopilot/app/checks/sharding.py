@@ -1,4 +1,4 @@
-"""What a run whose Pilot is divided among processes (`trainer.strategy=fsdp`) cannot have."""
+"""What a run of several processes, among which a Pilot may be divided (`trainer.strategy=fsdp`), cannot have."""
 
 from __future__ import annotations
 
@@ -13,19 +13,17 @@ from tcopilot.data.module import TCopilotDataModule
 
 
 def pilot_and_row_problems(cfg: DictConfig, pilot: PreTrainedConfig, data: TCopilotDataModule) -> Iterator[str]:
-    """Refuse a quantised Pilot, and fewer validation rows than processes, which all run a divided Pilot or none."""
-    if cfg.trainer.strategy != "fsdp":
-        return
-    if getattr(pilot, "quantization_config", None) is not None:
-        yield (
-            f"trainer.strategy=fsdp with pilot.path={cfg.pilot.path}: quantised weights cannot be divided; use "
-            f"trainer=ddp, or a Pilot that is not quantised"
-        )
+    """Refuse fewer validation rows than processes, each of which takes part in validation, and a quantised Pilot."""
     rows, processes = len(data.rows_of("validation")), process_count(cfg)
     if cfg.trainer.limit_val_batches and 0 < rows < processes:
         yield (
-            f"trainer.strategy=fsdp with {rows} validation rows for {processes} processes: each needs one; raise "
-            f"data.validation_size, or set trainer.limit_val_batches=0"
+            f"trainer.devices={cfg.trainer.devices} with {rows} validation rows for {processes} processes: each needs "
+            f"one; raise data.validation_size, or set trainer.limit_val_batches=0"
+        )
+    if cfg.trainer.strategy == "fsdp" and getattr(pilot, "quantization_config", None) is not None:
+        yield (
+            f"trainer.strategy=fsdp with pilot.path={cfg.pilot.path}: quantised weights cannot be divided; use "
+            f"trainer=ddp, or a Pilot that is not quantised"
         )
 
 
