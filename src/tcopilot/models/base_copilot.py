@@ -10,7 +10,8 @@ V vocabulary.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +19,39 @@ from transformers import PreTrainedModel
 
 from tcopilot.models.caches import CopilotState
 from tcopilot.models.gates import Gate, build_gate
+from tcopilot.settings import Rule, require
 
 FORMAT = 2
 """Of a Copilot's weights in an export. Since 2, each log attention layer has its own norm weight for the log."""
 
 
-class KindConfig(Protocol):
-    """What the config of every kind tells; it is saved beside the weights."""
+@dataclass(kw_only=True)
+class BaseConfig:
+    """What defines a Copilot's architecture, of any kind; saved beside its weights.
 
-    kind: str
+    Attributes:
+        pilot_width: P, width of the Pilot that it reads.
+        vocab_size: V.
+        gate: settings of the gate that scales its corrections in decoding and scoring; None for none.
+        format: of its weights; see `FORMAT`.
+    """
+
+    kind: ClassVar[str]
+    context: ClassVar[str]
+    SETTINGS: ClassVar[dict[str, Rule]] = {}
+
     pilot_width: int
     vocab_size: int
-    context: str
-    gate: dict[str, Any] | None
+    gate: dict[str, Any] | None = None
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        require(self.SETTINGS, vars(self), "copilot")
+        build_gate(self.gate)
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dictionary for `config.json`."""
+        return {"kind": self.kind, **asdict(self)}
 
 
 class BaseCopilot(nn.Module, ABC):
@@ -49,15 +67,18 @@ class BaseCopilot(nn.Module, ABC):
         learns: whether it is trained on the Mistake Log; if not, it is fitted on validation rows in the end.
     """
 
-    config: KindConfig
+    config_class: ClassVar[type[BaseConfig]]
+    config: BaseConfig
     pooler: Callable[..., Tensor]
     head: nn.Module
     body: nn.Module | None
     reads_errors: bool
     fits_recordings: ClassVar[bool] = False
     learns: ClassVar[bool] = True
+    SETTINGS: ClassVar[dict[str, Rule]] = {}
+    """Rules for the arguments of `from_pilot` that are no fields of its config."""
 
-    def __init__(self, config: KindConfig) -> None:
+    def __init__(self, config: BaseConfig) -> None:
         super().__init__()
         self.config, self.gate = config, build_gate(config.gate)
 
@@ -118,6 +139,14 @@ class LayerlessCopilot(BaseCopilot):
 
     body = None
     reads_errors = False
+
+    @classmethod
+    def from_pilot(cls, pilot: PreTrainedModel, **options: Any) -> Self:
+        """Build one for a Pilot; options are fields of its config."""
+        vocab = pilot.get_output_embeddings().weight.shape[0]
+        copilot = cls(cls.config_class(pilot_width=pilot.config.hidden_size, vocab_size=vocab, **options))
+        copilot.bind(pilot)
+        return copilot
 
     @abstractmethod
     def _read(self, states_BNP: Tensor) -> Tensor:

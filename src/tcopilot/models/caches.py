@@ -288,14 +288,6 @@ class TCopilotCache(Cache):
         """Drop the Copilot's part, which is behind when the Pilot has gone on alone."""
         self.copilot = self.start = None
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that the Pilot has seen."""
-        return self.pilot.get_seq_length(layer_idx)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Mask sizes of the Pilot's cache."""
-        return self.pilot.get_mask_sizes(query_length, layer_idx)
-
     def reset(self) -> None:
         """Forget everything."""
         self.pilot.reset()

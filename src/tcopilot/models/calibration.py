@@ -9,17 +9,13 @@ Shapes: B batch, N target length, V vocabulary, R target tokens, A tokens that h
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from tcopilot.models.base_copilot import FORMAT, LayerlessCopilot
-from tcopilot.models.gates import build_gate
+from tcopilot.models.base_copilot import BaseConfig, LayerlessCopilot
 from tcopilot.models.states import StackedStates
-from tcopilot.settings import Rule
 
 BIN, BINS = 0.125, 480
 """Width in nats and number of the bins in which all other tokens are counted by log p̂, from 0 down."""
@@ -27,31 +23,11 @@ TINY = torch.finfo(torch.float32).tiny
 ROWS_AT_ONCE = 64
 
 
-@dataclass
-class CalibrationConfig:
-    """What defines a calibration beside its weights.
+class CalibrationConfig(BaseConfig):
+    """Defines a calibration, which has no settings of its own."""
 
-    Attributes:
-        pilot_width: width of the Pilot.
-        gate: settings of the gate that scales its corrections; None for none.
-        format: of its weights; see `FORMAT`.
-    """
-
-    kind: ClassVar[str] = "calibration"
-    context: ClassVar[str] = "inclusive"
-    SETTINGS: ClassVar[dict[str, Rule]] = {}
-
-    pilot_width: int
-    vocab_size: int
-    gate: dict[str, Any] | None = None
-    format: int = FORMAT
-
-    def __post_init__(self) -> None:
-        build_gate(self.gate)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain dictionary for `config.json`."""
-        return {"kind": self.kind, **asdict(self)}
+    kind = "calibration"
+    context = "inclusive"
 
 
 class CalibrationHead(nn.Module):
@@ -75,7 +51,7 @@ class CalibrationHead(nn.Module):
 class Calibration(LayerlessCopilot):
     """A Copilot that is not trained, but fitted to what is `Observed` of validation rows."""
 
-    SETTINGS: ClassVar[dict[str, Rule]] = {}
+    config_class = CalibrationConfig
     learns = False
     unembedding_VC = None
 
@@ -83,12 +59,6 @@ class Calibration(LayerlessCopilot):
         super().__init__(config)
         self.pooler = StackedStates((1.0,))  # nothing of it is read
         self.head = CalibrationHead(config.vocab_size).requires_grad_(False)
-
-    @classmethod
-    def from_pilot(cls, pilot: PreTrainedModel) -> Calibration:
-        """Build one for a Pilot."""
-        vocab = pilot.get_output_embeddings().weight.shape[0]
-        return cls(CalibrationConfig(pilot.config.hidden_size, vocab))
 
     @property
     def temperature(self) -> float:

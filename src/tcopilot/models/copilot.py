@@ -4,7 +4,7 @@ Shapes: B batch, M source length, N target length, K past targets, P Pilot width
 S rows of the log (null row, X̃, h̄).
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 
 from tcopilot.functional import POOLINGS, shift_right
 from tcopilot.models import families
-from tcopilot.models.base_copilot import FORMAT, BaseCopilot
+from tcopilot.models.base_copilot import BaseConfig, BaseCopilot
 from tcopilot.models.caches import BodyState
 from tcopilot.models.error_input import project_errors
 from tcopilot.models.family_check import check_family
-from tcopilot.models.gates import build_gate
 from tcopilot.models.heads import HEADS
 from tcopilot.models.log_attention import CONTEXTS, additive, causal_mask, log_mask, log_positions
 from tcopilot.models.states import StatePooler
@@ -31,13 +30,12 @@ READS = ("errors", "source", "states")
 """What a Copilot reads: ℓ_{<i}, X̃ and h̄. The paper's reads all; leaving one out is an ablation."""
 
 
-@dataclass
-class CopilotConfig:
-    """Everything that defines a Copilot's architecture; saved beside its weights.
+@dataclass(kw_only=True)
+class CopilotConfig(BaseConfig):
+    """Defines a Copilot with decoder layers, the paper's.
 
     Attributes:
         body: config of the family's decoder, as a dictionary.
-        pilot_width: P, width of the Pilot that it reads.
         pattern: insertion pattern of the paper, see `PATTERNS`.
         pooling: of h over the Pilot's layers.
         context: `strict` (target i reads h_{<i}, the paper's) or `inclusive` (h_{≤i}).
@@ -45,8 +43,6 @@ class CopilotConfig:
             decoder-only body and to `none` for one of an encoder-decoder, whose X̃ carries the order already.
         tied: the soft head reads the error input's matrix as its unembedding.
         reads: which of `READS` it is shown; what is left out is hidden in training and decoding alike.
-        gate: settings of the gate that scales its corrections in decoding and scoring; None for none.
-        format: of its weights; see `FORMAT`.
     """
 
     kind: ClassVar[str] = "decoder"
@@ -60,8 +56,6 @@ class CopilotConfig:
     }
 
     body: dict[str, Any]
-    pilot_width: int
-    vocab_size: int
     head: str = "linear"
     pattern: int = 1
     pooling: str = "mean"
@@ -69,12 +63,9 @@ class CopilotConfig:
     positions: str | None = None
     tied: bool = False
     reads: list[str] = field(default_factory=lambda: list(READS))
-    gate: dict[str, Any] | None = None
-    format: int = FORMAT
 
     def __post_init__(self) -> None:
-        require(self.SETTINGS, vars(self), "copilot")
-        build_gate(self.gate)
+        super().__post_init__()
         if self.positions is None:
             self.positions = "none" if families.has_encoder(self.body["model_type"]) else "pilot"
 
@@ -83,14 +74,11 @@ class CopilotConfig:
         """How the Pilot's states are pooled for this Copilot."""
         return StatePooler(self.pooling, PATTERNS[self.pattern][1])
 
-    def to_dict(self) -> dict[str, Any]:
-        """A plain dictionary for `config.json`."""
-        return {"kind": self.kind, **asdict(self)}
-
 
 class Copilot(BaseCopilot):
     """Reads (ℓ_{<i}, X̃, h) and estimates ℓ_i (Section 3.1). A new Copilot outputs 0: the fused model is the Pilot."""
 
+    config_class = CopilotConfig
     SETTINGS: ClassVar = {
         "layers": ANY,
         "error_input": one_of(("embedding", "normal")),

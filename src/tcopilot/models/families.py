@@ -117,18 +117,12 @@ def load_decoder_weights(body: nn.Module, donor: PreTrainedModel) -> None:
 
 def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
     """The layers of a decoder."""
-    _, layers = _first_of(LAYERS, decoder)
-    if layers is None:
-        raise UnsupportedFamilyError(f"{type(decoder).__name__} has no layers by the name of {', '.join(LAYERS)}")
-    return layers
+    return _named(LAYERS, decoder, "layers")[1]
 
 
 def self_attention(layer: nn.Module) -> tuple[str, nn.Module]:
     """The self-attention of a decoder-only layer, and its name."""
-    name, attention = _first_of(ATTENTION, layer)
-    if attention is None:
-        raise UnsupportedFamilyError(f"{type(layer).__name__} has no attention by the name of {', '.join(ATTENTION)}")
-    return name, attention
+    return _named(ATTENTION, layer, "attention")
 
 
 def input_norm(layer: nn.Module) -> tuple[str, nn.Module | None]:
@@ -287,6 +281,13 @@ def body_config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
 
 def _first_of(names: tuple[str, ...], module: nn.Module) -> tuple[str, nn.Module | None]:
     return next(((name, getattr(module, name)) for name in names if hasattr(module, name)), ("", None))
+
+
+def _named(names: tuple[str, ...], module: nn.Module, what: str) -> tuple[str, Any]:
+    name, found = _first_of(names, module)
+    if found is None:
+        raise UnsupportedFamilyError(f"{type(module).__name__} has no {what} by the name of {', '.join(names)}")
+    return name, found
 
 
 class _NoPositions(nn.Module):

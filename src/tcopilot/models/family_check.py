@@ -7,10 +7,8 @@ Shapes: B batch, T tokens, C width, U some tokens of the vocabulary.
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -24,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from tcopilot.models import families
 from tcopilot.models.families import UnsupportedFamilyError
+from tcopilot.models.pilot import without_reports
 from tcopilot.models.tiny_model import TinyModel, tiny_config
 
 Checks = dict[str, Callable[[TinyModel], None]]
@@ -78,14 +77,12 @@ def _as_usual() -> Iterator[None]:
 @contextmanager
 def _silence() -> Iterator[None]:
     """Keep transformers from talking about models that nobody has asked for."""
-    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with without_reports():
             yield
     finally:
-        transformers_logging.set_verbosity(level)
         if bar:
             transformers_logging.enable_progress_bar()
 
@@ -134,18 +131,18 @@ def _log_attention(trial: TinyModel) -> None:
         _same(found_BTC, trial.decode(inputs_embeds=trial.inputs_BTC))
         return
     read: list[Tensor] = []
+
+    def keep_first(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        read.append((*given, *named.values())[0])
+
     with ExitStack() as hooks:
         for layer in families.decoder_layers(trial.decoder):
-            stock, keep = families.self_attention(layer)[1], partial(_keep_first, read)
-            hooks.callback(stock.register_forward_pre_hook(keep, with_kwargs=True).remove)
+            stock = families.self_attention(layer)[1]
+            hooks.callback(stock.register_forward_pre_hook(keep_first, with_kwargs=True).remove)
         expected_BTC = trial.decode(inputs_embeds=trial.inputs_BTC)
     for index, log_BTC in enumerate(read):
         with trial.reading([index]) as body:
             _same(trial.run(body, log_BTC), expected_BTC)
-
-
-def _keep_first(into: list[Tensor], module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-    into.append((*given, *named.values())[0])
 
 
 def _head(trial: TinyModel) -> None:
@@ -186,22 +183,14 @@ def _padding(trial: TinyModel) -> None:
 
 
 def _pilot_steps(trial: TinyModel) -> None:
-    ids_BT, first = trial.ids_BT, slice(0, 4)
+    ids_BT, read, given, cache = trial.ids_BT, "input_ids", {}, DynamicCache()
     if trial.memory:
-        whole = trial.model(input_ids=ids_BT, decoder_input_ids=ids_BT, use_cache=False).logits
-        shared = {
-            "encoder_outputs": BaseModelOutput(last_hidden_state=trial.memory["encoder_hidden_states"]),
-            "past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache()),
-            "use_cache": True,
-        }
-        parts = [trial.model(decoder_input_ids=ids_BT[:, first], **shared).logits]
-        parts += [trial.model(decoder_input_ids=ids_BT[:, i : i + 1], **shared).logits for i in range(4, 7)]
-    else:
-        whole = trial.model(input_ids=ids_BT, use_cache=False).logits
-        shared = {"past_key_values": DynamicCache(), "use_cache": True}
-        parts = [trial.model(input_ids=ids_BT[:, first], **shared).logits]
-        parts += [trial.model(input_ids=ids_BT[:, i : i + 1], **shared).logits for i in range(4, 7)]
-    _alike(torch.cat(parts, dim=1), whole)
+        read, cache = "decoder_input_ids", EncoderDecoderCache(DynamicCache(), DynamicCache())
+        given = {"encoder_outputs": BaseModelOutput(last_hidden_state=trial.memory["encoder_hidden_states"])}
+    whole = trial.model(**{"input_ids": ids_BT, read: ids_BT}, use_cache=False).logits
+    steps = (slice(0, 4), *(slice(i, i + 1) for i in range(4, 7)))
+    parts = [trial.model(**given, **{read: ids_BT[:, at]}, past_key_values=cache, use_cache=True) for at in steps]
+    _alike(torch.cat([part.logits for part in parts], dim=1), whole)
 
 
 def _saved(trial: TinyModel) -> None:

@@ -8,19 +8,18 @@ V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tcopilot.models.base_copilot import FORMAT, LayerlessCopilot
-from tcopilot.models.gates import build_gate
+from tcopilot.models.base_copilot import BaseConfig, LayerlessCopilot
 from tcopilot.models.heads import SOFT_HEADS
 from tcopilot.models.log_attention import CONTEXTS
 from tcopilot.models.states import StackedStates
 from tcopilot.processes import undivided
-from tcopilot.settings import Rule, is_number, one_of, require, whole
+from tcopilot.settings import Rule, is_number, one_of, whole
 
 
 def _are_depths(value: Any) -> bool:
@@ -28,18 +27,15 @@ def _are_depths(value: Any) -> bool:
     return is_list and len(value) > 0 and all(is_number(share) and 0 < share <= 1 for share in value)
 
 
-@dataclass
-class HeadCopilotConfig:
-    """Everything that defines a head-only Copilot's architecture; saved beside its weights.
+@dataclass(kw_only=True)
+class HeadCopilotConfig(BaseConfig):
+    """Defines a head-only Copilot.
 
     Attributes:
-        pilot_width: P, width of the Pilot that it reads.
         depths: of the Pilot's decoder layers whose outputs it reads, as shares of the decoder's depth.
         hidden: width of its hidden layer; None for none, which leaves a linear map of the states.
         head: what reads the hidden layer, see `SOFT_HEADS`.
         context: `inclusive` (target i reads h_i, which predicts it) or `strict` (h_{i−1}).
-        gate: settings of the gate that scales its corrections in decoding and scoring; None for none.
-        format: of its weights; see `FORMAT`.
     """
 
     kind: ClassVar[str] = "head"
@@ -50,28 +46,16 @@ class HeadCopilotConfig:
         "context": one_of(CONTEXTS),
     }
 
-    pilot_width: int
-    vocab_size: int
     depths: list[float] = field(default_factory=lambda: [0.8, 0.9, 1.0])
     hidden: int | None = 512
     head: str = "soft"
     context: str = "inclusive"
-    gate: dict[str, Any] | None = None
-    format: int = FORMAT
-
-    def __post_init__(self) -> None:
-        require(self.SETTINGS, vars(self), "copilot")
-        build_gate(self.gate)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A plain dictionary for `config.json`."""
-        return {"kind": self.kind, **asdict(self)}
 
 
 class HeadCopilot(LayerlessCopilot):
     """f^C = softmax(log p̂ + U · MLP(h)) − p̂, with h from a few late layers of the Pilot, each brought to RMS 1."""
 
-    SETTINGS: ClassVar[dict[str, Rule]] = {}
+    config_class = HeadCopilotConfig
     fits_recordings = True
 
     def __init__(self, config: HeadCopilotConfig) -> None:
@@ -80,14 +64,6 @@ class HeadCopilot(LayerlessCopilot):
         width = len(config.depths) * config.pilot_width
         self.hidden = nn.Linear(width, config.hidden) if config.hidden else None
         self.head = SOFT_HEADS[config.head](config.hidden or width, config.vocab_size, config.pilot_width)
-
-    @classmethod
-    def from_pilot(cls, pilot: PreTrainedModel, **options: Any) -> "HeadCopilot":
-        """Build one for a Pilot; options are fields of `HeadCopilotConfig`."""
-        vocab = pilot.get_output_embeddings().weight.shape[0]
-        copilot = cls(HeadCopilotConfig(pilot.config.hidden_size, vocab, **options))
-        copilot.bind(pilot)
-        return copilot
 
     def bind(self, pilot: PreTrainedModel) -> None:
         """Read the unembedding of this Pilot, which keeps it: it is neither copied, nor trained or saved here."""

@@ -8,27 +8,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tcopilot.models.base_copilot import BaseCopilot
-from tcopilot.models.calibration import Calibration, CalibrationConfig
-from tcopilot.models.copilot import Copilot, CopilotConfig
-from tcopilot.models.head_copilot import HeadCopilot, HeadCopilotConfig
+from tcopilot.models.calibration import Calibration
+from tcopilot.models.copilot import Copilot
+from tcopilot.models.head_copilot import HeadCopilot
 from tcopilot.settings import Rule
 
-KINDS = {
-    "decoder": (Copilot, CopilotConfig),
-    "head": (HeadCopilot, HeadCopilotConfig),
-    "calibration": (Calibration, CalibrationConfig),
+KINDS: dict[str, type[BaseCopilot]] = {
+    copilot.config_class.kind: copilot for copilot in (Copilot, HeadCopilot, Calibration)
 }
 
 
 def settings_of(kind: str) -> dict[str, Rule]:
     """The rules for the settings of a kind, those of its config and of its `from_pilot`; an unknown kind has any."""
-    parts = [*KINDS[kind]] if kind in KINDS else [part for parts in KINDS.values() for part in parts]
-    return {name: rule for part in parts for name, rule in part.SETTINGS.items()}
+    parts = [KINDS[kind]] if kind in KINDS else KINDS.values()
+    return {name: rule for part in parts for name, rule in (part.SETTINGS | part.config_class.SETTINGS).items()}
 
 
 def learns(kind: str) -> bool:
     """Whether a kind is trained on the Mistake Log; if not, it is fitted on validation rows in the end."""
-    return kind not in KINDS or KINDS[kind][0].learns
+    return kind not in KINDS or KINDS[kind].learns
 
 
 def new_copilot(pilot: PreTrainedModel, kind: str = "decoder", **options: Any) -> BaseCopilot:
@@ -37,13 +35,13 @@ def new_copilot(pilot: PreTrainedModel, kind: str = "decoder", **options: Any) -
     Raises:
         ValueError: if there is no such kind.
     """
-    return _of(kind)[0].from_pilot(pilot, **options)
+    return _of(kind).from_pilot(pilot, **options)
 
 
 def empty_copilot(settings: Mapping[str, Any]) -> BaseCopilot:
     """A Copilot without trained weights, from the settings that an export keeps of it."""
-    copilot, config = _of(settings.get("kind", "decoder"))
-    return copilot(config(**{name: value for name, value in settings.items() if name != "kind"}))
+    copilot = _of(settings.get("kind", "decoder"))
+    return copilot(copilot.config_class(**{name: value for name, value in settings.items() if name != "kind"}))
 
 
 def resize_vocabulary(copilot: BaseCopilot, vocab_size: int) -> None:
@@ -58,7 +56,7 @@ def resize_vocabulary(copilot: BaseCopilot, vocab_size: int) -> None:
     copilot.config.vocab_size = vocab_size
 
 
-def _of(kind: str) -> tuple[type, type]:
+def _of(kind: str) -> type[BaseCopilot]:
     if kind not in KINDS:
         raise ValueError(f"copilot.kind={kind}: use one of {', '.join(KINDS)}")
     return KINDS[kind]

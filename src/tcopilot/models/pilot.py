@@ -135,7 +135,7 @@ class ModelSource:
 
     def whole_model(self, auto: Any, dtype: torch.dtype) -> PreTrainedModel:
         """Load a model whose weights are complete, of the config's shapes and finite; transformers fills gaps."""
-        with _without_reports():
+        with without_reports():
             options = {"dtype": dtype, **loading_options(self.quantization, dtype)}
             model, report = self._from_hub(auto, **options, output_loading_info=True, ignore_mismatched_sizes=True)
         apart = "config and weights do not belong together"
@@ -205,8 +205,8 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[
 
 
 @contextmanager
-def _without_reports() -> Iterator[None]:
-    """Silence transformers' table of loaded weights; problems in it are raised as errors instead."""
+def without_reports() -> Iterator[None]:
+    """Silence transformers, whose table of loaded weights is read here and whose problems are raised as errors."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -23,7 +23,7 @@ class FusedPreTrainedModel(PreTrainedModel):
     """Answers for both models of a fused one. It has the attributes `pilot` and `copilot`, which may be None."""
 
     config_class = TCopilotConfig
-    base_model_prefix = "pilot"
+    base_model_prefix = "pilot"  # whose input embeddings are this model's, too
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # a Trainer that accumulates gradients then says how many targets there are in all
     _supports_sdpa = True
@@ -32,14 +32,6 @@ class FusedPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["copilot"]  # as it was trained, whatever the type of its Pilot
     pilot: PreTrainedModel
     copilot: BaseCopilot | None
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Those of the Pilot."""
-        return self.pilot.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Those of the Pilot."""
-        self.pilot.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         """Those of the Pilot."""

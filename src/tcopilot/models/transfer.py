@@ -38,9 +38,7 @@ def transfer_problems(pilot: ModelSource, trained: TCopilotConfig, tokenizer: Pr
 def put_on(pilot: ModelSource, trained: TCopilotModel, tokenizer: PreTrainedTokenizerBase) -> TCopilotModel:
     """Return a fused model of another Pilot and the Copilot of a trained model, which is left without one."""
     config, stored = trained.config, pilot.stored_config
-    if (
-        isinstance(stored, TCopilotConfig) and stored.dtype is not None
-    ):  # it answers in the type that it was trained in
+    if isinstance(stored, TCopilotConfig) and stored.dtype is not None:  # it answers in the type of its training
         pilot = replace(pilot, dtype=str(stored.dtype).removeprefix("torch."))
     options = {"fusion": trained.fusion, "weight": config.weight, "feedback": config.feedback}
     return type(trained).from_pilot(pilot.load(tokenizer), trained.detach_copilot(), **options)

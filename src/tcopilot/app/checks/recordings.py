@@ -19,7 +19,7 @@ OF_FITS = ("copilot.passes", "copilot.patience", "copilot.own_mistakes")
 def fits_from_recording(cfg: DictConfig) -> bool:
     """Whether a run records its frozen Pilot once, in place of running it in every round."""
     kind = KINDS.get(cfg.copilot.kind) if cfg.copilot.enabled else None
-    return bool(cfg.pilot.frozen and kind and kind[0].fits_recordings)
+    return bool(cfg.pilot.frozen and kind and kind.fits_recordings)
 
 
 def evaluates_recording(cfg: DictConfig) -> bool:
