@@ -27,11 +27,8 @@ class RowSource:
     Raises while iterating:
         DataError: If there is no row, or a row lacks a column that the benchmark reads.
 
-    Attributes:
-        where: File, Hub id or task, for messages.
-        benchmark: Whose columns are checked.
-        rows: What is iterated.
-        check: False hands on a row without a column, which is refused when it is rendered, unless all rows lack one.
+    ``where`` names them in messages. ``check=False`` hands on a row without a column, which is refused when it is
+    rendered, unless all rows lack one.
     """
 
     where: str
@@ -123,11 +120,7 @@ def mixture(parts: Sequence[Stream], weights: Sequence[float] | None = None, see
 
 def as_stream(rows: Callable[[], Iterator[dict[str, Any]]]) -> datasets.IterableDataset:
     """Make a streaming data set of a function that starts a new pass over its rows whenever it is called."""
-    return datasets.IterableDataset.from_generator(_call, gen_kwargs={"rows": rows})
-
-
-def _call(rows: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    yield from rows()
+    return datasets.IterableDataset.from_generator(rows)
 
 
 def _place(benchmark: Benchmark, root: Path) -> Path:

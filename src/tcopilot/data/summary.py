@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,16 @@ from tcopilot.data.benchmarks import Benchmark
 
 MUCH = 0.01  # share of rows above which cutting them is a warning
 Figures = dict[str, float]
-KINDS = (
-    "dropped",
-    "lost_shots",
-    "cut_prompts",
-    "cut_options",
-    "cut_targets",
-    "end_tokens",
-    "twin_options",
-)  # of rows that are counted
+KINDS = ("dropped", "lost_shots", "cut_prompts", "cut_options", "cut_targets", "end_tokens", "twin_options")
+"""Of rows that are counted."""
+REMARKS = {
+    "lost_shots": "{count} of {rows} prompts lost shots; raise data.max_source_length, or lower data.shots",
+    "cut_options": "{count} prompts lost part of their options; raise data.max_source_length",
+    "end_tokens": "{count} of {rows} targets bring an end token of their own, which is not doubled",
+    "twin_options": "{count} of {rows} rows offer the right option twice, of which one counts as wrong",
+    "trained_on": "{count} of {rows} rows ask a question that is trained on; remove them from one side",
+}
+"""What is said of each kind of row, if there is any."""
 
 
 def measure(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int], skipped: int) -> Figures:
@@ -42,11 +43,7 @@ def unreachable(
 ) -> Counter[str]:
     """Judge the gold targets as if they had been generated, and count those that count as wrong by the reason.
 
-    Args:
-        rows: Evaluation rows.
-        benchmark: What they are of; one that ranks a catalogue reads no text, so none of its rows fails.
-        tokenizer: The Pilot's.
-        longest: Tokens that decoding waits for.
+    A benchmark that ranks a catalogue reads no text, so none of its rows fails. Decoding waits for ``longest`` tokens.
     """
     why: Counter[str] = Counter()
     if benchmark.catalogue is not None:
@@ -72,18 +69,9 @@ def remarks(part: str, figures: Mapping[str, float], why: Mapping[str, int]) -> 
         if (count := figures[f"cut_{kind}s"]) > MUCH * rows:
             end = "; a target that is cut has no end token and mostly no answer" if kind == "target" else ""
             found.append(f"{part}: {count} of {rows} {kind}s were cut{end}; raise data.{key}")
-    if count := figures["lost_shots"]:
-        found.append(
-            f"{part}: {count} of {rows} prompts lost shots; raise data.max_source_length, or lower data.shots"
-        )
-    if count := figures["cut_options"]:
-        found.append(f"{part}: {count} prompts lost part of their options; raise data.max_source_length")
-    if count := figures["end_tokens"]:
-        found.append(f"{part}: {count} of {rows} targets bring an end token of their own, which is not doubled")
-    if count := figures["twin_options"]:
-        found.append(f"{part}: {count} of {rows} rows offer the right option twice, of which one counts as wrong")
-    if count := figures.get("trained_on"):
-        found.append(f"{part}: {count} of {rows} rows ask a question that is trained on; remove them from one side")
+    for kind, text in REMARKS.items():
+        if count := figures.get(kind):
+            found.append(f"{part}: {text.format(count=count, rows=rows)}")
     if why:
         reasons = ", ".join(f"{number} {reason}" if number else reason for reason, number in why.items())
         found.append(f"{part}: {figures['unreachable']} of {rows} gold answers are out of reach ({reasons})")
@@ -100,13 +88,8 @@ def judge(
 ) -> list[str]:
     """Complete the figures by what needs all splits; returns what is odd about the rows, a sentence each.
 
-    Args:
-        summary: ``<benchmark>/<split>`` to its figures, which get ``trained_on`` and ``unreachable``.
-        questions: What the rows of each part ask, ``<benchmark>/shots`` among them.
-        evaluation: Split and benchmark to the rows that are scored.
-        benchmarks: By name.
-        tokenizer: The Pilot's.
-        longest: Benchmark to the tokens that decoding waits for.
+    The figures of each part, ``<benchmark>/<split>``, get ``trained_on`` and ``unreachable``. ``questions`` are what
+    its rows ask, with ``<benchmark>/shots`` among the parts; ``longest`` is as in `unreachable`, by benchmark.
     """
     trained, shown = (
         {asked for part, all_asked in questions.items() if part.endswith(end) for asked in all_asked}
@@ -136,7 +119,8 @@ def summary_table(summary: Mapping[str, Figures]) -> Table:
         "trained on": ("trained_on",),
         "out of reach": ("unreachable",),
     }
-    shown = {name: keys for name, keys in named.items() if _any(summary.values(), keys)}
+    seen = {key for figures in summary.values() for key, count in figures.items() if count}
+    shown = {name: keys for name, keys in named.items() if seen & set(keys)}
     for column in (*table.columns[1:], *map(table.add_column, shown)):
         if column is not None:
             column.justify = "right"
@@ -150,7 +134,3 @@ def summary_table(summary: Mapping[str, Figures]) -> Table:
         counts = (f"{sum(figures.get(key, 0) for key in keys):,.0f}" for keys in shown.values())
         table.add_row(part, f"{figures['rows']:,.0f}", *lengths, *counts)
     return table
-
-
-def _any(parts: Collection[Figures], keys: Sequence[str]) -> bool:
-    return any(figures.get(key) for figures in parts for key in keys)

@@ -8,19 +8,16 @@ Shapes: B batch, N target length, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tcopilot.data.batch import Batch
 from tcopilot.functional import best_weight, token_errors
 from tcopilot.models.decoding import correct_text
+from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.fusion import FusionRule, ProbabilityFusion
 from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
-
-if TYPE_CHECKING:
-    from tcopilot.data.batch import Batch
-    from tcopilot.models.fused_model import TCopilotModel
 
 PERCENTILES = (10, 50, 90)
 
@@ -31,10 +28,7 @@ def correct_targets(
 ) -> tuple[Tensor, Tensor | None]:
     """Score given targets in one pass, with the feedback that the model's decoding uses; its λ is not used.
 
-    Args:
-        model: the fused model.
-        batch: with the targets.
-        states: what the Pilot's pass over the batch left, where that is known; then it makes none.
+    Where `states`, what the Pilot's pass over the batch left, are known, it makes none.
 
     Returns:
         log p̂ [B, N, V] in float32 and f^C [B, N, V]; None for the latter without a Copilot.
