@@ -137,7 +137,9 @@ class Benchmark(ABC):
     @property
     def columns(self) -> list[str]:
         """List the columns that every row must have: those of the templates and those the class reads."""
-        return list(dict.fromkeys(path.split(".")[0] for path in (*self._in_templates(), *self._paths())))
+        in_templates = (word for text in (self.prompt, self.target) for word in words_of(text))
+        paths = (*(word for word in in_templates if word not in self.words), *self._paths())
+        return list(dict.fromkeys(path.split(".")[0] for path in paths))
 
     def answer_settings(self) -> dict[str, Any]:
         """Return the settings that an answer, or what is read in it, depends on."""
@@ -255,10 +257,6 @@ class Benchmark(ABC):
             yield f"{key}.folder={self.folder!r}: must lie under data.path"
         if _is_of(self.max_new_tokens, "int") and self.max_new_tokens < 1:
             yield f"{key}.max_new_tokens={self.max_new_tokens}: must be at least 1, or null"
-
-    def _in_templates(self) -> list[str]:
-        """List what the templates read from the row itself."""
-        return [word for text in (self.prompt, self.target) for word in words_of(text) if word not in self.words]
 
     def _example(self, row: Row, answer: str, /, **words: str) -> Example:
         texts = self.prompt, self.target, self._ending

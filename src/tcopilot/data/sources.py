@@ -83,7 +83,9 @@ def open_split(
         found = _hub_rows(benchmark, split, streaming) if split in benchmark.splits else None
     else:
         try:
-            place = Path() if path is None else _place(benchmark, Path(path))
+            place = Path(path or "")
+            if path is not None and (own := place / (benchmark.folder or benchmark.name)).is_dir():
+                place = own
             files = (_named_rows if in_files else _local_rows)(benchmark, split, place, training)
         except PermissionError as error:
             mend = "Allow it to be entered and read, or give another data.path."
@@ -121,12 +123,6 @@ def mixture(parts: Sequence[Stream], weights: Sequence[float] | None = None, see
 def as_stream(rows: Callable[[], Iterator[dict[str, Any]]]) -> datasets.IterableDataset:
     """Make a streaming data set of a function that starts a new pass over its rows whenever it is called."""
     return datasets.IterableDataset.from_generator(rows)
-
-
-def _place(benchmark: Benchmark, root: Path) -> Path:
-    """Return the folder of the benchmark's files."""
-    folder = root / (benchmark.folder or benchmark.name)
-    return folder if folder.is_dir() else root
 
 
 def _named_rows(benchmark: Benchmark, split: str, place: Path, training: bool) -> FileRows | Part | None:

@@ -150,14 +150,10 @@ class SplitReader:
 def _by_question(benchmark: Benchmark, rows: list[NumberedRow]) -> dict[str | int, list[int]]:
     """Group the numbers of rows by what they ask."""
     groups: dict[str | int, list[int]] = {}
-    for row in rows:
-        groups.setdefault(_question(benchmark, row), []).append(row[0])
+    for number, row in rows:
+        try:
+            asked: str | int = benchmark.group_of(row)
+        except Exception:  # a row that cannot be rendered is told of later, and stands by itself
+            asked = number
+        groups.setdefault(asked, []).append(number)
     return groups
-
-
-def _question(benchmark: Benchmark, row: NumberedRow) -> str | int:
-    """Return what a row asks; a row that cannot be rendered is told of later and stands by itself."""
-    try:
-        return benchmark.group_of(row[1])
-    except Exception:
-        return row[0]

@@ -94,9 +94,12 @@ class BaseCopilot(nn.Module, ABC):
     def inputs(self, past_errors_BKV: Tensor) -> Tensor:
         """Embed past errors: the inputs [B, K + 1, C] of targets 0 … K."""
 
-    @abstractmethod
     def taught_inputs(self, probs_BNV: Tensor, targets_BN: Tensor) -> Tensor:
-        """The inputs [B, N, C] of all N targets from the Pilot's own p̂: `inputs` of ℓ_{<i}, without ℓ in memory."""
+        """The inputs [B, N, C] of all N targets from the Pilot's own p̂: `inputs` of ℓ_{<i}, without ℓ in memory.
+
+        Here of a Copilot that reads no errors.
+        """
+        return self.inputs(probs_BNV[:, :-1])
 
     @abstractmethod
     def forward(
@@ -156,10 +159,6 @@ class LayerlessCopilot(BaseCopilot):
         """Nothing: [B, K + 1, 0]."""
         batch, past = past_errors_BKV.shape[:2]
         return past_errors_BKV.new_empty(batch, past + 1, 0)
-
-    def taught_inputs(self, probs_BNV: Tensor, targets_BN: Tensor) -> Tensor:
-        """Nothing: [B, N, 0]."""
-        return self.inputs(probs_BNV[:, :-1])
 
     def forward(
         self, inputs_BNC: Tensor, source_BMP: Tensor | None, source_mask_BM: Tensor | None, states_BNP: Tensor,

@@ -90,11 +90,14 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
         given |= {"past_key_values": of_pilot(cache), "position_ids": position_ids, "logits_to_keep": logits_to_keep}
         prefix, columns = 0 if past else prefix, (inputs_embeds if input_ids is None else input_ids).shape[1]
         length = past + columns
-        goes_on = bool(past) and not alone and _goes_on(cache.start, target_start)
-        is_prompt = cache is not None and isinstance(target_start, int) and target_start > length
+        told = target_start if isinstance(target_start, int) else None
+        begun = bool(past) and not alone and cache.start is not None
+        goes_on = begun and (target_start is None or told == cache.start)
+        is_prompt = cache is not None and told is not None and told > length
         if alone or is_prompt:
             losses = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-            out = self._run_pilot(prefix, given, losses)
+            losses = {name: value for name, value in losses.items() if value is not None}
+            out = self._read(prefix, given)[0] if labels is None else self.pilot(**given, **losses)
             self._only_pilot_read(out, cache, input_ids, past)
             (out.logits,) = repeat(copies, out.logits, cache=cache)
             return out
@@ -137,11 +140,6 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
             **beside_logits(out, asked), **extra,
         )  # fmt: skip
 
-    def _run_pilot(self, prefix: int, given: dict[str, Any], losses: dict[str, Any]) -> CausalLMOutputWithPast:
-        """The Pilot's own answer."""
-        losses = {name: value for name, value in losses.items() if value is not None}
-        return self.pilot(**given, **losses) if "labels" in losses else self._read(prefix, given)[0]
-
     def _begin(
         self, text: TargetColumns, past: int, prefix: int, given: dict[str, Any], tokens: Tensor,
         cache: TCopilotCache | None,
@@ -157,20 +155,16 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
         states_BNP = self._pooled(out, slice(-text.count, None))
         source = (text.prompts(embedded_BTP), text.prompt_mask(mask_BT))
         known = (text.targets(known_BK), *source, text.targets(states_BNP))
-        return out, *self._correct_text(text.targets(read_BNV), *known, cache)
+        return out, *self.correct_text(text.targets(read_BNV), *known, cache)
 
     def _read(self, prefix: int, given: dict[str, Any]) -> tuple[CausalLMOutputWithPast, Tensor | None]:
         """Run the Pilot on texts, their common prefix once where that can be done; also returns the embedded texts."""
         ids, mask, cache = given["input_ids"], given["attention_mask"], given["past_key_values"]
-        if (
-            prefix
-            and 0 < given["logits_to_keep"] <= ids.shape[1] - prefix
-            and can_share(self.pilot, ids.shape[1], cache)
-        ):
+        is_behind = prefix and 0 < given["logits_to_keep"] <= ids.shape[1] - prefix
+        if is_behind and can_share(self.pilot, ids.shape[1], cache):
             rest = {name: value for name, value in given.items() if name not in TEXT}
-            return run_after_prefix(
-                self.pilot, prefix, ids, torch.ones_like(ids) if mask is None else mask, cache, **rest
-            )
+            mask = torch.ones_like(ids) if mask is None else mask
+            return run_after_prefix(self.pilot, prefix, ids, mask, cache, **rest)
         out = self.pilot(**given)
         return out, out.hidden_states and out.hidden_states[0]
 
@@ -181,11 +175,6 @@ def _loss(fused_BNV: Tensor, labels_BT: Tensor, shift_labels_BT: Tensor | None, 
     if next_BT is None:
         fused_BNV, next_BT = fused_BNV[:, :-1], labels_BT[:, 1:]
     return cross_entropy(fused_BNV, next_BT[:, next_BT.shape[1] - fused_BNV.shape[1] :], items)
-
-
-def _goes_on(start: int | None, target_start: int | Tensor | None) -> bool:
-    """Whether tokens belong to the target that a cache has begun."""
-    return start is not None and (target_start is None or (isinstance(target_start, int) and target_start == start))
 
 
 def _tokens(embeds_BNP: Tensor, labels_BN: Tensor | None, text: TargetColumns, length: int) -> Tensor:

@@ -175,9 +175,9 @@ class Copilot(BaseCopilot):
         return shift_right(past_errors_BKV.to(self.error_in.dtype) @ self.error_in, self.start)
 
     def taught_inputs(self, probs_BNV: Tensor, targets_BN: Tensor) -> Tensor:
-        """The inputs [B, N, C] of all N targets from the Pilot's own p̂: `inputs` of ℓ_{<i}, without ℓ in memory."""
+        """Embed ℓ_{<i} chunk by chunk."""
         if not self.reads_errors:
-            return self.inputs(probs_BNV[:, :-1])
+            return super().taught_inputs(probs_BNV, targets_BN)
         return shift_right(project_errors(probs_BNV[:, :-1], targets_BN[:, :-1], self.error_in), self.start)
 
     def forward(

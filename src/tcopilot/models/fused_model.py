@@ -172,10 +172,11 @@ class TCopilotModel(FusedPreTrainedModel):
         hidden_states = out.decoder_hidden_states if self.config.is_encoder_decoder else out.hidden_states
         return None if self.copilot is None else self.copilot.pooler(hidden_states, positions)
 
-    def _correct_text(
-        self, logits_BNV, tokens_BK, source_BMP, source_mask_BM, states_BNP, cache: TCopilotCache | None
-    ):
-        """Return log p̂ and f^C of a text, and leave the Copilot's state in the cache."""
+    def correct_text(
+        self, logits_BNV: Tensor, tokens_BK: Tensor, source_BMP: Tensor | None, source_mask_BM: Tensor | None,
+        states_BNP: Tensor | None, cache: TCopilotCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Return log p̂ [B, N, V] in float32 and f^C, None without a Copilot, whose state is left in the cache."""
         log_probs_BNV = torch.log_softmax(logits_BNV.float(), dim=-1)
         if self.copilot is None:
             return log_probs_BNV, None

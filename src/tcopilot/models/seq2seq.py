@@ -92,7 +92,7 @@ class TCopilotForSeq2SeqLM(TCopilotModel, FusedGenerationMixin):
             source = out.encoder_last_hidden_state
             mask_BM = source.new_ones(source.shape[:2]) if attention_mask is None else attention_mask
             read = (decoder_input_ids[:, 1:], source, mask_BM.bool(), self._pooled(out))
-            parts = self._correct_text(out.logits, *read, cache)
+            parts = self.correct_text(out.logits, *read, cache)
         if cache is not None:
             cache.read(decoder_input_ids, past)
             cache.start = 0

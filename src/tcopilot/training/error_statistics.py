@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tcopilot.data.batch import Batch
 from tcopilot.functional import best_weight, token_errors
-from tcopilot.models.decoding import correct_text
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.fusion import FusionRule, ProbabilityFusion
 from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
@@ -33,17 +32,10 @@ def correct_targets(
     Returns:
         log p̂ [B, N, V] in float32 and f^C [B, N, V]; None for the latter without a Copilot.
     """
-    copilot = model.copilot
     if states is None:
-        states = trace_pilot(model.pilot, batch, StatePooler() if copilot is None else copilot.pooler)
-    log_probs_BNV = torch.log_softmax(states.logits_BNV.float(), dim=-1)
-    if copilot is None:
-        return log_probs_BNV, None
-    corrections_BNV, _ = correct_text(
-        copilot, model.config.feedback, log_probs_BNV, states.targets_BN[:, :-1],
-        states.source_BMP, states.source_mask_BM, states.states_BNP,
-    )  # fmt: skip
-    return log_probs_BNV, corrections_BNV
+        states = trace_pilot(model.pilot, batch, StatePooler() if model.copilot is None else model.copilot.pooler)
+    read = states.source_BMP, states.source_mask_BM, states.states_BNP
+    return model.correct_text(states.logits_BNV, states.targets_BN[:, :-1], *read)
 
 
 class ErrorStatistics:

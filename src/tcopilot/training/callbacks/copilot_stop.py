@@ -43,7 +43,7 @@ class CopilotStop(Callback):
         """Judge the current Copilot."""
         if trainer.sanity_checking or not pl_module.copilot_learns:
             return
-        ratio = agree_on(float(trainer.callback_metrics.get("val/error_ratio", math.inf)))  # the first process's
+        ratio = agree_on(_reported(trainer))  # only the first process has it
         if ratio < self._state["best"]:
             weights = {name: weight.cpu().clone() for name, weight in _trained(pl_module.model.copilot).items()}
             self._state.update(best=ratio, round=pl_module.round, waited=0, weights=weights)
@@ -88,6 +88,10 @@ def _trained(copilot: BaseCopilot) -> dict[str, Tensor]:
 def _put(copilot: BaseCopilot, weights: dict[str, Tensor]) -> None:
     for name, weight in _trained(copilot).items():
         weight.copy_(weights[name])
+
+
+def _reported(trainer: Trainer) -> float:
+    return float(trainer.callback_metrics.get("val/error_ratio", math.inf))
 
 
 def _ratio(trainer: Trainer, pl_module: LightningModule) -> float:
