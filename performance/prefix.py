@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from shapes import SIZES, copilot_options, pilot_of
 
-from tcopilot.data.batch import Batch
-from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.data.batch import Batch, PromptTargetCollator
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.states import trace_pilot
 from tcopilot.training.callbacks.flops import FlopCounter

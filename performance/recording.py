@@ -24,7 +24,7 @@ from rich.table import Table
 from shapes import SIZES, pilot_of
 from transformers import PreTrainedModel, get_scheduler
 
-from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.data.batch import PromptTargetCollator
 from tcopilot.mistake_log.recording import RecordedPilot, Recording
 from tcopilot.models.head_copilot import HeadCopilot
 from tcopilot.training.fit import CopilotFit, RecordedData

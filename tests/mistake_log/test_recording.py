@@ -4,7 +4,7 @@ import pytest
 import torch
 from family_models import of_families, tiny_pilot
 
-from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.data.batch import PromptTargetCollator
 from tcopilot.mistake_log.recording import RecordedPilot, Recording, RecordingError, missing_rows, row_key
 from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.states import StackedStates, trace_pilot

@@ -10,8 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers.cache_utils import DynamicCache
 
 from tcopilot import TCopilotForCausalLM
-from tcopilot.data.batch import Batch
-from tcopilot.data.collate import LEAST_PREFIX, PromptTargetCollator
+from tcopilot.data.batch import LEAST_PREFIX, Batch, PromptTargetCollator
 from tcopilot.models.prefix import can_share, run_after_prefix
 from tcopilot.models.states import StackedStates, StatePooler, trace_pilot
 

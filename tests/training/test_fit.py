@@ -8,7 +8,7 @@ from family_models import perturb, tiny_pilot
 from lightning import Trainer, seed_everything
 from small_training import learner
 
-from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.data.batch import PromptTargetCollator
 from tcopilot.mistake_log.recording import RecordedPilot, Recording, row_key
 from tcopilot.models.head_copilot import HeadCopilot
 from tcopilot.training import fit

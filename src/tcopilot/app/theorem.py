@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from tcopilot.app import build
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.console import quiet_libraries
+from tcopilot.data.batch import PromptTargetCollator
 from tcopilot.data.benchmarks import DataError
-from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.data.shots import read_shots
 from tcopilot.models.configuration import TCopilotConfig

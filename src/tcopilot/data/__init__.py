@@ -1,9 +1,8 @@
 """Data: benchmarks and built-in tasks, their rows as batches, and the answers in generated text."""
 
-from tcopilot.data.batch import Batch
+from tcopilot.data.batch import Batch, PromptTargetCollator
 from tcopilot.data.benchmarks import Benchmark, DataError, ExactMatch, Example
 from tcopilot.data.chat import Chat
-from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.generated_tasks import GeneratedTask
 from tcopilot.data.instructions import Instruction
 from tcopilot.data.metrics import Answer, CorpusMetric, MacroF1, Metric

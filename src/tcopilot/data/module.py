@@ -18,8 +18,8 @@ from lightning import LightningDataModule
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
+from tcopilot.data.batch import HeldOutCollator, PromptTargetCollator, Side
 from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError
-from tcopilot.data.collate import HeldOutCollator, PromptTargetCollator, Side
 from tcopilot.data.prepare import SHOWN, Overflow, RowPreparer, StreamedRows, shortened
 from tcopilot.data.samplers import HeldOutSampler, RoundSampler, StreamRounds, rank_batches
 from tcopilot.data.shots import NumberedRow

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tcopilot.data.batch import Side
 from tcopilot.data.benchmarks import Benchmark, DataError, Example
-from tcopilot.data.collate import Side
 from tcopilot.data.shots import SEPARATOR
 from tcopilot.data.summary import KINDS, Figures
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.data.batch import PromptTargetCollator
 from tcopilot.data.metrics import NLL, CorpusMetric
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.generation import Generation

@@ -37,7 +37,7 @@ except ModuleNotFoundError as error:
         f"{error}; the harness comes with: pip install 'tcopilot[eval]'", name=error.name
     ) from error
 
-from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.data.batch import PromptTargetCollator
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fused_model import TCopilotModel

@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tcopilot.data.batch import Batch
+from tcopilot.data.batch import Batch, PromptTargetCollator
 from tcopilot.data.benchmarks import Benchmark
-from tcopilot.data.collate import PromptTargetCollator
 from tcopilot.data.metrics import Answer, Metric
 from tcopilot.evaluation.predictions import Prediction
 from tcopilot.models.fused_model import TCopilotModel

@@ -30,8 +30,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from tcopilot.data.batch import Batch
-from tcopilot.data.collate import PromptTargetCollator
+from tcopilot.data.batch import Batch, PromptTargetCollator
 from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.states import PilotStates, StackedStates, trace_pilot
 from tcopilot.processes import rank

@@ -72,12 +72,10 @@ def correct_text(
     none_B0V = log_probs_BNV[:, :0]
     hidden, state = copilot(copilot.inputs(none_B0V), source_BMP, source_mask_BM, states_BNP[:, :1], keep=True)
     first_B1V = copilot.correct(hidden, log_probs_BNV[:, :1])
-    corrections, state.feedback_BV = [copilot.gated(log_probs_BNV[:, :1], first_B1V)], first_B1V[:, 0]
+    state.feedback_BV = first_B1V[:, 0]
     state.history = [(state.pending_B1P, state.feedback_BV)] if record else None
-    for i in range(1, log_probs_BNV.shape[1]):
-        here = (log_probs_BNV[:, i : i + 1], tokens_BK[:, i - 1 : i], states_BNP[:, i : i + 1])
-        corrections.append(correct_next(copilot, feedback, *here, state))
-    return torch.cat(corrections, dim=1), state if keep else None
+    later_BKV = correct_more(copilot, feedback, log_probs_BNV[:, 1:], tokens_BK, states_BNP[:, 1:], state)
+    return torch.cat([copilot.gated(log_probs_BNV[:, :1], first_B1V), later_BKV], dim=1), state if keep else None
 
 
 def correct_next(
@@ -102,11 +100,10 @@ def correct_more(
     state: CopilotState,
 ) -> Tensor:
     """Return f^C [B, K, V] of the next K targets, each after one more of K tokens; the state moves on."""
-    steps = (slice(i, i + 1) for i in range(tokens_BK.shape[1]))
-    corrections = [
-        correct_next(copilot, feedback, log_probs_BKV[:, at], tokens_BK[:, at], states_BKP[:, at], state)
-        for at in steps
-    ]
+    corrections = [log_probs_BKV[:, :0]]
+    for at in (slice(i, i + 1) for i in range(tokens_BK.shape[1])):
+        here = log_probs_BKV[:, at], tokens_BK[:, at], states_BKP[:, at]
+        corrections.append(correct_next(copilot, feedback, *here, state))
     return torch.cat(corrections, dim=1)
 
 
