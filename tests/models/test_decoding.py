@@ -68,7 +68,7 @@ def test_going_on_token_by_token_equals_correcting_the_whole_text(case, feedback
         first, state = correct_text(copilot, feedback, **cut(text, known), keep=True)
         steps = [
             correct_next(
-                copilot, feedback, text["log_probs_BNV"][:, i : i + 1], text["tokens_BK"][:, i - 1 : i],
+                copilot, text["log_probs_BNV"][:, i : i + 1], text["tokens_BK"][:, i - 1 : i],
                 text["states_BNP"][:, i : i + 1], state,
             )
             for i in range(known, 6)

@@ -166,13 +166,15 @@ class CopilotState:
     Attributes:
         target_B1: how many targets come before the next one.
         pending_B1P: the newest h̄, which strict context has not read yet.
+        feedback: `observed` or `own`, see `decoding.py`.
         feedback_BV: the last p̂ (observed feedback) or the last f^C (own feedback).
-        history: both of these at each target since the last `crop`, the newest last; None where nothing is to be
+        history: h̄ and `feedback_BV` of each target since the last `crop`, the newest last; None where nothing is to be
             undone.
     """
 
     target_B1: Tensor
     pending_B1P: Tensor
+    feedback: str = "observed"
     feedback_BV: Tensor | None = None
     history: list[tuple[Tensor, Tensor]] | None = None
 

@@ -64,7 +64,7 @@ def correct_text(
         errors_BKV = token_errors(probs_BKV, tokens_BK) if copilot.reads_errors else probs_BKV
         hidden, state = copilot(copilot.inputs(errors_BKV), source_BMP, source_mask_BM, states_BNP, keep)
         if state is not None:
-            state.feedback_BV = log_probs_BNV[:, -1].exp()
+            state.feedback, state.feedback_BV = feedback, log_probs_BNV[:, -1].exp()
             if record:
                 probs_BNV = log_probs_BNV.exp()
                 state.history = [(states_BNP[:, i : i + 1], probs_BNV[:, i]) for i in range(probs_BNV.shape[1])]
@@ -72,61 +72,45 @@ def correct_text(
     none_B0V = log_probs_BNV[:, :0]
     hidden, state = copilot(copilot.inputs(none_B0V), source_BMP, source_mask_BM, states_BNP[:, :1], keep=True)
     first_B1V = copilot.correct(hidden, log_probs_BNV[:, :1])
-    state.feedback_BV = first_B1V[:, 0]
+    state.feedback, state.feedback_BV = feedback, first_B1V[:, 0]
     state.history = [(state.pending_B1P, state.feedback_BV)] if record else None
-    later_BKV = correct_more(copilot, feedback, log_probs_BNV[:, 1:], tokens_BK, states_BNP[:, 1:], state)
+    later_BKV = correct_more(copilot, log_probs_BNV[:, 1:], tokens_BK, states_BNP[:, 1:], state)
     return torch.cat([copilot.gated(log_probs_BNV[:, :1], first_B1V), later_BKV], dim=1), state if keep else None
 
 
 def correct_next(
-    copilot: BaseCopilot,
-    feedback: str,
-    log_probs_B1V: Tensor,
-    token_B1: Tensor,
-    states_B1P: Tensor,
-    state: CopilotState,
+    copilot: BaseCopilot, log_probs_B1V: Tensor, token_B1: Tensor, states_B1P: Tensor, state: CopilotState
 ) -> Tensor:
     """Return f^C [B, 1, V] of the next target, after `token_B1` was emitted at the last one; the state moves on."""
-    hidden_B1C = advance(copilot, feedback, token_B1, state.pending_B1P if copilot.is_strict else states_B1P, state)
-    return conclude(copilot, feedback, hidden_B1C, log_probs_B1V, states_B1P, state)
+    hidden_B1C = advance(copilot, token_B1, state.pending_B1P if copilot.is_strict else states_B1P, state)
+    return conclude(copilot, hidden_B1C, log_probs_B1V, states_B1P, state)
 
 
 def correct_more(
-    copilot: BaseCopilot,
-    feedback: str,
-    log_probs_BKV: Tensor,
-    tokens_BK: Tensor,
-    states_BKP: Tensor,
-    state: CopilotState,
+    copilot: BaseCopilot, log_probs_BKV: Tensor, tokens_BK: Tensor, states_BKP: Tensor, state: CopilotState
 ) -> Tensor:
     """Return f^C [B, K, V] of the next K targets, each after one more of K tokens; the state moves on."""
     corrections = [log_probs_BKV[:, :0]]
     for at in (slice(i, i + 1) for i in range(tokens_BK.shape[1])):
-        here = log_probs_BKV[:, at], tokens_BK[:, at], states_BKP[:, at]
-        corrections.append(correct_next(copilot, feedback, *here, state))
+        corrections.append(correct_next(copilot, log_probs_BKV[:, at], tokens_BK[:, at], states_BKP[:, at], state))
     return torch.cat(corrections, dim=1)
 
 
-def advance(copilot: BaseCopilot, feedback: str, token_B1: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:
+def advance(copilot: BaseCopilot, token_B1: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:
     """Embed the last target's error and run the body, the part of a step before the head; returns [B, 1, C].
 
     In strict context nothing here depends on the Pilot's present step: the row that joins the log is the last h̄.
     """
     error_B1V = state.feedback_BV[:, None]
-    if feedback == "observed" and copilot.reads_errors:
+    if state.feedback == "observed" and copilot.reads_errors:
         error_B1V = token_errors(error_B1V, token_B1)
     return copilot.step(copilot.inputs(error_B1V)[:, 1:], row_B1P, state)
 
 
 def conclude(
-    copilot: BaseCopilot,
-    feedback: str,
-    hidden_B1C: Tensor,
-    log_probs_B1V: Tensor,
-    states_B1P: Tensor,
-    state: CopilotState,
+    copilot: BaseCopilot, hidden_B1C: Tensor, log_probs_B1V: Tensor, states_B1P: Tensor, state: CopilotState
 ) -> Tensor:
     """Run the head, once the Pilot's p̂ is there, and keep what the next step needs; feedback is never gated."""
     correction_B1V = copilot.correct(hidden_B1C, log_probs_B1V)
-    state.keep(states_B1P, (log_probs_B1V.exp() if feedback == "observed" else correction_B1V)[:, 0])
+    state.keep(states_B1P, (log_probs_B1V.exp() if state.feedback == "observed" else correction_B1V)[:, 0])
     return copilot.gated(log_probs_B1V, correction_B1V, state.target_B1 - 1)

@@ -197,15 +197,15 @@ class TCopilotModel(FusedPreTrainedModel):
         if self.copilot is None:
             out = run_pilot()
             return out, torch.log_softmax(out.logits.float(), dim=-1), None
-        copilot, feedback, state = self.copilot, self.config.feedback, cache.copilot
+        copilot, state = self.copilot, cache.copilot
         is_beside = copilot.is_strict and tokens_BK.shape[1] == 1
         if is_beside:
-            body = Beside(tokens_BK.device, lambda: advance(copilot, feedback, tokens_BK, state.pending_B1P, state))
+            body = Beside(tokens_BK.device, lambda: advance(copilot, tokens_BK, state.pending_B1P, state))
         out = run_pilot()
         states_BKP, log_probs_BKV = self._pooled(out), torch.log_softmax(out.logits.float(), dim=-1)
         if is_beside:
-            return out, log_probs_BKV, conclude(copilot, feedback, body.result(), log_probs_BKV, states_BKP, state)
-        return out, log_probs_BKV, correct_more(copilot, feedback, log_probs_BKV, tokens_BK, states_BKP, state)
+            return out, log_probs_BKV, conclude(copilot, body.result(), log_probs_BKV, states_BKP, state)
+        return out, log_probs_BKV, correct_more(copilot, log_probs_BKV, tokens_BK, states_BKP, state)
 
     def _fused_logits(self, pilot_BNV, log_probs_BNV, corrections_BNV, weights_B: Tensor | None) -> Tensor:
         """Return log p̃; the Pilot's logits where λ or f^C is 0, since log p̂ may round two of them to a tie."""

@@ -51,6 +51,7 @@ class StaticState(CopilotState):
 
     def fill(self, state: CopilotState) -> None:
         """Take over the state that a prompt has left."""
+        self.feedback = state.feedback
         for name in self.KEPT:
             getattr(self, name).copy_(getattr(state, name))
 
