@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -38,6 +38,7 @@ WEIGHT = Rule(POSITIVE.allows, "must be a number above 0; leave out a benchmark 
 PreparedRow = dict[str, Any]
 
 
+@dataclass(eq=False, repr=False)
 class TCopilotDataModule(LightningDataModule):
     """Serve a mixture of benchmarks: one Lightning epoch is the whole budget of rounds.
 
@@ -79,40 +80,34 @@ class TCopilotDataModule(LightningDataModule):
         "split_seed": SEED,
     }
 
-    def __init__(
-        self,
-        benchmarks: dict[str, Benchmark],
-        path: str | Path | None = None,
-        weights: dict[str, float] | None = None,
-        streaming: bool = False,
-        batch_size: int = 64,
-        eval_batch_size: int = 64,
-        rounds: int | None = None,
-        epochs: float | None = None,
-        validation_size: float | int = 0.1,
-        held_out: float = 0.0,
-        max_train_rows: int | None = None,
-        max_eval_rows: int | None = None,
-        max_source_length: int | None = None,
-        max_target_length: int | None = None,
-        overflow: Overflow = "error",
-        on_error: Literal["stop", "skip"] = "stop",
-        group_by_length: bool = True,
-        num_workers: int = 0,
-        shuffle_buffer: int = 1000,
-        seed: int = 0,
-        split_seed: int = 0,
-        shots: int = 0,
-    ) -> None:
+    benchmarks: dict[str, Benchmark]
+    path: str | Path | None = None
+    weights: dict[str, float] | None = None
+    streaming: bool = False
+    batch_size: int = 64
+    eval_batch_size: int = 64
+    rounds: int | None = None
+    epochs: float | None = None
+    validation_size: float | int = 0.1
+    held_out: float = 0.0
+    max_train_rows: int | None = None
+    max_eval_rows: int | None = None
+    max_source_length: int | None = None
+    max_target_length: int | None = None
+    overflow: Overflow = "error"
+    on_error: Literal["stop", "skip"] = "stop"
+    group_by_length: bool = True
+    num_workers: int = 0
+    shuffle_buffer: int = 1000
+    seed: int = 0
+    split_seed: int = 0
+    shots: int = 0
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.benchmarks, self.weights, self.streaming = benchmarks, weights, streaming
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.rounds, self.epochs, self.held_out = rounds, epochs, held_out
-        alone, sizes = len(benchmarks) == 1, (validation_size, max_train_rows, max_eval_rows)
-        self._reader = SplitReader(path, alone, streaming, *sizes, split_seed, on_error, shots)
-        self.limits, self.on_error = (max_source_length, max_target_length, overflow), on_error
-        self.group_by_length, self.num_workers, self.shuffle_buffer = group_by_length, num_workers, shuffle_buffer
-        self.seed, self.split_seed, self.shots = seed, split_seed, shots
+        alone, sizes = len(self.benchmarks) == 1, (self.validation_size, self.max_train_rows, self.max_eval_rows)
+        how = self.split_seed, self.on_error, self.shots
+        self._reader = SplitReader(self.path, alone, self.streaming, *sizes, *how)
         self._check_settings()
         self._train: datasets.Dataset | datasets.IterableDataset | None = None
         self._evaluation: dict[tuple[str, str], list[PreparedRow]] = {}
@@ -156,7 +151,7 @@ class TCopilotDataModule(LightningDataModule):
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         for benchmark in self.benchmarks.values():
             benchmark.use_tokenizer(tokenizer)
-        fixed = tokenizer, source_side, *self.limits
+        fixed = tokenizer, source_side, self.max_source_length, self.max_target_length, self.overflow
         preparer = RowPreparer(*fixed)
         self.collate = PromptTargetCollator(pad, source_side)
         self._evaluation, self._summary, self._streams, self._digest = {}, {}, {}, hashlib.sha256()
@@ -363,7 +358,7 @@ class TCopilotDataModule(LightningDataModule):
             raise DataError(f"data.weights={self.weights}: give a mapping of benchmark names to numbers, or null")
         if self.weights is not None and set(weights) != set(self.benchmarks):
             raise DataError(f"data.weights names {sorted(weights)}, the benchmarks are {sorted(self.benchmarks)}")
-        given = {"validation_size": self._reader.validation_size, "held_out": self.held_out}
+        given = {"validation_size": self.validation_size, "held_out": self.held_out}
         found = problems(SHARES, given, "data")
         if found := found + problems(dict.fromkeys(weights, WEIGHT), weights, "data.weights"):
             raise DataError("; ".join(found))

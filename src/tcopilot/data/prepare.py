@@ -26,6 +26,7 @@ SHOWN = 3  # complaints about one split that are printed in full
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class RowPreparer:
     """Render and tokenise rows, and hold them to the length limits.
 
@@ -38,18 +39,12 @@ class RowPreparer:
 
     What a chat template writes as one text is tokenised as one text, and gets no start but its own.
 
-    Args:
-        tokenizer: The Pilot's.
-        source_side: On which side prompts are padded.
-        max_source_length: Longest source in tokens; None is no limit.
-        max_target_length: Longest target in tokens, end token included; None is no limit.
-        overflow: What happens to a longer row. ``error`` refuses it. ``drop`` leaves it out of train and refuses it
-            elsewhere. ``truncate`` cuts. A prompt loses its middle: its start and above all its end, with the options
-            and whatever the template puts behind them, stay for as long as they fit. A target loses its end, and gets
-            no end token, since the answer does not end there. Targets that are one of a few options are never cut,
-            but refused.
-
-    A prompt that is too long with its shots loses some of these first, the earliest ones, whatever ``overflow`` says.
+    Limits are in tokens, special ones included; None is no limit. Of longer rows, ``overflow`` refuses (``error``),
+    leaves out of train and refuses elsewhere (``drop``) or cuts (``truncate``). A prompt loses its middle: its start
+    and above all its end, with the options and whatever the template puts behind them, stay for as long as they fit. A
+    target loses its end, and gets no end token, since the answer does not end there. Targets that are one of a few
+    options are never cut, but refused. A prompt that is too long with its shots loses some of these first, the
+    earliest ones, whatever ``overflow`` says.
 
     Attributes:
         shots: Token ids of each shot of the benchmark at hand, as `solved` makes them.
@@ -62,29 +57,27 @@ class RowPreparer:
         DataError: If ``overflow`` is none of these, or the tokenizer has no end token.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        source_side: Side,
-        max_source_length: int | None = None,
-        max_target_length: int | None = None,
-        overflow: Overflow = "error",
-    ) -> None:
-        if overflow not in ("error", "drop", "truncate"):
-            raise DataError(f"data.overflow is error, drop or truncate, got {overflow!r}")
+    tokenizer: PreTrainedTokenizerBase
+    source_side: Side
+    max_source_length: int | None = None
+    max_target_length: int | None = None
+    overflow: Overflow = "error"
+    counts: Counter[str] = field(default_factory=Counter, init=False)
+    reserved: set[str] = field(default_factory=set, init=False)
+    shots: list[list[int]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        tokenizer = self.tokenizer
+        if self.overflow not in ("error", "drop", "truncate"):
+            raise DataError(f"data.overflow is error, drop or truncate, got {self.overflow!r}")
         if tokenizer.eos_token_id is None:
             raise DataError(
                 "the tokenizer has no end token, so no target could end; give eos_token in the tokenizer_config.json "
                 "of pilot.path"
             )
-        self.tokenizer, self.overflow = tokenizer, overflow
-        self.max_source_length, self.max_target_length = max_source_length, max_target_length
-        self.counts: Counter[str] = Counter()
-        self.reserved: set[str] = set()
-        self.shots: list[list[int]] = []
         self._special = tuple(tokenizer.all_special_tokens)
         self._start, self._end = _frame(tokenizer)
-        if source_side == "left":
+        if self.source_side == "left":
             self._end = []
 
     def __call__(
