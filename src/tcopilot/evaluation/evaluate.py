@@ -19,13 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from tcopilot.data.batch import PromptTargetCollator
 from tcopilot.data.metrics import NLL, CorpusMetric
 from tcopilot.data.module import TCopilotDataModule
-from tcopilot.evaluation.generation import Generation
-from tcopilot.evaluation.likelihood import Likelihood
+from tcopilot.evaluation.generation import Generation, Reranking
+from tcopilot.evaluation.likelihood import Likelihood, Targets
 from tcopilot.evaluation.modes import LIKELIHOOD, TARGETS, Decoding, Mode, Scored
 from tcopilot.evaluation.predictions import PredictionFiles, claim, digest_of, fingerprint
 from tcopilot.evaluation.progress import progress
 from tcopilot.evaluation.ranking import ItemRanking
-from tcopilot.evaluation.reranking import Reranking
 from tcopilot.evaluation.results import Gain, Row, Selection, direction_and_unit
 from tcopilot.evaluation.selection import (
     SELECT_BY,
@@ -40,7 +39,6 @@ from tcopilot.evaluation.selection import (
     too_few,
 )  # fmt: skip
 from tcopilot.evaluation.significance import compare_by, interval_of
-from tcopilot.evaluation.targets import Targets
 from tcopilot.mistake_log.recording import Recording
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.gates import GATES, Observations, build_gate

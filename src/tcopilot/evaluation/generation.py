@@ -1,16 +1,17 @@
-"""Answers as generated text: the first way to evaluate."""
+"""Answers as generated text: the first way to evaluate; and as the fused model's choice among the Pilot's beams."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from tcopilot.data.answers import until_end
 from tcopilot.data.metrics import Answer
-from tcopilot.evaluation.modes import Mode, about
+from tcopilot.evaluation.likelihood import log_likelihoods
+from tcopilot.evaluation.modes import Mode, Scored, about
 from tcopilot.evaluation.predictions import Prediction
 from tcopilot.models.pilot import end_ids
 
@@ -70,3 +71,42 @@ class Generation(Mode):
         """Return a prediction with what is read in its text, and its scores."""
         answer = self.read(prediction)
         return prediction | {"extracted": answer.extracted, "scores": self.benchmark.judge(answer)}
+
+
+@dataclass
+class Reranking(Generation):
+    """Decode beams from the Pilot alone, and answer with the one of the largest Σ log p̃, the end token included.
+
+    This tells what a Copilot knows of whole answers.
+    All λ choose among the same beams, so at λ = 0 the answer is the Pilot's likeliest beam.
+
+    Attributes:
+        score: some rows, see `Evaluator.scored`.
+    """
+
+    suffix: ClassVar[str] = "-reranking"
+
+    score: Callable[[Sequence[dict[str, Any]]], Scored]
+
+    def rows_at_once(self, weights: int) -> int:
+        """Prompts of a batch; all λ share it."""
+        return max(1, self.decoding.batch_size // self.decoding.num_beams)
+
+    @torch.no_grad()
+    def emit(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[list[int]]]:
+        """Return the tokens of each answer, for each λ and row."""
+        beams = self.decoding.num_beams
+        (decoded,) = self.decode(rows, [0.0], num_return_sequences=beams)
+        answers = [self._with_end(tokens) for tokens in decoded]
+        pairs = [{**rows[place // beams], "target_ids": answer} for place, answer in enumerate(answers)]
+        sums = log_likelihoods(self.model, self.score(pairs), weights).view(len(weights), len(rows), beams)
+        chosen = sums.argmax(-1).tolist()
+        return {
+            weight: [answers[row * beams + beam] for row, beam in enumerate(of_weight)]
+            for weight, of_weight in zip(weights, chosen, strict=True)
+        }
+
+    def _with_end(self, tokens: list[int]) -> list[int]:
+        """An answer up to its end token, which one that was cut off lacks."""
+        end = next((place for place, token in enumerate(tokens) if token in self.ends), len(tokens) - 1)
+        return tokens[: end + 1]

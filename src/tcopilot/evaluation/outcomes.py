@@ -8,12 +8,10 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from tcopilot.evaluation.generation import Generation
-from tcopilot.evaluation.likelihood import Likelihood
+from tcopilot.evaluation.generation import Generation, Reranking
+from tcopilot.evaluation.likelihood import Likelihood, Targets
 from tcopilot.evaluation.predictions import Prediction
-from tcopilot.evaluation.reranking import Reranking
 from tcopilot.evaluation.results import Gain, Results
-from tcopilot.evaluation.targets import Targets
 
 OUTCOMES = ("fixed", "broken", "both right", "both wrong")
 

@@ -1,6 +1,6 @@
 """What the corrections of a trace look like: their size beside the Pilot's logits, their drift, the mistakes met.
 
-All functions read target positions along right answers, as `tcopilot.evaluation.trace_views.positions` lays them out.
+All functions read target positions along right answers, as `tcopilot.evaluation.trace.positions` lays them out.
 """
 
 from __future__ import annotations

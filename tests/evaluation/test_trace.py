@@ -4,7 +4,7 @@ import pytest
 import torch
 from family_models import EVERY_FAMILY
 
-from tcopilot.evaluation.trace_views import CANDIDATES, positions, trace_targets
+from tcopilot.evaluation.trace import CANDIDATES, positions, trace_targets
 from tcopilot.functional import token_errors
 from tcopilot.models.gates import build_gate
 from tcopilot.models.modeling import fused_class
