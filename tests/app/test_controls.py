@@ -14,7 +14,7 @@ from tcopilot.app.checks import config as checks
 from tcopilot.app.checks.config import config_problems
 from tcopilot.app.controls import training as controls
 from tcopilot.app.controls.averaged import AveragedPilots
-from tcopilot.app.controls.widths import widened
+from tcopilot.app.controls.training import widened
 from tcopilot.models import families
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.copilot import READS
@@ -187,7 +187,7 @@ def test_the_tuned_pilot_is_the_best_of_its_grid_on_validation(monkeypatch):
     joint = SimpleNamespace(cfg=cfg, results=SimpleNamespace(rounds=6), prepared=SimpleNamespace(tokenizer=0, data=0))
     best = controls.tuned(joint)
     assert trained == [(6, 0.5, 8), (6, 1, 8), (6, 2, 8), (6, 4, 8), (12, 2, 4)]
-    assert (best.model.rate, best.seconds, best.flops) == (1, 10.0, 50.0)
+    assert (best.model.rate, best.train_seconds, best.train_flops) == (1, 10.0, 50.0)
 
 
 def test_the_output_head_is_trained_apart_from_the_embedding():

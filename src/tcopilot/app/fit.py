@@ -103,7 +103,7 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     )
     seconds = agree_on(round(recorded_seconds + module.seconds, 2))
     flops = recorded_flops + (count.total() or 0.0)
-    return Trained(model, trainer.loggers, params, trainer.global_step, seconds, flops, [note], recording)
+    return Trained(model, trainer.global_step, seconds, flops, params, trainer.loggers, [note], recording)
 
 
 def _recording(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Recording:

@@ -40,21 +40,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trained:
-    """A fused model and what its training took, in the terms of `results.json`."""
+    """A trained model and what its training took, in the terms of `results.json`."""
 
     model: TCopilotModel
-    loggers: list[Logger]
-    params: dict[str, int]
     rounds: int
     train_seconds: float
     train_flops: float | None
+    params: dict[str, int] = field(default_factory=dict)
+    loggers: list[Logger] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     recording: Recording | None = None
 
     @property
     def costs(self) -> dict[str, Any]:
-        """The fields of `Results` that an evaluation cannot know."""
-        return {name: getattr(self, name) for name in ("params", "rounds", "train_seconds", "train_flops")}
+        """What an evaluation cannot know."""
+        return {name: getattr(self, name) for name in ("rounds", "train_seconds", "train_flops")}
 
 
 def train_jointly(cfg: DictConfig, prepared: Prepared, memory: Budget | None) -> Trained:
@@ -75,7 +75,7 @@ def train_jointly(cfg: DictConfig, prepared: Prepared, memory: Budget | None) ->
     seconds = agree_on(round(sum(module.seconds.values()), 2))
     counts = (callback for callback in module.trainer.callbacks if isinstance(callback, FlopCount))
     flops = next((count.total() for count in counts), None)
-    return Trained(model, module.trainer.loggers, params, module.round, seconds, flops)
+    return Trained(model, module.round, seconds, flops, params, module.trainer.loggers)
 
 
 def given_overrides() -> list[str]:

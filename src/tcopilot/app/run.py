@@ -89,7 +89,7 @@ def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, 
     results = _run_evaluator(cfg, model, prepared, run_dir, weights, recording=recording)
     if is_first():
         model.config.save_pretrained(run_dir.export)  # now with the selected λ
-    results = replace(results, **trained.costs, notes=[*trained.notes, *results.notes])
+    results = replace(results, **trained.costs, params=trained.params, notes=[*trained.notes, *results.notes])
     trained_before = cfg.get("resume") and run_dir.results.exists()  # controls, before the run was stopped
     results.controls = agree_on(_results_of(run_dir).controls if trained_before else [])
     _save_results(results, run_dir)

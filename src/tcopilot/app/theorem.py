@@ -11,44 +11,32 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from omegaconf import DictConfig
-from transformers import PreTrainedTokenizerBase
 
 from tcopilot.app import build
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.console import quiet_libraries
-from tcopilot.data.batch import PromptTargetCollator
 from tcopilot.data.benchmarks import DataError
-from tcopilot.data.module import TCopilotDataModule
 from tcopilot.data.shots import read_shots
-from tcopilot.models.configuration import TCopilotConfig
-from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.models.fusion import ProbabilityFusion
 from tcopilot.models.pilot import ModelSourceError
 from tcopilot.reporting.tables import accept_any_sign
-from tcopilot.reporting.theorem.distances import DistanceSums
-from tcopilot.reporting.theorem.pilot_variance import PilotSpread, dropout_draws
+from tcopilot.reporting.theorem.distances import DistanceSums, PilotSpread, dropout_draws
 from tcopilot.reporting.theorem.verdict import show, verdict
 from tcopilot.run_directory import RunDirectory
 from tcopilot.training.error_statistics import correct_targets
 
 
-@dataclass
-class TrainedRun:
-    """A finished run with its export and its data."""
+class TrainedRun(NamedTuple):
+    """A finished run: its folder, and its fused model ready to score its data."""
 
     folder: Path
-    config: DictConfig
-    export: TCopilotConfig
-    tokenizer: PreTrainedTokenizerBase
-    data: TCopilotDataModule
-    model: TCopilotModel
+    scorer: Evaluator
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str, trusted: Sequence[str] = ()) -> TrainedRun:
@@ -67,12 +55,13 @@ class TrainedRun:
         if export.copilot is None:
             raise ConfigError([f"{folder}: this run has no Copilot (copilot=none); the theorem is about one"])
         data = build.prepare_data(config, tokenizer, export.pilot, shots=read_shots(run.shots))
-        model = build.load_export(folder, export).to(device).eval()
-        return cls(folder, config, export, tokenizer, data, model)
+        model = build.load_export(folder, export).to(device)
+        return cls(folder, Evaluator(model, tokenizer, data, run.predictions, build.decoding(config.evaluation)))
 
     def rows(self, split: str) -> list[dict[str, Any]]:
         """Rows of all benchmarks, in batches of similar length when cut in order."""
-        by_name = (self.data.evaluation_rows(split, name) for name in self.data.benchmark_names)
+        data = self.scorer.data
+        by_name = (data.evaluation_rows(split, name) for name in data.benchmark_names)
         return [row for rows in by_name for row in sorted(rows, key=lambda row: len(row["source_ids"]))]
 
 
@@ -83,14 +72,14 @@ def refuse_other_kinds(runs: Sequence[TrainedRun], split: str) -> None:
         return [(row["benchmark"], row["id"], row["source_ids"], row["target_ids"]) for row in run.rows(split)]
 
     first, *others = runs
-    problems = []
+    family, problems = first.scorer.model.config.pilot.model_type, []
     for run in others:
         if run.folder.resolve() == first.folder.resolve():
             problems.append(f"{run.folder}: given twice; give runs of other seeds")
-        elif run.export.pilot.model_type != first.export.pilot.model_type:
-            kinds = f"{run.export.pilot.model_type} Pilot, {first.folder} a {first.export.pilot.model_type} one"
+        elif (other := run.scorer.model.config.pilot.model_type) != family:
+            kinds = f"{other} Pilot, {first.folder} a {family} one"
             problems.append(f"{run.folder}: has a {kinds}; give runs that differ in their seed only")
-        elif run.tokenizer.get_vocab() != first.tokenizer.get_vocab():
+        elif run.scorer.tokenizer.get_vocab() != first.scorer.tokenizer.get_vocab():
             problems.append(f"{run.folder}: another vocabulary than {first.folder} has; give runs of one tokenizer")
         elif asked(run) != asked(first):
             mend = "train all seeds with the same data.split_seed"
@@ -107,39 +96,36 @@ def estimate(runs: Sequence[TrainedRun], split: str, passes: int = 0) -> dict[st
         split: `validation` or `test`.
         passes: passes with dropout, instead of other seeds; a ConfigError says that the Pilot has no dropout.
     """
-    first = runs[0]
+    (first, scorer), model = runs[0], runs[0].scorer.model
     torch.manual_seed(0)  # of the dropout
-    batch_size = build.decoding(first.config.evaluation).batch_size
-    collate = PromptTargetCollator(first.tokenizer.pad_token_id, first.tokenizer.padding_side)
-    distances, spread = DistanceSums(first.model.pilot.get_input_embeddings().num_embeddings), None
+    distances, spread = DistanceSums(model.pilot.get_input_embeddings().num_embeddings), None
     if passes or len(runs) > 1:
         kind, names = ("dropout", range(passes)) if passes else ("seeds", [run.folder for run in runs])
         spread = PilotSpread(kind, [str(name) for name in names])
-    rows = first.rows(split)
+    rows, batch_size = runs[0].rows(split), scorer.decoding.batch_size
     for start in range(0, len(rows), batch_size):
-        batch = collate(rows[start : start + batch_size]).to(first.model.device)
-        scored = correct_targets(first.model, batch)
+        batch, *scored = scorer.scored(rows[start : start + batch_size])
         distances.update(batch, *scored)
         if passes:
-            spread.update(batch, dropout_draws(first.model, batch, passes))
+            spread.update(batch, dropout_draws(model, batch, passes))
             if spread.sigma_sq == 0:
-                settings = first.export.pilot.to_dict().items()
+                settings = model.config.pilot.to_dict().items()
                 rates = ", ".join(f"{key}={value}" for key, value in settings if "drop" in key and value is not None)
-                lack = f"--dropout-passes: the Pilot of {first.folder} has no dropout ({rates or 'no key'})"
+                lack = f"--dropout-passes: the Pilot of {first} has no dropout ({rates or 'no key'})"
                 mend = "give runs of other seeds, or train with dropout (T5: pilot.config.dropout_rate=0.1)"
                 raise ConfigError([f"{lack}; {mend}"])
         elif spread:
-            spread.update(batch, chain([scored], (correct_targets(run.model, batch) for run in runs[1:])))
+            spread.update(batch, chain([scored], (correct_targets(run.scorer.model, batch) for run in runs[1:])))
     pilots = spread.summary() if spread else None
     found = {
-        "version": 1, "run": str(first.folder), "split": split, "fusion": first.model.config.fusion["_target_"],
-        "is_eq_8": isinstance(first.model.fusion, ProbabilityFusion),
-        **distances.estimates(first.data.benchmark_names),
+        "version": 1, "run": str(first), "split": split, "fusion": model.config.fusion["_target_"],
+        "is_eq_8": isinstance(model.fusion, ProbabilityFusion),
+        **distances.estimates(scorer.data.benchmark_names),
         "epsilon_pilot_sq": pilots and pilots["epsilon_sq"], "sigma_pilot_sq": pilots and pilots["sigma_sq"],
         "pilots": pilots,
     }  # fmt: skip
     found["entries"]["worst"] = [
-        {"id": entry, "token": str(first.tokenizer.convert_ids_to_tokens(entry)), "increase": increase}
+        {"id": entry, "token": str(scorer.tokenizer.convert_ids_to_tokens(entry)), "increase": increase}
         for entry, increase in distances.worst_entries(found["lambda_star"])
     ]
     return found | {"verdict": verdict(found)}

@@ -17,12 +17,13 @@ from typing import Any
 from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from transformers import AutoConfig
 
 from tcopilot.app import build
 from tcopilot.app.build import Prepared
 from tcopilot.app.checks.config import control_names
 from tcopilot.app.controls.averaged import AveragedPilots
-from tcopilot.app.controls.widths import widened
+from tcopilot.app.joint import Trained
 from tcopilot.app.trainer import make_trainer
 from tcopilot.data.metrics import NLL, show_difference
 from tcopilot.evaluation.calibrate import calibrate
@@ -43,6 +44,9 @@ log = logging.getLogger(__name__)
 WARM_UP_ROUNDS, TRIAL_ROUNDS = 5, 30  # at most
 GRID = ((0.5, 1), (1, 1), (2, 1), (4, 1), (2, 0.5))
 """Of the control `tuned`: factors of the run's own learning rate and batch size."""
+MODEL_WIDTHS = ("d_model", "hidden_size")
+WIDTHS = (*MODEL_WIDTHS, "d_kv", "head_dim", "d_ff", "intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim")
+MOST_TIMES = 16  # as wide as the Pilot given
 
 
 @dataclass(frozen=True)
@@ -61,16 +65,6 @@ class JointRun:
         return 3 if self.cfg.pilot.frozen else min(TRIAL_ROUNDS, max(5, self.results.rounds // 10))
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A model without a Copilot, or with a calibration in its place, and what it cost to train."""
-
-    model: TCopilotModel
-    rounds: int
-    seconds: float
-    flops: float | None
-
-
 def equal_time(joint: JointRun) -> Trained:
     """The Pilot alone, for as many rounds as fit into the joint run's training time; a short trial measures them.
 
@@ -79,7 +73,7 @@ def equal_time(joint: JointRun) -> Trained:
     """
     train_pilot(joint, WARM_UP_ROUNDS)
     trial = train_pilot(joint, joint.trial_rounds)
-    fitting = round(joint.results.train_seconds / (trial.seconds / trial.rounds))
+    fitting = round(joint.results.train_seconds / (trial.train_seconds / trial.rounds))
     least = 1 if joint.cfg.pilot.frozen else joint.results.rounds
     return train_pilot(joint, agree_on(max(least, fitting)))
 
@@ -91,7 +85,7 @@ def equal_flops(joint: JointRun) -> Trained:
 
 def _rounds_for_equal_flops(joint: JointRun) -> int:
     trial = train_pilot(joint, joint.trial_rounds, count_every=1)
-    return max(1, round(joint.results.train_flops / (trial.flops / trial.rounds)))
+    return max(1, round(joint.results.train_flops / (trial.train_flops / trial.rounds)))
 
 
 def averaged(joint: JointRun) -> Trained:
@@ -99,8 +93,8 @@ def averaged(joint: JointRun) -> Trained:
     second = train_pilot(joint, joint.results.rounds, seed=joint.cfg.seed + 1)
     both = AveragedPilots(joint.model.pilot, second.model.pilot)
     model = type(joint.model)(TCopilotConfig(joint.model.pilot.config), both)
-    flops = None if second.flops is None else 2 * second.flops
-    return Trained(model, 2 * second.rounds, 2 * second.seconds, flops)
+    flops = None if second.train_flops is None else 2 * second.train_flops
+    return Trained(model, 2 * second.rounds, 2 * second.train_seconds, flops)
 
 
 def equal_parameters(joint: JointRun) -> Trained:
@@ -109,6 +103,25 @@ def equal_parameters(joint: JointRun) -> Trained:
     wider = widened(source.config, source.model_config.vocab_size, params["pilot"] + params["copilot"])
     prepared = replace(joint.prepared, pilot=replace(source, config=wider))
     return train_pilot(replace(joint, prepared=prepared), joint.results.rounds)
+
+
+def widened(config: dict[str, Any], vocab_size: int, parameters: int) -> dict[str, Any]:
+    """Scale all widths of a Pilot's config by one factor, so that it comes closest to a number of parameters.
+
+    Depth and number of heads stay. The model's width (`d_model` or `hidden_size`) moves in steps of two per attention
+    head, which heads and rotary embeddings divide by.
+    """
+    width = next(config[name] for name in MODEL_WIDTHS if name in config)
+    step = 2 * AutoConfig.for_model(**config).num_attention_heads
+    by_distance = {}
+    for wide in range(step, MOST_TIMES * width + 1, step):
+        scaled = {name: max(2, 2 * round(wide / width * config[name] / 2)) for name in WIDTHS if name in config}
+        model = skeleton(AutoConfig.for_model(**config | scaled, vocab_size=vocab_size))
+        excess = sum(parameter.numel() for parameter in model.parameters()) - parameters
+        by_distance.setdefault(abs(excess), config | scaled)
+        if excess > 0:
+            break
+    return by_distance[min(by_distance)]
 
 
 def twice(joint: JointRun) -> Trained:
@@ -137,9 +150,9 @@ def tuned(joint: JointRun) -> Trained:
         found.append((judge.likelihood("validation"), one))
         log.info("lr x %g, batches of %d: validation nll %.4f", rate, batch_size, found[-1][0])
     _, best = min(found, key=lambda pair: pair[0])
-    flops = [one.flops for _, one in found]
-    seconds = sum(one.seconds for _, one in found)
-    return replace(best, seconds=seconds, flops=None if None in flops else sum(flops))
+    flops = [one.train_flops for _, one in found]
+    seconds = sum(one.train_seconds for _, one in found)
+    return replace(best, train_seconds=seconds, train_flops=None if None in flops else sum(flops))
 
 
 def _free_output_head(model: TCopilotModel) -> None:
@@ -253,18 +266,12 @@ def _scored(name: str, trained: Trained, joint: JointRun, folder: Path) -> list[
         decoding = replace(decoding, compile=False)  # its caches are put together anew in each step
     recording = joint.recording if trained.model.pilot is joint.model.pilot else None  # of no other Pilot
     evaluator = Evaluator(trained.model, prepared.tokenizer, prepared.data, folder, decoding, recording=recording)
-    cost = {
-        "rounds": trained.rounds,
-        "train_seconds": trained.seconds,
-        "train_flops": trained.flops,
-        "parameters": sum(map(parameter_count, trained.model.parameters())),
-    }
-    split = cfg.evaluation.report_on
-    weight = WEIGHTS.get(name, 0.0)
+    parameters = sum(map(parameter_count, trained.model.parameters()))
+    split, weight = cfg.evaluation.report_on, WEIGHTS.get(name, 0.0)
     found = evaluator.run([weight], (split, split))
     compared = {(gain.benchmark, gain.metric) for gain in found.gain} | {("all", NLL.name)}
     return [
-        Control(CONTROLS[name][0], **asdict(row), **cost)
+        Control(CONTROLS[name][0], **asdict(row), **trained.costs, parameters=parameters)
         for row in found.rows
         if (row.benchmark, row.metric) in compared and row.weight == weight
     ]

@@ -6,9 +6,9 @@ There are no formulas, so the measure follows whatever models, losses and optimi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning import Callback, Trainer
@@ -16,6 +16,8 @@ from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
+from transformers import PreTrainedConfig
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from tcopilot.app.memory.live_memory import LiveMemory
 from tcopilot.app.trainer import FIXED, quiet_lightning
@@ -23,7 +25,9 @@ from tcopilot.data.batch import Batch
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.rounds import ABOUT_RECORD, LoggedRound
 from tcopilot.models.caches import LEAST_ROOM
+from tcopilot.models.families import skeleton
 from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.models.quantization import is_packed, packed_bytes, settings_of
 from tcopilot.training.callbacks import MistakeLogCallback
 from tcopilot.training.module import TCopilotModule
 from tcopilot.training.sharding import kept_whole
@@ -91,41 +95,29 @@ def measure(
         gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
         trainer, held = _fit(module, load, log, precision, on_gpu, memory)
         training, logits = memory.peak - held, memory.at_peak["logits"]
-        states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
-        optimizer = sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
+        optimizer = _state_bytes(trainer.optimizers)
         decoding, caches = _decoding(module.model, load, memory) if load.answer else (0, 0)
-        elsewhere = _of_others(module, trainer, shards)
+        weights, trained, states = _of_others(module, trainer, shards)
     # At the peak gradients count in full, for how many of them there are by then is not known.
-    footprint = Footprint(parameters, gradients, optimizer, logits, training, caches, parameters + decoding)
-    return replace(
-        footprint,
-        parameters=parameters - elsewhere.parameters,
-        gradients=gradients - elsewhere.gradients,
-        optimizer=optimizer - elsewhere.optimizer,
-        training=training - elsewhere.parameters - elsewhere.optimizer,
-    )
+    return Footprint(
+        parameters - weights, gradients - trained, optimizer - states, logits, training - weights - states, caches,
+        parameters + decoding,
+    )  # fmt: skip
 
 
-class _Elsewhere(NamedTuple):
-    """Bytes of a divided Pilot that other processes hold."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-
-
-def _of_others(module: TCopilotModule, trainer: Trainer, shards: int) -> _Elsewhere:
+def _of_others(module: TCopilotModule, trainer: Trainer, shards: int) -> list[int]:
     """Bytes of the Pilot's weights, gradients and optimiser state that other processes hold, if it is divided."""
     kept = kept_whole(module.model.pilot)
     weights = [weight for weight in module.model.pilot.parameters() if weight not in kept]
-    learns = module.learners["pilot"] is not None
-    states = trainer.optimizers[0].state.values() if learns else ()
-    held = [
-        sum(weight.nbytes for weight in weights),
-        sum(weight.nbytes for weight in weights if weight.requires_grad),
-        sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor)),
-    ]
-    return _Elsewhere(*(size - size // shards for size in held))
+    optimizers = trainer.optimizers[:1] if module.learners["pilot"] is not None else []
+    trained = (weight.nbytes for weight in weights if weight.requires_grad)
+    held = (sum(weight.nbytes for weight in weights), sum(trained), _state_bytes(optimizers))
+    return [size - size // shards for size in held]
+
+
+def _state_bytes(optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    states = (state for optimizer in optimizers for state in optimizer.state.values())
+    return sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
 
 
 def _take_off_meta(module: nn.Module) -> None:
@@ -245,3 +237,44 @@ def _decoding(model: TCopilotModel, load: Load, memory: LiveMemory) -> tuple[int
     del found
     model(**step, use_cache=True)
     return memory.peak - held, memory.live - held
+
+
+def pack_layers(pilot: nn.Module, config: PreTrainedConfig, bits: str, dtype: torch.dtype) -> None:
+    """Put stand-ins where transformers would quantise a Pilot of this config, beneath adapters too.
+
+    bitsandbytes computes on real numbers only.
+    """
+    plain = skeleton(config)
+    AutoHfQuantizer.from_config(settings_of(bits, dtype), pre_quantized=False).preprocess_model(plain, device_map=None)
+    names = {name for name, part in plain.named_modules() if is_packed(part)}
+    for name, part in list(pilot.named_modules()):
+        if name.removesuffix(".base_layer") in names and isinstance(part, nn.Linear):
+            pilot.set_submodule(name, _PackedLinear(part, bits, dtype))
+
+
+class _PackedLinear(nn.Module):
+    """Holds as many bytes as a quantised layer does, and takes as many while it computes."""
+
+    def __init__(self, layer: nn.Linear, bits: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape, self.dtype, self.keeps_inputs = (layer.out_features, layer.in_features), dtype, bits == "8bit"
+        self.weight = nn.Parameter(torch.empty(packed_bytes(bits, *self.shape), dtype=torch.uint8), False)
+        self.bias = layer.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        product = _Product.apply(inputs, self.shape, self.dtype, self.keeps_inputs)
+        return product if self.bias is None else product + self.bias
+
+
+class _Product(torch.autograd.Function):
+    """A product with a matrix that is unpacked for the time of it, in both passes."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, shape: tuple[int, int], dtype: torch.dtype, keeps_inputs: bool) -> Tensor:
+        ctx.save_for_backward(*([inputs] if keeps_inputs else []))
+        ctx.unpack = lambda like: torch.empty(shape, dtype=dtype, device=like.device).to(like.dtype)
+        return nn.functional.linear(inputs, ctx.unpack(inputs))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradient @ ctx.unpack(gradient), None, None, None

@@ -16,9 +16,8 @@ from tcopilot.app import build
 from tcopilot.app.build import Prepared
 from tcopilot.app.checks.data import log_bytes
 from tcopilot.app.checks.problems import ConfigError
-from tcopilot.app.memory.dry_run import Footprint, Load, measure
+from tcopilot.app.memory.dry_run import Footprint, Load, measure, pack_layers
 from tcopilot.app.memory.free import available_memory
-from tcopilot.app.memory.packed_layers import pack_layers
 from tcopilot.app.trainer import process_count
 from tcopilot.models.pilot import ModelSource
 from tcopilot.processes import gather
