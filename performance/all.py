@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tables import RECORDS, TABLES, Row, markdown
 
 HERE = Path(__file__).parent
 PAGE, FOUND = HERE.parent / "docs" / "performance.md", HERE.parent / "docs" / "performance.json"
@@ -46,8 +47,6 @@ ON_GPU = {
     "gpu_memory": ["memory.py", "--full"],
 }  # fmt: skip
 SCRIPTS = ON_CPU | ON_GPU
-Row = dict[str, Any]
-Columns = dict[str, Callable[[Row], str]]
 
 
 def main() -> None:
@@ -74,9 +73,11 @@ def run(command: list[str]) -> Any:
 
 def render(page: str, found: dict[str, Any]) -> str:
     """Put tables between the page's markers; what was not measured stays as it is."""
-    tables = {name: table(rows(found[name], of), columns) for name, (of, columns) in TABLES.items() if name in found}
+    tables = {
+        name: markdown(rows(found[name], of), columns) for name, (of, columns) in TABLES.items() if name in found
+    }
     if "memory" in found:
-        tables["records"] = table(found["memory"]["sizes"], RECORDS)
+        tables["records"] = markdown(found["memory"]["sizes"], RECORDS)
     if "gpu" in found:
         card = found["gpu"]
         tables["gpu_device"] = f"{card['device']}, torch {card['torch']}, transformers {card['transformers']}"
@@ -93,12 +94,6 @@ def rows(result: Any, of: str | None) -> list[Row]:
     return result if of is None or isinstance(result, list) else result[of]
 
 
-def table(lines: list[Row], columns: Columns) -> str:
-    """A Markdown table."""
-    cells = [list(columns), ["---"] * len(columns), *([show(line) for show in columns.values()] for line in lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
-
-
 def bars(found: dict[str, Any]) -> list[str]:
     """Every bar of what was measured, with its worst figure, and whether it is met."""
     lines = []
@@ -110,14 +105,6 @@ def bars(found: dict[str, Any]) -> list[str]:
             worst = max(figures)
             lines.append(f"{what}: {worst:.2f}, at most {limit:.2f}: {'met' if worst <= limit else 'missed'}")
     return lines
-
-
-def _of(key: str, form: str = "{}") -> Callable[[Row], str]:
-    return lambda row: "" if row.get(key) is None else form.format(row[key])
-
-
-def _mb(key: str) -> Callable[[Row], str]:
-    return lambda row: f"{row[key] / 1e6:,.1f}" if row[key] else ""
 
 
 def _static_over_stock(row: Row) -> float | None:
@@ -132,42 +119,6 @@ def _log_estimate(row: Row) -> float | None:
     return abs(row["off"]) if row["off"] is not None else None
 
 
-ROUND: Columns = {
-    "Pilot": _of("pilot"), "Copilot": _of("copilot"), "prompt M": _of("source"), "target N": _of("target"),
-    "joint : Pilot alone": _of("ratio", "{:.2f}"), "FLOP floor": _of("floor", "{:.2f}"),
-    "overhead": _of("overhead", "{:.2f}"), "Pilot alone : HF Trainer": _of("trainer", "{:.2f}"),
-}  # fmt: skip
-DECODE: Columns = {
-    "Pilot": _of("architecture"), "prompt": _of("prompt"), "answer": _of("answer"), "batch": _of("batch"),
-    "beams": _of("beams"), "ours, λ = 0": _of("pilot", "{:.2f}"), "fused": _of("fused", "{:.2f}"),
-    "static": _of("static", "{:.2f}"), "floor": _of("floor", "{:.2f}"), "overhead": _of("overhead", "{:.2f}"),
-}  # fmt: skip
-MEMORY: Columns = {
-    "model": _of("size"), "what": _of("what"), "peak MB": _mb("peak"), "estimate MB": _mb("estimate"),
-    "off": lambda row: "" if row["off"] is None else f"{100 * row['off']:+.1f} %",
-}  # fmt: skip
-RECORDS: Columns = {
-    "Pilot": _of("model"), "storage": _of("storage"), "p̂ MB": _mb("probs_bytes"),
-    "p̂ smaller": _of("probs_ratio", "{:.1f} ×"), "record MB": _mb("record_bytes"),
-    "record smaller": _of("record_ratio", "{:.1f} ×"),
-}  # fmt: skip
-RECORDING: Columns = {
-    "Pilot": _of("size"), "rows": _of("rows"), "batch": _of("batch"), "recorded rows/s": _of("recorded", "{:,.0f}"),
-    "recording : forward pass": _of("over_pass", "{:.2f}"), "fitted rows/s": _of("fitted", "{:,.0f}"),
-    "pass of a fit : recording": _of("fit_over_recording", "{:.3f}"),
-}  # fmt: skip
-TABLES: dict[str, tuple[str | None, Columns]] = {
-    **dict.fromkeys(("round", "gpu_round_llama", "gpu_round_t5"), (None, ROUND)),
-    **dict.fromkeys(("decode", "gpu_decode_1b", "gpu_decode_3b", "gpu_decode_t5"), ("cases", DECODE)),
-    **dict.fromkeys(("memory", "gpu_memory"), ("peaks", MEMORY)),
-    "scale": (None, {"what": _of("what"), "varied": _of("varied"), "value": _of("value", "{:,}"),
-                     "measured": _of("measured", "{:.2f}"), "FLOPs": _of("flops", "{:.2f}")}),
-    "prefix": (None, {"what": _of("what"), "rows": _of("rows"), "time": _of("time", "{:.2f}"),
-                      "FLOPs": _of("flops", "{:.2f}")}),
-    **dict.fromkeys(("recording", "gpu_recording"), (None, RECORDING)),
-    "log": ("costs", {"policy": _of("policy"), "rounds held": _of("rounds", "{:,}"),
-                      "sample": _of("ratio", "{:.2f}"), "append": _of("append_ratio", "{:.2f}")}),
-}  # fmt: skip
 BARS: list[tuple[str, str, str | None, float, Callable[[Row], float | None]]] = [
     ("joint round over (Pilot-only round × FLOP floor)", "round", None, 1.25, lambda row: row["overhead"]),
     ("Pilot-only round over a step of HF's Trainer", "round", None, 1.05, lambda row: row["trainer"]),

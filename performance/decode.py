@@ -10,22 +10,15 @@ compiled step, for greedy cases; compilation is not part of the time.
 
 import argparse
 import itertools
-import json
-import statistics
-import sys
-import time
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from shapes import SIZES, copilot_options, pilot_of
+from models import SIZES, copilot_options, pilot_of
+from tables import DECODE, show, write
+from timing import DEVICE, Action, flops_of, in_turn
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.modeling import fused_class
@@ -65,7 +58,7 @@ def main() -> None:
     parser.add_argument("--cases", choices=CASES, default="short", help="which shapes, batches and beams")
     parser.add_argument("--static", action="store_true", help="also static caches, which compiles for each shape")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=DEVICE)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--size", choices=SIZES, default="small", help="of the Pilot, with random weights")
     parser.add_argument("--copilot-layers", type=int, help="depth of the Copilot; the Pilot's unless given")
@@ -79,29 +72,14 @@ def main() -> None:
         model = model.to(arguments.device, getattr(torch, arguments.dtype)).eval()
         for (prompt, answer), batch, beams in CASES[arguments.cases]:
             shape = (architecture, prompt, answer, batch, beams)
-            cases.append(measure(model, *shape, arguments.repeats, arguments.static))
-            _write(cases, arguments)  # a visit that is cut short keeps what it has measured
-    table = Table(
-        title=f"Time of decoding over the stock Pilot's, {arguments.size}, {arguments.dtype}, {arguments.device}"
-    )
-    shape_columns = ("Pilot", "prompt", "answer", "batch", "beams")
-    for column in (*shape_columns, "ours, λ = 0", "fused", "floor", "overhead", "static"):
-        table.add_column(column, justify="right")
-    for case in cases:
-        shape = (str(case.prompt), str(case.answer), str(case.batch), str(case.beams))
-        ratios = (case.pilot, case.fused, case.floor, case.overhead)
-        static = "" if case.static is None else f"{case.static:.2f}"
-        table.add_row(case.architecture, *shape, *(f"{ratio:.2f}" for ratio in ratios), static)
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
-
-
-def _write(cases: list[Case], arguments: argparse.Namespace) -> None:
-    if arguments.json is None:
-        return
-    kept = [asdict(case) | {"overhead": case.overhead} for case in cases]
-    if not arguments.device.startswith("cuda"):
-        kept = [{name: value for name, value in case.items() if name != "milliseconds"} for case in kept]
-    arguments.json.write_text(json.dumps({"arguments": vars(arguments) | {"json": None}, "cases": kept}, indent=1))
+            case = measure(model, *shape, arguments.repeats, arguments.static)
+            cases.append(asdict(case) | {"overhead": case.overhead})
+            if not arguments.device.startswith("cuda"):
+                del cases[-1]["milliseconds"]
+            # A visit that is cut short keeps what it has measured.
+            write(arguments.json, {"arguments": vars(arguments) | {"json": None}, "cases": cases})
+    what = f"{arguments.size}, {arguments.dtype}, {arguments.device}"
+    show(f"Time of decoding over the stock Pilot's, {what}", cases, DECODE)
 
 
 @torch.no_grad()
@@ -119,43 +97,20 @@ def measure(
         model.weight = weight
         model.generate(ids, **options, **more)
 
-    ways: dict[str, Callable[[], object]] = {
+    ways: dict[str, Action] = {
         "stock": lambda: model.pilot.generate(ids, **options),
         "pilot": lambda: ours(0.0),
         "fused": lambda: ours(1.0),
     }
     if static and beams == 1:
         ways["static"] = lambda: ours(1.0, cache_implementation="static")
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
-        for name, way in ways.items():
-            taken = _seconds(way, device)
-            if repeat:  # the first one warms up
-                seconds[name].append(taken)
-    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
-    floor = min(_flops(ways["fused"]) / _flops(ways["stock"]), _bytes(model, True) / _bytes(model, False))
+    medians = in_turn(ways, repeats)
+    floor = min(flops_of(ways["fused"]) / flops_of(ways["stock"]), _bytes(model, True) / _bytes(model, False))
     return Case(
         architecture, prompt, answer, batch, beams, medians["pilot"] / medians["stock"],
         medians["fused"] / medians["stock"], floor, 1000 * medians["stock"] / answer,
         medians["static"] / medians["stock"] if "static" in medians else None,
     )  # fmt: skip
-
-
-def _seconds(way: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    way()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def _flops(way: Callable[[], object]) -> int:
-    counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter:  # torch counts nothing inside the fused attention of the CPU
-        way()
-    return counter.get_total_flops()
 
 
 def _bytes(model: TCopilotModel, fused: bool) -> int:

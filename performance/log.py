@@ -9,17 +9,14 @@ little but the log's own work is timed.
 
 import argparse
 import gc
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from tables import LOG, Columns, show, write
 
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.policies import Balanced, Fifo, Latest, Prioritised, Reservoir
@@ -28,6 +25,9 @@ from tcopilot.models.states import PilotStates
 POLICIES = {"fifo": Fifo, "latest": Latest, "reservoir": Reservoir, "prioritised": Prioritised, "balanced": Balanced}
 ROWS, SOURCE, TARGET, WIDTH, VOCAB = 4, 8, 4, 8, 16
 DRAWN = 16  # records of a draw
+TIMES: Columns = {
+    f"{name} µs": lambda row, name=name: f"{1e6 * row[name]:,.0f}" for name in ("sample", "append", "statistics")
+}
 
 
 @dataclass
@@ -53,16 +53,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     costs = [cost for name in arguments.policies for cost in measure(name, arguments.rounds, arguments.repeats)]
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    table = Table(title=f"Full logs, {ROWS} records a round, {DRAWN} records a draw")
-    for column in ("policy", "rounds held", "append", "ratio", "sample", "ratio", "statistics"):
-        table.add_column(column, justify="right")
-    for c in costs:
-        times = (_micro(c.append), f"{c.append_ratio:.2f}", _micro(c.sample), f"{c.ratio:.2f}", _micro(c.statistics))
-        table.add_row(c.policy, f"{c.rounds:,}", *times)
-    console.print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"costs": [asdict(c) for c in costs]}, indent=1))
+    rows = [asdict(cost) for cost in costs]
+    show(f"Full logs, {ROWS} records a round, {DRAWN} records a draw", rows, LOG | TIMES)
+    write(arguments.json, {"costs": rows})
 
 
 def measure(name: str, lengths: list[int], repeats: int) -> list[Cost]:
@@ -111,10 +104,6 @@ def _states() -> PilotStates:
         torch.arange(ROWS),
         torch.arange(ROWS) % 3,
     )
-
-
-def _micro(seconds: float) -> str:
-    return f"{seconds * 1e6:,.0f} µs"
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ LLaMA-3.2-1B and -3B and FLAN-T5-base with adapters.
 """
 
 import argparse
-import json
 import logging
 import multiprocessing
-import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -20,8 +18,8 @@ from pathlib import Path
 import torch
 from lightning import Trainer
 from models import Shape
-from rich.console import Console
-from rich.table import Table
+from tables import MEMORY, RECORDS, show, write
+from timing import DEVICE
 from torch.utils.data import DataLoader
 
 from tcopilot.app.memory.dry_run import Load, measure
@@ -86,15 +84,12 @@ def main() -> None:
     peaks = []
     for name, shape in (FULL if arguments.full else SHORT).items():
         peaks += _apart(name, shape)
-    sizes = [size for model in MODELS for size in record_sizes(model)]
-    _print(peaks, sizes)
-    if arguments.json:
-        found = {
-            "device": "GPU" if GPU else "CPU",
-            "peaks": [asdict(peak) | {"off": peak.off if peak.estimate else None} for peak in peaks],
-            "sizes": [asdict(size) for size in sizes],
-        }
-        arguments.json.write_text(json.dumps(found, indent=1))
+    device = "GPU" if GPU else "CPU"
+    peaks = [asdict(peak) | {"off": peak.off if peak.estimate else None} for peak in peaks]
+    sizes = [asdict(size) for model in MODELS for size in record_sizes(model)]
+    show(f"Peaks of memory on the {device}", peaks, MEMORY)
+    show(f"Bytes of a record in bf16-mixed training with LoRA, {RECORD}, h̄ in bfloat16", sizes, RECORDS)
+    write(arguments.json, {"device": device, "peaks": peaks, "sizes": sizes})
 
 
 def peaks_of(name: str, shape: Shape) -> list[Peak]:
@@ -105,13 +100,13 @@ def peaks_of(name: str, shape: Shape) -> list[Peak]:
 
 def loss_peaks(name: str, shape: Shape) -> list[Peak]:
     """The Copilot's loss and its backward pass, ours in chunks and in one piece, beyond what both are given."""
-    module = shape.module().to(_device())
+    module = shape.module().to(DEVICE)
     copilot, objective = module.model.copilot, RootMeanSquaredError()
     log = _log(shape)
     with torch.no_grad():
-        log.append(module._trace(shape.batch().to(_device())))
-    record = log.sample(shape.rows, _device())
-    hidden_BNC = torch.randn(shape.rows, shape.target, shape.width, device=_device(), requires_grad=True)
+        log.append(module._trace(shape.batch().to(DEVICE)))
+    record = log.sample(shape.rows, DEVICE)
+    hidden_BNC = torch.randn(shape.rows, shape.target, shape.width, device=DEVICE, requires_grad=True)
 
     def plain() -> None:
         log_probs = record.probs_BNV.clamp_min(torch.finfo(torch.float32).tiny).log()
@@ -129,8 +124,8 @@ def loss_peaks(name: str, shape: Shape) -> list[Peak]:
 
 def decoding_peaks(name: str, shape: Shape) -> list[Peak]:
     """Fused decoding, greedy and with beams, of all rows of a batch."""
-    model = shape.module().model.eval().to(_device())
-    batch = shape.batch().to(_device())
+    model = shape.module().model.eval().to(DEVICE)
+    batch = shape.batch().to(DEVICE)
     options = {"max_new_tokens": shape.target, "min_new_tokens": shape.target, "do_sample": False}
     options |= {"pad_token_id": 0, "eos_token_id": 1, "attention_mask": batch.source_mask_BM.long()}
     peaks = []
@@ -213,10 +208,6 @@ def _load(shape: Shape) -> Load:
     return Load(shape.rows, shape.source, shape.target)
 
 
-def _device() -> str:
-    return "cuda" if GPU else "cpu"
-
-
 def _apart(name: str, shape: Shape) -> list[Peak]:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_quiet) as process:
         return process.submit(peaks_of, name, shape).result()
@@ -226,24 +217,6 @@ def _quiet() -> None:
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-
-
-def _print(peaks: list[Peak], sizes: list[Size]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    table = Table(title=f"Peaks of memory on the {'GPU' if GPU else 'CPU'}")
-    for column in ("model", "what", "peak MB", "estimate MB", "off"):
-        table.add_column(column, justify="right")
-    for p in peaks:
-        estimate = (f"{p.estimate / 1e6:,.1f}", f"{100 * p.off:+.1f} %") if p.estimate else ("", "")
-        table.add_row(p.size, p.what, f"{p.peak / 1e6:,.1f}", *estimate)
-    console.print(table)
-    table = Table(title=f"Bytes of a record in bf16-mixed training with LoRA, {RECORD}, h̄ in bfloat16")
-    for column in ("Pilot", "storage", "p̂ MB", "smaller", "record MB", "smaller"):
-        table.add_column(column, justify="right")
-    for s in sizes:
-        p, whole = f"{s.probs_bytes / 1e6:.2f}", f"{s.record_bytes / 1e6:.2f}"
-        table.add_row(s.model, s.storage, p, f"{s.probs_ratio:.1f} ×", whole, f"{s.record_ratio:.1f} ×")
-    console.print(table)
 
 
 if __name__ == "__main__":

@@ -8,25 +8,20 @@ at one λ and at three. Ratios are of medians measured in turn in one process; F
 """
 
 import argparse
-import json
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from shapes import SIZES, copilot_options, pilot_of
+from models import SIZES, copilot_options, pilot_of
+from tables import PREFIX, show, write
+from timing import DEVICE, flops_of, in_turn
 
 from tcopilot.data.batch import Batch, PromptTargetCollator
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.states import trace_pilot
-from tcopilot.training.callbacks.flops import FlopCounter
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHOTS, TOKENS, ANSWER = 4, 60, 16
 
 
@@ -48,15 +43,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[8])
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    cases = [case for rows in given.rows for case in measure(given.size, rows, given.repeats)]
-    table = Table(title=f"Sharing over not sharing, {given.size} Llama, {DEVICE}")
-    for column in ("what", "rows", "time", "FLOPs"):
-        table.add_column(column, justify="right")
-    for case in cases:
-        table.add_row(case.what, str(case.rows), f"{case.time:.2f}", f"{case.flops:.2f}")
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
-    if given.json:
-        given.json.write_text(json.dumps([asdict(case) for case in cases], indent=1))
+    cases = [asdict(case) for rows in given.rows for case in measure(given.size, rows, given.repeats)]
+    show(f"Sharing over not sharing, {given.size} Llama, {DEVICE}", cases, PREFIX)
+    write(given.json, cases)
 
 
 def measure(size: str, rows: int, repeats: int) -> list[Case]:
@@ -87,22 +76,8 @@ def measure(size: str, rows: int, repeats: int) -> list[Case]:
 
 
 def _case(what: str, act: Callable[[Batch], None], batch: Batch, rows: int, repeats: int) -> Case:
-    batches = {"shared": batch, "whole": replace(batch, prefix=0)}
-    seconds: dict[str, list[float]] = {name: [] for name in batches}
-    for repeat in range(repeats + 1):
-        for name, given in batches.items():
-            began = time.perf_counter()
-            act(given)
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            if repeat:  # the first one warms up
-                seconds[name].append(time.perf_counter() - began)
-    flops = {}
-    for name, given in batches.items():
-        with FlopCounter() as counter:
-            act(given)
-        flops[name] = counter.flops
-    times = {name: statistics.median(taken) for name, taken in seconds.items()}
+    actions = {"shared": partial(act, batch), "whole": partial(act, replace(batch, prefix=0))}
+    times, flops = in_turn(actions, repeats), {name: flops_of(action) for name, action in actions.items()}
     return Case(what, rows, times["shared"] / times["whole"], flops["shared"] / flops["whole"])
 
 

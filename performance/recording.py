@@ -8,20 +8,17 @@ of 64.
 """
 
 import argparse
-import json
-import statistics
-import sys
+import itertools
 import tempfile
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from lightning import Trainer
-from rich.console import Console
-from rich.table import Table
-from shapes import SIZES, pilot_of
+from models import SIZES, pilot_of
+from tables import RECORDING, show, write
+from timing import DEVICE, in_turn
 from transformers import PreTrainedModel, get_scheduler
 
 from tcopilot.data.batch import PromptTargetCollator
@@ -30,7 +27,6 @@ from tcopilot.models.head_copilot import HeadCopilot
 from tcopilot.training.fit import CopilotFit, RecordedData
 from tcopilot.training.module import Learner
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DEPTHS = (0.8, 0.9, 1.0)
 PROMPT, TARGET, PASSES = 150, 10, 10
 
@@ -66,16 +62,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     costs = []
-    table = Table(title=f"Recording and fitting, {given.dtype}, {DEVICE}")
-    for column in ("Pilot", "rows", "recorded/s", "recording : pass", "fitted/s", "a pass of the fit : recording"):
-        table.add_column(column, justify="right")
     for size in given.sizes:
-        costs.append(cost := measure(size, given.rows, given.batch, given.repeats, getattr(torch, given.dtype)))
-        shown = f"{cost.recorded:.0f}", f"{cost.over_pass:.2f}", f"{cost.fitted:.0f}", f"{cost.fit_over_recording:.3f}"
-        table.add_row(size, str(cost.rows), *shown)
-        if given.json:
-            given.json.write_text(json.dumps([asdict(cost) for cost in costs], indent=1))
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+        costs.append(asdict(measure(size, given.rows, given.batch, given.repeats, getattr(torch, given.dtype))))
+        write(given.json, costs)  # a visit that is cut short keeps what it has measured
+    show(f"Recording and fitting, {given.dtype}, {DEVICE}", costs, RECORDING)
 
 
 def measure(size: str, rows: int, batch: int, repeats: int, dtype: torch.dtype) -> Cost:
@@ -83,22 +73,17 @@ def measure(size: str, rows: int, batch: int, repeats: int, dtype: torch.dtype) 
     pilot = pilot_of("llama", size, dtype).to(DEVICE).eval().requires_grad_(False)
     made, collate = _rows(SIZES[size][0], rows), PromptTargetCollator(0, "left")
     about = RecordedPilot("random", DEPTHS, SIZES[size][0], SIZES[size][1], "float32")
-    passes, recordings = [], []
-    for repeat in range(repeats + 1):
-        with tempfile.TemporaryDirectory() as folder:
-            began = time.perf_counter()
-            _read(pilot, collate, made, batch)
-            between = time.perf_counter()
-            recording = Recording.open(Path(folder), about)
-            recording.add(made, pilot, collate, batch)
-            if repeat:  # the first one warms up
-                passes.append(between - began)
-                recordings.append(time.perf_counter() - between)
-            if repeat == repeats:
-                fit = _fit(pilot, recording, made) / PASSES
-    recorded = statistics.median(recordings)
-    over_pass = recorded / statistics.median(passes)
-    return Cost(size, rows, batch, rows / recorded, over_pass, rows / fit, fit / recorded)
+    with tempfile.TemporaryDirectory() as folder:
+        folders = (Path(folder) / str(number) for number in itertools.count())
+        recordings: list[Recording] = []
+
+        def record() -> None:
+            recordings.append(Recording.open(next(folders), about))
+            recordings[-1].add(made, pilot, collate, batch)
+
+        seconds = in_turn({"pass": lambda: _read(pilot, collate, made, batch), "recording": record}, repeats)
+        fit, recorded = _fit(pilot, recordings[-1], made) / PASSES, seconds["recording"]
+    return Cost(size, rows, batch, rows / recorded, recorded / seconds["pass"], rows / fit, fit / recorded)
 
 
 def _read(pilot: PreTrainedModel, collate: PromptTargetCollator, rows: list[dict], batch: int) -> None:
@@ -108,8 +93,6 @@ def _read(pilot: PreTrainedModel, collate: PromptTargetCollator, rows: list[dict
             given = collate(rows[first : first + batch]).to(DEVICE)
             ids_BT = torch.cat([given.source_ids_BM, given.target_ids_BN], dim=1)
             pilot(input_ids=ids_BT, logits_to_keep=TARGET + 1, use_cache=False)
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def _fit(pilot: PreTrainedModel, recording: Recording, rows: list[dict]) -> float:

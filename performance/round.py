@@ -10,11 +10,8 @@ column is a Pilot-only round over a step of `transformers.Trainer` with the same
 """
 
 import argparse
-import contextlib
-import json
 import logging
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -27,14 +24,12 @@ from typing import Any
 import torch
 import transformers
 from lightning import Callback, Trainer
-from rich.console import Console
-from rich.table import Table
-from shapes import SIZES, copilot_options, pilot_of
+from models import SIZES, Shape, copilot_options, pilot_of
+from tables import ROUND, show, write
+from timing import DEVICE, flops_of, synchronise
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_constant_schedule_with_warmup
 
 from tcopilot.data.batch import Batch
@@ -93,12 +88,12 @@ class Stopwatch:
 
     def start(self) -> None:
         """Begin a round."""
-        _synchronise()
+        synchronise()
         self._began = time.perf_counter()
 
     def stop(self) -> None:
         """End it."""
-        _synchronise()
+        synchronise()
         self.seconds.append(time.perf_counter() - self._began)
 
 
@@ -131,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", default=DEVICE, choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--size", choices=SIZES, default="tiny", help="of the Pilot, with random weights")
     parser.add_argument("--copilot-size", choices=SIZES, help="of the Copilot's donor; the Pilot's unless given")
@@ -154,32 +149,19 @@ def main() -> None:
         for case in measure(setting, architecture, given.source, target, given.rounds, given.repeats)
     ]
     pair = setting.size if setting.copilot_size == setting.size else f"{setting.size} + {setting.copilot_size}"
-    table = Table(title=f"Time of a round, {pair}, batch {setting.rows}, {setting.dtype}, {setting.device}")
-    for column in ("Pilot", "Copilot", "M", "N", "joint : Pilot alone", "FLOP floor", "overhead", "Pilot alone : HF"):
-        table.add_column(column, justify="right")
-    for case in cases:
-        ratios = (case.ratio, case.floor, case.overhead, case.trainer)
-        shape = (case.pilot, case.copilot, str(case.source), str(case.target))
-        table.add_row(*shape, *(f"{ratio:.2f}" for ratio in ratios))
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
-    if given.json:
-        given.json.write_text(json.dumps([asdict(c) | {"overhead": c.overhead} for c in cases], indent=1))
+    rows = [asdict(case) | {"overhead": case.overhead} for case in cases]
+    show(f"Time of a round, {pair}, batch {setting.rows}, {setting.dtype}, {setting.device}", rows, ROUND)
+    write(given.json, rows)
 
 
 def measure(setting: Setting, architecture: str, source: int, target: int, rounds: int, repeats: int) -> list[Case]:
     """Time all kinds of rounds on the same batches, in turn, and count their FLOPs."""
-    batches = [_batch(setting, source, target, seed) for seed in range(rounds + WARM_UP)]
+    batches = _batches(setting, source, target, rounds + WARM_UP)
     modules: dict[str, Callable[[int], TCopilotModule]] = {
         "Pilot alone": partial(_module, setting, architecture, None)
     }
     modules |= {name: partial(_module, setting, architecture, kind) for name, kind in KINDS.items()}
-    flops = {}
-    for name, module in modules.items():
-        counter = FlopCounterMode(display=False)
-        counter.mod_tracker = _NoModules()
-        with sdpa_kernel(SDPBackend.MATH), counter:  # torch counts nothing inside the fused attention of the CPU
-            _fit(setting, module(1), batches[:1])
-        flops[name] = counter.get_total_flops()
+    flops = {name: flops_of(partial(_fit, setting, module(1), batches[:1])) for name, module in modules.items()}
     seconds: dict[str, list[float]] = {name: [] for name in (*modules, "HF")}
     for _ in range(repeats):
         seconds["HF"] += _fit_theirs(setting, architecture, batches)[WARM_UP:]
@@ -203,7 +185,7 @@ def measure(setting: Setting, architecture: str, source: int, target: int, round
 
 def trace(setting: Setting, architecture: str, source: int, target: int, file: Path) -> None:
     """Write what the CPU and the GPU do in joint rounds, copies to the Mistake Log included."""
-    batches = [_batch(setting, source, target, seed) for seed in range(WARM_UP)]
+    batches = _batches(setting, source, target, WARM_UP)
     _fit(setting, _module(setting, architecture, KINDS["whole, 1 update"], WARM_UP), batches)
     with profile() as profiler:
         _fit(setting, _module(setting, architecture, KINDS["whole, 1 update"], WARM_UP), batches)
@@ -280,25 +262,9 @@ _optimizer = partial(torch.optim.AdamW, fused=True)
 _schedule = partial(get_constant_schedule_with_warmup, num_warmup_steps=1)
 
 
-def _batch(setting: Setting, source: int, target: int, seed: int) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    vocab, rows = SIZES[setting.size][0], setting.rows
-    source_ids, target_ids = (torch.randint(2, vocab, (rows, n), generator=generator) for n in (source, target))
-    source_mask, target_mask = (torch.ones_like(ids, dtype=torch.bool) for ids in (source_ids, target_ids))
-    return Batch(
-        source_ids, source_mask, target_ids, target_mask, torch.arange(rows) + rows * seed, torch.zeros(rows).long()
-    )
-
-
-class _NoModules(contextlib.nullcontext):
-    """Count for the whole model only: torch's per-module hooks refuse the gradients inside the chunked loss."""
-
-    parents = frozenset({"Global"})
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _batches(setting: Setting, source: int, target: int, count: int) -> list[Batch]:
+    shape = Shape(vocab=SIZES[setting.size][0], rows=setting.rows, source=source, target=target)
+    return [shape.batch(seed) for seed in range(count)]
 
 
 def _quiet() -> None:

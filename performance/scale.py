@@ -7,20 +7,14 @@ medians taken in turn in one process; `FLOPs` is the same ratio of the operation
 """
 
 import argparse
-import json
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from models import Shape
-from rich.console import Console
-from rich.table import Table
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from tables import SCALE, show, write
+from timing import DEVICE, flops_of, in_turn
 
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.states import trace_pilot
@@ -29,7 +23,6 @@ from tcopilot.training.objectives import RootMeanSquaredError, objective_sum
 BASE = Shape("llama", width=128, vocab=4096, target=32)
 VALUES = {"width": (128, 256, 512), "target": (16, 32, 64, 128), "vocab": (4096, 16_384, 65_536)}
 WEIGHTS = (1, 2, 4, 8)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass
@@ -59,31 +52,17 @@ def main() -> None:
             costs += compared(what, varied, actions, tokens, arguments.repeats)
     actions = {count: _decode(BASE, count) for count in WEIGHTS}
     costs += compared("decoding at all λ", "λ", actions, dict.fromkeys(WEIGHTS, 1), arguments.repeats)
-    table = Table(title="Cost over the first value's")
-    for column in ("what", "varied", "value", "measured", "FLOPs"):
-        table.add_column(column, justify="right")
-    for c in costs:
-        table.add_row(c.what, c.varied, f"{c.value:,}", f"{c.measured:.2f}", f"{c.flops:.2f}")
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(cost) for cost in costs], indent=1))
+    rows = [asdict(cost) for cost in costs]
+    show("Cost over the first value's", rows, SCALE)
+    write(arguments.json, rows)
 
 
 def compared(
     what: str, varied: str, actions: dict[int, Callable[[], None]], units: dict[int, int], repeats: int
 ) -> list[Cost]:
     """Time actions in turn; each is divided by its number of units."""
-    seconds: dict[int, list[float]] = {value: [] for value in actions}
-    for repeat in range(repeats + 1):
-        for value, act in actions.items():
-            began = time.perf_counter()
-            act()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            if repeat:  # the first one warms up
-                seconds[value].append((time.perf_counter() - began) / units[value])
-    times = {value: statistics.median(taken) for value, taken in seconds.items()}
-    flops = {value: _flops(act) / units[value] for value, act in actions.items()}
+    times = {value: seconds / units[value] for value, seconds in in_turn(actions, repeats).items()}
+    flops = {value: flops_of(act) / units[value] for value, act in actions.items()}
     first = next(iter(actions))
     return [Cost(what, varied, value, times[value] / times[first], flops[value] / flops[first]) for value in actions]
 
@@ -117,26 +96,6 @@ def _decode(shape: Shape, weights: int = 1) -> Callable[[], None]:
             model.generate_at_weights(lambdas, batch.source_ids_BM, mask, do_sample=False, **options)
 
     return act
-
-
-def _flops(act: Callable[[], None]) -> int:
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = _NoModules()
-    with sdpa_kernel(SDPBackend.MATH), counter:  # torch counts nothing inside the fused attention of the CPU
-        act()
-    return counter.get_total_flops()
-
-
-class _NoModules:
-    """Count for the whole model only: torch's per-module hooks refuse the gradients inside the chunked loss."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 if __name__ == "__main__":

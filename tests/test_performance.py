@@ -15,7 +15,9 @@ def performance():
     spec = importlib.util.spec_from_file_location("all_performance_scripts", FOLDER / "all.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)  # for the modules beside it
+        spec.loader.exec_module(module)
     return module
 
 
