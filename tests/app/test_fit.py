@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from tcopilot.app import fit
+from tcopilot.app import console
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.mistake_log.recording import Recording, row_key
 from tcopilot.models.pilot import ModelSource
@@ -120,7 +120,7 @@ def test_a_recording_that_was_stopped_goes_on(pilot, tmp_path, monkeypatch):
 
 def test_settings_of_rounds_are_named_as_unused(pilot, first, tmp_path, monkeypatch, capsys):
     given = ["rounds=7", "copilot.steps_per_round=2", "copilot.passes=2", "copilot.hidden=8", "pilot.clip=3"]
-    monkeypatch.setattr(fit, "given_overrides", lambda: given)
+    monkeypatch.setattr(console, "given_overrides", lambda: given)
     composed.train(tmp_path, *frozen(pilot, f"mistake_log.from={first}", *given))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "not used here" in line]
     assert "rounds=7, copilot.steps_per_round=2, pilot.clip=3" in line

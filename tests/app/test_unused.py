@@ -3,7 +3,7 @@
 import composed
 import pytest
 
-from tcopilot.app import build, joint
+from tcopilot.app import build, console, joint
 from tcopilot.app.checks.config import config_problems
 from tcopilot.app.checks.groups import group_problems
 from tcopilot.app.checks.problems import ConfigError, attempt
@@ -131,7 +131,7 @@ def test_idle_keys_of_an_experiment_are_named_and_those_that_act_are_not(tmp_pat
 
 def test_the_summary_names_idle_keys_and_the_budget_that_counts(tmp_path, monkeypatch, capsys):
     given = ["data.path=/tmp", "data.epochs=1"]
-    monkeypatch.setattr(joint, "given_overrides", lambda: given)
+    monkeypatch.setattr(console, "given_overrides", lambda: given)
     monkeypatch.setattr(joint, "_fit", lambda *_: (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError):
         composed.train(tmp_path / "run", *composed.SMALL, *given)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -15,7 +14,9 @@ from transformers.utils import logging as transformers_logging
 
 from tcopilot.app.build import Prepared
 from tcopilot.app.checks.data import log_bytes
+from tcopilot.app.checks.groups import given_overrides, plain_config
 from tcopilot.app.checks.problems import ConfigError
+from tcopilot.app.checks.unused import idle_overrides
 from tcopilot.app.memory.estimate import Budget, bytes_text
 from tcopilot.data.summary import summary_table
 from tcopilot.evaluation.results import Results, gain_table, selection_table, weight_table
@@ -32,63 +33,58 @@ def show_summary(
     params: dict[str, int],
     rounds: int,
     memory: Budget | None,
-    idle: Sequence[str] = (),
 ) -> None:
     """Say before training what is trained, what the log keeps and how large it grows, memory, budget and idle keys.
 
     Raises:
         ConfigError: if the log's storage cannot keep this Pilot's p̂.
     """
-    try:
-        kept = None
-        if prepared.log is not None:
-            kept = prepared.log.describe(model.pilot, model.copilot.pooler.keeps_source)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
-    if not is_first():
-        return
-    table = Table(title="Transformer Copilot", show_header=False)
+    log, data, rows = prepared.log, prepared.data, {}
     for name in ("pilot", "copilot"):
-        table.add_row(f"{name} parameters", f"{params[f'{name}_trainable']:,} trainable of {params[name]:,}")
-    if prepared.log is not None:
-        size = bytes_text(log_bytes(cfg, prepared.pilot, prepared.data, prepared.log))
-        table.add_row("a record keeps", kept)
-        table.add_row("full Mistake Log", f"{size}, {min(prepared.log.capacity_rounds, rounds)} rounds")
+        rows[f"{name} parameters"] = f"{params[f'{name}_trainable']:,} trainable of {params[name]:,}"
+    if log is not None:
+        try:
+            rows["a record keeps"] = log.describe(model.pilot, model.copilot.pooler.keeps_source)
+        except ValueError as error:
+            raise ConfigError([str(error)]) from error
+        size = bytes_text(log_bytes(cfg, prepared.pilot, data, log))
+        rows["full Mistake Log"] = f"{size}, {min(log.capacity_rounds, rounds)} rounds"
     if memory is not None:
-        table.add_row("memory", str(memory))
-    rows = "stream" if prepared.data.train_rows is None else f"{prepared.data.train_rows:,} training rows"
-    if prepared.data.held_out:
-        rows += f", {prepared.data.held_out_rows:,} held out for the log"
-    if prepared.data.rounds is not None and prepared.data.epochs is not None:
-        rows += f"; rounds={rounds} counts, data.epochs={prepared.data.epochs:g} does not (rounds=null makes it count)"
-    table.add_row("budget", f"{rounds:,} rounds of {cfg.data.batch_size} rows; {rows}")
-    if idle:
-        table.add_row("not used here", ", ".join(idle))
-    table.add_row("run directory", str(cfg.paths.run_dir))
-    _console().print(table, summary_table(prepared.data.summary()))
+        rows["memory"] = str(memory)
+    read = "stream" if data.train_rows is None else f"{data.train_rows:,} training rows"
+    if data.held_out:
+        read += f", {data.held_out_rows:,} held out for the log"
+    if data.rounds is not None and data.epochs is not None:
+        read += f"; rounds={rounds} counts, data.epochs={data.epochs:g} does not (rounds=null makes it count)"
+    rows["budget"] = f"{rounds:,} rounds of {cfg.data.batch_size} rows; {read}"
+    _show(cfg, prepared, "Transformer Copilot", rows)
 
 
-def show_fit(
-    cfg: DictConfig, prepared: Prepared, params: dict[str, int], data: RecordedData, idle: Sequence[str]
-) -> None:
+def show_fit(cfg: DictConfig, prepared: Prepared, params: dict[str, int], data: RecordedData) -> None:
     """Say before a fit what a record holds and takes, what is still to be recorded, the budget and idle keys."""
-    if not is_first():
-        return
-    table = Table(title="Transformer Copilot, frozen Pilot", show_header=False)
-    table.add_row("pilot parameters", f"{params['pilot']:,}, all frozen")
-    table.add_row("copilot parameters", f"{params['copilot_trainable']:,} trainable")
     about, rows = data.recording.pilot, len(data.train) + len(data.validation)
     size = about.bytes_per_token * (sum(data.train.lengths) + sum(data.validation.lengths)) / rows
     depths = ", ".join(f"{depth:g}" for depth in about.depths)
-    table.add_row(
-        "a record keeps", f"states ({about.dtype}) at depths {depths} for each target token, and p̂ by its head"
-    )
-    table.add_row("recording", f"{size / 1e3:.1f} kB a row, {1e9 / size:,.0f} rows in 1 GB: {data.recording.folder}")
-    table.add_row("to be recorded", f"{len(data.missing):,} of {rows:,} rows")
-    table.add_row("budget", f"at most {cfg.copilot.passes} passes of {data.updates_per_pass} updates")
-    if idle:
-        table.add_row("not used here", ", ".join(idle))
-    table.add_row("run directory", str(cfg.paths.run_dir))
+    shown = {
+        "pilot parameters": f"{params['pilot']:,}, all frozen",
+        "copilot parameters": f"{params['copilot_trainable']:,} trainable",
+        "a record keeps": f"states ({about.dtype}) at depths {depths} for each target token, and p̂ by its head",
+        "recording": f"{size / 1e3:.1f} kB a row, {1e9 / size:,.0f} rows in 1 GB: {data.recording.folder}",
+        "to be recorded": f"{len(data.missing):,} of {rows:,} rows",
+        "budget": f"at most {cfg.copilot.passes} passes of {data.updates_per_pass} updates",
+    }
+    _show(cfg, prepared, "Transformer Copilot, frozen Pilot", shown)
+
+
+def _show(cfg: DictConfig, prepared: Prepared, title: str, rows: dict[str, str]) -> None:
+    """Print a summary, with the settings that the models now built have no use for, and the table of the data."""
+    if not is_first():
+        return
+    if idle := idle_overrides(cfg, prepared.read, prepared.data, given_overrides(), plain_config(cfg)):
+        rows["not used here"] = ", ".join(idle)
+    table = Table(title=title, show_header=False)
+    for row in (rows | {"run directory": str(cfg.paths.run_dir)}).items():
+        table.add_row(*row)
     _console().print(table, summary_table(prepared.data.summary()))
 
 

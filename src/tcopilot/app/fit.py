@@ -22,13 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tcopilot.app import build
 from tcopilot.app.build import Prepared
-from tcopilot.app.checks.groups import plain_config
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.checks.recordings import evaluates_recording
-from tcopilot.app.checks.unused import idle_overrides
 from tcopilot.app.console import show_fit
 from tcopilot.app.jobs import STOPPED
-from tcopilot.app.joint import Trained, given_overrides
+from tcopilot.app.joint import Trained
 from tcopilot.app.trainer import make_callbacks, make_trainer
 from tcopilot.evaluation.likelihood import option_rows
 from tcopilot.evaluation.modes import LIKELIHOOD
@@ -83,8 +81,7 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     trainer = make_trainer(_passes(cfg, data), [best, count, *_bars(cfg)], None, data.updates)
     model = build.fuse(own, prepared, pilot, copilot)
     params = build.parameter_counts(model)
-    idle = idle_overrides(cfg, prepared.read, prepared.data, given_overrides(), plain_config(cfg))
-    show_fit(cfg, prepared, params, data, idle)
+    show_fit(cfg, prepared, params, data)
     with _stopping(run_dir):
         trainer.fit(module, datamodule=data)
     if not judged and any(weight.is_meta for weight in pilot.parameters()):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -18,9 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from tcopilot import processes
 from tcopilot.app import build
 from tcopilot.app.build import Prepared
-from tcopilot.app.checks.groups import plain_config
 from tcopilot.app.checks.problems import ConfigError
-from tcopilot.app.checks.unused import idle_overrides
 from tcopilot.app.console import show_summary
 from tcopilot.app.jobs import STOPPED
 from tcopilot.app.memory.estimate import Budget
@@ -64,8 +61,7 @@ def train_jointly(cfg: DictConfig, prepared: Prepared, memory: Budget | None) ->
     params = build.parameter_counts(model)  # now that a frozen Pilot is frozen
     if rank():
         seed_everything(cfg.seed + rank(), workers=True, verbose=False)  # every process draws its own dropout
-    idle = idle_overrides(cfg, prepared.read, prepared.data, given_overrides(), plain_config(cfg))
-    show_summary(cfg, prepared, model, params, module.rounds, memory, idle)
+    show_summary(cfg, prepared, model, params, module.rounds, memory)
     _fit(cfg, prepared, module)
 
     model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
@@ -76,11 +72,6 @@ def train_jointly(cfg: DictConfig, prepared: Prepared, memory: Budget | None) ->
     counts = (callback for callback in module.trainer.callbacks if isinstance(callback, FlopCount))
     flops = next((count.total() for count in counts), None)
     return Trained(model, module.round, seconds, flops, params, module.trainer.loggers)
-
-
-def given_overrides() -> list[str]:
-    """The overrides of the command line."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:

@@ -18,6 +18,7 @@ from tcopilot import processes
 from tcopilot.app import build, sweep
 from tcopilot.app.build import Prepared
 from tcopilot.app.checks.config import config_problems, refuse_missing, unread_keys
+from tcopilot.app.checks.groups import given_overrides
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.checks.recordings import evaluates_recording, fits_from_recording
 from tcopilot.app.checks.resumed import take_overrides
@@ -25,7 +26,7 @@ from tcopilot.app.console import quiet_libraries, show_results
 from tcopilot.app.controls.training import JointRun, against_controls, train_controls
 from tcopilot.app.failures import errors_for_people
 from tcopilot.app.fit import fit
-from tcopilot.app.joint import given_overrides, train_jointly
+from tcopilot.app.joint import train_jointly
 from tcopilot.app.memory.estimate import Budget, budget
 from tcopilot.data.shots import read_shots, write_shots
 from tcopilot.evaluation.calibrate import calibrate

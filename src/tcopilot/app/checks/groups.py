@@ -27,6 +27,11 @@ def group_problems(overrides: Sequence[str], configs: Path) -> list[str]:
     return problems
 
 
+def given_overrides() -> list[str]:
+    """The overrides of the command line."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
 def plain_config(cfg: DictConfig) -> DictConfig | None:
     """The program's config by the files of its groups alone, without experiments and what a data file adds.
 
