@@ -154,12 +154,16 @@ class Comparison(NamedTuple):
     lower_is_better: bool = False
 
     @property
+    def direction(self) -> Direction:
+        """Which model is better, see `direction`."""
+        return direction(self.difference, self.ci95, self.p_value, lower_is_better=self.lower_is_better)
+
+    @property
     def verdict(self) -> str:
         """The comparison as one sentence, fit for a log line."""
-        judged = direction(self.difference, self.ci95, self.p_value, lower_is_better=self.lower_is_better)
-        if judged == "not distinguishable":
+        if self.direction == "not distinguishable":
             return f"not distinguishable at n = {self.n}"
-        return f"fused is {judged} (p {p_text(self.p_value, '= ')}, n = {self.n})"
+        return f"fused is {self.direction} (p {p_text(self.p_value, '= ')}, n = {self.n})"
 
 
 def p_text(p_value: float, equals: str = "") -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tcopilot.data.metrics import NLL, SHARE, scale, show_difference
 from tcopilot.evaluation.outcomes import read_predictions
-from tcopilot.evaluation.significance import Comparison, compare, direction, over_seeds, p_text
+from tcopilot.evaluation.significance import Comparison, compare, over_seeds, p_text
 from tcopilot.reporting.finished_runs import FinishedRun
 from tcopilot.reporting.tables import markdown_table
 from tcopilot.run_directory import RunDirectory
@@ -118,8 +118,8 @@ def as_markdown(tasks: Sequence[TaskEvidence], missing: Sequence[str] = ()) -> s
         return "Nothing was run yet."
     parts = [f"### At a glance\n\n{_overview(tasks)}\n\n{conclusions(tasks)}"]
     for task in tasks:
-        rows = [HEAD, ("---",) * len(HEAD), *(_cells(line, task.unit) for line in task.lines)]
-        parts.append(f"### {task.name} ({task.metric})\n\n{markdown_table(rows)}")
+        table = markdown_table(HEAD, [_cells(line, task.unit) for line in task.lines])
+        parts.append(f"### {task.name} ({task.metric})\n\n{table}")
     if missing:
         parts.append(f"Not run, or not finished: {', '.join(missing)}.")
     return "\n\n".join(parts)
@@ -151,14 +151,13 @@ def _overview(tasks: Sequence[TaskEvidence]) -> str:
 
     def glance(found: Comparison, unit: str) -> str:
         shown = show_difference(found.difference, unit, digits=_digits(unit))
-        return shown if _verdict(found) == "not distinguishable" else f"**{shown}**"
+        return shown if found.direction == "not distinguishable" else f"**{shown}**"
 
-    rows = [("", *_short_names(tasks).values()), ("---",) * (len(tasks) + 1)]
-    rows.append((f"gain of `{DEFAULT}` over its Pilot", *(glance(task.lines[0].gain, task.unit) for task in tasks)))
+    rows = [(f"gain of `{DEFAULT}` over its Pilot", *(glance(task.lines[0].gain, task.unit) for task in tasks))]
     for name, control in _others(tasks).items():
         cells = [glance(line.against, task.unit) if (line := task.line(name)) else "" for task in tasks]
         rows.append((f"{name if control else f'`{name}`'} − `{DEFAULT}`", *cells))
-    return markdown_table(rows)
+    return markdown_table(("", *_short_names(tasks).values()), rows)
 
 
 def _others(tasks: Sequence[TaskEvidence]) -> dict[str, bool]:
@@ -176,7 +175,7 @@ def _short_names(tasks: Sequence[TaskEvidence]) -> dict[str, str]:
 
 def _counted(comparisons: Sequence[tuple[str, Comparison]]) -> str:
     """Say on how many tasks a comparison came out which way, and name the tasks of all but the most frequent way."""
-    found = {verdict: [name for name, one in comparisons if _verdict(one) == verdict] for verdict in VERDICTS}
+    found = {verdict: [name for name, one in comparisons if one.direction == verdict] for verdict in VERDICTS}
     most = max(found, key=lambda verdict: len(found[verdict]))
     return ", ".join(
         f"{verdict} on {len(names)}" + (f" ({', '.join(names)})" if verdict != most else "")
@@ -208,7 +207,7 @@ def put_between_markers(page: str, tasks: Sequence[TaskEvidence], missing: Seque
     rows = {row[0]: row for row in map(_cells_of, _between(page, *BRIEF).splitlines()) if len(row) == len(BRIEF_HEAD)}
     rows = {name: row for name, row in rows.items() if name not in (BRIEF_HEAD[0], "---")}
     rows |= {row[0]: row for row in map(_brief, tasks)}
-    brief = markdown_table([BRIEF_HEAD, ("---",) * len(BRIEF_HEAD), *rows.values()])
+    brief = markdown_table(BRIEF_HEAD, rows.values())
     text = "\n\n".join(f"## {part}\n\n{text.strip()}" for part, text in sections.items())
     for (begin, end), new in ((BRIEF, brief), ((BEGIN, END), text)):
         page = f"{page.partition(begin)[0]}{begin}\n\n{new}\n\n{end}{page.partition(end)[2]}"
@@ -231,7 +230,7 @@ def _brief(task: TaskEvidence) -> tuple[str, ...]:
             return ""
         ends = sorted(sign * end for end in found.ci95)
         text = show_difference(sign * found.difference, task.unit, (ends[0], ends[1]), _digits(task.unit))
-        return text if _verdict(found) == "not distinguishable" else f"**{text}**"
+        return text if found.direction == "not distinguishable" else f"**{text}**"
 
     first = task.lines[0]
     pilot, fused = (f"{scale(task.unit) * one:.{_digits(task.unit)}f}" for one in (first.gain.pilot, first.gain.fused))
@@ -300,10 +299,6 @@ def _compared(before: Scores, after: Scores, lower_is_better: bool) -> tuple[Com
 def _mean(values: Iterable[float | None]) -> float | None:
     values = list(values)
     return None if not values or None in values else over_seeds(values)[0]
-
-
-def _verdict(found: Comparison) -> str:
-    return direction(found.difference, found.ci95, found.p_value, lower_is_better=found.lower_is_better)
 
 
 def _cells(line: Line, unit: str) -> tuple[str, ...]:

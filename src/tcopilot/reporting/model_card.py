@@ -45,7 +45,7 @@ def model_card(results: Results, pilot_path: str | None, pilot_config: PreTraine
         f"# Pilot and Copilot from {pilot}",
         f"A Pilot and the Copilot that corrects its token distributions ([Transformer Copilot]"
         f"(https://arxiv.org/abs/2505.16270)), made by the package tcopilot {__version__}, which loads them.",
-        markdown_table([["", ""], ["---", "---"], *_about(results, pilot)]),
+        markdown_table(["", ""], _about(results, pilot)),
         f"```python\nimport tcopilot\nfrom transformers import {auto}, AutoTokenizer\n\n"
         f'model, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n'
         f"model.weight = 0.0  # λ; 0 is the Pilot alone\n```",
@@ -82,7 +82,7 @@ def _gain(results: Results) -> str:
         ]
         for one in results.gain
     ]
-    return markdown_table([head, ["---"] * len(head), *rows])
+    return markdown_table(head, rows)
 
 
 def _controls(results: Results) -> str:
@@ -96,4 +96,4 @@ def _controls(results: Results) -> str:
         ]
         for one in results.controls
     ]
-    return markdown_table([head, ["---"] * len(head), *rows])
+    return markdown_table(head, rows)

@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
@@ -65,18 +65,19 @@ def as_markdown(summaries: Sequence[Summary], found: Found) -> str:
     """Write the sheets as Markdown tables with their notes beneath."""
     parts = []
     for sheet in lay_out(summaries):
-        rule = ["---" if head in LEFT else "---:" for head in sheet.head]
-        rows = [sheet.head, rule, *filter(None, sheet.rows)]
+        numbers = {head for head in sheet.head if head not in LEFT}
+        table = markdown_table(sheet.head, filter(None, sheet.rows), numbers)
         notes = "\n".join(f"- {note}" for note in sheet.notes)
-        parts.append(f"### {sheet.title}\n\n{markdown_table(rows)}\n\n{notes}")
+        parts.append(f"### {sheet.title}\n\n{table}\n\n{notes}")
     if problems := found.problems():
         parts.append("\n".join(["### Left out", "", *(f"- {problem}" for problem in problems)]))
     return "\n\n".join(parts) + "\n"
 
 
-def markdown_table(rows: Iterable[Sequence[str]]) -> str:
-    """Write rows of cells, the head and its rule among them, as the lines of a Markdown table."""
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Container[str] = ()) -> str:
+    """Write a Markdown table; `numbers` are the heads of columns that are aligned on the right."""
+    rule = ["---:" if name in numbers else "---" for name in head]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, rule, *rows))
 
 
 def as_csv(summaries: Sequence[Summary], _: Found) -> str:

@@ -131,8 +131,8 @@ def config_problems(cfg: DictConfig, training: bool = True) -> list[str]:
 
     An evaluation without training depends on a part of them only.
     """
-    checks = [unread_keys, _settings, _folders, _checkpoints, trainer_problems, _machine, _batches, _evaluation]
-    checks += [_learners, quantization_problems, _controls, sharding_problems]
+    checks = [unread_keys, _settings, _folders, trainer_problems, _machine, _batches, _evaluation, _learners]
+    checks += [quantization_problems, recording_problems, _controls, sharding_problems]
     if not training:
         checks = [unread_keys, partial(_settings, sections=("fusion", "evaluation")), _folders, _evaluation]
     problems: list[str] = []
@@ -252,13 +252,7 @@ def _folders(cfg: DictConfig) -> Iterator[str]:
         yield f"paths.run_dir={folder}: {there} is a file; give a folder"
     elif not os.access(there, os.W_OK | os.X_OK):
         yield f"paths.run_dir={folder}: {there} cannot be written to; give another folder"
-
-
-def _checkpoints(cfg: DictConfig) -> Iterator[str]:
-    if OmegaConf.is_interpolation(cfg.paths, "run_dir"):
-        return  # Hydra's own folder, before Hydra has one
-    own = RunDirectory(str(cfg.paths.run_dir)).checkpoints
-    states = OmegaConf.select(cfg, "callbacks.checkpoint.folder")
+    own, states = RunDirectory(folder).checkpoints, OmegaConf.select(cfg, "callbacks.checkpoint.folder")
     if states is not None and Path(states).absolute() != own.absolute():
         yield (
             f"callbacks.checkpoint.folder={states}: resume= looks for states in {own} only; leave it out, and give "
@@ -351,7 +345,6 @@ def _learners(cfg: DictConfig) -> Iterator[str]:
 
 def _controls(cfg: DictConfig) -> Iterator[str]:
     names, given = control_names(cfg.control), f"control={cfg.control}"
-    yield from recording_problems(cfg)
     if any(isinstance(name, bool) or name not in CONTROLS for name in names) or len(set(names)) < len(names):
         yield f"{given}: use one or a list of null, {', '.join(CONTROLS)}"
         return
