@@ -77,11 +77,8 @@ class Generation(Mode):
 class Reranking(Generation):
     """Decode beams from the Pilot alone, and answer with the one of the largest Σ log p̃, the end token included.
 
-    This tells what a Copilot knows of whole answers.
-    All λ choose among the same beams, so at λ = 0 the answer is the Pilot's likeliest beam.
-
-    Attributes:
-        score: some rows, see `Evaluator.scored`.
+    This tells what a Copilot knows of whole answers. All λ choose among the same beams, so at λ = 0 the answer is the
+    Pilot's likeliest beam. Beams are scored by `Evaluator.scored`.
     """
 
     suffix: ClassVar[str] = "-reranking"

@@ -21,6 +21,7 @@ from tcopilot.functional import best_weight
 
 Floats = NDArray[np.float64]
 QUANTILES = (5, 25, 50, 75, 95)  # percent
+RESAMPLES = 1000
 
 
 class Parabola(NamedTuple):
@@ -177,20 +178,13 @@ def weighted_quantiles(values: Floats, weights: Floats) -> dict[str, float]:
     return dict(zip(map(str, QUANTILES), found, strict=True))
 
 
-def row_intervals(rows_R4: Floats, resamples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """95 % intervals by the percentile bootstrap over examples, whose tokens belong together.
+def row_intervals(rows_R4: Floats) -> dict[str, tuple[float, float]]:
+    """95 % intervals of the figures by the percentile bootstrap over examples, whose tokens belong together.
 
-    Args:
-        rows_R4: of each example Σℓ², Σℓf, Σf² and its target tokens.
-        resamples: bootstrap resamples.
-        seed: of the resampling.
-
-    Returns:
-        Intervals of `pilot_error_sq`, `copilot_error_sq`, `lambda_star` and `zero_crossing`; empty if f^C is 0
-        in some resample.
+    `rows_R4` has of each example Σℓ², Σℓf, Σf² and its target tokens. Empty if f^C is 0 in some resample.
     """
-    random, found = np.random.default_rng(seed), []
-    for _ in range(resamples):
+    random, found = np.random.default_rng(0), []
+    for _ in range(RESAMPLES):
         *sums, tokens = rows_R4[random.integers(len(rows_R4), size=len(rows_R4))].sum(0).tolist()
         found.append(Parabola(*(value / tokens for value in sums)).figures())
     drawn = pd.DataFrame(found).drop(columns="lambda_0").astype(float)
