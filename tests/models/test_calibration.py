@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 
 from tcopilot.app.checks.config import config_problems
 from tcopilot.data import DataError, GeneratedTask, TCopilotDataModule, word_tokenizer
-from tcopilot.evaluation.calibrate import calibrate
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.results import Results, gain_table
 from tcopilot.models.calibration import Observed
@@ -143,14 +142,14 @@ def judge_of(family: str, folder, scale: float = 1.0) -> Evaluator:
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_it_mends_the_likelihood_of_a_pilot_that_is_too_sure_on_rows_it_was_not_fitted_on(family, tmp_path):
     judge = judge_of(family, tmp_path, scale=5.0)
-    calibrate(judge)
+    judge.calibrate()
     assert judge.model.copilot.temperature > 1.5
     assert judge.likelihood("test", 1.0) < judge.likelihood("test", 0.0) - 0.5
 
 
 def test_the_tokens_of_training_targets_have_a_bias(tmp_path):
     judge = judge_of("t5", tmp_path)
-    calibrate(judge)
+    judge.calibrate()
     used = {token for row in judge.data._train for token in row["target_ids"]}
     assert judge.data.target_tokens() == sorted(used)
     assert set(judge.model.copilot.head.bias.nonzero().flatten().tolist()) <= used
@@ -160,7 +159,7 @@ def test_without_validation_rows_there_is_nothing_to_fit_on(tmp_path):
     judge = judge_of("t5", tmp_path)
     del judge.data._evaluation["validation", "word_problems"]
     with pytest.raises(DataError, match="no rows of word_problems validation"):
-        calibrate(judge)
+        judge.calibrate()
 
 
 # As the option and as the control ------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ from tcopilot.app.fit import fit
 from tcopilot.app.joint import train_jointly
 from tcopilot.app.memory.estimate import Budget, budget
 from tcopilot.data.shots import read_shots, write_shots
-from tcopilot.evaluation.calibrate import calibrate
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.results import Results, git_revision
 from tcopilot.evaluation.trace import trace_problems, write_trace
@@ -83,7 +82,7 @@ def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, 
     trained = fit(cfg, prepared, run_dir) if is_fit else train_jointly(cfg, prepared, memory)
     model = trained.model
     if model.copilot is not None and not model.copilot.learns:
-        calibrate(Evaluator(model, prepared.tokenizer, prepared.data, run_dir.predictions))
+        Evaluator(model, prepared.tokenizer, prepared.data, run_dir.predictions).calibrate()
     build.export(model, prepared.tokenizer, run_dir.export)
     recording = trained.recording if evaluates_recording(cfg) else None
     weights = build.evaluation_weights(cfg.fusion.weight)

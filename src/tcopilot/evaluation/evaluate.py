@@ -40,6 +40,7 @@ from tcopilot.evaluation.selection import (
 )  # fmt: skip
 from tcopilot.evaluation.significance import compare_by, interval_of
 from tcopilot.mistake_log.recording import Recording
+from tcopilot.models.calibration import Observed
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.gates import GATES, Observations, build_gate
 from tcopilot.models.pilot import end_ids
@@ -179,8 +180,9 @@ class Evaluator:
         if "closed_form" in rules.values():
             given += closed_form.values()
             statistics = self._statistics(chosen_on, sorted({0.0, *given}))
-        candidates, seen, answered = sorted({0.0, *given}), {}, (chosen_on, reported) if has_rows else (reported,)
-        if self._needs_no_answers(rules, answered):
+        candidates, seen = sorted({0.0, *given}), {}
+        answered = dict.fromkeys((chosen_on, reported) if has_rows else (reported,))
+        if self.select_by == "nll" and len(answered) > 1 and "closed_form" not in rules.values():
             likelihoods = {
                 name: ErrorStatistics.joined(map(statistics.get, members)).nll() for name, members in groups.items()
             }
@@ -188,7 +190,7 @@ class Evaluator:
             chosen = {name: by_likelihood(nll) for name, nll in likelihoods.items()} | chosen
             self._report(found, chosen_on, {name: {} for name in names}, statistics)
             candidates, answered = sorted({0.0, *chosen.values()}), (reported,)
-        for split in dict.fromkeys(answered):
+        for split in answered:
             outcomes = {name: self.scores(split, name, candidates) for name in names}
             by_name = statistics if split == chosen_on else self._statistics(split, candidates)
             self._report(found, split, outcomes, by_name)
@@ -209,10 +211,6 @@ class Evaluator:
         self.model.weight, self.model.static_decoder = chosen["all"], None  # its caches are no longer needed
         self._fingerprint = None
         return found
-
-    def _needs_no_answers(self, rules: Mapping[str, str], splits: Sequence[str]) -> bool:
-        """Whether λ follows from the likelihood of the first of two splits alone."""
-        return self.select_by == "nll" and len(set(splits)) > 1 and "closed_form" not in rules.values()
 
     def _on_the_choice(
         self, rules: Mapping[str, str], rows: Mapping[str, int], chosen: Mapping[str, float],
@@ -244,12 +242,29 @@ class Evaluator:
         self.model.set_gate(None)
         if self.per not in GATES:
             return
-        seen = []
-        for name in self.data.benchmark_names:
-            for batch, *scored in self.scored_batches(split, name):
-                seen.append(Observations.of(*scored, batch.target_ids_BN, batch.target_mask_BN))
+        seen = [
+            Observations.of(*scored, batch.target_ids_BN, batch.target_mask_BN)
+            for name in self.data.benchmark_names
+            for batch, *scored in self.scored_batches(split, name)
+        ]
         fitted = GATES[self.per].fit(Observations.joined(gather(seen)))
         self.model.set_gate(build_gate(agree_on(fitted.settings())))
+
+    def calibrate(self, split: str = "validation") -> None:
+        """Fit temperature and biases of the model, whose Copilot is a `Calibration`, by a teacher-forced pass.
+
+        Tokens that train targets use get a bias. Every process observes its share of the rows, and all fit the same.
+
+        Raises:
+            DataError: if a benchmark has no rows there.
+        """
+        tokens_A = torch.tensor(self.data.target_tokens())
+        seen = [
+            Observed.of(log_probs_BNV, batch.target_ids_BN, batch.target_mask_BN, tokens_A)
+            for name in self.data.benchmark_names
+            for batch, log_probs_BNV, _ in self.scored_batches(split, name)
+        ]
+        self.model.copilot.fit(Observed.joined(gather(seen)))
 
     def scores(self, split: str, benchmark: str, weights: Sequence[float]) -> dict[float, Scores]:
         """Answer every row of a benchmark's split in every mode; returns λ to metric to values in the rows' order.

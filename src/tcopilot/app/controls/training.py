@@ -26,7 +26,6 @@ from tcopilot.app.controls.averaged import AveragedPilots
 from tcopilot.app.joint import Trained
 from tcopilot.app.trainer import make_trainer
 from tcopilot.data.metrics import NLL, show_difference
-from tcopilot.evaluation.calibrate import calibrate
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.results import Control, Results
@@ -165,7 +164,7 @@ def calibrated(joint: JointRun) -> Trained:
     pilot, began = joint.model.pilot, time.perf_counter()
     model = type(joint.model).from_pilot(pilot, kind="calibration")
     model.copilot.to(pilot.get_output_embeddings().weight.device)
-    calibrate(Evaluator(model, joint.prepared.tokenizer, joint.prepared.data, Path(), recording=joint.recording))
+    Evaluator(model, joint.prepared.tokenizer, joint.prepared.data, Path(), recording=joint.recording).calibrate()
     return Trained(model, 0, round(agree_on(time.perf_counter() - began), 2), None)
 
 
