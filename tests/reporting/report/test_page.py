@@ -15,8 +15,7 @@ from written_runs import write_run
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.reporting.finished_runs import FinishedRun
 from tcopilot.reporting.report import drawing
-from tcopilot.reporting.report.examples import examples
-from tcopilot.reporting.report.page import gain_lines, main
+from tcopilot.reporting.report.page import examples, gain_lines, main
 from tcopilot.reporting.report.plots import theorem_bound
 
 BENCHMARKS = ("word_problems", "multiple_choice")
@@ -117,7 +116,7 @@ def test_the_explorer_has_every_example_with_its_outcome_and_traced_ones_first(r
 def test_a_full_page_keeps_the_answers_that_changed(reported, monkeypatch):
     run = FinishedRun.read(reported)
     changed = sum(e[2] in ("fixed", "broken") and e[-1] is not None for e in examples(run)["examples"])
-    monkeypatch.setattr("tcopilot.reporting.report.examples.MOST_POSITIONS", 12 * max(1, changed))
+    monkeypatch.setattr("tcopilot.reporting.report.page.MOST_POSITIONS", 12 * max(1, changed))
     less = examples(run)
     kept = [example[2] for example in less["examples"] if example[-1] is not None]
     assert changed

@@ -11,9 +11,11 @@ import html
 import json
 import shlex
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +25,19 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from tcopilot.data.metrics import NLL, SHARE, digits_of, scale, show_difference
+from tcopilot.evaluation.outcomes import answers_of_both
 from tcopilot.evaluation.results import Gain
 from tcopilot.evaluation.significance import p_text
 from tcopilot.reporting.evidence import BEGIN, END
 from tcopilot.reporting.finished_runs import FinishedRun, RunError
 from tcopilot.reporting.report import drawing
 from tcopilot.reporting.report.corrections import frequent_mistakes
-from tcopilot.reporting.report.examples import examples
 from tcopilot.reporting.report.plots import all_plots
 from tcopilot.reporting.tables import accept_any_sign, without_formulas
 from tcopilot.run_directory import RunDirectory, override
 
 MOST_MISTAKES = 20
+MOST_POSITIONS = 60_000  # in the explorer, about 15 MB
 MOST_NUMBERS = 60  # lines of a table beneath a plot; longer ones are in the CSV only
 
 
@@ -148,6 +151,46 @@ def likelihood_lines(run: FinishedRun) -> list[dict[str, Any]]:
                 line |= {name: row.value, f"{name}_ci95_low": row.ci95[0], f"{name}_ci95_high": row.ci95[1]}
             found.append(line)
     return found
+
+
+def examples(run: FinishedRun) -> dict[str, Any]:
+    """Return what the explorer shows: every answer, and the traced positions in a form small enough to embed.
+
+    Texts of tokens stand in one list; positions refer to them by number. `templates/report.js` reads this layout.
+    `examples` are [benchmark, id, outcome, prompt, right answer, Pilot's, fused model's, view or null]. A view holds
+    `gold`, `emitted` and `pilot_emitted`. Answers that the Copilot changed get their views first, should the page
+    hold no more than `MOST_POSITIONS` positions.
+    """
+    found, numbers, views, room = [], defaultdict(count().__next__), {}, MOST_POSITIONS
+    for benchmark in run.benchmarks:
+        answers = answers_of_both(run.results, run.directory.predictions, benchmark)
+        found += [(benchmark, a.id, a.outcome, a.prompt, a.target.strip(), a.pilot, a.fused) for a in answers]
+    traced = {(name, row["id"]): row for name, rows in (run.trace.rows.items() if run.trace else ()) for row in rows}
+    changed_first = sorted(range(len(found)), key=lambda place: found[place][2] not in ("fixed", "broken"))
+    for place in changed_first:
+        row = traced.get(found[place][:2])
+        size = len(row["gold"]) + len(row.get("emitted", ())) if row else 0
+        if row and size <= room:
+            room -= size
+            view = {name: [_position(p, numbers) for p in row[name]] for name in ("gold", "emitted") if name in row}
+            said = {"pilot_emitted": [numbers[text] for text in row["pilot_emitted"]]} if "emitted" in row else {}
+            views[place] = view | said
+    order = sorted(range(len(found)), key=lambda place: place not in views)  # what can be looked into comes first
+    shown = [[*found[place], views.get(place)] for place in order]
+    counts = {"traced": len(traced), "shown": len(views)}
+    return {"benchmarks": run.benchmarks, "examples": shown, "tokens": list(numbers), **counts}
+
+
+def _position(position: dict[str, Any], numbers: dict[str, int]) -> list[Any]:
+    """[token, top-5 before, corrections, top-5 after, ‖f^C‖, cosine, Pilot's lens, Copilot's lens]."""
+
+    def pairs(name: str) -> list[Any]:  # [text, score] pairs as number, score, and so on
+        return [part for text, s in position[name] for part in (numbers[text], float(f"{s:.3g}"))]
+
+    token = numbers[position["token"]]
+    size = [float(f"{value:.3g}") for value in next(iter(position["feedback"].values()))]
+    tops = map(pairs, ("before", "correction", "after"))
+    return [token, *tops, *size, *map(pairs, ("pilot_lens", "copilot_lens"))]
 
 
 def _page(run: FinishedRun, *, gain: list[dict[str, Any]], **parts: Any) -> str:

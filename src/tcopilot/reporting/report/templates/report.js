@@ -1,5 +1,5 @@
 "use strict";
-// The rectification explorer. The layout of `data` is that of examples.py; nothing is loaded and no markup is parsed.
+// The rectification explorer. The layout of `data` is that of `examples` in page.py; nothing is loaded and no markup is parsed.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const app = document.getElementById("app");
