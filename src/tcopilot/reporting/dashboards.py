@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from tcopilot.evaluation.outcomes import OUTCOMES, Answers, answers_of_both, answers_table
 from tcopilot.evaluation.results import Results
-from tcopilot.reporting.tables import without_formulas
+from tcopilot.reporting.tables import markdown_table, without_formulas
 from tcopilot.run_directory import RunDirectory, write_whole
 
 SHOWN = 200  # rows of the table of generations
@@ -96,8 +96,7 @@ def _show_on_tensorboard(
     for row in results.rows:
         tag = f"weights/{row.benchmark}/{row.split}/{row.metric}"
         logger.experiment.add_scalar(tag, row.value, global_step=round(1000 * row.weight))
-    lines = [generations.columns, ["---"] * generations.shape[1], *generations.itertuples(index=False)]
-    cells = [[str(value).replace("|", "\\|").replace("\n", "<br>") for value in line] for line in lines]
-    logger.experiment.add_text("eval/generations", "\n".join(f"| {' | '.join(c)} |" for c in cells), results.rounds)
+    rows = [[str(value).replace("\n", "<br>") for value in row] for row in generations.itertuples(index=False)]
+    logger.experiment.add_text("eval/generations", markdown_table(list(generations), rows), results.rounds)
     config = "\n".join(f"    {line}" for line in run.config.read_text(encoding="utf-8").splitlines())
     logger.experiment.add_text("config", config, results.rounds)
