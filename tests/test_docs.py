@@ -230,7 +230,10 @@ def test_every_key_of_the_algorithm_page_is_in_the_config():
 @pytest.mark.parametrize(
     "command",
     # test_experiments.py composes those of experiments.md
-    {c: None for name, path in DOCUMENTS.items() if name != "docs/experiments.md" for c in commands(path)},
+    composed.some_fast(
+        {c: None for name, path in DOCUMENTS.items() if name != "docs/experiments.md" for c in commands(path)},
+        set(commands(DOCUMENTS["README.md"])).__contains__,
+    ),
     ids=" ".join,
 )
 def test_every_documented_command_composes(extended, command):
@@ -271,6 +274,7 @@ TARGETS = {  # of the rows of train, validation and test that each example has, 
 }
 
 
+@pytest.mark.slow
 def test_every_example_of_the_data_page_gives_the_rows_that_it_shows(extended, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     tokenizer, found = byte_tokenizer(), {}
@@ -314,6 +318,7 @@ def test_a_benchmark_is_added_by_a_yaml_and_rows(extended, tmp_path):
     assert rows[0]["answer"] == str(int(prompt[1]) + 4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("marbles")
 def test_a_metric_is_added_by_a_class_and_its_name_in_a_yaml(extended, tmp_path):
     results = trained("data=marbles_off_by", tmp_path).results
@@ -328,6 +333,7 @@ def test_a_metric_is_added_by_a_class_and_its_name_in_a_yaml(extended, tmp_path)
     assert by_weight[results["selected_weight"]] == min(by_weight.values())
 
 
+@pytest.mark.slow
 def test_a_log_policy_is_added_by_a_class_and_a_yaml(extended, tmp_path, monkeypatch):
     policy, drawn = importlib.import_module("newer_half").NewerHalf, []
     draw = policy.draw
@@ -345,6 +351,7 @@ def test_a_log_policy_is_added_by_a_class_and_a_yaml(extended, tmp_path, monkeyp
     assert all(records == 16 and first >= size // 2 for size, records, first in drawn)
 
 
+@pytest.mark.slow
 def test_an_objective_is_added_by_a_class_and_a_yaml(extended, tmp_path, monkeypatch):
     objective, asked = importlib.import_module("huber").Huber, []
     losses = objective.row_losses
@@ -360,6 +367,7 @@ def test_an_objective_is_added_by_a_class_and_a_yaml(extended, tmp_path, monkeyp
     assert set(asked) == {(0.1, True, True)}
 
 
+@pytest.mark.slow
 def test_a_fusion_rule_is_added_by_a_class_and_a_yaml(extended, tmp_path, monkeypatch):
     added, asked = importlib.import_module("unsure").UnsureFusion, []
     rule = added.__call__
@@ -393,6 +401,7 @@ def test_the_programs_find_classes_beside_them(extended, tmp_path):
     assert composed.results(tmp_path / "eval")["rows"] == composed.results(tmp_path / "run")["rows"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_takes_the_new_fusion_rule(extended, tmp_path):
     run = composed.train(tmp_path / "run", "debug=fdr", "fusion=logits", *composed.SMALL[1:])
     placeholder, *overrides = documented("eval", "fusion")
@@ -422,6 +431,7 @@ def test_the_new_fusion_rule_keeps_to_what_the_page_asks_of_rules(extended):
     torch.testing.assert_close(rule(sure, torch.tensor([[[-1.0, 1.0, 0.0]]]), 4.0).exp(), sure.exp())
 
 
+@pytest.mark.slow
 def test_a_family_is_added_by_a_yaml(extended, tmp_path):
     run = trained("pilot", tmp_path)
     assert run.export.pilot.model_type == "arcee"
@@ -432,12 +442,14 @@ def test_a_family_is_added_by_a_yaml(extended, tmp_path):
     assert model.copilot.head.weight.abs().sum() > 0  # it was 0 before the first update
 
 
+@pytest.mark.slow
 def test_the_check_of_a_new_family_passes(extended, capsys):
     runpy.run_path(str(extended.root / "check_family.py"))
     printed = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in printed] == ["none", "pilot"]
 
 
+@pytest.mark.slow
 def test_the_family_that_is_said_not_to_fit_is_refused_with_the_reason():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 56, "pad_token_id": 0}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -174,6 +174,7 @@ def test_bad_values_are_refused_with_key_value_and_mend(name, tmp_path, place, n
     assert "\n    " not in message  # one line a problem, nothing of a traceback
 
 
+@pytest.mark.slow
 def test_one_mistake_is_told_once(tmp_path, no_weights):
     for bad in ("rounds=0", "pilot.path=no/such-model", "mistake_log.log.dtype=float", "data.overflow=cut"):
         assert complaint(tmp_path / "run", *composed.SMALL, bad).startswith("1 problem in the config or data:\n  - ")
@@ -273,6 +274,7 @@ def test_a_log_bounded_in_bytes_may_be_as_large_as_it_likes_in_rounds(tmp_path, 
         composed.train(tmp_path / "run", *composed.SMALL, "mistake_log.log.max_bytes=9000")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -350,6 +352,7 @@ def test_a_refusal_is_one_message_and_status_1(tmp_path, capsys):
     assert printed.err == "error: 1 problem in the config or data:\n  - rounds=0: must be a whole number, at least 1\n"
 
 
+@pytest.mark.slow
 def test_the_program_refuses_without_a_traceback(tmp_path):
     done = composed.forked("train.py", *composed.SMALL, "fusion.weight=-1", f"hydra.run.dir={tmp_path}/run")
     assert done.returncode == 1

@@ -111,6 +111,7 @@ def test_one_budget_and_one_seed_reach_every_part():
     assert [cfg.data.seed, cfg.mistake_log.log.seed] == [5, 5]
 
 
+@pytest.mark.slow
 def test_the_rows_of_generated_tasks_and_of_splits_are_those_of_every_seed():
     cfg = composed.compose_config("seed=5")
     assert [cfg.data.split_seed, cfg.data.benchmarks.word_problems.seed] == [0, 0]
@@ -157,6 +158,7 @@ RECIPES = [name for name in RECIPES if not name.startswith("frozen")]  # they ha
 FAST = ("demo_decoder_only", "variant/offline")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", composed.some_fast(RECIPES, FAST.__contains__))
 def test_every_recipe_runs_two_rounds_in_small(name, tmp_path, finished):
     """With the sizes and rows of the demo in place of checkpoints and benchmarks that would be downloaded; the rows of

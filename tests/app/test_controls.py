@@ -74,6 +74,7 @@ def test_cached_decoding_of_the_mean_equals_decoding_without_a_cache(family, bea
 # A wider Pilot ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_t5", "tiny_llama"])
 def test_a_wider_pilot_has_the_parameters_asked_for(name):
     config = OmegaConf.to_container(composed.compose_config(f"pilot={name}").pilot.config)
@@ -237,6 +238,7 @@ def test_controls_and_ablations_that_cannot_work_are_refused(overrides, says):
     assert all(text in problems for text in says), problems
 
 
+@pytest.mark.slow
 def test_dropout_of_the_copilot_is_the_copilots_alone(tmp_path):
     folder = composed.train(tmp_path / "run", *SMALL, "copilot.dropout=0.25")
     config = json.loads((folder / "export" / "config.json").read_text())

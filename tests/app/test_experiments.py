@@ -172,6 +172,7 @@ def test_a_copilot_has_a_head_that_its_training_allows(name):
         assert (cfg.head, cfg.train_error_input, cfg.adapter.r, cfg.adapter.dropout) == ("soft", False, 32, 0.08)
 
 
+@pytest.mark.slow
 def test_the_command_line_wins_over_an_experiment():
     given = composed.choices("experiment=llama_3_2_3b/arithmetic", "copilot=llama_3_2_3b", "data=gsm8k")
     assert (given["pilot"], given["copilot"], given["data"]) == ("llama_3_2_3b", "llama_3_2_3b", "gsm8k")
@@ -179,6 +180,7 @@ def test_the_command_line_wins_over_an_experiment():
     assert (kept.path, kept.optimizer.lr) == ("meta-llama/Llama-3.2-3B", 3e-4)  # Table 6 stays in force
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "key", "values"),
     [
@@ -231,6 +233,7 @@ def test_a_control_ablation_or_variant_changes_any_run_and_neither_its_pilot_nor
     assert cfg.copilot.head == heads.get(name, plain.copilot.head)
 
 
+@pytest.mark.slow
 def test_what_ablations_and_variants_change():
     names = [*ABLATIONS, "variant/literal", "variant/offline", "control/equal_time", "control/averaged"]
     given = {name: composed.compose_config(f"experiment={name}") for name in names}

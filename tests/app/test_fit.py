@@ -46,6 +46,7 @@ def test_a_frozen_pilot_is_recorded_and_a_copilot_fitted_to_the_recording(pilot,
     assert "val/fused_nll" in (first / "metrics.csv").read_text()
 
 
+@pytest.mark.slow
 def test_further_copilots_are_fitted_without_the_pilots_layers(pilot, first, tmp_path, monkeypatch):
     loaded = []
     load = ModelSource.load
@@ -77,6 +78,7 @@ def test_the_fit_from_a_recording_equals_the_one_that_recorded(pilot, first, tmp
             assert torch.equal(other[name], weight), name
 
 
+@pytest.mark.slow
 def test_a_recording_of_other_rows_or_another_pilot_is_refused_before_weights_load(
     pilot, first, tmp_path, monkeypatch
 ):
@@ -92,6 +94,7 @@ def test_a_recording_of_other_rows_or_another_pilot_is_refused_before_weights_lo
         composed.train(tmp_path / "d", *frozen(pilot, f"mistake_log.from={first}", "copilot.depths=[0.3]"))
 
 
+@pytest.mark.slow
 def test_a_recording_that_was_stopped_goes_on(pilot, tmp_path, monkeypatch):
     add, recorded = Recording.add, []
 
@@ -118,6 +121,7 @@ def test_a_recording_that_was_stopped_goes_on(pilot, tmp_path, monkeypatch):
     assert composed.results(tmp_path)["rounds"] > 0
 
 
+@pytest.mark.slow
 def test_settings_of_rounds_are_named_as_unused(pilot, first, tmp_path, monkeypatch, capsys):
     given = ["rounds=7", "copilot.steps_per_round=2", "copilot.passes=2", "copilot.hidden=8", "pilot.clip=3"]
     monkeypatch.setattr(console, "given_overrides", lambda: given)
@@ -128,6 +132,7 @@ def test_settings_of_rounds_are_named_as_unused(pilot, first, tmp_path, monkeypa
     assert "hidden" not in line
 
 
+@pytest.mark.slow
 def test_without_answers_a_copilot_is_fitted_and_judged_in_seconds_and_answers_later(
     pilot, first, tmp_path, monkeypatch
 ):
@@ -158,6 +163,7 @@ def test_without_answers_a_copilot_is_fitted_and_judged_in_seconds_and_answers_l
         assert figures[0] == pytest.approx(figures[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_anew_by_reranking_the_pilots_beams(first, tmp_path):
     folder = composed.evaluate(first, tmp_path, "evaluation=reranking", "fusion.weight=[0,1]")
     found = composed.results(folder)
@@ -168,6 +174,7 @@ def test_a_run_is_evaluated_anew_by_reranking_the_pilots_beams(first, tmp_path):
     assert (folder / "predictions" / "answers.csv").exists()
 
 
+@pytest.mark.slow
 def test_options_are_chosen_from_a_recording_as_by_the_pilot(pilot, tmp_path):
     rows = [{"q": f"what is {n}", "o": [f"{n}", f"{n + 1}", "no"], "a": n % 3} for n in range(40)]
     for split, part in (("train", rows[:24]), ("validation", rows[24:32]), ("test", rows[32:])):

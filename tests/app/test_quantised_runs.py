@@ -62,6 +62,7 @@ def test_a_missing_package_and_a_device_without_kernels_are_refused(monkeypatch)
     assert any("pip install bitsandbytes" in problem for problem in checks.config_problems(cfg))
 
 
+@pytest.mark.slow
 def test_parameters_are_counted_as_they_are_packed(base, tmp_path):
     given = ["pilot=lora", f"pilot.path={base}", "pilot.quantization=4bit", "copilot=lora", FROZEN_HEAD]
     cfg = composed.compose_config(*composed.SMALL, *given, f"paths.run_dir={tmp_path}")

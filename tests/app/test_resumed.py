@@ -37,6 +37,7 @@ def weights(folder):
     return load_file(folder / "export" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_finished_run_with_more_rounds_ends_where_a_run_of_as_many_does(finished, resume, tmp_path, caplog):
     whole = composed.train(tmp_path / "six", *composed.SMALL, *CONSTANT, "rounds=6")
     (tmp_path / "more").symlink_to(finished)
@@ -62,6 +63,7 @@ def test_a_run_goes_on_with_what_no_checkpoint_depends_on():
     assert (before.copilot.layers, before.evaluation.num_beams, before.copilot.positions) == (None, 4, "pilot")
 
 
+@pytest.mark.slow
 def test_a_diverged_run_goes_on_at_a_lower_rate_as_its_message_says(resume, tmp_path, monkeypatch):
     loss, folder = TCopilotModule._pilot_loss, tmp_path / "run"
     with monkeypatch.context() as patched:
@@ -78,6 +80,7 @@ def test_a_diverged_run_goes_on_at_a_lower_rate_as_its_message_says(resume, tmp_
     assert rates[0] != pytest.approx(1e-5)
 
 
+@pytest.mark.slow
 def test_a_config_without_a_key_is_mended_as_the_message_says(finished, resume, tmp_path):
     path = finished / "config.yaml"
     text = path.read_text()
@@ -96,6 +99,7 @@ def test_a_config_without_a_key_is_mended_as_the_message_says(finished, resume, 
         path.write_text(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimate", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_pair_goes_on_from_its_export(finished, estimate, tmp_path):
     export = finished / "export"
@@ -125,6 +129,7 @@ def differences(one, other):
     return {key: other.get(key) for key in {**one, **other} if one.get(key) != other.get(key)}
 
 
+@pytest.mark.slow
 def test_a_groups_file_keeps_what_the_run_has_set_beside_it():
     own = ["evaluation.max_new_tokens=32", "evaluation.batch_size=16", "pilot.optimizer.lr=0.5"]
     own += ["pilot.scheduler.num_warmup_steps=7", "callbacks.checkpoint.every_n_rounds=9"]

@@ -285,6 +285,7 @@ def test_the_weight_is_the_best_on_validation(finished, tmp_path, no_training):
     assert again["selected_weight"] == by_metric
 
 
+@pytest.mark.slow
 def test_the_choice_of_the_weight_does_not_see_the_test_rows(finished, tmp_path, monkeypatch):
     chosen = composed.results(finished.folder)["selected_weight"]
     judge = Evaluator.scores
@@ -309,6 +310,7 @@ def no_training(monkeypatch):
     monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("eval.py trained"))
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_the_export_repeats_the_numbers_of_training(finished, tmp_path, no_training):
     before = composed.results(finished.folder)
     after = composed.results(composed.evaluate(finished.folder, tmp_path / "eval", *SWEPT))
@@ -320,6 +322,7 @@ def test_an_evaluation_of_the_export_repeats_the_numbers_of_training(finished, t
         assert (tmp_path / "eval" / name).exists()
 
 
+@pytest.mark.slow
 def test_an_evaluation_keeps_the_weight_of_the_run_unless_told_otherwise(finished, tmp_path, no_training):
     before = composed.results(finished.folder)
     folder = composed.evaluate(finished.folder, tmp_path / "eval")
@@ -335,6 +338,7 @@ def test_an_evaluation_keeps_the_weight_of_the_run_unless_told_otherwise(finishe
         assert row["value"] == pytest.approx(old[row["split"], row["metric"], row["weight"]], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_test_file_alone_is_enough_and_chooses_nothing(tmp_path):
     def write(name: str, count: int) -> None:
         lines = [json.dumps({"q": f"{name} {i}?", "a": "yes" if i % 3 else "no"}) for i in range(count)]
@@ -368,6 +372,7 @@ def test_a_test_file_alone_is_enough_and_chooses_nothing(tmp_path):
     assert any("0 validation rows are too few to choose λ on, and the run's own is kept" in n for n in again["notes"])
 
 
+@pytest.mark.slow
 def test_weights_are_swept_without_training(finished, tmp_path, no_training, capsys):
     folder = composed.evaluate(finished.folder, tmp_path / "eval", "fusion.weight=[0.25,0.75]")
     found = composed.results(folder)
@@ -378,6 +383,7 @@ def test_weights_are_swept_without_training(finished, tmp_path, no_training, cap
     assert old == new
 
 
+@pytest.mark.slow
 def test_the_closed_form_weight_needs_no_sweep(finished, tmp_path, no_training):
     found = composed.results(composed.evaluate(finished.folder, tmp_path / "eval", "fusion.weight=auto"))
     best = found["selected_weight"]
@@ -389,6 +395,7 @@ def test_the_closed_form_weight_needs_no_sweep(finished, tmp_path, no_training):
     assert note in composed.results(sweep)["notes"]
 
 
+@pytest.mark.slow
 def test_fusion_space_and_feedback_can_be_changed_at_evaluation(finished, tmp_path, no_training):
     nll = {}
     for change in ("fusion=probability", "fusion=logits", "fusion.feedback=own"):
@@ -413,12 +420,14 @@ def test_a_run_can_be_evaluated_on_other_rows(finished, tmp_path, no_training):
     assert {row["n"] for row in found["rows"] if row["metric"] == "accuracy"} == {10}
 
 
+@pytest.mark.slow
 def test_a_run_can_be_evaluated_with_beams(finished, tmp_path, no_training):
     folder = composed.evaluate(finished.folder, tmp_path / "eval", "evaluation=beam4", "fusion.weight=1")
     assert OmegaConf.load(folder / "config.yaml").evaluation.num_beams == 4
     assert composed.results(folder)["gain"][0]["pilot"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_from_the_hub_is_evaluated_without_the_hub(finished, tmp_path):
     """The export holds all that is needed, also where the Pilot's own folder is gone."""
     config = OmegaConf.load(finished.folder / "config.yaml")
@@ -493,6 +502,7 @@ KINDS = {
 FAST = ("own feedback", "only a head", "passes instead of rounds", "Llama")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     "kind", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
@@ -513,6 +523,7 @@ def test_every_kind_of_run_trains_evaluates_and_exports(kind, tmp_path):
     assert config["architectures"] == [f"TCopilotFor{model}"]
 
 
+@pytest.mark.slow
 def test_a_copilot_that_is_only_a_head_is_traced_like_any_other(tmp_path):
     folder = composed.train(tmp_path / "run", *SHORT, "copilot=head")
     traced = composed.evaluate(folder, tmp_path / "eval", "trace=true")
@@ -521,6 +532,7 @@ def test_a_copilot_that_is_only_a_head_is_traced_like_any_other(tmp_path):
     assert len(position["copilot_lens"]) == 1
 
 
+@pytest.mark.slow
 def test_shots_of_a_run_stand_before_rows_for_which_there_is_nothing_to_train_on(tmp_path):
     lines = {
         split: "\n".join(json.dumps({"prompt": f"{split} {i} + 1 =", "target": f" {i + 1}"}) for i in range(30))
@@ -540,6 +552,7 @@ def test_shots_of_a_run_stand_before_rows_for_which_there_is_nothing_to_train_on
     assert nll[0] == pytest.approx(nll[1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_fine_tuning_without_a_copilot_is_a_run_like_any_other(tmp_path):
     folder = composed.train(tmp_path / "run", *composed.SMALL, "copilot=none")
     found = composed.results(folder)
@@ -606,6 +619,7 @@ def test_a_run_shorter_than_the_validation_interval_is_trained_and_validated(tmp
     assert "val/error_ratio" in (folder / "metrics.csv").read_text()
 
 
+@pytest.mark.slow
 def test_a_copilot_starts_from_a_smaller_model_of_the_family(tmp_path):
     donor = finished_llama(tmp_path / "donor", width=16)
     given = [f"copilot.path={tmp_path}/donor", "copilot.optimizer.lr=1e-12", "copilot.train_error_input=false"]
@@ -632,6 +646,7 @@ def finished_llama(folder: Path, width: int = 32) -> LlamaForCausalLM:
     return model
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_on_both_models_and_merged_into_the_export(tmp_path):
     folder = composed.train(tmp_path / "run", *SHORT, *LLAMA, *LORA, "copilot.scheduler.num_warmup_steps=0")
     found = composed.results(folder)
@@ -684,12 +699,14 @@ def short(tmp_path_factory) -> Path:
     return composed.train(tmp_path_factory.mktemp("short") / "run", *SHORT)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(short, tmp_path):
     same, other = (composed.results(composed.train(tmp_path / f"{s}", *SHORT, f"seed={s}")) for s in (0, 4))
     assert composed.results(short)["seed"] == 0
     assert composed.results(short)["rows"] == same["rows"] != other["rows"]
 
 
+@pytest.mark.slow
 def test_the_returned_gain_is_what_a_sweep_maximises(tmp_path, monkeypatch):
     """The gain on validation; a sweep that saw the gain on test would choose on test."""
     right = {("validation", 0): 2, ("validation", 1): 8, ("test", 0): 1, ("test", 1): 10}
@@ -732,6 +749,7 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_like_any_other(short, tmp_p
         assert new["value"] == pytest.approx(old["value"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_resumed_and_says_the_same_again(short, tmp_path):
     folder = shutil.copytree(short, tmp_path / "run")
     before = composed.results(folder)
@@ -751,6 +769,7 @@ def test_resuming_what_cannot_be_resumed_says_why(files, tmp_path):
     assert ("no checkpoint" if files else "no config.yaml") in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("every", "said"), [(1, "round=2"), pytest.param("null", "No state had been saved yet", marks=pytest.mark.slow)]
 )

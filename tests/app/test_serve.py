@@ -139,6 +139,7 @@ def test_a_chat_is_answered_as_generate_answers_it(llama, asking):
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
+@pytest.mark.slow
 def test_other_fields_do_what_they_do_in_generate(llama, asking):
     sampled = {"do_sample": True, "temperature": 2.0, "top_k": 0}
     seeds = range(3)
@@ -177,6 +178,7 @@ def test_a_bad_request_is_refused_with_its_reason(asking):
     assert asking.said() == before
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_completes_texts(tmp_path):
     made, prompt = export(tmp_path, "t5", template=None), "w7 w2 w9"
     right = answers(made, prompt)

@@ -109,6 +109,7 @@ def swept(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, first=first, again=again, times=times)
 
 
+@pytest.mark.slow
 def test_a_failing_job_stops_no_other_and_the_sweep_ends_with_status_1(swept):
     assert swept.first.returncode == 1
     assert {path.parent.name for path in swept.times} == {"copilot.layers-0.5"}
@@ -118,6 +119,7 @@ def test_a_failing_job_stops_no_other_and_the_sweep_ends_with_status_1(swept):
     assert f"hydra.sweep.dir={swept.folder}" in swept.first.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["0.5", "2"])
 def test_every_job_has_a_complete_folder_named_by_what_is_swept(swept, layers):
     folder = swept.folder / f"copilot.layers-{layers}"
@@ -130,6 +132,7 @@ def test_every_job_has_a_complete_folder_named_by_what_is_swept(swept, layers):
     assert OmegaConf.load(folder / "config.yaml").copilot.layers == float(layers)
 
 
+@pytest.mark.slow
 def test_a_sweep_started_again_trains_only_what_is_missing(swept):
     assert swept.again.returncode == 1  # one job still fails
     assert {path: path.stat().st_mtime_ns for path in swept.times} == swept.times
@@ -139,6 +142,7 @@ def test_a_sweep_started_again_trains_only_what_is_missing(swept):
     assert trained == ["2"]
 
 
+@pytest.mark.slow
 def test_a_sweep_on_two_devices_is_refused_with_the_commands_to_use(tmp_path):
     two = ["trainer=two_ranks"]
     done = composed.forked("train.py", "-m", *two, "seed=0,1", "data.path=a b", f"hydra.sweep.dir={tmp_path}/jobs")
@@ -222,6 +226,7 @@ def test_another_config_in_the_folder_of_a_job_is_refused_and_both_are_named(don
     assert json.loads((tmp_path / "done.json").read_text())["config"] == before
 
 
+@pytest.mark.slow
 def test_a_job_that_was_left_goes_on_from_its_newest_checkpoint(tmp_path, monkeypatch, caplog):
     stop = ["+callbacks.interrupt._target_=composed.InterruptAfter", "+callbacks.interrupt.rounds=2"]
     with pytest.raises(SystemExit) as left:
@@ -238,6 +243,7 @@ def test_a_job_that_was_left_goes_on_from_its_newest_checkpoint(tmp_path, monkey
     assert "not used" not in caplog.text  # the config is the same one
 
 
+@pytest.mark.slow
 def test_checkpoints_of_another_config_are_not_mixed_with_new_ones(done_before, tmp_path):
     (tmp_path / "done.json").unlink()
     kept = checkpoints(tmp_path / "checkpoints")
@@ -249,6 +255,7 @@ def test_checkpoints_of_another_config_are_not_mixed_with_new_ones(done_before, 
     assert "remove that folder" in failure(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_only_a_failure_is_used_anew(tmp_path, fits):
     assert train(tmp_path, "copilot.layers=99") is None
     assert fits == []
@@ -256,6 +263,7 @@ def test_a_folder_that_holds_only_a_failure_is_used_anew(tmp_path, fits):
     assert not (tmp_path / "failed.json").exists()
 
 
+@pytest.mark.slow
 def test_an_error_that_no_message_explains_is_noted_with_its_traceback(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(joint, "_fit", lambda *_: 1 / 0)
     assert train(tmp_path) is None
@@ -265,6 +273,7 @@ def test_an_error_that_no_message_explains_is_noted_with_its_traceback(tmp_path,
     assert not (tmp_path / "done.json").exists()
 
 
+@pytest.mark.slow
 def test_nothing_of_a_failed_job_reaches_the_next(tmp_path, monkeypatch):
     def spoil(*_):
         os.environ["TCOPILOT_LEFT_OVER"] = os.environ["PATH"] = "spoilt"
@@ -347,6 +356,7 @@ def multirun(*overrides: str, name: str = "train") -> DictConfig:
     return cfg
 
 
+@pytest.mark.slow
 def test_jobs_of_different_names_share_the_folder_of_their_sweep():
     cfg = multirun("experiment=demo,demo_decoder_only")
     sweep.SweepCallback().on_multirun_start(cfg)
@@ -491,6 +501,7 @@ def commands() -> list[list[str]]:
     return [[re.sub(r"<[^>]*>", "x", part) for part in parts if part != "-m"] for parts in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", commands(), ids=" ".join)
 def test_every_documented_command_composes(overrides):
     packages = {"launcher=joblib": "joblib_launcher", "sweep=weight_optuna": "optuna_sweeper"}

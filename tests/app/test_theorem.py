@@ -307,6 +307,7 @@ def test_the_curve_of_decoding_is_that_of_the_floored_distribution():
     assert any(f"least at λ = 2 of those tried, {2 * at_2**2:.4f}" in sentence for sentence in verdict(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_variance_by_dropout_is_zero_without_and_grows_with_it(family):
     def variance(rate):

@@ -92,6 +92,7 @@ IDLE = [  # what is given, and which of it changes nothing
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "idle"), IDLE)
 def test_what_changes_nothing_is_found_and_nothing_else(given, idle, saved, tmp_path):
     given = [override.replace("<saved>", str(saved)) for override in given]
@@ -112,6 +113,7 @@ def test_what_an_experiment_sets_is_what_its_groups_do_not_say():
     assert set_in_files(cfg, None, []) == []
 
 
+@pytest.mark.slow
 def test_idle_keys_of_an_experiment_are_named_and_those_that_act_are_not(tmp_path):
     """As a user's own file sets them, through the program."""
     (tmp_path / "experiment").mkdir()

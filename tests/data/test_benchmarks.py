@@ -402,6 +402,7 @@ def test_a_mixture_is_a_list_of_data_configs():
     assert module.weights == {"gsm8k": 1, "openbookqa": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_mixtures_of_the_paper_are_built_from_the_single_configs(name):
     mixture = compose(name)

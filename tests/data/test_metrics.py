@@ -40,6 +40,7 @@ def test_what_is_not_found_has_0_everywhere():
     assert hit_at_k([None], 5) == ndcg_at_k([None], 5) == [0.0]
 
 
+@pytest.mark.slow
 def test_a_random_ranker_has_the_closed_form():
     items, users, draw = 400, 50_000, random.Random(0)
     found = figures([draw.randint(1, items) for _ in range(users)])

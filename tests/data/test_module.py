@@ -79,6 +79,7 @@ def test_epochs_are_passes_unless_rounds_are_given():
         module(rounds=None).train_dataloader()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_resumes_at_the_very_next_batch(streaming, workers):
@@ -117,6 +118,7 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_lightning_run_resumes_at_the_very_next_batch(tmp_path, workers):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}

@@ -253,6 +253,7 @@ def test_the_configs_make_benchmarks(name):
     assert set(benchmark.splits) == {"train", "validation", "test"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real rows are not here")
 def test_real_files_have_the_published_counts(name):
@@ -269,6 +270,7 @@ def test_real_files_have_the_published_counts(name):
     assert len(example.seen) == len(rows["test"][-1]["history"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "index"),
     [

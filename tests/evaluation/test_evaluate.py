@@ -53,6 +53,7 @@ def outcomes(monkeypatch, right) -> None:
     monkeypatch.setattr(Evaluator, "scores", scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_do_not_depend_on_the_batch_they_are_decoded_in(family, tmp_path):
     said = []
@@ -65,6 +66,7 @@ def test_answers_do_not_depend_on_the_batch_they_are_decoded_in(family, tmp_path
     assert said[0] == said[1] == said[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_static_decoding_gives_the_same_answers(family, tmp_path):
     said = []
@@ -113,6 +115,7 @@ def test_what_is_decoded_is_on_disk_at_once(tmp_path, monkeypatch):
     assert len(written(tmp_path)) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["between rows", "inside a line"])
 def test_a_stopped_evaluation_goes_on_and_ends_as_if_it_had_not_stopped(tmp_path, cut, monkeypatch):
     whole = evaluator("t5", tmp_path / "whole").scores("test", "word_problems", [0.0, 1.0])
@@ -290,6 +293,7 @@ def test_each_benchmark_may_have_a_weight_of_its_own(tmp_path, monkeypatch):
     assert set(judge.run([0.5]).selected_weight.values()) == {0.5}
 
 
+@pytest.mark.slow
 def test_the_closed_form_weight_of_each_benchmark_is_of_its_own_rows(tmp_path):
     names = ("word_problems", "multiple_choice")
     judge = evaluator("t5", tmp_path / "both", *names, per="benchmark")
@@ -352,6 +356,7 @@ def test_enough_rows_choose_whatever_is_known(tmp_path, monkeypatch):
     assert not any("too few" in line for line in found.verdicts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [[], [0.5, 1.0]])
 def test_the_known_weights_of_benchmarks_are_taken_each_and_a_new_one_takes_that_for_all(tmp_path, weights):
     judge = evaluator("t5", tmp_path, "word_problems", "multiple_choice", per="benchmark")
@@ -360,6 +365,7 @@ def test_the_known_weights_of_benchmarks_are_taken_each_and_a_new_one_takes_that
     assert judge.model.weight == 0.4
 
 
+@pytest.mark.slow
 def test_the_known_weight_keeps_its_gate(tmp_path):
     judge = evaluator("t5", tmp_path, per="token")
     gate = {"per": "token", "coefficients": [0.5, -1.0, 0.3, 2.0]}

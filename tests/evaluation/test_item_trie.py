@@ -169,6 +169,7 @@ BOTH = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @BOTH
 def test_exhaustive_scores_are_those_of_a_pass_per_item(family, feedback, trie):
     model, batch = fused(family, feedback), random_batch(family)
@@ -204,6 +205,7 @@ def test_all_items_come_back_where_all_are_kept(family, trie):
     assert (total < 1).all()  # nothing was renormalised over the catalogue
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_few_beams_find_distinct_unseen_items_with_their_true_scores(family, trie):
     model, batch = fused(family), random_batch(family)
@@ -216,6 +218,7 @@ def test_few_beams_find_distinct_unseen_items_with_their_true_scores(family, tri
         np.testing.assert_allclose(beams.scores_BK[user], [true[item] for item in items], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_users_together_are_ranked_as_one_by_one(family, trie):
     model, batch = fused(family), random_batch(family)
@@ -229,6 +232,7 @@ def test_users_together_are_ranked_as_one_by_one(family, trie):
             assert_same(searched[weight], Ranking(*(part[user : user + 1] for part in beams[weight])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"fusion": LogitFusion()}, {"context": "inclusive"}, {"layers": 2, "pattern": 2}])
 def test_other_copilots_rank_alike(options, trie):
     model, batch = fused("llama", **options), random_batch("llama")
@@ -237,6 +241,7 @@ def test_other_copilots_rank_alike(options, trie):
     assert exact.items_BK.tolist() == [[place for _, place in row[:7]] for row in by_hand(model, batch, SEEN, 1.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bart", "mistral", "qwen3", "gemma2"])
 def test_other_families_rank_alike(family, trie, tiny_pilot, randomise, make_batch):
     pilot = tiny_pilot(family)

@@ -61,6 +61,7 @@ def alone(model, source: list[int], target: list[int], weight: float) -> float:
     return -loss.item() * len(target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "feedback"),
     [("t5", "observed"), ("llama", "own"), *(pytest.param(*p, marks=pytest.mark.slow) for p in OTHERS)],
@@ -91,6 +92,7 @@ def test_sum_and_mean_choose_by_what_they_are_named_after():
     assert (prediction["prediction_sum"], prediction["prediction_mean"]) == ("a", "b")
 
 
+@pytest.mark.slow
 def test_both_modes_are_reported_and_the_first_decides(setting, tmp_path):
     found = setting("llama", modes=("likelihood", "generation")).run([1.0])
     metrics = [row.metric for row in found.rows if (row.split, row.weight) == ("test", 0.0)]

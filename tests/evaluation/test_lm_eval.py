@@ -132,6 +132,7 @@ def assert_same(found, expected, relative=1e-6):
     torch.testing.assert_close(*totals, atol=1e-4, rtol=relative)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_weight_zero_is_the_harness_own_model_on_the_pilot_and_weight_one_is_not(exports, tasks, family):
     fused, pilot = exports[family]
@@ -145,6 +146,7 @@ def test_weight_zero_is_the_harness_own_model_on_the_pilot_and_weight_one_is_not
     assert one_texts != texts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feedback", ["observed", "own"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_likelihoods_are_the_models_own_at_any_batch_size(exports, family, feedback):
@@ -181,6 +183,7 @@ def test_greedy_is_said_of_what_the_fused_model_writes(exports, family):
     assert [greedy for _, greedy in lm._loglikelihood_tokens(given, disable_tqdm=True)] == [True, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_does_not_depend_on_the_batch(exports, family):
     contexts = [text for text, _ in TEXTS if text]
@@ -196,6 +199,7 @@ def test_generation_does_not_depend_on_the_batch(exports, family):
     assert len(set(written[0])) > 1
 
 
+@pytest.mark.slow
 def test_prompts_of_encoders_with_learned_positions_are_padded_on_the_right():
     config = BartConfig(
         vocab_size=259, d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, init_std=0.5,
@@ -236,6 +240,7 @@ def test_a_long_context_loses_its_start(exports):
         score(lm, [("a", "b" * 17)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_batch_size_can_be_found_by_the_harness(exports, family):
     lm = TCopilotLM(exports[family][0], device="cpu", batch_size="auto", max_batch_size=4)
@@ -299,6 +304,7 @@ def test_a_bare_pilot_has_no_weight(tmp_path):
     assert len(score(TCopilotLM(tmp_path, device="cpu"))) == len(TEXTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("started", ["here", pytest.param("by itself", marks=pytest.mark.slow)])
 def test_the_command_is_the_harness_own_with_one_more_model(exports, tasks, started, monkeypatch, capsys):
     arguments = ["--model_args", f"pretrained={exports['llama'][0]},weight=0.3", "--tasks", "choice,writing"]

@@ -122,6 +122,7 @@ def evaluate_job(folder):
         (folder / f"{family}-{rank()}-of-{world_size()}.json").write_text(json.dumps([rows, found.selected_weight]))
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds_and_answer_each_row_once(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -22,6 +22,7 @@ from tcopilot.training.error_statistics import correct_targets
 FAST = ("t5", "bart", "llama")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in EVERY_FAMILY])
 def test_an_export_of_a_bfloat16_run_scores_as_the_model_that_was_trained_to_the_bit(family, tmp_path):
     tokenizer, checkpoint = byte_tokenizer(), tiny_pilot(family, vocab_size=259)
@@ -166,6 +167,7 @@ def said(folder, weight: float) -> list[str]:
     return [json.loads(line)["prediction"] for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_generation_settings_of_the_checkpoint_change_no_answer_and_are_named(family, tmp_path):
     found, tokenizer = {}, word_tokenizer(generated_rows().vocabulary)

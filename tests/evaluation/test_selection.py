@@ -197,6 +197,7 @@ def test_the_configs_let_the_rows_decide(rule):
     assert composed.compose_config(f"fusion={rule}").fusion.select_by == "auto"
 
 
+@pytest.mark.slow
 def test_who_names_the_likelihood_gets_no_answers_but_those_reported(tmp_path):
     by_rule = {rule: evaluator(tmp_path / rule, 30, rule).run(WEIGHTS) for rule in ("auto", "nll")}
     found, whole = by_rule["nll"], by_rule["auto"]

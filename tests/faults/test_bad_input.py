@@ -950,6 +950,7 @@ def test_without_a_progress_bar_its_callback_stays_away():
     assert trainer.progress_bar_callback is None
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_with_its_last_good_state(refusal, placed, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "budget", lambda *_: None)
     exploding = ["pilot.optimizer.lr=1e30", "pilot.clip=null", "callbacks.checkpoint.every_n_rounds=1"]

@@ -149,6 +149,7 @@ def test_the_theorem_refuses_it_too(hostile, capsys):
     assert "torch.load" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_module_is_trusted_only_when_the_command_says_so(hostile, tmp_path):
     (tmp_path / "mine.py").write_text(
         "from tcopilot.training.objectives import MeanSquaredError\nclass Mine(MeanSquaredError): ...\n"

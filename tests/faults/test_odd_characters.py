@@ -8,6 +8,7 @@ import pytest
 SEPARATORS = {"U+2028": "\u2028", "U+2029": "\u2029", "U+0085": "\x85", "form feed": "\f", "carriage return": "\r"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "character",
     [pytest.param(c, id=name, marks=[] if name == "U+2028" else pytest.mark.slow) for name, c in SEPARATORS.items()],

@@ -66,6 +66,7 @@ def stopped(tmp_path_factory) -> Path:
 # Copied and moved runs -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_resuming_a_copy_leaves_the_original_as_it_was(stopped, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
     shutil.copytree(stopped, copy)
@@ -80,6 +81,7 @@ def test_resuming_a_copy_leaves_the_original_as_it_was(stopped, tmp_path, monkey
     assert ids[0] != ids[1]  # curves of its own
 
 
+@pytest.mark.slow
 def test_a_run_that_was_moved_goes_on_where_it_lies_now(stopped, tmp_path):
     first, moved = tmp_path / "first", tmp_path / "moved"
     shutil.copytree(stopped, first)
@@ -194,6 +196,7 @@ def test_two_runs_that_are_started_in_the_same_second_do_not_meet(tmp_path):
 # Metrics over stops --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_clean_stops_lose_no_line_of_the_metrics(tmp_path):
     given = [*SHORT, "rounds=10", "trainer.val_check_interval=3"]
     whole = composed.train(tmp_path / "whole", *given)
@@ -234,6 +237,7 @@ class Disturb(Callback):
             raise OSError(28, os.strerror(28), f"{trainer.default_root_dir}/metrics.csv")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "said"),
     [

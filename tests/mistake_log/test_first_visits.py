@@ -186,6 +186,7 @@ def test_rows_held_out_leave_no_gradient_in_the_pilot():
     assert same(*ends)
 
 
+@pytest.mark.slow
 def test_a_run_with_rows_held_out_ends_as_any_run(tmp_path):
     given = [*composed.SMALL, "data.held_out=0.5", "fusion.weight=1", "control=equal_parameters"]
     found = composed.results(composed.train(tmp_path / "run", *given))

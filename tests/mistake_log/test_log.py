@@ -46,11 +46,8 @@ def slow(*values):
 
 @pytest.fixture
 def few_objects():
-    """Make `gc.collect` fast: what is there already is left out."""
-    gc.collect()
+    """Make `gc.collect` fast: what is there already is left out, and stays so."""
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def filled(family, batches, log=None, **options):
@@ -190,6 +187,7 @@ def test_the_log_never_holds_more_rounds_than_its_capacity():
     assert len(log) == 6
 
 
+@pytest.mark.slow
 def test_the_log_never_holds_more_bytes_than_its_limit():
     batches = [random_batch("llama", rows=2, seed=seed) for seed in range(8)]
     unlimited, _ = filled("llama", batches)
@@ -308,6 +306,7 @@ def test_the_reported_error_energy_is_the_mean_over_records_of_their_mean_square
     assert log.statistics()["error_energy"] == pytest.approx(sum(expected) / 3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_repeated_share_counts_records_of_rows_that_had_been_logged_before():
     batches = [random_batch("llama", seed=s) for s in range(3)]
     once, _ = filled("llama", batches)
@@ -399,6 +398,7 @@ def test_a_round_that_is_not_there_is_an_index_error():
         MistakeLog().rounds[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [Balanced, *slow(*POLICIES[:-1])])
 def test_a_round_takes_no_longer_with_a_hundred_times_as_many_rounds_held(policy):
     states, logs = made_up(), {}
@@ -445,6 +445,7 @@ def storage_bytes():
     return sum(storages.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("storage", [DenseStorage, lambda: TopKStorage(4)], ids=["dense", "topk"])
 @pytest.mark.parametrize("policy", [Fifo, Reservoir])
@@ -472,6 +473,7 @@ def bin_files(folder):
     return sorted(folder.rglob("*.bin"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [Reservoir, Balanced, *slow(Latest, Fifo, Prioritised)])
 def test_a_spilled_log_draws_what_one_in_memory_draws(policy, tmp_path):
     batches = [random_batch("llama", seed=s, rows=6, benchmarks=[0, 1, 1, 1, 2, 0]) for s in range(8)]
@@ -490,6 +492,7 @@ def test_a_spilled_log_draws_what_one_in_memory_draws(policy, tmp_path):
     assert bin_files(tmp_path)
 
 
+@pytest.mark.slow
 def test_all_rounds_but_the_newest_lie_in_files_that_go_with_them(tmp_path, monkeypatch, few_objects):
     monkeypatch.setattr(log_spill, "FILE_BYTES", 1)  # one file for each round
     log = MistakeLog(capacity_rounds=3, spill=str(tmp_path))
@@ -534,6 +537,7 @@ def test_small_rounds_share_a_file(tmp_path):
     assert order == [made_up(seed=seed).targets_BN.tolist() for seed in range(200)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spills", [(True, False), (False, True), (True, True)])
 def test_the_state_of_a_spilled_log_needs_no_other_file(spills, tmp_path, few_objects):
     def new(spill):

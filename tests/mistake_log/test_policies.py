@@ -73,6 +73,7 @@ def test_latest_draws_from_the_newest_round_alone():
     )
 
 
+@pytest.mark.slow
 def test_prioritised_draws_in_proportion_to_the_length_of_the_error():
     log = MistakeLog(policy=Prioritised(), capacity_rounds=2)
     batches = [random_batch("llama", seed=0) for _ in range(15)] + [random_batch("llama", seed=1)]
@@ -131,6 +132,7 @@ def test_balanced_draws_every_benchmark_equally_often_and_its_records_alike():
     assert not follows(observed, [1] * 10)
 
 
+@pytest.mark.slow
 def test_reservoir_keeps_every_round_with_the_same_probability():
     rounds, capacity, logs = 8, 3, 500
     one = torch.zeros(1, 1, dtype=torch.long)
@@ -179,6 +181,7 @@ def test_a_draw_from_very_many_records_costs_what_it_draws():
     assert drawn.max() > 10**14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [Prioritised, Balanced])
 def test_weighted_draws_stay_right_after_rounds_have_left_the_middle(policy):
     log = filled(policy(), rows=(3, 2, 4, 1), benchmarks=[[0, 0, 1], [2, 2], [0, 1, 1, 3], [1]])

@@ -123,6 +123,7 @@ def test_the_bytes_estimated_for_a_token_are_the_bytes_it_takes(storage):
     assert stored == tensors["targets"].numel() * storage.bytes_per_token(VOCAB, 16, torch.float32)
 
 
+@pytest.mark.slow
 def test_top_k_stores_less_than_dense_and_the_copilot_still_learns_from_it():
     log = MistakeLog(storage=TopKStorage(4))
     batches = [random_batch("t5", seed=seed % 2) for seed in range(30)]
@@ -186,6 +187,7 @@ def test_errors_rebuilt_through_the_frozen_head_are_those_of_the_rounds_they_com
     assert compact.statistics()["error_energy"] == dense.statistics()["error_energy"]
 
 
+@pytest.mark.slow
 def test_in_bf16_mixed_the_heads_input_is_kept_in_bfloat16_and_loses_nothing(tiny_pilot):
     dense, compact, _, _ = trained_with(tiny_pilot, "llama", precision="bf16-mixed")
     assert compact.rounds[0].tensors["head_input"].dtype == torch.bfloat16
@@ -275,6 +277,7 @@ def test_many_records_are_rebuilt_a_few_rows_at_a_time(tiny_pilot, monkeypatch):
     torch.testing.assert_close(compact.sample(8).probs_BNV, whole.probs_BNV, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_copilot_learns_the_same_from_rebuilt_errors_as_from_kept_ones(tiny_pilot):
     learned = []
     for storage in (DenseStorage(), FrozenHeadStorage()):
@@ -287,6 +290,7 @@ def test_the_copilot_learns_the_same_from_rebuilt_errors_as_from_kept_ones(tiny_
     assert learned[0].copilot[-1] != learned[0].copilot[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("storage", "spill"),
     [

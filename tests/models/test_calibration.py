@@ -47,6 +47,7 @@ def nll(log_probs_BNV, corrections_BNV, targets_BN) -> float:
 # The fit -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.5, 1.0, 1.6])
 def test_the_fit_finds_the_temperature_of_a_pilot_that_is_too_sure_or_not_sure_enough(scale):
     log_probs, targets = drawn(scale, torch.zeros(VOCAB))
@@ -56,6 +57,7 @@ def test_the_fit_finds_the_temperature_of_a_pilot_that_is_too_sure_or_not_sure_e
     assert better > 0.05 if scale != 1.0 else abs(better) < 0.01
 
 
+@pytest.mark.slow
 def test_the_fit_finds_the_bias_of_tokens_that_answers_use_and_leaves_the_others():
     bias = torch.zeros(VOCAB)
     bias[3], bias[5] = 4.0, 3.0
@@ -165,6 +167,7 @@ def test_without_validation_rows_there_is_nothing_to_fit_on(tmp_path):
 # As the option and as the control ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_option_fits_in_place_of_training(tmp_path):
     folder = composed.train(tmp_path / "run", *composed.SMALL, "copilot=calibration", "fusion.weight=1")
     found = composed.results(folder)
@@ -177,6 +180,7 @@ def test_the_option_fits_in_place_of_training(tmp_path):
         assert new["value"] == pytest.approx(old["value"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copilot", ["copilot=equal", pytest.param("copilot=none", marks=pytest.mark.slow)])
 def test_the_control_is_the_runs_own_pilot_calibrated(copilot, tmp_path):
     folder = composed.train(tmp_path, *composed.SMALL, "fusion.weight=[0,1]", "control=calibrated", copilot)

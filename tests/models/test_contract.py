@@ -182,6 +182,7 @@ def test_a_fused_model_decodes_without_dropout_after_from_pilot(t5):
 # Caches
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("feedback", ["observed", "own"])
 def test_another_turn_goes_on_from_the_cache_of_the_last(llama, feedback):
@@ -258,7 +259,7 @@ def test_several_tokens_after_a_filled_cache_are_answered_as_one_by_one(model):
 # Decoding
 
 
-@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("weight", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 @pytest.mark.parametrize("feedback", ["observed", "own"])
 def test_a_draft_changes_no_token(model, weight, feedback):
     model.weight, model.config.feedback = weight, feedback
@@ -306,6 +307,7 @@ def test_rows_of_several_texts_are_refused(llama):
     torch.testing.assert_close(llama(IDS, **padded, labels=labels).loss, llama(IDS[:, 4:], labels=labels[:, 4:]).loss)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_guidance_embeds_and_positional_settings_decode_as_the_stock_class_would(llama):
     guided = {"guidance_scale": 1.5, "negative_prompt_ids": IDS[:, :4], **GREEDY}
@@ -389,6 +391,7 @@ def test_a_model_that_has_run_is_pickled(model):
     assert torch.equal(one(**given).logits, expected)
 
 
+@pytest.mark.slow
 def test_the_pilot_may_be_offloaded_and_what_a_copilot_uses_may_not(tmp_path):
     build("llama").float().save_pretrained(tmp_path / "decoder")
 

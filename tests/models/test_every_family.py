@@ -40,6 +40,7 @@ def test_the_page_of_families_says_what_the_check_finds():
         assert {name for name in found if f"| `{name}` |" in refused} == found.keys() - supported
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
     [

@@ -81,6 +81,7 @@ def test_a_check_changes_neither_the_config_nor_a_runs_random_numbers(fresh_verd
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_a_verdict_is_found_once_for_all_sizes_and_again_where_a_switch_differs(fresh_verdicts, monkeypatch):
     tried = []
     monkeypatch.setattr(family_check, "PILOT_CHECKS", {"it is tried": lambda trial: tried.append(trial.config)})

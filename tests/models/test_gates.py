@@ -100,7 +100,7 @@ def test_observations_are_the_sums_that_the_gate_is_fitted_on():
     assert len(joined.energy_T) == 10
 
 
-@pytest.mark.parametrize("context", ["strict", "inclusive"])
+@pytest.mark.parametrize("context", composed.some_fast(["strict", "inclusive"], "strict".__eq__))
 @pytest.mark.parametrize("feedback", ["observed", "own"])
 @pytest.mark.parametrize("per", GATES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -168,6 +168,7 @@ def test_a_gate_that_cannot_be_fitted_is_refused_with_the_way_out(overrides, wor
     assert all(word in problem for word in words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_a_run_fits_its_gate_and_exports_it(family, tmp_path):
     overrides = [*composed.SMALL, "fusion.weight=[0,1]", "fusion.per=token"]
@@ -186,6 +187,7 @@ def test_a_run_fits_its_gate_and_exports_it(family, tmp_path):
     assert at_one[0] != at_one[1]
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_bfloat16_weights_repeats_the_figures_of_the_run(tmp_path):
     given = [*composed.SMALL, "pilot=tiny_llama", "adapter@pilot.adapter=lora", "pilot.dtype=bfloat16"]
     folder = composed.train(tmp_path / "run", *given, "copilot.head=soft", "fusion.weight=[0,1]")

@@ -171,6 +171,7 @@ def test_a_record_keeps_no_source_and_gives_the_errors_back(fuse, family):
         assert any(near)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAST)
 def test_joint_training_lowers_the_errors_of_a_frozen_pilot(family):
     data = task_data(family, 60)

@@ -114,6 +114,7 @@ def test_an_error_changes_only_later_corrections(case, family):
     assert changed_targets(before, after) == [False, False, True, True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", of_families())
 def test_the_prompt_reaches_every_target_and_its_padding_none(case, family):
     copilot, log = case(family)

@@ -350,6 +350,7 @@ def test_a_users_own_cache_for_the_pilot_is_taken(fuse, prompts):
     assert torch.equal(decode(model, tokens, past_key_values=DynamicCache()), decode(model, tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_a_t5_with_more_decoder_than_encoder_layers_decodes(fuse, prompts, tiny_pilot, weight):
     pilot = tiny_pilot("t5", layers=4, num_layers=2)

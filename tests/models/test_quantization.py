@@ -54,6 +54,7 @@ def trained(source, rounds=2):
     return before, model.eval(), tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "bits"), [("llama", "4bit"), ("llama", "8bit"), ("t5", "4bit")])
 def test_a_quantised_pilot_trains_by_its_adapters_and_comes_back_to_the_bit(family, bits, bases, tmp_path):
     source = source_of(bases, family, bits)

@@ -55,6 +55,7 @@ def test_static_caches_give_the_tokens_of_dynamic_ones(fuse, prompts, family, va
     assert torch.equal(decode(model, tokens, **STATIC), decode(model.pilot, tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [f if f == "t5" else pytest.param(f, marks=pytest.mark.slow) for f in EVERY_FAMILY])
 def test_the_step_compiles_as_one_graph_and_gives_the_same_tokens(fuse, prompts, family):
     model = fuse(family)

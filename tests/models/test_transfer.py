@@ -23,6 +23,7 @@ def transferred(folder, *overrides):
     return composed.results(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["export", "bare Pilot"])
 def test_the_pilot_is_the_other_one_and_the_copilot_is_the_runs(runs, form, tmp_path):
     mine, other = runs
@@ -50,6 +51,7 @@ def test_the_pilot_is_the_other_one_and_the_copilot_is_the_runs(runs, form, tmp_
         assert tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True) == row["prediction"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -71,6 +73,7 @@ def test_a_pilot_that_does_not_fit_is_refused_before_weights_load(runs, override
         assert word in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

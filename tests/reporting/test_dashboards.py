@@ -364,6 +364,7 @@ def test_a_resumed_run_goes_on_with_its_id_and_drops_no_point(tmp_path):
     assert steps == sorted(set(steps))  # also over the parts, which `wandb sync` appends
 
 
+@pytest.mark.slow
 def test_a_failed_job_closes_its_run_as_failed_and_the_next_one_opens_its_own(tmp_path, monkeypatch, finished):
     loss = TCopilotModule._pilot_loss
     monkeypatch.setattr(
@@ -378,6 +379,7 @@ def test_a_failed_job_closes_its_run_as_failed_and_the_next_one_opens_its_own(tm
     assert ids[0] != ids[1]
 
 
+@pytest.mark.slow
 def test_wandb_can_be_switched_off(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     composed.train(tmp_path, *SHORT)
@@ -406,6 +408,7 @@ def test_credentials_are_found_where_wandb_looks_for_them(variable, entry, found
     assert has_credentials() is found
 
 
+@pytest.mark.slow
 def test_another_server_needs_credentials_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text("machine wandb.example.org login user password key")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

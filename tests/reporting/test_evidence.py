@@ -255,6 +255,7 @@ def test_a_call_whose_time_is_over_starts_nothing(script, settings, tmp_path):
     assert not job.folder.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("cpu", "gpu")), "smoke"])
 def test_every_run_of_the_grid_composes(script, settings, tmp_path, preset):
     about = settings["presets"][preset]

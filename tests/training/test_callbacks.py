@@ -72,6 +72,7 @@ def test_resuming_is_exact_with_every_kind_of_round(options, tmp_path):
     assert_same_end(whole, resumed, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [Prioritised, pytest.param(Reservoir, marks=SLOW)])
 def test_resuming_is_exact_with_a_truncated_log_under_every_policy(policy, tmp_path):
     def log():
@@ -85,6 +86,7 @@ def test_resuming_is_exact_with_a_truncated_log_under_every_policy(policy, tmp_p
 VALIDATED = {"trainer": {"limit_val_batches": 1, "val_check_interval": 4}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved_after", [pytest.param(3, marks=SLOW), 4])
 def test_validation_between_rounds_does_not_change_what_a_resumed_run_does(saved_after, tmp_path):
     whole = finished("t5", **VALIDATED)
@@ -98,6 +100,7 @@ def test_validation_does_not_change_training():
     assert plain.losses.copilot == validated.losses.copilot
 
 
+@pytest.mark.slow
 def test_a_run_can_be_resumed_more_than_once(tmp_path):
     whole = finished("llama")
     with pytest.raises(Crash):
@@ -116,6 +119,7 @@ def test_without_the_random_state_a_resumed_run_with_dropout_would_differ(tmp_pa
     assert resumed.losses.pilot != whole.losses.pilot[5:]
 
 
+@pytest.mark.slow
 def test_all_three_random_states_go_on_where_they_were(tmp_path):
     def draw(into):
         return EachRound(lambda *args: into.append((random.random(), np.random.rand(), np.random.randn())))
@@ -146,6 +150,7 @@ def test_a_run_goes_on_at_the_rates_of_its_new_config(tmp_path):
     assert rates == [[1e-5, 2e-5]] * 5
 
 
+@pytest.mark.slow
 def test_a_run_that_logs_no_lines_trains(tmp_path):
     run = Run("llama", tmp_path, callbacks=[Throughput()], trainer={"log_every_n_steps": 0}).fit()
     assert run.module.round == ROUNDS
@@ -158,6 +163,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_checkpoints_are_named_by_round_and_only_the_newest_stay(tmp_path):
     Run("llama", tmp_path / "two", every=3, keep=2).idle().fit()
     assert names(tmp_path / "two") == ["round=10", "round=9"]
@@ -177,6 +183,7 @@ def test_a_finished_run_that_is_resumed_trains_no_further(tmp_path):
     assert_equal(weights(whole.model), weights(resumed.model))
 
 
+@pytest.mark.slow
 def test_a_crash_while_saving_leaves_the_checkpoint_before_it_intact(tmp_path, monkeypatch):
     sealed = checkpoints_module._sealed
 
@@ -195,6 +202,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before_it_intact(tmp_path, m
     assert_same_end(finished("llama"), resumed, 3)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_loads_as_tensors_and_plain_values_only(tmp_path):
     run = Run("t5", tmp_path, own_feedback=0.5, log=MistakeLog(storage=TopKStorage(3))).fit()
     state = SafeCheckpointIO().load_checkpoint(tmp_path / "round=10")
@@ -202,6 +210,7 @@ def test_a_checkpoint_loads_as_tensors_and_plain_values_only(tmp_path):
     assert {name.split("{")[0] for name in state["callbacks"]} == {"MistakeLogCallback", "RngState"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "how"),
     [
@@ -238,6 +247,7 @@ def test_frozen_pretrained_weights_are_left_out_of_the_file_and_found_again(fami
     assert_same_end(whole, resumed, 5)
 
 
+@pytest.mark.slow
 def test_frozen_weights_that_were_never_pretrained_stay_in_the_file(tmp_path):
     whole = Run("llama", tmp_path, every=5, pilot=None).fit()
     saved = SafeCheckpointIO().load_checkpoint(tmp_path / "round=5")["state_dict"]
@@ -271,6 +281,7 @@ def handlers():
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "number"),
     [
@@ -291,6 +302,7 @@ def test_a_stopped_run_finishes_its_round_saves_and_resumes_as_if_never_stopped(
     assert_same_end(whole, resumed, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stopped_in", [3, pytest.param(4, marks=SLOW)])
 def test_a_run_stopped_where_validation_is_due_resumes_as_if_never_stopped(stopped_in, tmp_path, handlers):
     Run("t5", tmp_path, callbacks=[Signal(stopped_in)], **VALIDATED).fit()
@@ -298,6 +310,7 @@ def test_a_run_stopped_where_validation_is_due_resumes_as_if_never_stopped(stopp
     assert_same_end(finished("t5", **VALIDATED), resumed, stopped_in + 1)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_can_be_stopped_again(tmp_path, handlers):
     Run("llama", tmp_path, callbacks=[Signal(2)]).fit()
     Run("llama", tmp_path, seed=5, callbacks=[Signal(6)]).fit(tmp_path / "round=3")
@@ -331,6 +344,7 @@ def test_a_run_that_fails_gives_the_signals_back(tmp_path, handlers):
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
+@pytest.mark.slow
 def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path, handlers):
     def poison(trainer, module):
         if module.round == 6:
@@ -364,6 +378,7 @@ def test_the_logs_statistics_are_reported_while_training():
         assert "log/truncation_error" in reported
 
 
+@pytest.mark.slow
 def test_each_validation_writes_the_logs_energy_beside_its_own(tmp_path):
     logger = CSVLogger(tmp_path, name="", version="")
     options = {"limit_val_batches": 1, "val_check_interval": 5, "logger": logger, "log_every_n_steps": 1}
@@ -412,14 +427,17 @@ def test_a_healthy_run_rings_no_alarm():
     assert alarms(rounds=40, rows=2000, pilot=None, copilot=learner(lr=1e-2)) == {}
 
 
+@pytest.mark.slow
 def test_a_copilot_that_stays_at_zero_rings_once():
     assert alarms(rounds=8, pilot=None, copilot=learner(lr=0.0), **QUICK) == {"collapsed": 1}
 
 
+@pytest.mark.slow
 def test_a_copilot_whose_corrections_hurt_rings_once():
     assert alarms(rounds=8, pilot=None, copilot=learner(lr=0.0), head_std=1.0, **QUICK) == {"harmful": 1}
 
 
+@pytest.mark.slow
 def test_a_copilot_that_gains_no_likelihood_in_the_end_rings_once(monkeypatch):
     settings = {"rounds": 8, "pilot": None, "copilot": learner(lr=0.0), "head_std": 1.0, **QUICK}
     assert alarms(**settings) == {"harmful": 1}  # which says so already
@@ -427,6 +445,7 @@ def test_a_copilot_that_gains_no_likelihood_in_the_end_rings_once(monkeypatch):
     assert alarms(**settings) == {"harmful": 1, "no gain": 1}
 
 
+@pytest.mark.slow
 def test_a_log_that_the_pilot_has_trained_a_pass_past_rings_once():
     settings = {"rounds": 8, "rows": 32, "capacity": 8, "copilot": learner(lr=1e-2), **QUICK}  # a pass is 2 rounds
     assert alarms(**settings, pilot=learner(lr=1e-4))["outgrown"] == 1
@@ -434,6 +453,7 @@ def test_a_log_that_the_pilot_has_trained_a_pass_past_rings_once():
     assert "outgrown" not in alarms(**settings | {"rows": 400}, pilot=learner(lr=1e-4))
 
 
+@pytest.mark.slow
 def test_how_far_the_pilot_is_past_its_records_is_logged_where_it_learns(tmp_path):
     small = [*composed.SMALL, "rounds=8", "data.benchmarks.word_problems.train=16", "data.batch_size=4"]  # 4 a pass
     small += ["fusion.weight=0", "mistake_log.every_n_rounds=8", "trainer.log_every_n_steps=8"]
@@ -458,6 +478,7 @@ def test_a_log_of_old_rounds_rings_once(monkeypatch):
     assert alarms(**settings, capacity=5) == {}
 
 
+@pytest.mark.slow
 def test_nothing_rings_in_the_first_half_of_a_run():
     data = task_data("llama", 16)
     module = small_module(tiny_model("llama", vocab=vocabulary_size(data)), 16, copilot=learner(lr=0.0))

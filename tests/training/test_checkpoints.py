@@ -483,6 +483,7 @@ def test_the_first_save_that_fails_says_to_start_anew(tmp_path):
         save({}, tmp_path / "file" / "round=20")
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_one_clear_error_and_leaves_the_last_checkpoint(tmp_path):
     """Where the disk is full is simulated by a limit on the size of files, which grows too small with the log."""
 
@@ -548,6 +549,7 @@ def test_a_run_does_not_mix_its_checkpoints_with_those_of_another(tmp_path):
     assert names(tmp_path) == ["round=10", "round=6"]
 
 
+@pytest.mark.slow
 def test_a_run_resumed_past_a_damaged_checkpoint_replaces_it(tmp_path):
     whole = finished("t5")
     for rounds in (4, 8, 10):
@@ -578,6 +580,7 @@ def test_retention_never_removes_the_newest_state_in_favour_of_a_damaged_later_o
     assert seen == [[f"round={rounds}"] for rounds in range(5, 11)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "policy", "workers", "saved_after"),
     [
@@ -600,6 +603,7 @@ class Broken(Exception):
     """What goes wrong in validation."""
 
 
+@pytest.mark.slow
 def test_a_state_is_not_lost_when_the_validation_after_it_fails(tmp_path, monkeypatch):
     options = {"trainer": {"limit_val_batches": 1, "val_check_interval": 5}}
     run = Run("llama", tmp_path / "cut", every=5, **options)

@@ -37,6 +37,7 @@ def changes(states):
     return [not same(before, after) for before, after in pairwise(states)]
 
 
+@pytest.mark.slow
 def test_the_copilot_stops_and_the_pilot_goes_on(tmp_path, told):
     told((0.9, 0.8, 0.81, 0.82, 0.83))
     pilots, copilots = [], []
@@ -51,6 +52,7 @@ def test_the_copilot_stops_and_the_pilot_goes_on(tmp_path, told):
     assert one.log.seen_rounds == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("end", "kept"), [((0.9, 0.5), 4), ((0.5, 0.9), ROUNDS)])
 def test_the_better_one_with_the_final_pilot_is_kept(tmp_path, told, end, kept):
     told((0.9, 0.7, 0.8, 0.8, 0.8), end)
@@ -59,6 +61,7 @@ def test_the_better_one_with_the_final_pilot_is_kept(tmp_path, told, end, kept):
     assert_equal(weights(one.model.copilot), copilots[kept - 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved_after", [6, *(pytest.param(after, marks=pytest.mark.slow) for after in (4, 8))])
 def test_a_resumed_run_stops_where_the_whole_one_does(tmp_path, told, saved_after):
     ratios = (0.9, 0.8, 0.85, 0.86, 0.87)
@@ -73,6 +76,7 @@ def test_a_resumed_run_stops_where_the_whole_one_does(tmp_path, told, saved_afte
     assert_equal(whole.log.state_dict(), resumed.log.state_dict())
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_keeps_the_same_copilot(tmp_path, told):
     ratios = (0.9, 0.7, 0.8, 0.8, 0.8)
     told(ratios, (0.9, 0.5))
@@ -82,6 +86,7 @@ def test_a_finished_run_that_is_resumed_keeps_the_same_copilot(tmp_path, told):
     assert_equal(weights(one.model), weights(again.model))
 
 
+@pytest.mark.slow
 def test_it_measures_what_validation_reports(tmp_path):
     measured = []
     ratio = copilot_stop._ratio

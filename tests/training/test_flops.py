@@ -56,16 +56,19 @@ def total(rounds: int, every: int, pilot_only: bool = False, count: FlopCount | 
     return count.total()
 
 
+@pytest.mark.slow
 def test_a_few_counted_rounds_stand_for_all():
     of_all = total(2, every=1)
     assert total(2, every=2) == pytest.approx(of_all)
     assert total(4, every=4) == pytest.approx(2 * of_all)
 
 
+@pytest.mark.slow
 def test_the_copilot_costs_too():
     assert total(4, every=2) > 1.1 * total(4, every=2, pilot_only=True)
 
 
+@pytest.mark.slow
 def test_a_resumed_count_goes_on():
     before = FlopCount(1)
     first = total(2, every=1, count=before)
@@ -74,6 +77,7 @@ def test_a_resumed_count_goes_on():
     assert total(3, every=1, count=after) == pytest.approx(2.5 * first)
 
 
+@pytest.mark.slow
 def test_counting_ends_with_its_round():
     count = FlopCount(2)
     total(4, every=2, count=count)

@@ -102,6 +102,7 @@ def test_the_copilot_never_changes_the_pilot(family):
     assert same(weights(fused.pilot), weights(bare.pilot))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LLAMA_FIRST)
 def test_the_pilot_changes_the_copilot_through_the_log_alone(family):
     before = weights(tiny_model(family, head_std=0.1).copilot)
@@ -180,6 +181,7 @@ def test_micro_batches_of_2_equal_one_batch_of_8(family):
     assert results[2][0].copilot == pytest.approx(results[None][0].copilot, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_micro_batches_equal_one_batch_under_adamw_with_clipping():
     batches = batches_of("t5", 4, rows=8)
     models = [trained("t5", batches, micro_batch_size=size, copilot_batch_size=64)[1] for size in (None, 2, 3)]
@@ -298,6 +300,7 @@ def test_a_frozen_pilot_stays_as_it_is_while_its_copilot_learns(family):
     assert losses.copilot[-1] < 0.8 * losses.copilot[0]
 
 
+@pytest.mark.slow
 def test_models_return_to_their_modes_after_validation():
     data = task_data("llama", rounds=4)
     modes = []
@@ -313,6 +316,7 @@ def test_models_return_to_their_modes_after_validation():
         assert modes == [(pilot is not None, True)] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LLAMA_FIRST)
 @pytest.mark.parametrize("built", [True, False])
 def test_without_a_learner_for_the_copilot_training_is_plain_fine_tuning(family, built):
@@ -339,6 +343,7 @@ def test_without_a_learner_for_the_copilot_training_is_plain_fine_tuning(family,
 # Options -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LLAMA_FIRST)
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_training_on_own_outputs_changes_what_the_copilot_reads(family, share):
@@ -373,6 +378,7 @@ def test_training_on_own_outputs_reads_the_outputs_of_the_teacher_forced_pass():
     assert losses.copilot == pytest.approx([squares.mean().sqrt().item()], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LLAMA_FIRST)
 @pytest.mark.parametrize("own_feedback", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_bf16_mixed_trains_close_to_full_precision(family, own_feedback):
@@ -399,6 +405,7 @@ def test_bf16_mixed_gives_every_copilot_weight_its_gradient_when_training_on_own
     assert moved[0] == moved[1] != set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", T5_FIRST)
 def test_gradient_checkpointing_gives_the_same_losses(family):
     batches = batches_of(family, 4)

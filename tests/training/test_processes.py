@@ -83,6 +83,7 @@ def overrides_of(variant: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant", [name if name == "t5" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]
 )
@@ -167,6 +168,7 @@ def test_a_job_whose_processes_differ_does_not_start(tmp_path):
     assert not (tmp_path / "metrics.csv").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_whose_others_never_come_says_so_and_ends(rank, tmp_path):
     place = {"NODE_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 30500 + os.getpid() % 1000}

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import composed
+import pytest
 from processes import run_in_processes
 from small_training import tiny_model
 from torch.distributed.device_mesh import init_device_mesh
@@ -41,6 +42,7 @@ def division_job(folder):
     (folder / str(rank())).touch()
 
 
+@pytest.mark.slow
 def test_each_process_holds_half_of_a_divided_pilot_and_gets_back_all_of_it(tmp_path):
     run_in_processes(division_job, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2

@@ -32,6 +32,7 @@ def prepared(tmp_path, *overrides):
     return cfg, build.prepare(cfg)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "joint"),
     [("llama", True), *(pytest.param(*case, marks=SLOW) for case in (("t5", False), ("t5", True), ("llama", False)))],
@@ -49,6 +50,7 @@ def test_the_estimate_of_training_is_within_a_fifth_of_what_live_tensors_take(fa
     assert needed.training + (log.nbytes if joint else 0) == pytest.approx(memory.peak, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "beams"),
     [("llama", 4), *(pytest.param(*case, marks=SLOW) for case in (("llama", 1), ("t5", 1), ("t5", 4)))],
@@ -71,6 +73,7 @@ def test_the_estimate_of_decoding_is_within_a_fifth_of_what_live_tensors_take(fa
     assert needed.decoding == pytest.approx(memory.peak, rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -161,6 +164,7 @@ def test_of_a_divided_pilot_each_process_holds_its_part():
     assert (one.logits, one.decoding) == (two.logits, two.decoding)
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_fit_stops_before_weights_load(tmp_path, monkeypatch):
     free = 3_000_000  # enough for the log and for the parameters, but not for all
     monkeypatch.setattr(free_memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))

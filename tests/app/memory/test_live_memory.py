@@ -51,6 +51,7 @@ def test_kinds_are_told_apart_at_the_peak():
         assert len(kept) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LLAMA_FIRST)
 def test_the_byte_limit_of_the_log_bounds_the_memory_that_it_takes_in_training(family):
 

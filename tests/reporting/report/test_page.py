@@ -64,6 +64,7 @@ def text_of(tokens):
     return " ".join(token for token in tokens if token not in ("<pad>", "<eos>"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("benchmark", BENCHMARKS)
 def test_a_trace_holds_rows_spread_over_the_split_along_right_and_emitted_answers(run, benchmark):
     weight = composed.results(run)["selected_weight"]
@@ -85,6 +86,7 @@ def test_a_trace_holds_rows_spread_over_the_split_along_right_and_emitted_answer
     assert meta["benchmarks"][benchmark]["decoding"]["pilot"] > 0
 
 
+@pytest.mark.slow
 def test_the_gain_table_is_results_json_and_fixed_minus_broken_is_the_difference(reported):
     found = composed.results(reported)["gain"]
     lines = gain_lines(FinishedRun.read(reported))
@@ -96,12 +98,14 @@ def test_the_gain_table_is_results_json_and_fixed_minus_broken_is_the_difference
     assert [float(value) for value in shown] == [gain["difference"] for gain in found]
 
 
+@pytest.mark.slow
 def test_a_count_that_does_not_add_up_is_shown(reported):
     run = FinishedRun.read(reported)
     run.results.gain[0] = run.results.gain[0].__class__(**vars(run.results.gain[0]) | {"fixed": 7})
     assert gain_lines(run)[0]["adds_up"] is False
 
 
+@pytest.mark.slow
 def test_the_explorer_has_every_example_with_its_outcome_and_traced_ones_first(reported):
     found = json.loads(DATA.search(page_of(reported))[1])
     assert len(found["examples"]) == 60
@@ -113,6 +117,7 @@ def test_the_explorer_has_every_example_with_its_outcome_and_traced_ones_first(r
     assert " ".join(found["tokens"][position[0]] for position in gold[:-1]) == found["examples"][0][4]
 
 
+@pytest.mark.slow
 def test_a_full_page_keeps_the_answers_that_changed(reported, monkeypatch):
     run = FinishedRun.read(reported)
     changed = sum(e[2] in ("fixed", "broken") and e[-1] is not None for e in examples(run)["examples"])
@@ -124,6 +129,7 @@ def test_a_full_page_keeps_the_answers_that_changed(reported, monkeypatch):
     assert sum(outcome in ("fixed", "broken") for outcome in kept) == changed
 
 
+@pytest.mark.slow
 def test_each_plot_is_a_png_with_its_numbers_as_csv(reported):
     figures, page = reported / "report" / "figures", page_of(reported)
     plots = {file.stem for file in figures.glob("*.png")}
@@ -147,6 +153,7 @@ def test_each_plot_is_a_png_with_its_numbers_as_csv(reported):
     assert sum(int(line["count"]) for line in mistakes) > 0
 
 
+@pytest.mark.slow
 def test_the_page_loads_nothing_and_names_the_weights(reported):
     page = page_of(reported)
     assert not re.search(r'(?:src|href)="(?:https?:)?//', page)
@@ -155,6 +162,7 @@ def test_the_page_loads_nothing_and_names_the_weights(reported):
     assert FinishedRun.read(reported).results.best_weight == pytest.approx(float(star[1]), abs=5e-4)
 
 
+@pytest.mark.slow
 def test_a_weight_for_each_benchmark_reaches_the_trace_and_the_page(run, tmp_path, unplotted):
     trained = json.loads((run / "trace" / "meta.json").read_text())["trained"]
     given = ["fusion.per=benchmark", "trace=true", f"trace_rows={TRACED}"]
@@ -169,6 +177,7 @@ def test_a_weight_for_each_benchmark_reaches_the_trace_and_the_page(run, tmp_pat
     assert "theorem's λ₀" not in page  # it is of all benchmarks together
 
 
+@pytest.mark.slow
 def test_a_bound_that_knows_no_gate_is_not_drawn_for_one(run):
     read = FinishedRun.read(run)
     trained = Path(read.trace.meta["trained"])
@@ -181,6 +190,7 @@ def test_a_bound_that_knows_no_gate_is_not_drawn_for_one(run):
         (trained / "theorem.json").unlink()
 
 
+@pytest.mark.slow
 def test_ids_of_all_plots_are_unique(reported):
     svgs = re.findall(r"<svg.*?</svg>", page_of(reported), re.DOTALL)
     ids = [name for svg in svgs for name in set(re.findall(r'\bid="([^"]+)"', svg))]
@@ -188,6 +198,7 @@ def test_ids_of_all_plots_are_unique(reported):
     assert len(ids) == len(set(ids))
 
 
+@pytest.mark.slow
 def test_text_of_a_model_cannot_become_markup(reported, tmp_path, unplotted):
     folder = tmp_path / "eval"
     shutil.copytree(reported, folder)
@@ -201,6 +212,7 @@ def test_text_of_a_model_cannot_become_markup(reported, tmp_path, unplotted):
     assert any(example[6] == "</script><script>alert(1)</script>" for example in data["examples"])
 
 
+@pytest.mark.slow
 def test_the_theorems_bound_is_read_from_the_run_or_its_training_run(run, tmp_path):
     folder = tmp_path / "eval"
     shutil.copytree(run, folder)
@@ -212,6 +224,7 @@ def test_the_theorems_bound_is_read_from_the_run_or_its_training_run(run, tmp_pa
     (run.parent / "train" / "theorem.json").unlink()
 
 
+@pytest.mark.slow
 def test_the_evidence_tables_are_shown_once_there_are_some(reported, tmp_path, unplotted):
     text = "# Evidence\n<!-- evidence: tables -->\n{}\n<!-- evidence: end of tables -->\n"
     table = "### Commonsense\n\n| arm | gain |\n| --- | --- |\n| `literal` | <b>+1.5</b> |\n"
@@ -226,6 +239,7 @@ def test_the_evidence_tables_are_shown_once_there_are_some(reported, tmp_path, u
     assert "<b>+1.5</b>" not in shown[1]
 
 
+@pytest.mark.slow
 def test_a_training_run_is_reported_without_a_trace_and_told_how_to_get_one(run, tmp_path, unplotted):
     trained = run.parent / "train"
     assert main([str(trained), "--out", str(tmp_path)]) == 0
@@ -248,6 +262,7 @@ def test_a_run_of_another_version_is_not_reported_on(tmp_path, capsys):
     assert "made by version 0.1.0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_reported_on_is_answered_with_the_mend(run, tmp_path, capsys):
     assert main([str(tmp_path)]) == 1
     assert "no results.json there; give the directory of a finished" in capsys.readouterr().err
@@ -257,6 +272,7 @@ def test_a_folder_that_cannot_be_reported_on_is_answered_with_the_mend(run, tmp_
     assert "write it anew with eval.py trace=true" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -270,6 +286,7 @@ def test_a_bad_setting_of_the_trace_is_refused_before_anything_runs(run, tmp_pat
     assert not (tmp_path / "eval").exists()
 
 
+@pytest.mark.slow
 def test_a_run_without_a_copilot_has_nothing_to_trace(run, tmp_path):
     trained = tmp_path / "train"
     shutil.copytree(run.parent / "train", trained, ignore=shutil.ignore_patterns("checkpoints"))
