@@ -21,7 +21,7 @@ test: .venv/dev ## Run the tests
 	$(RUN) -m pytest -q -n 2 --dist worksteal
 
 .PHONY: test-slow
-test-slow: .venv/dev ## Run the tests that take minutes
+test-slow: .venv/dev ## Run the tests that train and decode more (about half an hour)
 	$(RUN) -m pytest -q -m "slow and not gpu" -n 2 --dist worksteal
 
 .PHONY: lint
