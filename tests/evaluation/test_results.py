@@ -58,7 +58,8 @@ def results() -> Results:
 
 @pytest.fixture
 def control() -> Control:
-    return Control("Pilot, equal time", "gsm8k", "test", "accuracy", 0.4425, 1319, (0.41, 0.47), 812, 61.2)
+    figure = ("gsm8k", "test", "accuracy", 0.4425, 1319, (0.41, 0.47))
+    return Control(*figure, name="Pilot, equal time", rounds=812, train_seconds=61.2)
 
 
 def text(table) -> str:

@@ -22,7 +22,10 @@ def test_the_card_names_pilot_data_weight_gain_and_controls(tmp_path):
         assert part in text
     assert NO_CONTROL in text
     assert "- a remark" in text
-    control = Control("pilot_for_the_same_time", "gsm8k", "test", "accuracy", 0.26, 100, (0.2, 0.3), 900, 60.0)
+    control = Control(
+        *("gsm8k", "test", "accuracy", 0.26, 100, (0.2, 0.3)), name="pilot_for_the_same_time", rounds=900,
+        train_seconds=60.0,
+    )  # fmt: skip
     folder = tmp_path / "models" / "my-t5"
     folder.mkdir(parents=True)
     card = model_card(replace(results, controls=[control]), str(folder), T5Config())

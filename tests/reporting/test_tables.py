@@ -32,7 +32,8 @@ def test_controls_are_noted_beneath_with_what_the_fused_model_differs_by(three_s
     for seed, value in enumerate((0.44, 0.46, 0.49)):
         path = three_seeds / str(seed) / "results.json"
         results = Results.load(path)
-        control = Control("Pilot, equal time", "gsm8k", "test", "accuracy", value, 1319, (0.4, 0.5), 900, 61.2)
+        figure = ("gsm8k", "test", "accuracy", value, 1319, (0.4, 0.5))
+        control = Control(*figure, name="Pilot, equal time", rounds=900, train_seconds=61.2)
         results.controls = [control, replace(control, benchmark="all", metric="nll", value=0.1)]
         results.save(path)
     (summary,) = summaries_of(three_seeds)

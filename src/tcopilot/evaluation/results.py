@@ -71,28 +71,20 @@ class Gain:
         return direction(self.difference, self.ci95, self.p_value, lower_is_better=not self.higher_is_better)
 
 
-@dataclass(frozen=True)
-class Control:
-    """Another model on the same rows, such as the Pilot trained for the wall time of the joint run.
+@dataclass(frozen=True, kw_only=True)
+class Control(Row):
+    """A figure of another model on the same rows, such as the Pilot trained for the wall time of the joint run.
 
     `rounds` are Pilot updates, `train_seconds` wall time and `train_flops` operations: what the model cost to train.
     `weight` is the λ at which it answers, above 0 if it is a fused model itself.
     """
 
+    weight: float = 0.0
     name: str
-    benchmark: str
-    split: str
-    metric: str
-    value: float
-    n: int
-    ci95: Interval
     rounds: int
     train_seconds: float
     train_flops: float | None = None
     parameters: int | None = None
-    higher_is_better: bool = True
-    unit: str = SHARE
-    weight: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -265,7 +265,7 @@ def _scored(name: str, trained: Trained, joint: JointRun, folder: Path) -> list[
     found = evaluator.run([weight], (split, split))
     compared = {(gain.benchmark, gain.metric) for gain in found.gain} | {("all", NLL.name)}
     return [
-        Control(CONTROLS[name][0], **asdict(row), **trained.costs, parameters=parameters)
+        Control(name=CONTROLS[name][0], **asdict(row), **trained.costs, parameters=parameters)
         for row in found.rows
         if (row.benchmark, row.metric) in compared and row.weight == weight
     ]
