@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 from all import FOUND, ON_GPU, PAGE, render
-from rich.console import Console
-from rich.table import Table
+from tables import of, show
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -139,13 +138,12 @@ def publish(visit: dict[str, Any], out: Path) -> None:
 
 def print_table(visit: dict[str, Any], out: Path) -> None:
     """Show every step with its state, and where its output is."""
-    table = Table(title=", ".join(visit["machine"].values()))
-    for column in ("step", "state", "seconds", "last line"):
-        table.add_column(column)
+    rows = []
     for name, found in visit["steps"].items():
         lines = [line for line in found.get("tail", "").splitlines() if any(map(str.isalnum, line))]
-        table.add_row(name, found["state"], str(found.get("seconds", "")), lines[-1][:70] if lines else "")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        rows.append(found | {"step": name, "last line": lines[-1][:70] if lines else ""})
+    columns = {name: of(name) for name in ("step", "state", "seconds", "last line")}
+    show(", ".join(visit["machine"].values()), rows, columns)
     print(f"results: {out / 'visit.json'}")
 
 
