@@ -1,7 +1,5 @@
 """The processes of one job, or the only one: who am I, wait, agree, add up."""
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

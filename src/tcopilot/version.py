@@ -1,7 +1,5 @@
 """The version of this package. Every run directory carries it in its `config.yaml`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -6,8 +6,6 @@ evaluation of LLM-Adapters does, so that figures can be compared with published 
 number or the first capital letter anywhere in the text, and so finds answers where none is given.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from decimal import Context, Decimal

@@ -4,8 +4,6 @@ A benchmark owns its metrics (`Benchmark.metrics`); λ is chosen by the first. A
 `Metric` or `CorpusMetric` that the benchmark's YAML names: ``metric: {_target_: my_metrics.EditDistance}``.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence

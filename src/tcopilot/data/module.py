@@ -1,7 +1,5 @@
 """The data module: benchmarks in, batches of a round and rows of an evaluation out."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

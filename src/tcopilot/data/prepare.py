@@ -1,7 +1,5 @@
 """From raw rows to rows of token ids, with every complaint that can be made without a model."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -3,8 +3,6 @@
 Every rank draws the same global batches and takes its own slice, so ranks together see what one process sees.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any, TypeVar

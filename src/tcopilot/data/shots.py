@@ -1,7 +1,5 @@
 """Shots: solved training rows that stand before each prompt of a benchmark, the same ones before all of them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from itertools import chain

@@ -1,7 +1,5 @@
 """Where rows come from: a built-in task, files, or the Hugging Face Hub; and their mixture."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """From a benchmark to its three splits of raw rows: read, carved where validation is missing, subsampled."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What is said of the prepared rows before training: how many, how long, and what spoils their use."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any

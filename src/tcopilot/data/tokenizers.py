@@ -1,7 +1,5 @@
 """Two tokenizers that need no download: a closed vocabulary of words, and bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

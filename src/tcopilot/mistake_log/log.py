@@ -106,7 +106,6 @@ class MistakeLog:
         self._generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
-        """Number of records held."""
         return len(self.held)
 
     @property

@@ -119,7 +119,6 @@ class Recording:
             raise RecordingError(f"{what}; give the folder `recording` of a run with pilot.frozen=true") from error
 
     def __len__(self) -> int:
-        """Rows recorded."""
         return len(self._places)
 
     def __contains__(self, key: int) -> bool:

@@ -3,8 +3,6 @@
 Adapters of a quantised Pilot are stored as they are, since what they would be merged into would be rounded again.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ a config that names the base and its quantisation. Loading reads the base where 
 that the model is the one that was trained, to the bit.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The Pilot: a pretrained model from the Hub or a folder, or a small one built from a config."""
 
-from __future__ import annotations
-
 import pickle
 import warnings
 from collections.abc import Iterator

@@ -3,8 +3,6 @@
 A recording of a frozen Pilot (`mistake_log/recording.py`) needs no more of it while Copilots are fitted.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

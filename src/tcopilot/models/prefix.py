@@ -6,8 +6,6 @@ prompt as a whole.
 Shapes: B batch, T columns of prompt and target, S shared tokens, R = T − S, P Pilot width.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Embeddings, output head and norms stay as they are, and so does all that a Copil
 that it may start from. bitsandbytes is imported where it is needed, since it takes a second.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from typing import Any

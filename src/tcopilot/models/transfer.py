@@ -1,7 +1,5 @@
 """A Copilot on a Pilot that it was not trained with (Table 3): what fits, and putting both together."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase

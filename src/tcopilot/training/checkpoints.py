@@ -5,8 +5,6 @@ each is a `.safetensors` file of the tensors and a `.json` file of the structure
 size and SHA-256 of each. The folder gets its name when all is on disk: a crash leaves nothing or a whole checkpoint.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools

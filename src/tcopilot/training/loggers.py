@@ -1,7 +1,5 @@
 """wandb's run of a job, which a resumed run goes on with."""
 
-from __future__ import annotations
-
 import json
 import netrc
 import os

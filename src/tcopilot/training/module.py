@@ -1,7 +1,5 @@
 """Algorithm 1: a round updates the Pilot on a batch and the Copilot on records of the Mistake Log."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Nested values as JSON and tensors: what a checkpoint can hold. Nothing that is read back can be executed."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

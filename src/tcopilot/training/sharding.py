@@ -4,8 +4,6 @@ A layer is gathered for its own forward and backward pass and given up behind it
 the Pilot and is read outside of forward passes, stays whole in every process.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """When checkpoints are saved, what goes into them, and how many stay."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Early stopping of the Copilot by its error ratio on validation rows, and the choice of the Copilot that is kept."""
 
-from __future__ import annotations
-
 import logging
 import math
 from itertools import islice

@@ -1,7 +1,5 @@
 """What a run costs in floating-point operations, measured on the rounds themselves."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -63,7 +61,6 @@ class FlopCounter(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and count it."""
         result = operation(*args, **(kwargs or {}))
         packet = operation._overloadpacket
         if (formula := FORMULAS.get(packet) or QUANTISED.get(packet._qualified_op_name)) is not None:

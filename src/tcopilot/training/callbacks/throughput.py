@@ -1,7 +1,5 @@
 """How fast rounds are, whose time they take, how much of it goes to padding, and how much memory."""
 
-from __future__ import annotations
-
 import resource
 import sys
 from typing import Any
