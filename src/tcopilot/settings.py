@@ -4,11 +4,9 @@ A component lists its rules in `SETTINGS`. The checks of a config apply those of
 built, so that every problem is reported at once; constructors call `require`, for callers who build them in Python.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 LARGEST = 2**31 - 1  # of whole numbers whose rule names no other: libraries count in 32 or 64 bits
 
@@ -38,7 +36,7 @@ class Rule(NamedTuple):
         too_large = is_whole(value) and value > LARGEST and str(LARGEST) not in self.mend
         return f"{value}: {self.mend}" + (f", and at most {LARGEST}" if too_large else "")
 
-    def or_null(self) -> Rule:
+    def or_null(self) -> Self:
         """The same rule, with null allowed."""
         return Rule(lambda value: value is None or self.allows(value), self.mend)
 

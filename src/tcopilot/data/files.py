@@ -4,8 +4,6 @@ JSON and CSV are read line by line, because a complaint then names the line and 
 007); Parquet by `datasets`. Arrow unpacks what is compressed.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -17,7 +15,7 @@ from functools import partial
 from glob import glob
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Self
 
 import datasets
 import pyarrow as pa
@@ -40,7 +38,7 @@ STARTS = {  # of files that are no JSON lines
 class WrittenNumber(float):
     """A number that is written out as the file has it: 2.50 as 2.50, and with all its digits."""
 
-    def __new__(cls, text: str) -> WrittenNumber:
+    def __new__(cls, text: str) -> Self:
         """Keep the number's text."""
         number = super().__new__(cls, text)
         number.text = text

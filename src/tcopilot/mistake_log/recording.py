@@ -11,8 +11,6 @@ tokenizer are other rows. Files are written by any number of processes and read 
 Shapes: T target tokens of all rows, N target length, D depths, P Pilot width, k likeliest tokens, V vocabulary.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -20,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -85,7 +83,7 @@ class Recording:
         self.find()
 
     @classmethod
-    def open(cls, folder: Path, pilot: RecordedPilot) -> Recording:
+    def open(cls, folder: Path, pilot: RecordedPilot) -> Self:
         """Open a recording to go on with, or begin one.
 
         Raises:

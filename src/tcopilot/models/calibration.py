@@ -6,10 +6,9 @@ of validation rows, in seconds, after training. On a Pilot that has converged th
 Shapes: B batch, N target length, V vocabulary, R target tokens, A tokens that have a bias, H bins of a histogram.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +45,65 @@ class CalibrationHead(nn.Module):
         """Return f^C for the Pilot's log p̂."""
         calibrated_RV = log_probs_RV * torch.exp(-self.log_temperature) + self.bias
         return torch.softmax(calibrated_RV, dim=-1) - log_probs_RV.exp()
+
+
+@dataclass
+class Observed:
+    """What a calibration is fitted on: log p̂ of the tokens that have a bias, and how the others are distributed.
+
+    The others only act through their sum of p̂^(1/T). For this they are counted in bins of log p̂, so that p̂ itself need
+    not be kept; the sum is exact at T = 1.
+
+    Attributes:
+        tokens_A: the tokens that have a bias, in order.
+        log_probs_RA: log p̂ of these.
+        log_count_RH: the logarithm of how many of the others lie in each bin.
+        log_mean_RH: that of their mean p̂.
+        target_R: log p̂ of the target.
+        place_R: of the target among `tokens_A`; −1 if it is none of them.
+    """
+
+    tokens_A: Tensor
+    log_probs_RA: Tensor
+    log_count_RH: Tensor
+    log_mean_RH: Tensor
+    target_R: Tensor
+    place_R: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, log_probs_BNV: Tensor, targets_BN: Tensor, mask_BN: Tensor, tokens_A: Tensor) -> Self:
+        """Observe a batch of targets, teacher-forced; padding is left out."""
+        targets_R, device = targets_BN[mask_BN], log_probs_BNV.device
+        places_V = torch.full((log_probs_BNV.shape[-1],), -1, device=device)
+        places_V[tokens_A.to(device)] = torch.arange(len(tokens_A), device=device)
+        log_probs_RV, parts = log_probs_BNV[mask_BN], []
+        for some_RV in log_probs_RV.split(ROWS_AT_ONCE):
+            others_RV = some_RV[:, places_V < 0]
+            bins_RV = (others_RV / -BIN).clamp(0, BINS - 1).long()
+            empty_RH = some_RV.new_zeros(len(some_RV), BINS)
+            count_RH = empty_RH.scatter_add(1, bins_RV, torch.ones_like(others_RV))
+            mass_RH = empty_RH.scatter_add(1, bins_RV, others_RV.exp())
+            log_mean_RH = (mass_RH / count_RH.clamp_min(1)).clamp_min(TINY).log()
+            parts.append((some_RV[:, places_V >= 0].cpu(), count_RH.log().cpu(), log_mean_RH.cpu()))
+        columns = (torch.cat(column) for column in zip(*parts, strict=True))
+        target_R = log_probs_RV.gather(-1, targets_R[:, None])[:, 0].cpu()
+        return cls(tokens_A.cpu(), *columns, target_R, places_V[targets_R].cpu())
+
+    @classmethod
+    def joined(cls, parts: Iterable[Self]) -> Self:
+        """Those of many batches together."""
+        parts = list(parts)
+        columns = zip(*(tuple(vars(one).values())[1:] for one in parts), strict=True)
+        return cls(parts[0].tokens_A, *(torch.cat(column) for column in columns))
+
+    def nll(self, inverse_temperature: Tensor, bias_A: Tensor) -> Tensor:
+        """−log of the calibrated probability of each target, [R]."""
+        with_bias_RA = inverse_temperature * self.log_probs_RA.double() + bias_A
+        others_RH = inverse_temperature * self.log_mean_RH.double() + self.log_count_RH
+        total_R = torch.cat([with_bias_RA, others_RH], dim=1).logsumexp(1)
+        bias_R = torch.where(self.place_R >= 0, bias_A[self.place_R], 0.0)
+        return total_R - inverse_temperature * self.target_R.double() - bias_R
 
 
 class Calibration(LayerlessCopilot):
@@ -89,62 +147,3 @@ class Calibration(LayerlessCopilot):
         with torch.no_grad():
             self.head.log_temperature.copy_(log_temperature)
             self.head.bias.zero_()[seen.tokens_A] = bias_A.detach().to(self.head.bias)
-
-
-@dataclass
-class Observed:
-    """What a calibration is fitted on: log p̂ of the tokens that have a bias, and how the others are distributed.
-
-    The others only act through their sum of p̂^(1/T). For this they are counted in bins of log p̂, so that p̂ itself need
-    not be kept; the sum is exact at T = 1.
-
-    Attributes:
-        tokens_A: the tokens that have a bias, in order.
-        log_probs_RA: log p̂ of these.
-        log_count_RH: the logarithm of how many of the others lie in each bin.
-        log_mean_RH: that of their mean p̂.
-        target_R: log p̂ of the target.
-        place_R: of the target among `tokens_A`; −1 if it is none of them.
-    """
-
-    tokens_A: Tensor
-    log_probs_RA: Tensor
-    log_count_RH: Tensor
-    log_mean_RH: Tensor
-    target_R: Tensor
-    place_R: Tensor
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, log_probs_BNV: Tensor, targets_BN: Tensor, mask_BN: Tensor, tokens_A: Tensor) -> Observed:
-        """Observe a batch of targets, teacher-forced; padding is left out."""
-        targets_R, device = targets_BN[mask_BN], log_probs_BNV.device
-        places_V = torch.full((log_probs_BNV.shape[-1],), -1, device=device)
-        places_V[tokens_A.to(device)] = torch.arange(len(tokens_A), device=device)
-        log_probs_RV, parts = log_probs_BNV[mask_BN], []
-        for some_RV in log_probs_RV.split(ROWS_AT_ONCE):
-            others_RV = some_RV[:, places_V < 0]
-            bins_RV = (others_RV / -BIN).clamp(0, BINS - 1).long()
-            empty_RH = some_RV.new_zeros(len(some_RV), BINS)
-            count_RH = empty_RH.scatter_add(1, bins_RV, torch.ones_like(others_RV))
-            mass_RH = empty_RH.scatter_add(1, bins_RV, others_RV.exp())
-            log_mean_RH = (mass_RH / count_RH.clamp_min(1)).clamp_min(TINY).log()
-            parts.append((some_RV[:, places_V >= 0].cpu(), count_RH.log().cpu(), log_mean_RH.cpu()))
-        columns = (torch.cat(column) for column in zip(*parts, strict=True))
-        target_R = log_probs_RV.gather(-1, targets_R[:, None])[:, 0].cpu()
-        return cls(tokens_A.cpu(), *columns, target_R, places_V[targets_R].cpu())
-
-    @classmethod
-    def joined(cls, parts: Iterable[Observed]) -> Observed:
-        """Those of many batches together."""
-        parts = list(parts)
-        columns = zip(*(tuple(vars(one).values())[1:] for one in parts), strict=True)
-        return cls(parts[0].tokens_A, *(torch.cat(column) for column in columns))
-
-    def nll(self, inverse_temperature: Tensor, bias_A: Tensor) -> Tensor:
-        """−log of the calibrated probability of each target, [R]."""
-        with_bias_RA = inverse_temperature * self.log_probs_RA.double() + bias_A
-        others_RH = inverse_temperature * self.log_mean_RH.double() + self.log_count_RH
-        total_R = torch.cat([with_bias_RA, others_RH], dim=1).logsumexp(1)
-        bias_R = torch.where(self.place_R >= 0, bias_A[self.place_R], 0.0)
-        return total_R - inverse_temperature * self.target_R.double() - bias_R

@@ -6,12 +6,10 @@ E‖p − p̂ − g f^C‖² that a gate of its kind can give (Theorem 4.1, beyo
 Shapes: B batch, N targets, V vocabulary, T target tokens of a data set, F features.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -30,6 +28,35 @@ PENALTY = 1e-4
 """Weight of the squared coefficients beside the relative squared error."""
 
 
+@dataclass
+class Observations:
+    """What a gate is fitted on: ⟨ℓ, f^C⟩, ‖f^C‖², position from 0, and `TokenGate`'s features of each target token."""
+
+    inner_T: Tensor
+    energy_T: Tensor
+    positions_T: Tensor
+    features_TF: Tensor
+
+    @classmethod
+    def of(cls, log_probs_BNV: Tensor, corrections_BNV: Tensor, targets_BN: Tensor, mask_BN: Tensor) -> Self:
+        """Observe a batch of targets, teacher-forced, by f^C without a gate; padding is left out."""
+        errors_BNV = token_errors(log_probs_BNV.exp(), targets_BN)
+        positions_BN = torch.arange(targets_BN.shape[1], device=targets_BN.device).expand_as(targets_BN)
+        inner_BN, energy_BN = (errors_BNV * corrections_BNV).sum(-1), corrections_BNV.square().sum(-1)
+        parts = (
+            inner_BN.double(),
+            energy_BN.double(),
+            positions_BN,
+            _features(log_probs_BNV, corrections_BNV).double(),
+        )
+        return cls(*(part[mask_BN].cpu() for part in parts))
+
+    @classmethod
+    def joined(cls, parts: list[Self]) -> Self:
+        """Those of many batches together."""
+        return cls(*(torch.cat(columns) for columns in zip(*(vars(one).values() for one in parts), strict=True)))
+
+
 class Gate(ABC):
     """How strongly each correction counts. A gate is a dataclass whose fields are its fitted values."""
 
@@ -41,7 +68,7 @@ class Gate(ABC):
 
     @classmethod
     @abstractmethod
-    def fit(cls, seen: Observations) -> Gate:
+    def fit(cls, seen: Observations) -> Self:
         """Choose the gate with the least squared error on what was seen."""
 
     def settings(self) -> dict[str, Any]:
@@ -64,7 +91,7 @@ class PositionGate(Gate):
         return gate_BN.unsqueeze(-1)
 
     @classmethod
-    def fit(cls, seen: Observations) -> PositionGate:
+    def fit(cls, seen: Observations) -> Self:
         """Take λ* of each bucket."""
         buckets, values = _buckets(seen.positions_T), []
         for bucket in range(len(EDGES) + 1):
@@ -89,7 +116,7 @@ class TokenGate(Gate):
         return LARGEST * torch.sigmoid(score_BN).unsqueeze(-1)
 
     @classmethod
-    def fit(cls, seen: Observations) -> TokenGate:
+    def fit(cls, seen: Observations) -> Self:
         """Find the coefficients by L-BFGS, from 0, where g = 1 everywhere."""
         coefficients_F = torch.zeros(seen.features_TF.shape[1], dtype=torch.float64, requires_grad=True)
         search = torch.optim.LBFGS([coefficients_F], max_iter=100, line_search_fn="strong_wolfe")
@@ -119,35 +146,6 @@ def build_gate(settings: Mapping[str, Any] | None) -> Gate | None:
     if (kind := values.pop("per", None)) not in GATES:
         raise ValueError(f"gate per {kind!r} is not one of {', '.join(GATES)}")
     return GATES[kind](**values)
-
-
-@dataclass
-class Observations:
-    """What a gate is fitted on: ⟨ℓ, f^C⟩, ‖f^C‖², position from 0, and `TokenGate`'s features of each target token."""
-
-    inner_T: Tensor
-    energy_T: Tensor
-    positions_T: Tensor
-    features_TF: Tensor
-
-    @classmethod
-    def of(cls, log_probs_BNV: Tensor, corrections_BNV: Tensor, targets_BN: Tensor, mask_BN: Tensor) -> Observations:
-        """Observe a batch of targets, teacher-forced, by f^C without a gate; padding is left out."""
-        errors_BNV = token_errors(log_probs_BNV.exp(), targets_BN)
-        positions_BN = torch.arange(targets_BN.shape[1], device=targets_BN.device).expand_as(targets_BN)
-        inner_BN, energy_BN = (errors_BNV * corrections_BNV).sum(-1), corrections_BNV.square().sum(-1)
-        parts = (
-            inner_BN.double(),
-            energy_BN.double(),
-            positions_BN,
-            _features(log_probs_BNV, corrections_BNV).double(),
-        )
-        return cls(*(part[mask_BN].cpu() for part in parts))
-
-    @classmethod
-    def joined(cls, parts: list[Observations]) -> Observations:
-        """Those of many batches together."""
-        return cls(*(torch.cat(columns) for columns in zip(*(vars(one).values() for one in parts), strict=True)))
 
 
 def _buckets(positions: Tensor) -> Tensor:

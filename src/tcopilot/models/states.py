@@ -6,10 +6,8 @@ h is defined on what transformers returns as hidden states, without the embeddin
 1 … L, the last of them after the family's final norm (that is what the unembedding reads).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -89,7 +87,7 @@ class PilotStates:
     head_input_BNP: Tensor | None = None
     pilot: PreTrainedModel | None = None
 
-    def rows(self, rows: slice | Tensor) -> PilotStates:
+    def rows(self, rows: slice | Tensor) -> Self:
         """Some of the rows, of a slice as views; a mask [B] copies them."""
         return replace(self, **{name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)})
 

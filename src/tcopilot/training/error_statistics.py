@@ -5,9 +5,8 @@ A Copilot that has collapsed to 0, or has memorised its log, looks fine on its t
 Shapes: B batch, N target length, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -86,7 +85,7 @@ class ErrorStatistics:
         self._sums = sum_over_ranks(self._sums)
 
     @classmethod
-    def joined(cls, parts: Iterable[ErrorStatistics]) -> ErrorStatistics:
+    def joined(cls, parts: Iterable[Self]) -> Self:
         """The statistics of several benchmarks together."""
         parts = list(parts)
         total = cls(parts[0].weights, parts[0]._fusion)

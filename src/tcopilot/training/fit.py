@@ -7,13 +7,11 @@ as one more entry, the tail, which has their exact mass under p̂ and is shifted
 Shapes: B records, N target length, Q = D · P states read, T target tokens, U tokens compared, V vocabulary.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
@@ -48,7 +46,7 @@ class RecordBatch(NamedTuple):
     likeliest_Tk: Tensor
 
     @classmethod
-    def of(cls, records: Sequence[Mapping[str, Tensor]]) -> RecordBatch:
+    def of(cls, records: Sequence[Mapping[str, Tensor]]) -> Self:
         """Collate records."""
         states_BNQ = pad_sequence([record["states"].float() for record in records], batch_first=True)
         lengths_B = torch.tensor([len(record["targets"]) for record in records])
