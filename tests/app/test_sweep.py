@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tcopilot.app import joint, run, sweep
 from tcopilot.app.jobs import STOPPED
 from tcopilot.evaluation.results import Gain, Results, Row
-from tcopilot.training.callbacks.checkpoint import checkpoints
+from tcopilot.training.checkpoints import checkpoints
 
 SHORT = [*composed.SMALL, "fusion.weight=[0,1]", "trainer.enable_progress_bar=false", "~callbacks.progress"]
 DOCS = composed.ROOT / "docs" / "sweeps.md"

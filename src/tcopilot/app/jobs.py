@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.run_directory import RunDirectory, flatten, override, write_whole
-from tcopilot.training.callbacks.checkpoint import checkpoints
+from tcopilot.training.checkpoints import checkpoints
 
 STOPPED = 130  # exit status of a program that was told to stop and has saved its state
 FOREVER = float("inf")

@@ -19,7 +19,6 @@ from tcopilot.training.checkpoints import (
     save,
 )
 
-__all__ = ["RoundCheckpoint", "checkpoints", "round_of"]
 log = logging.getLogger(__name__)
 
 
