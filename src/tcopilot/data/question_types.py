@@ -13,17 +13,7 @@ from dataclasses import dataclass
 from string import Formatter, ascii_uppercase
 from typing import ClassVar, Literal
 
-from tcopilot.data.answers import (
-    close,
-    first_name,
-    is_blank,
-    last_number,
-    letter_after,
-    name_after,
-    number_after,
-    read_number,
-    tidy,
-)
+from tcopilot.data import answers
 from tcopilot.data.benchmarks import Benchmark, DataError, Example, Row, is_finite, lookup, text_at
 from tcopilot.data.metrics import Answer, LenientAccuracy, Metric, NoAnswer
 
@@ -73,11 +63,11 @@ class NamedAnswer(TwoReadings):
     def extract(self, text: str) -> str | None:
         """Return the one name behind the answer sentence."""
         before = next(text for text, word, _, _ in Formatter().parse(self.target) if word == "answer")
-        return name_after(text, " ".join(before.split()), self._pattern)
+        return answers.name_after(text, " ".join(before.split()), self._pattern)
 
     def extract_lenient(self, text: str) -> str | None:
         """Return the first name anywhere in the text."""
-        return first_name(text, self._pattern)
+        return answers.first_name(text, self._pattern)
 
     @property
     @abstractmethod
@@ -191,7 +181,7 @@ class Cloze(MultipleChoice):
 
     def extract(self, text: str) -> str | None:
         """Return the text itself, without the answer sentence if the target has one."""
-        found = tidy(text)
+        found = answers.tidy(text)
         return found and (found.removeprefix(" ".join(self.target.partition("{answer}")[0].split())).strip() or None)
 
     def extract_lenient(self, text: str) -> str | None:
@@ -258,7 +248,7 @@ class NumberAnswer(TwoReadings):
         if not found:
             lack = f"no {self.split_on!r} before a number"
             raise DataError(f"{self.answer_column} is {text[-40:]!r}, which gives no number: it has {lack}")
-        number = read_number(tail)
+        number = answers.read_number(tail)
         if number is None:
             raise DataError(
                 f"{self.answer_column} is {text[-40:]!r}, which gives no number; expected one, with at most a unit"
@@ -269,15 +259,15 @@ class NumberAnswer(TwoReadings):
 
     def extract(self, text: str) -> str | None:
         """Return the first number behind the last marker."""
-        return number_after(text, self.marker)
+        return answers.number_after(text, self.marker)
 
     def extract_lenient(self, text: str) -> str | None:
         """Return the last number anywhere in the text."""
-        return last_number(text)
+        return answers.last_number(text)
 
     def same(self, found: str | None, answer: str) -> bool:
         """Compare two numbers with a tolerance of 0.001."""
-        return close(found, answer)
+        return answers.close(found, answer)
 
 
 @dataclass(kw_only=True)
@@ -334,11 +324,11 @@ class LetteredOptions(TwoReadings):
 
     def extract(self, text: str) -> str | None:
         """Return the letter directly behind the last marker."""
-        return letter_after(text, self.marker, self._letters)
+        return answers.letter_after(text, self.marker, self._letters)
 
     def extract_lenient(self, text: str) -> str | None:
         """Return the first capital that is an option's letter, even inside a word."""
-        return first_name(text, f"[{self._letters}]")
+        return answers.first_name(text, f"[{self._letters}]")
 
     @property
     def _letters(self) -> str:
@@ -347,7 +337,7 @@ class LetteredOptions(TwoReadings):
 
 def _has_twin(options: Sequence[str], gold: int) -> bool:
     """Tell whether the gold option stands there a second time, white space and forms of accents apart."""
-    texts = [tidy(option) for option in options]
+    texts = [answers.tidy(option) for option in options]
     return texts.count(texts[gold]) > 1
 
 
@@ -360,7 +350,7 @@ def _options(row: Row, paths: Sequence[str], count: int | None) -> list[str]:
             if not isinstance(option, str | int | float) or not is_finite(option):
                 raise DataError(f"{path} is {value!r:.80}, expected a text or a list of texts")
             options.append(text_at({"option": option}, "option").strip())
-            if is_blank(options[-1]):
+            if answers.is_blank(options[-1]):
                 raise DataError(f"{path} has an empty option: {value!r:.80}")
     if len(options) < 2 or (count is not None and len(options) != count):
         expected = "at least 2" if count is None else str(count)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 LEAST_ROOM = 64  # columns
 
@@ -103,60 +103,6 @@ def with_room(cache: Cache) -> Cache:
         if cache.layer_class_to_replicate is DynamicLayer:
             cache.layer_class_to_replicate = RoomyLayer
     return cache
-
-
-def static_cache(cache: Cache, room: int, memory_room: int, block: int) -> Cache:
-    """An empty cache of fixed size and place for what a filled one holds and for what is to come.
-
-    Sliding windows must not have dropped anything. There is room for as many more columns in the self-attention (in a
-    decoder-only Copilot also rows of the log) and in the cross-attention; sizes are multiples of a block.
-    """
-    if isinstance(cache, EncoderDecoderCache):
-        parts = (cache.self_attention_cache, room), (cache.cross_attention_cache, memory_room)
-        return EncoderDecoderCache(*(static_cache(part, columns, 0, block) for part, columns in parts))
-    static = Cache([StaticLayer(rounded(layer.get_seq_length() + room, block)) for layer in cache.layers])
-    for place, layer in zip(static.layers, cache.layers, strict=True):
-        place.lazy_initialization(layer.keys, layer.values)
-    return static
-
-
-def static_sizes(cache: Cache, room: int, memory_room: int, block: int) -> list[tuple]:
-    """Sizes and types of what `static_cache` makes."""
-    if isinstance(cache, EncoderDecoderCache):
-        sizes = static_sizes(cache.self_attention_cache, room, 0, block)
-        return sizes + static_sizes(cache.cross_attention_cache, memory_room, 0, block)
-    held = [(rounded(layer.get_seq_length() + room, block), layer.keys) for layer in cache.layers]
-    return [(size, keys.shape[:2], keys.shape[-1], keys.dtype, keys.device) for size, keys in held]
-
-
-def fill_cache(static: Cache, cache: Cache) -> None:
-    """Move keys and values into a cache of `static_cache`."""
-    if isinstance(cache, EncoderDecoderCache):
-        fill_cache(static.self_attention_cache, cache.self_attention_cache)
-        fill_cache(static.cross_attention_cache, cache.cross_attention_cache)
-        static.is_updated = dict.fromkeys(range(len(cache.cross_attention_cache.layers)), True)
-        return
-    for place, layer in zip(static.layers, cache.layers, strict=True):
-        seen = layer.get_seq_length()
-        for held, given in ((place.keys, layer.keys), (place.values, layer.values)):
-            held[:, :, :seen] = given
-            held[:, :, seen:] = 0  # masks hide these columns, but a NaN left by an earlier call would come through
-        place.cumulative_length.fill_(seen)
-
-
-def rounded(size: int, block: int) -> int:
-    """The smallest multiple of a block that holds a size.
-
-    >>> rounded(65, 64), rounded(64, 64), rounded(5, 1)
-    (128, 64, 5)
-    """
-    return -(-size // block) * block
-
-
-def in_place(tensor: Tensor) -> Tensor:
-    """Tell compiled code that a tensor stays where it is, so that a CUDA graph may read and write it there."""
-    torch._dynamo.mark_static_address(tensor)
-    return tensor
 
 
 @dataclass(kw_only=True)
