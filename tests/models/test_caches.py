@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer, EncoderDecoderCache
 
-from tcopilot.models.caches import RoomyLayer, fill_cache, static_cache, with_room
+from tcopilot.models.caches import RoomyLayer, with_room
+from tcopilot.models.static_decoding import fill_cache, static_cache
 
 
 def states(rows=2, columns=1, seed=0):
