@@ -23,26 +23,41 @@ def figures(folder: Path, benchmark: str) -> set[tuple[str, str, float]]:
     }
 
 
-@pytest.fixture(scope="module", params=["tiny_t5", "tiny_llama"])
-def reasoning(request, tmp_path_factory) -> Path:
-    """One run on all reasoning sets together."""
-    given = [f"data=[{','.join(REASONING)}]", f"pilot={request.param}", "evaluation.modes=[generation,likelihood]"]
-    return composed.train(tmp_path_factory.mktemp(request.param), *SMALL, *given)
+MIXTURES = {"tiny_t5": ("commonsense", "arithmetic"), "tiny_llama": (f"[{','.join(REASONING)}]",)}
+
+
+@pytest.fixture(scope="module", params=MIXTURES)
+def reasoning(request, tmp_path_factory) -> dict[str, Path]:
+    """Runs on all reasoning sets by the `data` that they were given: one on all together, or one on each mixture."""
+    given = [*SMALL, f"pilot={request.param}", "evaluation.modes=[generation,likelihood]"]
+    return {
+        data: composed.train(tmp_path_factory.mktemp(request.param), *given, f"data={data}")
+        for data in MIXTURES[request.param]
+    }
 
 
 @pytest.mark.parametrize("name", REASONING)
 def test_a_reasoning_set_trains_and_is_scored_by_text_and_by_likelihood(name, reasoning):
     metrics = {"accuracy", "accuracy_lenient", "no_answer"}
     metrics |= set() if name in OPEN else {"accuracy_sum", "accuracy_mean"}
-    found = figures(reasoning, name)
-    assert found == {(s, m, w) for s in ("validation", "test") for m in metrics for w in (0.0, 0.3, 1.0)}
-    (gain, *_) = (gain for gain in composed.results(reasoning)["gain"] if gain["benchmark"] == name)
+    (folder,) = [folder for folder in reasoning.values() if figures(folder, name)]
+    assert figures(folder, name) == {
+        (s, m, w) for s in ("validation", "test") for m in metrics for w in (0.0, 0.3, 1.0)
+    }
+    (gain, *_) = (gain for gain in composed.results(folder)["gain"] if gain["benchmark"] == name)
     assert gain["metric"] == "accuracy"
 
 
-@pytest.mark.parametrize("ranking", ["beam", "exhaustive"])
-@pytest.mark.parametrize("name", ["beauty", "lastfm"])
+def test_a_mixture_reports_each_of_its_sets(reasoning):
+    sets = {"commonsense": REASONING[:6], "arithmetic": REASONING[6:]}
+    for data, folder in reasoning.items():
+        reported = {gain["benchmark"] for gain in composed.results(folder)["gain"]}
+        assert reported == set(sets.get(data, REASONING))
+
+
+@pytest.mark.parametrize(("name", "ranking"), [("beauty", "beam"), ("lastfm", "exhaustive")])
 def test_a_recommendation_set_ranks_its_whole_catalogue(name, ranking, tmp_path):
+    """Both ways of ranking walk a trie of items and see nothing else of a set."""
     given = [f"data.benchmarks.{name}.history=3", "data.max_eval_rows=2", f"evaluation.ranking={ranking}"]
     folder = composed.train(tmp_path, *SMALL, "pilot=tiny_llama", f"data={name}", *given)
     metrics = {f"{kind}@{k}" for kind in ("hit", "ndcg") for k in (5, 10, 20, 100)}
@@ -50,10 +65,3 @@ def test_a_recommendation_set_ranks_its_whole_catalogue(name, ranking, tmp_path)
         (s, m, w) for s in ("validation", "test") for m in metrics for w in (0.0, 0.3, 1.0)
     }
     assert not any("hit" in note and "must" in note for note in composed.results(folder)["notes"])
-
-
-@pytest.mark.parametrize("name", ["commonsense", "arithmetic"])
-def test_a_mixture_reports_each_of_its_sets(name, tmp_path):
-    folder = composed.train(tmp_path, *SMALL, "pilot=tiny_t5", f"data={name}")
-    reported = {gain["benchmark"] for gain in composed.results(folder)["gain"]}
-    assert reported == set(REASONING[:6] if name == "commonsense" else REASONING[6:])

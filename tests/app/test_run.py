@@ -470,35 +470,39 @@ def test_an_evaluation_without_a_run_says_what_to_give(tmp_path):
 # Every kind of run that a config can ask for ------------------------------------------------------------------------
 
 KINDS = {
-    "top-k log": ["log_storage@mistake_log.log.storage=topk", "mistake_log.log.storage.k=8"],
-    "half-precision log": ["mistake_log.log.dtype=bfloat16", "mistake_log.log.storage.dtype=float16"],
-    **{name: [f"mistake_log={name}"] for name in ("latest", "reservoir", "prioritised", "balanced")},
-    **{name: [f"objective={name}"] for name in ("mse", "kl", "ce")},
-    "soft head": ["copilot.head=soft"],
+    "top-k log, mse": ["log_storage@mistake_log.log.storage=topk", "mistake_log.log.storage.k=8", "objective=mse"],
+    "half-precision log, kl": [
+        "mistake_log.log.dtype=bfloat16",
+        "mistake_log.log.storage.dtype=float16",
+        "objective=kl",
+    ],
+    "latest records of a stream": ["mistake_log=latest", "data.streaming=true"],
+    "reservoir, max pooling, pattern 2": ["mistake_log=reservoir", "copilot.pooling=max", "copilot.pattern=2"],
+    "prioritised, linear schedule, pattern 3": [
+        *("mistake_log=prioritised", "copilot.pattern=3"),
+        *("scheduler@pilot.scheduler=linear", "scheduler@copilot.scheduler=constant"),
+    ],
+    "balanced, random error input, pattern 4": [
+        *("mistake_log=balanced", "copilot.error_input=normal", "copilot.pattern=4")
+    ],
+    "soft head, ce": ["copilot.head=soft", "objective=ce"],
     "own feedback": ["fusion.feedback=own", "copilot.own_feedback=0.5"],
     "only a head": ["copilot=head"],
     "only a head, on a Llama": ["copilot=head", "copilot.head=low_rank", "pilot=tiny_llama"],
-    "logits": ["fusion=logits", "fusion.weight=[0,1]"],
-    "beam search": ["evaluation=beam4"],
-    "bf16": ["trainer.precision=bf16-mixed"],
-    "micro batches": ["pilot.micro_batch_size=4"],
-    "checkpointing": ["pilot.gradient_checkpointing=true", "copilot.gradient_checkpointing=true"],
-    **{
-        f"pattern {n} of {model}": [f"pilot=tiny_{model}", f"copilot.pattern={n}"]
-        for n in (2, 3, 4)
-        for model in TASKS
-    },
-    **{f"no positions in {model}": [f"pilot=tiny_{model}", "copilot.positions=none"] for model in TASKS},
-    "inclusive context": ["copilot.context=inclusive"],
-    "max pooling": ["copilot.pooling=max"],
-    "random error input": ["copilot.error_input=normal"],
-    "one layer": ["copilot=half"],
-    "stream": ["data.streaming=true"],
+    "logits, one layer": ["fusion=logits", "fusion.weight=[0,1]", "copilot=half"],
+    "bf16, checkpointing": [
+        *("trainer.precision=bf16-mixed", "pilot.gradient_checkpointing=true", "copilot.gradient_checkpointing=true")
+    ],
+    "no positions in a Llama, pattern 2": [*LLAMA, "copilot.positions=none", "copilot.pattern=2"],
+    "inclusive context in a Llama, pattern 3": [*LLAMA, "copilot.context=inclusive", "copilot.pattern=3"],
+    "beams and micro-batches of a Llama, pattern 4": [
+        *(*LLAMA, "evaluation=beam4", "pilot.micro_batch_size=4", "copilot.pattern=4")
+    ],
     "passes instead of rounds": ["rounds=null", "data.epochs=0.25", "data.max_train_rows=128"],
-    "linear schedule": ["scheduler@pilot.scheduler=linear", "scheduler@copilot.scheduler=constant"],
     "Tensorboard": ["logger=tensorboard"],
     "Llama": LLAMA,
 }
+"""Values of different parts share a run; that they agree with one another is what tests of those parts show."""
 FAST = ("own feedback", "only a head", "passes instead of rounds", "Llama")
 
 
