@@ -59,7 +59,12 @@ def exists(cfg: DictConfig, key: str) -> bool:
 @pytest.mark.parametrize("name", composed.some_fast(files("experiment"), composed.FAST_EXPERIMENTS.__contains__))
 def test_every_experiment_gives_parts_that_can_be_built(name, tmp_path):
     cfg = composed.compose_config(f"experiment={name}", ON_A_CPU, f"paths.run_dir={tmp_path}")
-    cfg.pilot.path = "/runs/a/export" if cfg.pilot.frozen else cfg.pilot.path  # such an experiment asks for one
+    composed.assert_targets_exist(cfg)
+    assert cfg.name != composed.compose_config().name or name == "demo"  # runs of experiments stand apart
+    if cfg.pilot.frozen:
+        (problem,) = config_problems(cfg)
+        assert "give pilot.path=<model or export>" in problem
+        cfg.pilot.path = "/runs/a/export"
     assert config_problems(cfg) == []
     for node in (cfg.pilot, cfg.copilot):
         learner = build.learner(node, 100)

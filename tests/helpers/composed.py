@@ -25,8 +25,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.utils import get_object
 from lightning import Callback, LightningModule, Trainer
-from omegaconf import DictConfig, OmegaConf, base, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, base, open_dict
 from processes import Forked
 
 from tcopilot.app import build, run
@@ -199,6 +200,24 @@ def program(script: str, *overrides: str, timeout: int = 250) -> subprocess.Comp
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [sys.executable, script, *overrides]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def assert_targets_exist(cfg: DictConfig) -> None:
+    """Every class or function that a config names can be imported."""
+    found = _dotted_targets(cfg)
+    assert found
+    for name in found:
+        assert callable(get_object(name)), name
+
+
+def _dotted_targets(node: object) -> set[str]:
+    """All values of `_target_` below a node, interpolations left alone."""
+    if isinstance(node, DictConfig):
+        own = {node["_target_"]} if "_target_" in node else set()
+        return own.union(*(_dotted_targets(node._get_node(key)) for key in node))
+    if isinstance(node, ListConfig):
+        return set().union(*(_dotted_targets(node._get_node(i)) for i in range(len(node))))
+    return set()
 
 
 def results(folder: Path) -> dict[str, Any]:
