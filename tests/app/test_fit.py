@@ -232,7 +232,7 @@ def test_what_a_recording_cannot_serve_is_refused(pilot, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_record_and_fit_as_one(pilot, first, tmp_path):
-    done = composed.program(
+    done = composed.forked(
         "train.py", *frozen(pilot), "trainer=two_ranks", f"paths.run_dir={tmp_path}", *composed.QUIET
     )
     assert done.returncode == 0, done.stderr

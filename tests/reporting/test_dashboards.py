@@ -419,7 +419,8 @@ def test_another_server_needs_credentials_of_its_own(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_jobs_of_a_sweep_are_runs_of_one_group(tmp_path):
-    done = composed.program("train.py", "-m", *SHORT, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    with composed.without_estimate():
+        done = composed.forked("train.py", "-m", *SHORT, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     one, two = (json.loads(file.read_text()) for file in tmp_path.glob("*/wandb.json"))
     assert one["id"] != two["id"]
