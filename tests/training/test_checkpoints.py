@@ -586,9 +586,12 @@ def test_retention_never_removes_the_newest_state_in_favour_of_a_damaged_later_o
     [
         pytest.param(*case, marks=[] if case in (("t5", Reservoir, 1, 3), ("llama", Fifo, 0, 7)) else pytest.mark.slow)
         for case in itertools.product(["t5", "llama"], [Fifo, Reservoir], [0, 1], [3, 7])
+        if sum((case[0] == "llama", case[1] is Reservoir, case[2], case[3] == 7)) % 2 == 0
     ],
 )
 def test_resuming_is_exact_in_the_middle_with_loader_processes(family, policy, workers, saved_after, tmp_path):
+    """Any three of the four meet in all values."""
+
     def run(folder, **options):
         made = Run(family, folder, log=MistakeLog(capacity_rounds=3, policy=policy()), steps_per_round=3, **options)
         made.data.num_workers = workers
