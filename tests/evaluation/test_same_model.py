@@ -118,7 +118,7 @@ PROCESSORS = {
 }
 
 
-@pytest.fixture(scope="module", params=["t5", "llama"])
+@pytest.fixture(scope="module", params=["t5", pytest.param("llama", marks=pytest.mark.slow)])
 def silent(request):
     """A model whose Copilot says 0, with the logits of a real one: far from 0 in the mean."""
     pilot = tiny_pilot(request.param, layers=2)

@@ -43,7 +43,7 @@ def rows_read(model, call):
 
 @pytest.mark.parametrize("decoding", DECODING)
 @pytest.mark.parametrize("feedback", ["observed", "own"])
-@pytest.mark.parametrize("family", ["t5", "llama"])
+@pytest.mark.parametrize("family", ["t5", pytest.param("llama", marks=pytest.mark.slow)])
 def test_every_weight_gets_the_tokens_it_has_alone(fuse, prompts, family, feedback, decoding):
     model = fuse(family, feedback=feedback)
     tokens, options = (

@@ -115,7 +115,7 @@ def test_several_weights_decode_at_once(fuse, prompts, family):
     assert not torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("patience", [1, 3, 50])
+@pytest.mark.parametrize("patience", [pytest.param(1, marks=pytest.mark.slow), 3, 50])
 @pytest.mark.parametrize("family", ["t5", "llama"])
 def test_rows_end_at_their_own_step_however_seldom_one_looks(fuse, prompts, monkeypatch, family, patience):
     model = fuse(family)
