@@ -15,8 +15,9 @@ from small_training import VOCAB, random_batch, tiny_model
 from tcopilot.app.theorem import main
 from tcopilot.data.batch import Batch
 from tcopilot.functional import token_errors
-from tcopilot.reporting.theorem.distances import WEIGHTS, DistanceSums, PilotSpread, dropout_draws
+from tcopilot.reporting.theorem.distances import WEIGHTS, DistanceSums
 from tcopilot.reporting.theorem.parabola import EntrySums, Parabola, promised_weight, row_intervals, served_entries
+from tcopilot.reporting.theorem.pilot_variance import PilotSpread, dropout_draws
 from tcopilot.reporting.theorem.verdict import verdict
 from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 

@@ -119,7 +119,10 @@ def _resumed(cfg: DictConfig) -> DictConfig:
 
 
 def evaluate(cfg: DictConfig) -> float | None:
-    """Evaluate an exported run (`run` of `configs/eval.yaml`), at any λ and on any data, without training.
+    """Evaluate an exported run, at any λ and on any data, without training.
+
+    Args:
+        cfg: composed from `configs/eval.yaml`; `run` names the run directory.
 
     Returns:
         The gain on validation in the first benchmark's metric; None for a job of a sweep that failed.

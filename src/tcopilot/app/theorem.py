@@ -26,7 +26,8 @@ from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.models.fusion import ProbabilityFusion
 from tcopilot.models.pilot import ModelSourceError
 from tcopilot.reporting.tables import accept_any_sign
-from tcopilot.reporting.theorem.distances import DistanceSums, PilotSpread, dropout_draws
+from tcopilot.reporting.theorem.distances import DistanceSums
+from tcopilot.reporting.theorem.pilot_variance import PilotSpread, dropout_draws
 from tcopilot.reporting.theorem.verdict import show, verdict
 from tcopilot.run_directory import RunDirectory
 from tcopilot.training.error_statistics import correct_targets

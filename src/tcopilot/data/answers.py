@@ -113,7 +113,10 @@ def name_after(text: str, sentence: str, names: str) -> str | None:
     Upper and lower case differ. A name may come again, but a text that goes on to another one, or to a second number
     ("answer1 or 2"), has no answer: which of the two is meant cannot be told.
 
-    An empty ``sentence`` reads the whole text, where exactly one name must stand; ``names`` is a regular expression.
+    Args:
+        text: What was generated.
+        sentence: The words in front of the name; "" reads the whole text, where exactly one name must stand.
+        names: Regular expression of the names.
     """
     text = " ".join(text.split())
     if sentence:

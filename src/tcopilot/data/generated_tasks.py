@@ -138,7 +138,10 @@ class GeneratedTask(ExactMatch):
     Test, then validation, are drawn first and hold no prompt twice; a train row never has a prompt of either.
     Prompts may repeat within train. The target starts with a space for the sake of byte and subword tokenizers.
 
-    ``kind`` is one of ``KINDS``. The world of ``multiple_choice`` is the same for every seed.
+    Attributes:
+        kind: ``word_problems``, ``multiple_choice``, ``signed_difference`` or ``next_item``.
+        train: Number of rows; likewise ``validation`` and ``test``.
+        seed: Seed of the draw. The world of ``multiple_choice`` is the same for every seed.
     """
 
     target: str = " {target}"

@@ -95,12 +95,16 @@ class RowPreparer:
         for evaluation those of :class:`Example` too and, where it has options, ``option_ids``: the token ids of each
         option, made like ``target_ids``, so that a scorer need not tokenise.
 
-        ``number * stride + index`` is a row's id, with its number in the split from 0, the benchmark's place among the
-        benchmarks and their number. In ``training`` overlong rows may be dropped, and texts are left out.
-
-        ``report`` is called with each complaint; if it returns, the row is left out. ``skip`` is called in its place
-        where a row cannot be rendered or tokenised or gives an empty text; on overlong rows ``overflow`` decides.
-        ``note`` is called with the question of each row that is yielded.
+        Args:
+            rows: (number in the split from 0, raw row) pairs.
+            benchmark: What the rows are of.
+            index: Its place among the benchmarks.
+            stride: Number of benchmarks; ``number * stride + index`` is a row's id.
+            training: Whether overlong rows may be dropped, and texts are left out.
+            report: Called with each complaint; if it returns, the row is left out.
+            skip: Called in its place where a row cannot be rendered or tokenised or gives an empty text. Overlong rows
+                are not among these: ``overflow`` decides on those.
+            note: Called with the question of each row that is yielded.
         """
         rows, skip = iter(rows), skip or report
         start = [] if benchmark.templated else self._start

@@ -55,8 +55,16 @@ class RoundSampler(Resumable, Sampler[list[int]]):
     """Yield the row indices of this rank's part of each round.
 
     A pass is a permutation of all rows by seed and pass, filled up from its own start to whole batches. With
-    ``lengths``, in tokens, [rows], each run of 50 batches is sorted by length and cut into batches, which are then
-    shuffled. ``batch_size`` is that of all ranks together, by whose number it divides; ``seed`` is equal on all.
+    ``lengths`` each run of 50 batches is sorted by length and cut into batches, which are then shuffled.
+
+    Args:
+        rows: Number of rows, at least 1.
+        batch_size: Rows of a global batch.
+        rounds: Number of batches to yield.
+        seed: Seed of the order; equal on all ranks.
+        lengths: Length of each row in tokens, [rows]; None leaves the order purely random.
+        rank: This process.
+        world_size: Number of processes; divides ``batch_size``.
     """
 
     def __init__(
@@ -94,7 +102,8 @@ class RoundSampler(Resumable, Sampler[list[int]]):
 class HeldOutSampler(Resumable, Sampler[list[int]]):
     """Yield, for each round, the rows to train on and as many that are held out from training.
 
-    ``parts`` are, for both, the numbers of their rows, [rows], and the sampler of places among these.
+    Args:
+        parts: For both: the numbers of their rows, [rows], and the sampler of places among these.
     """
 
     def __init__(self, *parts: tuple[np.ndarray, RoundSampler]) -> None:

@@ -21,7 +21,11 @@ def draw_shots(
 
     Rows that ask what a shot asks go with it: in training their answers would stand in their own prompts.
 
-    ``groups`` are the numbers of the rows that may be shots, those that ask the same question together.
+    Args:
+        rows: (number, row) pairs.
+        groups: Numbers of the rows that may be shots, those that ask the same question together.
+        count: Shots to draw.
+        seed: Of the draw.
 
     Raises:
         DataError: If no question would be left.

@@ -25,8 +25,11 @@ class RowSource:
     Raises while iterating:
         DataError: If there is no row, or a row lacks a column that the benchmark reads.
 
-    ``where`` names them in messages. ``check=False`` hands on a row without a column, which is refused when it is
-    rendered, unless all rows lack one.
+    Attributes:
+        where: File, Hub id or task, for messages.
+        benchmark: Whose columns are checked.
+        rows: What is iterated.
+        check: False hands on a row without a column, which is refused when it is rendered, unless all rows lack one.
     """
 
     where: str

@@ -41,7 +41,11 @@ def unreachable(
 ) -> Counter[str]:
     """Judge the gold targets as if they had been generated, and count those that count as wrong by the reason.
 
-    A benchmark that ranks a catalogue reads no text, so none of its rows fails. Decoding waits for ``longest`` tokens.
+    Args:
+        rows: Evaluation rows.
+        benchmark: What they are of; one that ranks a catalogue reads no text, so none of its rows fails.
+        tokenizer: The Pilot's.
+        longest: Tokens that decoding waits for.
     """
     why: Counter[str] = Counter()
     if benchmark.catalogue is not None:
@@ -86,8 +90,13 @@ def judge(
 ) -> list[str]:
     """Complete the figures by what needs all splits; returns what is odd about the rows, a sentence each.
 
-    The figures of each part, ``<benchmark>/<split>``, get ``trained_on`` and ``unreachable``. ``questions`` are what
-    its rows ask, with ``<benchmark>/shots`` among the parts; ``longest`` is as in `unreachable`, by benchmark.
+    Args:
+        summary: ``<benchmark>/<split>`` to its figures, which get ``trained_on`` and ``unreachable``.
+        questions: What the rows of each part ask, ``<benchmark>/shots`` among them.
+        evaluation: Split and benchmark to the rows that are scored.
+        benchmarks: By name.
+        tokenizer: The Pilot's.
+        longest: Benchmark to the tokens that decoding waits for.
     """
     trained, shown = (
         {asked for part, all_asked in questions.items() if part.endswith(end) for asked in all_asked}

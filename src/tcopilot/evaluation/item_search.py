@@ -61,8 +61,17 @@ def rank_exhaustively(
     `rows_at_once` of them together; an end token costs no step. So caches of that many rows are held for each level,
     and a pass takes about (inner nodes of the trie × users / rows_at_once) steps.
 
-    The model may lack a Copilot, and targets of the batch are not read. `seen` has the places in the catalogue of what
-    each user has, which is left out; `keep` is K, the largest cutoff. Equal scores are in the catalogue's order.
+    Args:
+        model: the fused model; it may lack a Copilot.
+        batch: prompts; targets are not read.
+        trie: the catalogue.
+        seen: places in the catalogue of what each user has, which is left out.
+        keep: K, the largest cutoff.
+        weights: the λ.
+        rows_at_once: rows of a step.
+
+    Returns:
+        The ranking at each λ; equal scores are in the catalogue's order.
 
     Raises:
         ValueError: if a user has fewer than `keep` unseen items.

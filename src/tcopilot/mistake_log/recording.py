@@ -166,9 +166,13 @@ class Recording:
             flops: Callable[[], float] = lambda: 0.0) -> None:  # fmt: skip
         """Record rows in the order given. What a stop finds done is kept.
 
-        The rows are prepared, with `source_ids` and `target_ids`, and the frozen Pilot is in eval mode on its device.
-        After each pass `done` is told its number of rows, and `flops` is asked for those of a row, which are added up
-        for whoever reads the recording.
+        Args:
+            rows: prepared rows, with `source_ids` and `target_ids`.
+            pilot: the frozen Pilot, in eval mode, on its device.
+            collate: makes a batch of rows for it.
+            batch_size: rows of a forward pass.
+            done: told the number of rows after each pass.
+            flops: asked after each pass for those of a row, which are added up for whoever reads the recording.
         """
         pooler, device = StackedStates(self.pilot.depths), next(pilot.parameters()).device
         waiting: list[dict[str, Tensor]] = []

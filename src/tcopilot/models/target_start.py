@@ -27,8 +27,13 @@ def find_starts(
     tokens, the labels. Otherwise the whole text is target, and a warning says so. A target has at least one token
     before it: where mask or labels begin with a row's first token, its second one is the first target.
 
-    `length` is T, and the mask is of the whole text, too; with `past` columns in a cache, the other arguments tell of
-    later columns only.
+    Args:
+        length: T, of the whole text.
+        target_start: given by the caller, for all rows or for each.
+        assistant_masks_BT: 1 where a token is the assistant's.
+        labels_BT: `IGNORED_LABEL` where a token is no target.
+        mask_BT: attention mask over the whole text, None for no padding.
+        past: columns that a cache holds; the other arguments but the mask then tell of later columns only.
 
     Raises:
         ValueError: if the target would begin with the first column, or, without a cache, behind the text.

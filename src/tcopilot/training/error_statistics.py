@@ -26,7 +26,10 @@ def correct_targets(
 ) -> tuple[Tensor, Tensor | None]:
     """Score given targets in one pass, with the feedback that the model's decoding uses; its λ is not used.
 
-    Where `states`, what the Pilot's pass over the batch left, are known, it makes none.
+    Args:
+        model: the fused model.
+        batch: with the targets.
+        states: what the Pilot's pass over the batch left, where that is known; then it makes none.
 
     Returns:
         log p̂ [B, N, V] in float32 and f^C [B, N, V]; None for the latter without a Copilot.

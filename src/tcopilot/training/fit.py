@@ -79,9 +79,16 @@ class RecordedRows(Dataset):
 class RecordedData(LightningDataModule):
     """Serves records in batches: one Lightning epoch is all passes of a fit, with a validation after each pass.
 
-    Of the prepared rows, those `recorded` are all that are to be in the recording; `record` writes the records of
-    those that it lacks, computed on a device, before any are read. There may be none to validate on. `batch_size` is
-    that of all processes, and `depths` are of the states that the Copilot reads.
+    Args:
+        recording: where records are read from, and written to first if it lacks some of the rows.
+        train: prepared rows to fit.
+        validation: rows to judge a Copilot by; there may be none.
+        recorded: all rows that are to be in the recording.
+        depths: of the states that the Copilot reads.
+        batch_size: records of an update, over all processes.
+        passes: over the rows to fit.
+        seed: of their order.
+        record: writes the records of some rows, computed on a device.
     """
 
     def __init__(
@@ -123,9 +130,13 @@ class RecordedData(LightningDataModule):
 class CopilotFit(LightningModule):
     """Trains a head-only Copilot on records; the Pilot takes part by its frozen head alone.
 
-    The Pilot's layers may be absent. `updates` are those of the whole fit, for the schedule. By default the likelihood
-    of the fused distribution is learnt; with `own_mistakes` a token counts by how likely the Pilot's own answer comes
-    to it, see `reached`.
+    Args:
+        copilot: to be fitted.
+        pilot: whose head rebuilds p̂; its layers may be absent.
+        learner: how the Copilot is updated.
+        updates: of the whole fit, for the schedule.
+        objective: what it learns, by default the likelihood of the fused distribution.
+        own_mistakes: whether a token counts by how likely the Pilot's own answer comes to it, see `reached`.
     """
 
     SETTINGS: ClassVar[dict[str, Rule]] = {"passes": whole(), "patience": whole(), "own_mistakes": FLAG}

@@ -21,11 +21,16 @@ CHANGEABLE = (
 
 
 def take_overrides(before: DictConfig, cfg: DictConfig, given: Iterable[str]) -> list[str]:
-    """Put the overrides `given`, with which the command line composes `cfg`, into `before`, a run that goes on.
+    """Put overrides of the command line into the config of a run that goes on.
 
     Keys that follow another, as `data.rounds` follows `rounds`, follow it still. A key that the run's config lacks,
     because a later version of this package has added it, is taken whatever it is. Of a group's file, such as
     `evaluation=beam4`, the one thing is taken that it changes; see `_changes`.
+
+    Args:
+        before: the run's own config, changed in place.
+        cfg: what the command line composes.
+        given: its overrides.
 
     Returns:
         The overrides that were not taken.

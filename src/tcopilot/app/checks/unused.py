@@ -23,10 +23,12 @@ _numbers = itertools.count()
 
 
 def slips(cfg: DictConfig, known: Mapping[str, Collection[str]]) -> Iterator[str]:
-    """Keys of a composed config, not resolved, that no run reads.
+    """Keys that no run reads.
 
-    `known` are the keys of each group that this package reads key by key. Other groups are given whole to the
-    constructor of a class, which refuses what it does not know.
+    Args:
+        cfg: the composed config, not resolved.
+        known: the keys of each group that this package reads key by key. Other groups are given whole to the
+            constructor of a class, which refuses what it does not know.
     """
     plain = OmegaConf.to_container(cfg, resolve=False)
     referred = set(REFERENCE.findall(str(plain)))
@@ -74,8 +76,11 @@ def watch(cfg: DictConfig) -> tuple[DictConfig, set[str]]:
 def set_in_files(cfg: DictConfig, plain: DictConfig | None, given: Iterable[str]) -> list[str]:
     """The settings, as `key=value`, in which a config differs from another, and which no override has given.
 
-    `plain` is what the files of the same groups say by themselves, so that the difference is what experiments have
-    set; None if it is not known.
+    Args:
+        cfg: the composed config, not resolved.
+        plain: what the files of the same groups say by themselves, so that the difference is what experiments have
+            set; None if it is not known.
+        given: the overrides of the command line.
     """
     if plain is None:
         return []
@@ -97,8 +102,12 @@ def idle_overrides(
 ) -> list[str]:
     """The settings given for this run, such as `pilot.clip=2`, that change nothing in it.
 
-    `read` are the keys that building the models and the log has read. The settings of `set_in_files` are judged as
-    the overrides of the command line are.
+    Args:
+        cfg: the config of the run.
+        read: the keys that building the models and the log has read.
+        data: the prepared data.
+        given: the overrides of the command line.
+        plain: see `set_in_files`, whose settings are judged too.
     """
     # Groups that are given whole to a constructor, or read once training has ended.
     used = {*read, "data", "trainer", "callbacks", "logger", "paths", "evaluation"}

@@ -22,7 +22,11 @@ class AveragedPilots(nn.Module):
     """Stands in for the Pilot of a fused model without a Copilot, so that the mean is decoded as any Pilot is.
 
     Its cache holds the layers of the first Pilot and then those of the second, so that beam search reorders both. Its
-    encoder returns both Pilots' outputs side by side, [B, M, 2P]. Config and hidden states are the first one's.
+    encoder returns both Pilots' outputs side by side, [B, M, 2P].
+
+    Args:
+        first: a trained Pilot, which also gives config and hidden states.
+        second: another one of the same config.
     """
 
     def __init__(self, first: PreTrainedModel, second: PreTrainedModel) -> None:

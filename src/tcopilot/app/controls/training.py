@@ -198,9 +198,14 @@ def train_pilot(
 ) -> Trained:  # fmt: skip
     """Train the Pilot without a Copilot, one that was frozen with LoRA; on all training rows.
 
-    Its settings are the run's, but for `seed` (of weights and order) and `batch_size` where they are given, and for
-    `rate`, a factor of the learning rate. `free` makes further weights of the model trainable, and FLOPs are counted
-    every `count_every` rounds.
+    Args:
+        joint: the run, whose settings it is trained with.
+        rounds: to train for.
+        seed: of weights and order; the run's own unless given.
+        count_every: rounds from one count of FLOPs to the next.
+        rate: factor of the learning rate.
+        batch_size: rows of a round; the run's own unless given.
+        free: given the model, makes further weights trainable.
     """
     prepared, data = joint.prepared, copy.copy(joint.prepared.data)
     cfg = OmegaConf.merge(joint.cfg, {"copilot": {"enabled": False}, "seed": joint.cfg.seed if seed is None else seed})

@@ -68,7 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write_report(run: FinishedRun, folder: Path, evidence: Markup | None = None) -> Path:
     """Write `index.html`, `figures/*.png` and `figures/*.csv`, and return the page's path.
 
-    `evidence` are tables of many runs, as HTML, that stand at the end of the page.
+    Args:
+        run: the run, read.
+        folder: where to write.
+        evidence: tables of many runs, as HTML, that stand at the end of the page.
 
     Raises:
         RunError: if the run compared nothing, or its trace cannot be read.

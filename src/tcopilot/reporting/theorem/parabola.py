@@ -179,9 +179,14 @@ def weighted_quantiles(values: Floats, weights: Floats) -> dict[str, float]:
 
 
 def row_intervals(rows_R4: Floats) -> dict[str, tuple[float, float]]:
-    """95 % intervals of the figures by the percentile bootstrap over examples, whose tokens belong together.
+    """95 % intervals by the percentile bootstrap over examples, whose tokens belong together.
 
-    `rows_R4` has of each example Σℓ², Σℓf, Σf² and its target tokens. Empty if f^C is 0 in some resample.
+    Args:
+        rows_R4: of each example Σℓ², Σℓf, Σf² and its target tokens.
+
+    Returns:
+        Intervals of `pilot_error_sq`, `copilot_error_sq`, `lambda_star` and `zero_crossing`; empty if f^C is 0
+        in some resample.
     """
     random, found = np.random.default_rng(0), []
     for _ in range(RESAMPLES):
