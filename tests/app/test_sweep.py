@@ -473,10 +473,9 @@ def test_jobs_in_processes_of_their_own_are_kept_like_any_other(launcher, tmp_pa
     assert "1 job failed:" in first.stderr, first.stderr
     assert {path.parent.name for path in tmp_path.glob("*/done.json")} == {"copilot.layers-1"}
     assert "copilot.layers=99" in failure(tmp_path / "copilot.layers-99")
-    if launcher == "joblib":  # the job itself finds that it is done, whichever launcher has started its process
-        times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")}
-        assert composed.program(*given, "copilot.layers=1,99").returncode == 1
-        assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")} == times
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")}
+    assert composed.program(*given, "copilot.layers=1,99").returncode == 1
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/results.json")} == times
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import composed
 import pytest
 import torch
-from family_models import of_families
+from family_models import EVERY_FAMILY, of_families
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import CompileConfig
 
@@ -56,9 +56,8 @@ def test_static_caches_give_the_tokens_of_dynamic_ones(fuse, prompts, family, va
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["t5", "bart", "llama", "gemma2"])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_the_step_compiles_as_one_graph_and_gives_the_same_tokens(fuse, prompts, family):
-    """In each architecture, with one kind of attention or two; above, the caches of every family decode."""
     model = fuse(family)
     tokens = prompts(model.pilot, padded=True)
     assert torch.equal(decode(model, tokens, **COMPILED), decode(model, tokens))

@@ -80,18 +80,16 @@ def test_neither_the_estimate_of_memory_nor_the_count_of_operations_turns_compil
 
 
 @pytest.mark.slow
-def test_compiled_models_of_t5_train_as_the_plain_ones_do():
-    """Those of LLaMA do so below and above: inductor compiles what `aot_eager` runs as it is."""
-    with torch._dynamo.config.patch(assume_static_by_default=False):  # at once for any shape; LLaMA's begin with one
-        compiled_and_plain("t5", "aot_eager", rounds=2, layers=1)
+@pytest.mark.parametrize(("family", "layers"), [("t5", 1), ("llama", 2)])  # those of T5 take the longest
+def test_compiled_models_train_as_the_plain_ones_do(family, layers):
+    compiled_and_plain(family, "aot_eager", layers=layers)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
 def test_models_compiled_by_inductor_train_as_the_plain_ones_do():
     """One layer, since each takes half a minute; the second round's shapes are other than the first's."""
-    with torch._dynamo.config.patch(assume_static_by_default=False):  # one compilation in place of two
-        compiled_and_plain("llama", "inductor", rounds=2, layers=1, pattern=2)
+    compiled_and_plain("llama", "inductor", rounds=2, layers=1, pattern=2)
 
 
 def test_fused_adamw_takes_the_steps_of_the_plain_one():
