@@ -161,7 +161,9 @@ def test_other_fields_do_what_they_do_in_generate(llama, asking):
 def test_a_bad_request_is_refused_with_its_reason(asking):
     before = asking.said()
     for weight in (-1, "0.5", True, [0.5], 10**400):
-        with pytest.raises(openai.BadRequestError, match=r"weight=.*: λ is a number, 0 \(the Pilot\) or positive"):
+        with pytest.raises(
+            openai.BadRequestError, match=r"weight=.*: λ must be 0 \(the Pilot\) or positive: give a number"
+        ):
             asking.chat(weight)
     refused = {
         "weight is a field of the request": {"generation": {"weight": 0.5}},
@@ -200,7 +202,9 @@ def test_a_server_that_cannot_start_says_why(llama, tmp_path, capsys, monkeypatc
     assert f"{tmp_path}: a llama model, which `transformers serve` serves" in refusal(tmp_path, "--port", 0)
     llama.model.config.save_pretrained(tmp_path)
     assert "there is no tokenizer beside the model" in refusal(tmp_path, "--port", 0)
-    assert "weight=-1.0: λ is a number" in refusal(llama.folder, "--port", 0, "--weight", -1)
+    assert "weight=-1.0: λ must be 0 (the Pilot) or positive: give a number" in refusal(
+        llama.folder, "--port", 0, "--weight", -1
+    )
     with socket.create_server(("localhost", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"--port {port}: Address already in use" in refusal(llama.folder, "--port", port)

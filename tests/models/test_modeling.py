@@ -637,7 +637,7 @@ def test_the_weight_is_read_by_the_next_pass(fuse, prompts):
     assert (at[0.25] - pilot).abs().sum() > 1e-3
 
 
-@pytest.mark.parametrize("weight", [-1.0, -0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("weight", [-1.0, -0.1, float("nan"), float("inf"), 1e39, True, "1"])
 def test_a_weight_that_is_no_weight_is_refused(fuse, weight):
     model = fuse("llama", fresh=True)
     with pytest.raises(ValueError, match="λ must be 0"):

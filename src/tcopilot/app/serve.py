@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from tcopilot.app.console import quiet_libraries
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.models.fusion import check_weight
 from tcopilot.models.modeling import fused_class
 
 BAD_REQUEST = (ValueError, TypeError, KeyError, TemplateError)
@@ -83,7 +84,7 @@ class ExportHandler:
         name, model, tokenizer = self.export
         if body.get("model") not in (None, name):
             raise ValueError(f"model={body['model']!r}: this server has {name!r} only")
-        check_weight(model, body.get("weight"))
+        check_weight_for(model, body.get("weight"))
         if "messages" in body and tokenizer.chat_template is None:
             raise ValueError("the tokenizer of this model has no chat template; use /v1/completions")
 
@@ -98,14 +99,9 @@ class ExportHandler:
         return config
 
 
-def check_weight(model: TCopilotModel, weight: Any) -> None:
+def check_weight_for(model: TCopilotModel, weight: Any) -> None:
     """Raise a ValueError at what is no λ of this model; None is the model's own."""
-    if weight is None:
-        return
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not is_number or not 0 <= weight <= torch.finfo(torch.float32).max:
-        raise ValueError(f"weight={weight!r}: λ is a number, 0 (the Pilot) or positive")
-    if weight and model.copilot is None:
+    if weight is not None and check_weight(weight) and model.copilot is None:
         raise ValueError(f"weight={weight}: this export is a Pilot without a Copilot; leave it out, or give 0")
 
 
@@ -162,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         with listen(asked.host, asked.port) as listening:  # before weights load
             export = Export.load(asked.export)
-            check_weight(export.model, asked.weight)
+            check_weight_for(export.model, asked.weight)
             export.model.weight = export.model.weight if asked.weight is None else asked.weight
             server = uvicorn.Server(uvicorn.Config(endpoint(export), log_level="warning"))
             host, port = listening.getsockname()[:2]

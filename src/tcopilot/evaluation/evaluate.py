@@ -42,10 +42,11 @@ from tcopilot.evaluation.significance import compare_by, interval_of
 from tcopilot.mistake_log.recording import Recording
 from tcopilot.models.calibration import Observed
 from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.models.fusion import WEIGHT
 from tcopilot.models.gates import GATES, Observations, build_gate
 from tcopilot.models.pilot import end_ids
 from tcopilot.processes import agree_on, gather, rank, sum_over_processes, world_size
-from tcopilot.settings import Rule, is_number, one_of
+from tcopilot.settings import Rule, one_of
 from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 
 log = logging.getLogger(__name__)
@@ -72,9 +73,9 @@ class Evaluation:
         return selected[benchmark] if isinstance(selected, dict) else selected
 
 
-def _is_weight(given: Any) -> bool:
+def _are_weights(given: Any) -> bool:
     weights = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-    return given == "auto" or (len(weights) > 0 and all(is_number(weight) and weight >= 0 for weight in weights))
+    return given == "auto" or (len(weights) > 0 and all(map(WEIGHT.allows, weights)))
 
 
 @dataclass
@@ -102,9 +103,7 @@ class Evaluator:
     SETTINGS: ClassVar = {
         "per": one_of(PER),
         "select_by": one_of(SELECT_BY),
-        "weight": Rule(
-            _is_weight, "λ must be 0 (the Pilot) or positive: give a number, a list of numbers or auto (closed form)"
-        ),
+        "weight": Rule(_are_weights, f"{WEIGHT.mend}, a list of numbers or auto (closed form)"),
     }
 
     model: TCopilotModel

@@ -16,7 +16,6 @@ Shapes: B batch, N targets, K = N − 1 known targets, V vocabulary.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -41,6 +40,7 @@ from tcopilot.data.batch import PromptTargetCollator
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fused_model import TCopilotModel
+from tcopilot.models.fusion import check_weight
 from tcopilot.models.states import position_ids
 
 _GIVE = "Give the export folder of a run, or a folder that save_pretrained of a fused model and its tokenizer wrote"
@@ -192,8 +192,8 @@ class TCopilotLM(HFLM):
 
 def _check_options(weight: Any, feedback: Any, options: dict[str, Any]) -> None:
     """Refuse before weights load what cannot work."""
-    if weight is not None and not (isinstance(weight, int | float) and 0 <= weight < math.inf):
-        raise ValueError(f"weight={weight}: λ must be 0 (the Pilot) or positive")
+    if weight is not None:
+        check_weight(weight)
     if feedback not in (None, *FEEDBACKS):
         raise ValueError(f"feedback={feedback} is not one of {', '.join(FEEDBACKS)}")
     if unfit := [name for name in _PILOT_ONLY_OPTIONS if options.get(name)]:

@@ -1,13 +1,12 @@
 """The config of a fused model: its Pilot's own, its Copilot's architecture, and how both are fused."""
 
 import copy
-import math
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from tcopilot.models.base_copilot import FORMAT
 from tcopilot.models.decoding import FEEDBACKS
-from tcopilot.models.fusion import FusionRule, ProbabilityFusion, build_fusion
+from tcopilot.models.fusion import FusionRule, ProbabilityFusion, build_fusion, check_weight
 
 
 class TCopilotConfig(PreTrainedConfig):
@@ -41,15 +40,13 @@ class TCopilotConfig(PreTrainedConfig):
         build_fusion(self.fusion)
         if feedback not in FEEDBACKS:
             raise ValueError(f"fusion.feedback={feedback!r} is not one of {', '.join(FEEDBACKS)}")
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"fusion.weight={weight}: λ must be 0 (the Pilot) or positive")
         if pilot is not None:
             tokens = [f"{name}_token_id" for name in ("pad", "bos", "eos", "decoder_start")]
             shared = {name: getattr(pilot, name, None) for name in (*tokens, "is_encoder_decoder")}
             kwargs = {**shared, "tie_word_embeddings": False, **kwargs}
         self.pilot = pilot
         self.copilot = copilot
-        self.weight = float(weight)
+        self.weight = check_weight(weight, "fusion.weight")
         self.feedback = feedback
         self.base = base
         super().__init__(**kwargs)

@@ -4,7 +4,6 @@ Shapes: B batch, M source length, N targets, V vocabulary.
 """
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ from tcopilot.models.beside_base import base_of
 from tcopilot.models.caches import TCopilotCache, of_pilot, with_room
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.decoding import Beside, advance, conclude, correct_more, correct_text
-from tcopilot.models.fusion import FusionRule, build_fusion
+from tcopilot.models.fusion import FusionRule, build_fusion, check_weight
 from tcopilot.models.gates import Gate
 from tcopilot.models.kinds import empty_copilot, new_copilot
 from tcopilot.models.pretrained import FusedPreTrainedModel, check_pilot, follow_attention
@@ -100,9 +99,7 @@ class TCopilotModel(FusedPreTrainedModel):
 
     @weight.setter
     def weight(self, value: float) -> None:
-        if not 0 <= value < math.inf:
-            raise ValueError(f"weight={value}: λ must be 0 (the Pilot) or positive")
-        self.config.weight = float(value)
+        self.config.weight = check_weight(value)
 
     def set_gate(self, gate: Gate | None) -> None:
         """Scale corrections by a gate from now on; None takes the gate away."""

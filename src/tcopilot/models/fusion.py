@@ -10,12 +10,14 @@ import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tcopilot.functional import fuse_logits, fuse_probabilities
+from tcopilot.settings import Rule
 
 
 class FusionRule(ABC):
@@ -132,3 +134,22 @@ def build_fusion(settings: Mapping[str, Any] | None, may_import: bool = False) -
         return rule(**{key: value for key, value in settings.items() if key != "_target_"})
     except (TypeError, ValueError) as error:
         raise ValueError(f"fusion.rule={dict(settings)}: {error}") from error
+
+
+def _is_weight(value: Any) -> bool:
+    is_number = isinstance(value, Real | Tensor) and not isinstance(value, bool)
+    return is_number and bool(0 <= value <= torch.finfo(torch.float32).max)  # beyond it, p̃ would be computed with ∞
+
+
+WEIGHT = Rule(_is_weight, "λ must be 0 (the Pilot) or positive: give a number")
+
+
+def check_weight(value: Any, key: str = "weight") -> float:
+    """Return λ as a number.
+
+    Raises:
+        ValueError: if the value that was given for `key` is no λ.
+    """
+    if not WEIGHT.allows(value):
+        raise ValueError(f"{key}={value!r}: {WEIGHT.mend}")
+    return float(value)
