@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
+from tcopilot.app.checks.controls import CONTROLS
 from tcopilot.app.checks.problems import ConfigError
-from tcopilot.app.controls.training import CONTROLS
 from tcopilot.app.jobs import FOREVER, Job, run_jobs
 from tcopilot.reporting.evidence import DEFAULT, TaskEvidence, gather, put_between_markers
 from tcopilot.reporting.finished_runs import FinishedRun, find_runs
@@ -108,9 +108,8 @@ def evidence(settings: dict[str, Any], preset: str, folder: Path) -> tuple[list[
             if (job.part, job.task) == (part, task):
                 arms.setdefault(job.arm, []).extend(find_runs([job.folder]).runs)
         if DEFAULT in arms:
-            titles = {name: title for name, (title, _) in CONTROLS.items()}
             hidden = {arm for arm, extra in settings["arms"].items() if "controls" in extra}
-            tasks += gather(f"{preset}, {part}: {task}", arms, titles, hidden)
+            tasks += gather(f"{preset}, {part}: {task}", arms, CONTROLS, hidden)
     return tasks, not_done(jobs, folder)
 
 

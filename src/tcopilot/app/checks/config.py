@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from hydra.utils import get_object
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from tcopilot.app.checks.controls import control_problems
 from tcopilot.app.checks.problems import ConfigError, existing
 from tcopilot.app.checks.quantised import quantization_problems
 from tcopilot.app.checks.recordings import recording_problems
@@ -39,9 +40,6 @@ from tcopilot.training.callbacks import MistakeLogCallback
 from tcopilot.training.fit import CopilotFit
 from tcopilot.training.module import Learner, TCopilotModule
 
-CONTROLS = ("equal_time", "equal_flops", "averaged", "equal_parameters", "calibrated", "tuned", "output_head", "twice")
-OF_FROZEN = ("equal_time", "equal_flops", "calibrated", "tuned")
-"""Controls of a frozen Pilot; the first two train it with LoRA."""
 SECTIONS = (
     "pilot", "copilot", "data", "data.benchmarks", "mistake_log", "mistake_log.log", "fusion", "evaluation",
     "trainer", "callbacks", "logger", "paths",
@@ -132,7 +130,7 @@ def config_problems(cfg: DictConfig, training: bool = True) -> list[str]:
     An evaluation without training depends on a part of them only.
     """
     checks = [unread_keys, _settings, _folders, trainer_problems, _machine, _batches, _evaluation, _learners]
-    checks += [quantization_problems, recording_problems, _controls, sharding_problems]
+    checks += [quantization_problems, recording_problems, control_problems, sharding_problems]
     if not training:
         checks = [unread_keys, partial(_settings, sections=("fusion", "evaluation")), _folders, _evaluation]
     problems: list[str] = []
@@ -144,17 +142,6 @@ def config_problems(cfg: DictConfig, training: bool = True) -> list[str]:
         except ConfigError as error:
             problems += error.problems
     return list(dict.fromkeys(problems))
-
-
-def control_names(given: Any) -> list[str]:
-    """The controls that `control` asks for: null, a name or a list of names.
-
-    >>> control_names(None), control_names("averaged")
-    ([], ['averaged'])
-    """
-    if given is None:
-        return []
-    return list(given) if isinstance(given, ListConfig | list) else [given]
 
 
 def _deleted(key: str) -> str:
@@ -341,25 +328,3 @@ def _learners(cfg: DictConfig) -> Iterator[str]:
     if cfg.pilot.frozen and not (cfg.copilot.enabled and learns(cfg.copilot.kind)):
         name = cfg.copilot.kind if cfg.copilot.enabled else "none"
         yield f"pilot.frozen=true with copilot={name}: nothing would be trained"
-
-
-def _controls(cfg: DictConfig) -> Iterator[str]:
-    names, given = control_names(cfg.control), f"control={cfg.control}"
-    if any(isinstance(name, bool) or name not in CONTROLS for name in names) or len(set(names)) < len(names):
-        yield f"{given}: use one or a list of null, {', '.join(CONTROLS)}"
-        return
-    if cfg.pilot.frozen and (alone := [name for name in names if name not in OF_FROZEN]):
-        own = ", ".join(OF_FROZEN)
-        yield f"control={alone} with pilot.frozen=true: a frozen Pilot has the controls {own}; leave the others out"
-    if set(names) - {"calibrated"} and not cfg.copilot.enabled:
-        yield f"{given} with copilot=none: the run itself is the Pilot alone; use control=null"
-    if cfg.callbacks.get("copilot_stop") is not None and not cfg.copilot.enabled:
-        yield "callbacks.copilot_stop with copilot=none: there is no Copilot to stop; use callbacks=default"
-    if "equal_flops" in names and cfg.callbacks.get("flops") is None:
-        yield f"{given} without callbacks.flops: nobody would count the joint run's operations; use callbacks=default"
-    widths = {"d_model", "hidden_size"} & set(cfg.pilot.config or {})
-    if "equal_parameters" in names and (cfg.pilot.path or not widths):
-        yield (
-            f"{given} with pilot.path={cfg.pilot.path}: only a Pilot built from pilot.config, with its d_model or "
-            f"hidden_size, can be made wider; a pretrained one cannot. Leave out equal_parameters"
-        )

@@ -1,7 +1,7 @@
 """Train the controls of a run, score them as the run itself was scored, and hold the fused model against them.
 
-A further control is one function here with an entry in `CONTROLS`, and its name in
-`tcopilot.app.checks.config.CONTROLS`.
+A further control is a function here, listed in `TRAINED_BY`, and a title for tables under the function's name in
+`tcopilot.app.checks.controls.CONTROLS`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from tcopilot.app import build
 from tcopilot.app.build import Prepared
-from tcopilot.app.checks.config import control_names
+from tcopilot.app.checks.controls import CONTROLS, control_names
 from tcopilot.app.controls.averaged import AveragedPilots
 from tcopilot.app.joint import Trained
 from tcopilot.app.trainer import make_trainer
@@ -168,17 +168,10 @@ def calibrated(joint: JointRun) -> Trained:
     return Trained(model, 0, round(agree_on(time.perf_counter() - began), 2), None)
 
 
-CONTROLS: dict[str, tuple[str, Callable[[JointRun], Trained]]] = {
-    "equal_time": ("Pilot, equal time", equal_time),
-    "equal_flops": ("Pilot, equal FLOPs", equal_flops),
-    "averaged": ("two Pilots averaged", averaged),
-    "equal_parameters": ("Pilot, equal parameters", equal_parameters),
-    "calibrated": ("Pilot, calibrated", calibrated),
-    "tuned": ("Pilot, tuned", tuned),
-    "output_head": ("Pilot with its output head", output_head),
-    "twice": ("Pilot, twice the rounds", twice),
+TRAINED_BY: dict[str, Callable[[JointRun], Trained]] = {
+    train.__name__: train
+    for train in (equal_time, equal_flops, averaged, equal_parameters, calibrated, tuned, output_head, twice)
 }
-"""Name in the config: name in tables, and how it is trained."""
 WEIGHTS = {"calibrated": 1.0}
 """λ at which a control answers that is a fused model."""
 
@@ -186,10 +179,10 @@ WEIGHTS = {"calibrated": 1.0}
 def train_controls(joint: JointRun, run: RunDirectory) -> Iterator[list[Control]]:
     """Train and score each control that the run's config names and its results lack; yields the figures of each."""
     for name in control_names(joint.cfg.control):
-        title, train = CONTROLS[name]
+        title = CONTROLS[name]
         if all(control.name != title for control in joint.results.controls):
             log.info("Control: %s", title)
-            yield _scored(name, train(joint), joint, run.control(name).predictions)
+            yield _scored(name, TRAINED_BY[name](joint), joint, run.control(name).predictions)
 
 
 def train_pilot(
@@ -245,7 +238,7 @@ def against_controls(results: Results, run: RunDirectory) -> list[str]:
     """Hold the fused model against every control, on the rows that both answered: a sentence for each benchmark."""
     sentences = []
     titles = {control.name: control.weight for control in results.controls}
-    for name, (title, _) in CONTROLS.items():
+    for name, title in CONTROLS.items():
         for benchmark, gain in results.row_wise().items() if title in titles else ():
             ours = read_predictions(results, run.predictions, benchmark, results.weight_of(benchmark))
             theirs = read_predictions(results, run.control(name).predictions, benchmark, titles[title])
@@ -270,7 +263,7 @@ def _scored(name: str, trained: Trained, joint: JointRun, folder: Path) -> list[
     found = evaluator.run([weight], (split, split))
     compared = {(gain.benchmark, gain.metric) for gain in found.gain} | {("all", NLL.name)}
     return [
-        Control(name=CONTROLS[name][0], **asdict(row), **trained.costs, parameters=parameters)
+        Control(name=CONTROLS[name], **asdict(row), **trained.costs, parameters=parameters)
         for row in found.rows
         if (row.benchmark, row.metric) in compared and row.weight == weight
     ]
