@@ -8,8 +8,6 @@ scripts/evidence.yaml. Start it again to go on: finished runs are skipped, stopp
 checkpoint. Each call writes the page anew, from the run directories of all parts and presets.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

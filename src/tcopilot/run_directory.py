@@ -4,8 +4,6 @@ It stands at the root of the package because every layer below the programs writ
 checkpoints, evaluation its predictions, reporting its tables. `tcopilot.reporting.finished_runs` reads one back.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -24,7 +22,7 @@ class _Entry:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def __get__(self, run: RunDirectory | None, owner: type) -> Any:
+    def __get__(self, run: "RunDirectory | None", owner: type) -> Any:
         return self if run is None else run.folder / self.name
 
 
@@ -77,7 +75,7 @@ class RunDirectory:
         with FileLock(self.lock, SECONDS_TO_END):
             yield
 
-    def control(self, name: str) -> RunDirectory:
+    def control(self, name: str) -> "RunDirectory":
         """The directory of a control, such as `equal_time`."""
         return RunDirectory(self.controls / name)
 

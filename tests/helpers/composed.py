@@ -1,7 +1,5 @@
 """Compose the project's configs and run its two programs in process, on budgets of seconds."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

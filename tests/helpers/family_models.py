@@ -1,7 +1,5 @@
 """Tiny Pilots of every family, with prompts and batches for them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any

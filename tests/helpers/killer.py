@@ -1,7 +1,5 @@
 """Ends a training program as a power cut does, where the environment variable `KILL` says: `<place>:<round>`."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

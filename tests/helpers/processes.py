@@ -4,8 +4,6 @@ A new interpreter spends ten seconds on imports before it does anything; a fork 
 start itself matters begin a new interpreter instead (`composed.program`).
 """
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Small runs with a report: trained, evaluated with a trace, and with outcomes that a test knows."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A tiny harness for tests of training: small models, small batches, a Lightning Trainer on the CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """From a composed config to objects: the one place where config keys meet constructors."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path

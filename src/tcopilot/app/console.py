@@ -1,7 +1,5 @@
 """What a run prints: three lines before training, the tables at the end, and nothing of libraries in between."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import warnings

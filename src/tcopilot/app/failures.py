@@ -1,7 +1,5 @@
 """What a program says when it cannot go on: the reason, and how to go on all the same."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shlex

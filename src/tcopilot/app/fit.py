@@ -1,7 +1,5 @@
 """Training with a frozen Pilot and a Copilot that reads target positions only: record once, fit in seconds."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import sys

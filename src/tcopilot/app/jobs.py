@@ -4,8 +4,6 @@ The folder of a job says what it is to do, that it is done, or why it failed. `t
 Hydra sweep, whose launcher has started the process already; `run_jobs` a list of commands, each in its own process.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Joint training, Algorithm 1: from a prepared run to its trained models, with a clean stop and a resume."""
 
-from __future__ import annotations
-
 import csv
 import logging
 import sys

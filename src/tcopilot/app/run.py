@@ -1,7 +1,5 @@
 """The two programs: `train` runs Algorithm 1 and evaluates the result, `evaluate` runs Algorithm 2 on an export."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Sweeps (`-m`): every job has a folder named by its overrides, is done once, and stops no other job if it fails."""
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import itertools

@@ -5,8 +5,6 @@ distance to p. It is estimated on teacher-forced target tokens, with p the one-h
 that changes, and lists what `<run dir>/theorem.json` holds.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
@@ -40,7 +38,7 @@ class TrainedRun(NamedTuple):
     scorer: Evaluator
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str, trusted: Sequence[str] = ()) -> TrainedRun:
+    def load(cls, folder: Path, device: torch.device | str, trusted: Sequence[str] = ()) -> "TrainedRun":
         """Read a run, ready to score its data; `trusted` are modules whose classes its config may name.
 
         Raises:

@@ -1,7 +1,5 @@
 """Lightning's Trainer as this program uses it: what is fixed, what it may be given, and how it is built."""
 
-from __future__ import annotations
-
 import logging
 import re
 import warnings

@@ -3,8 +3,6 @@
 Shape letters: ``B`` batch, ``M`` source length, ``N`` target length.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -41,7 +39,7 @@ class Batch:
     ids_B: Tensor
     benchmark_B: Tensor
     prefix: int = 0
-    held_out: Batch | None = None
+    held_out: "Batch | None" = None
 
     def __len__(self) -> int:
         return len(self.ids_B)
@@ -56,15 +54,15 @@ class Batch:
         """Count the tokens of prompts and targets, padding included."""
         return self.source_ids_BM.numel() + self.target_ids_BN.numel()
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Return the batch on ``device``."""
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory; the data loader calls this."""
         return self._map(lambda part: part.pin_memory())
 
-    def split(self, rows: int) -> list[Batch]:
+    def split(self, rows: int) -> "list[Batch]":
         """Cut the batch into consecutive parts of at most ``rows`` rows for gradient accumulation.
 
         Each part comes without the columns that are padding in all of its rows, and without ``held_out``.
@@ -93,7 +91,7 @@ class Batch:
             )
         return parts
 
-    def _map(self, change: Callable[[Any], Any]) -> Batch:
+    def _map(self, change: Callable[[Any], Any]) -> "Batch":
         """Change all tensors, and ``held_out`` likewise."""
         held = vars(self).values()
         return Batch(*(change(value) if isinstance(value, Tensor | Batch) else value for value in held))

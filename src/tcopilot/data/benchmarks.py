@@ -4,8 +4,6 @@ A new benchmark of a known question type is one YAML under ``configs/data/``. A 
 ``question_types``.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from abc import ABC, abstractmethod
@@ -14,7 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import PurePath
 from string import Formatter
-from typing import Any, ClassVar, NamedTuple
+from types import NoneType, UnionType
+from typing import Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,15 +23,15 @@ from tcopilot.data.metrics import Answer, CorpusMetric, Metric
 Row = Mapping[str, Any]
 Splits = dict[str, str | list[str]]
 SPLITS = ("train", "validation", "test")
-TYPES = {  # what an attribute's annotation stands for in a config
-    "str": "a text",
-    "int": "a whole number",
-    "list[str]": "a list of texts",
-    "list[int]": "a list of whole numbers",
-    "Splits": "a mapping of texts or of lists of texts",
-    "Metric": "a metric with its _target_",
-    "list[Metric]": "a list of metrics with their _target_",
-    "None": "null",
+TYPES = {  # what an attribute's type stands for in a config
+    str: "a text",
+    int: "a whole number",
+    list[str]: "a list of texts",
+    list[int]: "a list of whole numbers",
+    Splits: "a mapping of texts or of lists of texts",
+    Metric: "a metric with its _target_",
+    list[Metric]: "a list of metrics with their _target_",
+    NoneType: "null",
 }
 FRAME = ("names", "options", "title")  # words of prompts that ask nothing by themselves
 LONGEST_NAME = 100  # characters; names become parts of file names
@@ -239,23 +238,25 @@ class Benchmark(ABC):
     def _wrong_values(self) -> Iterator[str]:
         """Say which attributes are of another type than the class asks for, or cannot be used in file names."""
         key = f"data.benchmarks.{self.name}"
+        types = get_type_hints(type(self))
         for item in fields(self):
-            value, kinds = getattr(self, item.name), str(item.type).split(" | ")
-            if set(kinds) <= set(TYPES) and not any(_is_of(value, kind) for kind in kinds):
-                yield f"{key}.{item.name}={value!r}: expected {' or '.join(TYPES[kind] for kind in kinds)}"
+            value, kind = getattr(self, item.name), types[item.name]
+            kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+            if set(kinds) <= set(TYPES) and not any(_is_of(value, one) for one in kinds):
+                yield f"{key}.{item.name}={value!r}: expected {' or '.join(TYPES[one] for one in kinds)}"
         if isinstance(self.name, str) and not re.fullmatch(rf"\w[\w.+-]{{0,{LONGEST_NAME - 1}}}", self.name):
             yield (
                 f"data.benchmarks: {self.name!r} becomes part of file names; give a name of letters, digits and "
                 f"_ . + -, at most {LONGEST_NAME}"
             )
         own = isinstance(self.metric, Metric) or self.more_metrics
-        names = [metric.name for metric in self.metrics] if own and _is_of(self.more_metrics, "list[Metric]") else []
+        names = [metric.name for metric in self.metrics] if own and _is_of(self.more_metrics, list[Metric]) else []
         if twice := next((name for name in names if names.count(name) > 1), None):
             yield f"{key}: two metrics are called {twice!r}; give one of them another name"
         folder = PurePath(self.folder if isinstance(self.folder, str) else "")
         if folder.is_absolute() or ".." in folder.parts:
             yield f"{key}.folder={self.folder!r}: must lie under data.path"
-        if _is_of(self.max_new_tokens, "int") and self.max_new_tokens < 1:
+        if _is_of(self.max_new_tokens, int) and self.max_new_tokens < 1:
             yield f"{key}.max_new_tokens={self.max_new_tokens}: must be at least 1, or null"
 
     def _example(self, row: Row, answer: str, /, **words: str) -> Example:
@@ -335,14 +336,14 @@ def is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _is_of(value: Any, kind: str) -> bool:
-    plain = {"str": str, "int": int, "Metric": Metric, "None": type(None)}
-    if kind in plain:
-        return isinstance(value, plain[kind]) and not isinstance(value, bool)
-    if kind == "Splits":
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of one of `TYPES`."""
+    if kind == Splits:
         values = value.values() if isinstance(value, Mapping) else [None]
-        return all(isinstance(part, str) or (part and _is_of(part, "list[str]")) for part in values)
-    inner = kind.removeprefix("list[").removesuffix("]")
+        return all(isinstance(part, str) or (part and _is_of(part, list[str])) for part in values)
+    if get_origin(kind) is not list:
+        return isinstance(value, kind) and not isinstance(value, bool)
+    (inner,) = get_args(kind)
     return isinstance(value, Sequence) and not isinstance(value, str) and all(_is_of(part, inner) for part in value)
 
 

@@ -1,7 +1,5 @@
 """Conversations: which turns of them a model learns, as prompt and target under its own chat template."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

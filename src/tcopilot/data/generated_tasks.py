@@ -3,8 +3,6 @@
 Every task is a :class:`Benchmark`, so the rest of the code does not know that its rows are made up.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Instructions with their outputs: rows as those of Alpaca."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tcopilot.data.benchmarks import ExactMatch, Example, Row, text_at

@@ -3,8 +3,6 @@
 Shape letters: ``U`` users, ``I`` items, ``F`` features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random

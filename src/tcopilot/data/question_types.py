@@ -4,8 +4,6 @@ All of them are judged twice, see :class:`TwoReadings`. A benchmark of one of th
 called ``…_column`` name a column of the rows or a path into one, such as ``question.stem``.
 """
 
-from __future__ import annotations
-
 import re
 from abc import abstractmethod
 from collections.abc import Sequence

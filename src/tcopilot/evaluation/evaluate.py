@@ -3,8 +3,6 @@
 How a row is answered is a mode: as generated text, as the likeliest option, or as a ranking of all items.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import re

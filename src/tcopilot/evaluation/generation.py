@@ -1,7 +1,5 @@
 """Answers as generated text: the first way to evaluate; and as the fused model's choice among the Pilot's beams."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -7,8 +7,6 @@ Shapes: B users, M prompt length, R rows of a step (a user and a node each), W v
 trie, V vocabulary, K kept items.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 Shapes: B users, R rows of a step (a user and a node each), I items, T nodes of the trie.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -72,7 +70,7 @@ class ItemTrie:
         self._keys = self.parent_T[1:] * self._stride + self.token_T[1:]  # ascending, by the numbering
 
     @classmethod
-    def from_texts(cls, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> ItemTrie:
+    def from_texts(cls, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> "ItemTrie":
         """Tokenise the targets of a catalogue as the data module does, each with one end token."""
         sequences = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
         return cls([[*ids, tokenizer.eos_token_id] for ids in sequences])

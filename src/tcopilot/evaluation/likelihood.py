@@ -4,8 +4,6 @@ alone are scored, which is the cheapest way to evaluate.
 Shapes: B batch, N target length, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any, ClassVar

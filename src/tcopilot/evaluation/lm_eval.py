@@ -13,8 +13,6 @@ The harness's `--use_cache` keys answers by request, not by model: give each exp
 Shapes: B batch, N targets, K = N − 1 known targets, V vocabulary.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections import defaultdict

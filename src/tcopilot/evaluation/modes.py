@@ -1,7 +1,5 @@
 """How rows are answered: the settings of decoding, and what the ways to answer have in common."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

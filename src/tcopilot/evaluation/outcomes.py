@@ -1,7 +1,5 @@
 """What became of a row: the answers of Pilot and fused model side by side, and which of the two was right."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import NamedTuple

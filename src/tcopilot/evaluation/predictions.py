@@ -1,7 +1,5 @@
 """The predictions file: written as answers come, read back after a stop, divided among processes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The bar that a terminal shows while rows are answered."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

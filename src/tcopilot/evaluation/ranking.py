@@ -1,7 +1,5 @@
 """Answers as a ranking of all items: how recommendation sets are evaluated."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ points for 100 rows, as much as a Copilot gains, and one for 1,000. The likeliho
 long before that, since every target token counts and by how much.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ each position there is p̂, f^C, p̃, and what each layer would have predicted.
 Shapes: B batch, N target length, V vocabulary, C Copilot width, K candidates shown.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import logging

@@ -3,8 +3,6 @@
 `docs/metrics.md` names every figure with its unit and reduction.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

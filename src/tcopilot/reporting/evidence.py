@@ -4,8 +4,6 @@ An arm is a way to train; its runs differ in their seed only. Every comparison i
 answered, paired by seed and row. Where seeds share a row, its scores under all of them are resampled together.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Finished runs: reading what a run directory holds, and finding all runs below a folder."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os
@@ -41,7 +39,7 @@ class FinishedRun:
     config: dict[str, Any]
 
     @classmethod
-    def read(cls, folder: str | Path) -> FinishedRun:
+    def read(cls, folder: str | Path) -> "FinishedRun":
         """Read a run directory.
 
         Raises:

@@ -1,7 +1,5 @@
 """The model card of an export: package, Pilot, data, λ, the gain and the controls that it is to be held against."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

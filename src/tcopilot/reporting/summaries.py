@@ -3,8 +3,6 @@
 Shares are in percent here and differences in points, as the paper has them; other metrics keep their own unit.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 The same tables go to the terminal and to Markdown as text; CSV and JSON hold their figures unrounded.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

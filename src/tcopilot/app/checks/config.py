@@ -4,8 +4,6 @@ Components declare rules for their own settings (`tcopilot.settings`), which are
 here concern several components at once, or parts that other libraries build.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What the prepared rows show before weights load: splits, answers, lengths, and how large the Mistake Log grows."""
 
-from __future__ import annotations
-
 import psutil
 import torch
 from omegaconf import DictConfig

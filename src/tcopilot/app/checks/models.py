@@ -3,8 +3,6 @@
 Model configs and tokenizers are read here, weights are not.
 """
 
-from __future__ import annotations
-
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase

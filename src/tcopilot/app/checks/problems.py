@@ -1,7 +1,5 @@
 """Problems that the user can mend: how they are collected, told apart from bugs, and raised together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a Pilot in 4 or 8 bits asks of the config, of this machine, and of the model that it is read from."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 

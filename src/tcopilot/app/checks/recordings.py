@@ -1,7 +1,5 @@
 """Which runs record a frozen Pilot once (`tcopilot.app.fit`), which are judged by the recording, what they refuse."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from omegaconf import DictConfig

@@ -1,7 +1,5 @@
 """What a run that goes on may be given besides its own config."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 

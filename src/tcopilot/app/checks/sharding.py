@@ -1,7 +1,5 @@
 """What a run of several processes, among which a Pilot may be divided (`trainer.strategy=fsdp`), cannot have."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from omegaconf import DictConfig, OmegaConf

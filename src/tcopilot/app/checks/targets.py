@@ -4,8 +4,6 @@ Hydra imports and calls whatever a `_target_` names. What a user composes on the
 run directory may come from anyone, and evaluating or resuming it must not run what somebody wrote into its config.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Collection, Iterator
 from typing import Any

@@ -3,8 +3,6 @@
 They belong to other libraries or to users, so their constructors alone know which values they take.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 Which keys a run has read is noted while it reads them (`watch`), so that no list has to say which part reads what.
 """
 
-from __future__ import annotations
-
 import difflib
 import itertools
 import re

@@ -3,8 +3,6 @@
 Shapes: B batch, M source length, P Pilot width.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any

@@ -4,8 +4,6 @@ A further control is a function here, listed in `TRAINED_BY`, and a title for ta
 `tcopilot.app.checks.controls.CONTROLS`.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import time

@@ -1,7 +1,5 @@
 """How far a model's confidence can be believed: reliability over bins, and the expected calibration error."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

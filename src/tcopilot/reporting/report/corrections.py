@@ -3,8 +3,6 @@
 All functions read target positions along right answers, as `tcopilot.evaluation.trace.positions` lays them out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

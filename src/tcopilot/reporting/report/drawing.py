@@ -3,8 +3,6 @@
 Models are told apart by colour (Okabe and Ito's, which colour-blind readers can tell apart), marker and line style.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """What the Copilot costs in a run's own timings (the paper's Figure 5), beside what it must cost at least."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ The page holds its data, styles and script; it loads nothing. What a run has not
 says which command records it.
 """
 
-from __future__ import annotations
-
 import argparse
 import html
 import json

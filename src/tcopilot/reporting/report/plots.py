@@ -1,7 +1,5 @@
 """The plots of the report: for each its numbers, how it is drawn, and what to read in it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 Shapes: B batch, N target length, R target tokens, V vocabulary, L weights of the curve.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

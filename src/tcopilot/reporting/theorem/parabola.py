@@ -6,8 +6,6 @@ D is least at λ* = B / C and returns to the Pilot's A at the zero crossing 2B /
 Shapes: R target tokens, V vocabulary, K kinds of sums.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -107,7 +105,7 @@ class EntrySums:
         self.tokens += len(targets_R)
 
     @classmethod
-    def of(cls, parts: Sequence[EntrySums]) -> EntrySums:
+    def of(cls, parts: "Sequence[EntrySums]") -> "EntrySums":
         """Add up parts over different tokens."""
         whole = cls(parts[0].sums_KV.shape[1])
         whole.tokens = sum(part.tokens for part in parts)

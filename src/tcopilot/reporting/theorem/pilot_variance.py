@@ -3,8 +3,6 @@
 Shapes: B batch, N target length, R target tokens, V vocabulary, D draws.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 

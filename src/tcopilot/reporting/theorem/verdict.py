@@ -1,7 +1,5 @@
 """What `tcopilot-theorem` prints: the estimates, the curve, which entries one λ suits, and the verdict."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 
