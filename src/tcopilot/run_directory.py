@@ -6,6 +6,7 @@ checkpoints, evaluation its predictions, reporting its tables. `tcopilot.reporti
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,11 @@ class RunDirectory:
 
     def __str__(self) -> str:
         return str(self.folder)
+
+    @property
+    def go_on(self) -> str:
+        """The command that goes on with this run, as one types it in a shell."""
+        return f"python train.py {shlex.quote(override('resume', self))}"
 
     @contextmanager
     def locked(self) -> Iterator[None]:

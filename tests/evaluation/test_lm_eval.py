@@ -288,9 +288,9 @@ def test_bad_options_are_refused_before_anything_loads(arguments, message):
 
 
 def test_what_is_no_export_is_refused(exports, tmp_path):
-    with pytest.raises(ValueError, match=r"pretrained is a llama model, which --model hf evaluates\. Give the export"):
+    with pytest.raises(ValueError, match=r"pretrained is a llama model, which --model hf evaluates; give the export"):
         TCopilotLM(exports["llama"][1])
-    with pytest.raises(ValueError, match=f"pretrained={tmp_path}: no export can be read there .*Give the export"):
+    with pytest.raises(ValueError, match=f"pretrained={tmp_path}: no export can be read there .*; give the export"):
         TCopilotLM(tmp_path)
 
 

@@ -124,7 +124,7 @@ def test_graded_and_right_wrong_rows_share_one_test():
 
 def test_falling_nats_are_an_improvement():
     before = np.linspace(1, 3, 50)
-    result = compare(before, before - 0.3, lower_is_better=True)
+    result = compare(before, before - 0.3, higher_is_better=False)
     assert (result.fixed, result.broken) == (50, 0)
     assert result.verdict == "fused is better (p = 0.0002, n = 50)"
     assert compare(before, before - 0.3).verdict.startswith("fused is worse")

@@ -20,6 +20,7 @@ from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.trainer import make_callbacks, make_trainer
 from tcopilot.data import byte_tokenizer
 from tcopilot.models.pilot import ModelSourceError
+from tcopilot.run_directory import RunDirectory
 from tcopilot.training.module import TCopilotModule
 from tcopilot.version import __version__
 
@@ -845,8 +846,9 @@ def test_bad_options_of_an_evaluation_are_refused(name, refusal, placed):
 def read(run_dir: Path) -> None:
     """Read all of a finished run."""
     build.read_config(run_dir / "config.yaml", f"run={run_dir}")
-    config, _ = build.read_export(run_dir)
-    build.load_export(run_dir, config)
+    run = RunDirectory(run_dir)
+    config, _ = build.read_export(run)
+    build.load_export(run, config)
 
 
 @pytest.fixture

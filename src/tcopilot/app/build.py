@@ -117,22 +117,20 @@ def prepare_data(
     return data
 
 
-def read_export(run_dir: Path) -> tuple[TCopilotConfig, PreTrainedTokenizerBase]:
+def read_export(run: RunDirectory) -> tuple[TCopilotConfig, PreTrainedTokenizerBase]:
     """Config and tokenizer of a finished run's export.
 
     Raises:
         ModelSourceError: if one of them cannot be read, or the export is of another kind.
     """
-    source = ModelSource(str(RunDirectory(run_dir).export), key="run")
+    source = ModelSource(str(run.export), key="run")
     config = source.stored_config
     if not isinstance(config, TCopilotConfig) or config.pilot is None:
-        raise ModelSourceError(
-            f"run={run_dir}: export/config.json is of a {config.model_type!r} model, no export of ours"
-        )
+        raise ModelSourceError(f"run={run}: export/config.json is of a {config.model_type!r} model, no export of ours")
     return config, source.tokenizer()
 
 
-def load_export(run_dir: Path, config: TCopilotConfig) -> TCopilotModel:
+def load_export(run: RunDirectory, config: TCopilotConfig) -> TCopilotModel:
     """The fused model of a finished run's export, with the Pilot in the type in which it was trained.
 
     A run that never loaded its Pilot (`evaluation=recorded`) exports the Copilot alone, and names the Pilot.
@@ -140,9 +138,9 @@ def load_export(run_dir: Path, config: TCopilotConfig) -> TCopilotModel:
     Raises:
         ModelSourceError: if weights are missing, of other shapes than the config says, or not finite.
     """
-    run, fused = RunDirectory(run_dir), fused_class(config.is_encoder_decoder)
+    fused = fused_class(config.is_encoder_decoder)
     if run.copilot_alone.exists():
-        pilot = model_source(OmegaConf.load(run.config).pilot, "pilot").load(read_export(run_dir)[1])
+        pilot = model_source(OmegaConf.load(run.config).pilot, "pilot").load(read_export(run)[1])
         copilot = empty_copilot(config.copilot)
         copilot.load_state_dict(load_file(run.copilot_alone))
         return fused(config, pilot, copilot)
@@ -336,5 +334,5 @@ def export(model: TCopilotModel, tokenizer: PreTrainedTokenizerBase, folder: str
 
 
 def _adapt(node: DictConfig, module: PreTrainedModel | nn.Module) -> None:
-    if node.adapter is not None and "_target_" in node.adapter:
+    if node.adapter:
         instantiate(node.adapter, _convert_="all")(module)

@@ -29,7 +29,6 @@ def show_summary(
     prepared: Prepared,
     model: TCopilotModel,
     params: dict[str, int],
-    rounds: int,
     memory: Budget | None,
 ) -> None:
     """Say before training what is trained, what the log keeps and how large it grows, memory, budget and idle keys.
@@ -38,6 +37,7 @@ def show_summary(
         ConfigError: if the log's storage cannot keep this Pilot's p̂.
     """
     log, data, rows = prepared.log, prepared.data, {}
+    rounds = data.total_rounds
     for name in ("pilot", "copilot"):
         rows[f"{name} parameters"] = f"{params[f'{name}_trainable']:,} trainable of {params[name]:,}"
     if log is not None:

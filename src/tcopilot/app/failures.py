@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from tcopilot.app.jobs import STOPPED
 from tcopilot.data.benchmarks import DataError
 from tcopilot.models.pilot import ModelSourceError
 from tcopilot.processes import DisagreementError, is_lost_process, rank
-from tcopilot.run_directory import RunDirectory, override
+from tcopilot.run_directory import RunDirectory
 from tcopilot.training.checkpoints import CheckpointError, checkpoints
 from tcopilot.training.module import TrainingDivergedError
 
@@ -53,7 +52,7 @@ def errors_for_people(cfg: DictConfig) -> Iterator[None]:
 def what_happened(error: BaseException, run_dir: RunDirectory) -> str | None:
     """Say what went wrong and how to go on; None if only a traceback can tell."""
     said = str(error)
-    go_on = f"go on with: python train.py {shlex.quote(override('resume', run_dir))}"
+    go_on = f"go on with: {run_dir.go_on}"
     if not checkpoints(run_dir.checkpoints):
         go_on = "start again with the same command"
     if isinstance(error, KeyboardInterrupt):

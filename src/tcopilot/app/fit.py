@@ -15,8 +15,6 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tcopilot.app import build
 from tcopilot.app.build import Prepared
@@ -28,15 +26,16 @@ from tcopilot.app.joint import Trained
 from tcopilot.app.trainer import make_callbacks, make_trainer
 from tcopilot.evaluation.likelihood import option_rows
 from tcopilot.evaluation.modes import LIKELIHOOD
+from tcopilot.evaluation.progress import progress
 from tcopilot.mistake_log.recording import RecordedPilot, Recording, RecordingError
 from tcopilot.models.pilot_files import digest, load_unembedding
-from tcopilot.processes import agree_on, is_first
+from tcopilot.processes import agree_on
 from tcopilot.run_directory import RunDirectory
 from tcopilot.training.callbacks.flops import FlopCount, FlopCounter
+from tcopilot.training.callbacks.graceful_stop import SIGNALS
 from tcopilot.training.fit import CopilotFit, KeepBest, RecordedData
 
 log = logging.getLogger(__name__)
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
@@ -131,7 +130,7 @@ def _record(
     """Record this process's share of the rows, benchmark by benchmark, whose rows have their shots in common."""
     pilot.to(device)
     size = cfg.pilot.micro_batch_size or cfg.data.eval_batch_size
-    with _progress(len(rows)) as bar:
+    with progress("Recording", len(rows)) as bar:
         for _, members in groupby(rows, key=lambda row: row["benchmark"]):
             _record_alike(recording, list(members), pilot, prepared.data.collate, size, bar)
 
@@ -145,20 +144,6 @@ def _record_alike(
     with FlopCounter() as counter:
         recording.add(middle, pilot, collate, size, bar, flops=lambda: counter.flops / len(middle))
     recording.add(rest, pilot, collate, size, bar, flops=lambda: counter.flops / len(middle))
-
-
-@contextmanager
-def _progress(rows: int) -> Iterator[Any]:
-    columns = "Recording", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn()
-    with Progress(*columns, console=Console(), disable=not is_first() or not sys.stdout.isatty()) as progress:
-        task = progress.add_task("", total=rows, rate="")
-
-        def advance(done: int) -> None:
-            progress.advance(task, done)
-            speed = progress.tasks[0].speed
-            progress.update(task, rate="" if speed is None else f"{speed:.1f} rows/s")
-
-        yield advance
 
 
 def _passes(cfg: DictConfig, data: RecordedData) -> DictConfig:
@@ -179,11 +164,11 @@ def _stopping(run_dir: RunDirectory) -> Iterator[None]:
         raise KeyboardInterrupt
 
     is_main = threading.current_thread() is threading.main_thread()  # where alone Python handles signals
-    before = {number: signal.signal(number, stop) for number in (STOPS if is_main else ())}
+    before = {number: signal.signal(number, stop) for number in (SIGNALS if is_main else ())}
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        log.info("Stopped; what is recorded stays. Go on with: python train.py resume=%s", run_dir)
+        log.info("Stopped; what is recorded stays. Go on with: %s", run_dir.go_on)
         sys.exit(STOPPED)
     finally:
         for number, handler in before.items():

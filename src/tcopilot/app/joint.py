@@ -59,7 +59,7 @@ def train_jointly(cfg: DictConfig, prepared: Prepared, memory: Budget | None) ->
     params = build.parameter_counts(model)  # now that a frozen Pilot is frozen
     if rank():
         seed_everything(cfg.seed + rank(), workers=True, verbose=False)  # every process draws its own dropout
-    show_summary(cfg, prepared, model, params, module.rounds, memory)
+    show_summary(cfg, prepared, model, params, memory)
     _fit(cfg, prepared, module)
 
     model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
@@ -78,19 +78,19 @@ def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
     trainer = make_trainer(cfg, callbacks, prepared.log, module.rounds)
     stop = next((c for c in callbacks if isinstance(c, GracefulStop)), None)
     saver = next((c for c in callbacks if isinstance(c, RoundCheckpoint)), None)
-    start = _newest_checkpoint(cfg, trainer.world_size)
+    run, start = RunDirectory(cfg.paths.run_dir), _newest_checkpoint(cfg, trainer.world_size)
     if problem := processes.address_problem(trainer.world_size, trainer.num_nodes):
         raise ConfigError([problem])
     processes.expect_others(trainer.world_size)
     if start is not None and round_of(start) >= module.rounds:
         log.warning("resume=%s: all %d rounds are done; rounds=<more> goes on with it", cfg.resume, module.rounds)
     if start is not None:
-        _keep_metrics(trainer, RunDirectory(cfg.paths.run_dir).metrics, round_of(start))
+        _keep_metrics(trainer, run.metrics, round_of(start))
     try:
         trainer.fit(module, datamodule=prepared.data, ckpt_path=start, weights_only=True)
     except TrainingDivergedError as error:
         saved = checkpoints(saver.folder) if saver else []
-        go_on = f"Go on with: python train.py resume={cfg.paths.run_dir} pilot.optimizer.lr=<lower>"
+        go_on = f"Go on with: {run.go_on} pilot.optimizer.lr=<lower>"
         last = f"{go_on}. Last good state: {saved[-1]}" if saved else "No state had been saved yet"
         raise TrainingDivergedError(f"{error}. {last}") from None
     except SystemExit:  # Lightning turns a second Ctrl-C into status 1
@@ -98,7 +98,7 @@ def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
             raise
         raise KeyboardInterrupt from None
     if stop is not None and stop.requested:
-        log.info("Stopped after round %d. Go on with: python train.py resume=%s", module.round, cfg.paths.run_dir)
+        log.info("Stopped after round %d. Go on with: %s", module.round, run.go_on)
         sys.exit(STOPPED)
 
 

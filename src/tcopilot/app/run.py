@@ -140,7 +140,7 @@ def _evaluate(cfg: DictConfig) -> float:
     if problems := [*unread_keys(cfg), *config_problems(trained, training=False), *trace_problems(cfg, trained)]:
         raise ConfigError(problems)
 
-    config, tokenizer = build.read_export(source.folder)
+    config, tokenizer = build.read_export(source)
     other = ModelSource(cfg.pilot.path) if cfg.pilot.path else None
     if other is not None:
         trained.name, trained.pilot.path, trained.copilot.path = "transfer", cfg.pilot.path, str(source.export)
@@ -151,7 +151,7 @@ def _evaluate(cfg: DictConfig) -> float:
     fits = cfg.fusion.per in GATES or (known is None and trained.fusion.per in GATES)
     data = build.prepare_data(trained, tokenizer, config.pilot, fits, read_shots(source.shots))
     data.remarks += build.split_seed_remarks(data, ModelSource(str(source.export), key="run"), other)
-    model = build.load_export(source.folder, config)
+    model = build.load_export(source, config)
     if other is not None:
         model = put_on(other, model, tokenizer)
     model.set_fusion(build.fusion_rule(trained.fusion))

@@ -19,14 +19,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from tcopilot.app.console import quiet_libraries
-from tcopilot.models.configuration import TCopilotConfig
+from tcopilot.models.configuration import WANTED, TCopilotConfig
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.fusion import check_weight
 from tcopilot.models.modeling import fused_class
 
 BAD_REQUEST = (ValueError, TypeError, KeyError, TemplateError)
 """What handlers, chat templates and `generate` raise at a request that cannot be answered."""
-_GIVE = "give the export folder of a run, or a folder that save_pretrained of a fused model and its tokenizer wrote"
 
 
 class Export(NamedTuple):
@@ -40,12 +39,12 @@ class Export(NamedTuple):
     def load(cls, folder: Path) -> "Export":
         """Read an export; a ValueError says what the folder lacks."""
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder}: there is no model in this folder; {_GIVE}")
+            raise ValueError(f"{folder}: there is no model in this folder; {WANTED}")
         config = AutoConfig.from_pretrained(folder)
         if not isinstance(config, TCopilotConfig):
-            raise ValueError(f"{folder}: a {config.model_type} model, which `transformers serve` serves; {_GIVE}")
+            raise ValueError(f"{folder}: a {config.model_type} model, which `transformers serve` serves; {WANTED}")
         if not any(folder.glob("tokenizer*")):
-            raise ValueError(f"{folder}: there is no tokenizer beside the model; {_GIVE}")
+            raise ValueError(f"{folder}: there is no tokenizer beside the model; {WANTED}")
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = fused_class(config.is_encoder_decoder).from_pretrained(folder, device_map=device)
         return cls(str(folder), model, AutoTokenizer.from_pretrained(folder))

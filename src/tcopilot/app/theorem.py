@@ -50,11 +50,11 @@ class TrainedRun(NamedTuple):
                 missing = needed.relative_to(folder)
                 raise ConfigError([f"{folder}: no {missing} there; give the directory of a finished training run"])
         config = build.read_config(run.config, str(folder), trusted)
-        export, tokenizer = build.read_export(folder)
+        export, tokenizer = build.read_export(run)
         if export.copilot is None:
             raise ConfigError([f"{folder}: this run has no Copilot (copilot=none); the theorem is about one"])
         data = build.prepare_data(config, tokenizer, export.pilot, shots=read_shots(run.shots))
-        model = build.load_export(folder, export).to(device)
+        model = build.load_export(run, export).to(device)
         return cls(folder, Evaluator(model, tokenizer, data, run.predictions, build.decoding(config.evaluation)))
 
     def rows(self, split: str) -> list[dict[str, Any]]:

@@ -122,17 +122,17 @@ def find_files(folder: Path, places: str | list[str]) -> FileRows | Part:
         given = folder / place
         found = [given] if given.is_file() else map(Path, sorted(glob(str(given), recursive=True)))
         if not (readable := [file for file in found if file.is_file() and format_of(file) in FORMATS]):
-            there = (
-                sorted(path.name for path in given.parent.glob("*"))[:10]
-                if given.parent.is_dir()
-                else "no such folder"
-            )
             raise DataError(
-                f"{given} does not exist (found: {there}). Give a file or a pattern; the ending says how it is read: "
-                f"{', '.join(FORMATS)}, and behind it {', '.join(PACKED)} where it is packed."
+                f"{given} does not exist (found: {found_in(given.parent)}). Give a file or a pattern; the ending says "
+                f"how it is read: {', '.join(FORMATS)}, and behind it {', '.join(PACKED)} where it is packed."
             )
         files += readable
     return Part(FileRows(files), part) if part else FileRows(files)
+
+
+def found_in(folder: Path) -> list[str] | str:
+    """Name what lies in a folder, ten at most, for a message about what does not."""
+    return sorted(path.name for path in folder.glob("*"))[:10] if folder.is_dir() else "no such folder"
 
 
 def files_called(stem: Path) -> list[Path]:

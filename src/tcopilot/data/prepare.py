@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from tcopilot.data.batch import Side
 from tcopilot.data.benchmarks import Benchmark, DataError, Example
 from tcopilot.data.shots import SEPARATOR
-from tcopilot.data.summary import KINDS, Figures
+from tcopilot.data.summary import COUNTED, Figures
 
 Overflow = Literal["error", "drop", "truncate"]
 Report = Callable[[str], None]
@@ -269,19 +269,19 @@ class StreamedRows:
     """Prepare the rows of a streamed split, as often as called, and log the number of those that a pass leaves out.
 
     Attributes:
-        tally: Rows read, skipped and of each kind in `KINDS`, over all passes; a loader process counts here too.
+        tally: Rows read, skipped and of each kind in `COUNTED`, over all passes; a loader process counts here too.
     """
 
     preparer: RowPreparer
     shared: tuple[Any, ...]
     place: str
     skips: bool
-    tally: Tensor = field(default_factory=lambda: torch.zeros(2 + len(KINDS), dtype=torch.int64).share_memory_())
+    tally: Tensor = field(default_factory=lambda: torch.zeros(2 + len(COUNTED), dtype=torch.int64).share_memory_())
 
     @property
     def figures(self) -> Figures:
         """What a summary says of the rows read so far; nothing before the first."""
-        return dict(zip(("rows", "skipped", *KINDS), self.tally.tolist(), strict=True)) if self.tally.any() else {}
+        return dict(zip(("rows", "skipped", *COUNTED), self.tally.tolist(), strict=True)) if self.tally.any() else {}
 
     def __call__(self) -> Iterator[dict[str, Any]]:
         """Start a pass."""
@@ -297,7 +297,7 @@ class StreamedRows:
 
     def _count(self, before: Tensor, rows: int) -> None:
         counts = self.preparer.counts
-        self.tally.copy_(before + torch.tensor([rows, *(counts[kind] for kind in ("skipped", *KINDS))]))
+        self.tally.copy_(before + torch.tensor([rows, *(counts[kind] for kind in ("skipped", *COUNTED))]))
 
     def _skip(self, text: str) -> None:
         count = self.preparer.counts["skipped"] = self.preparer.counts["skipped"] + 1

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import datasets
 
 from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError
-from tcopilot.data.files import FileRows, Part, files_called, find_files, name_and_part, names_files
+from tcopilot.data.files import FileRows, Part, files_called, find_files, found_in, name_and_part, names_files
 
 Stream = TypeVar("Stream", datasets.Dataset, datasets.IterableDataset)
 
@@ -164,10 +164,9 @@ def _local_rows(benchmark: Benchmark, split: str, place: Path, training: bool) -
         )
     if split == "validation" or split not in benchmark.splits or (split == "train" and not training):
         return None
-    there = sorted(path.name for path in file.parent.glob("*"))[:10] if file.parent.is_dir() else "no such folder"
     raise DataError(
-        f"{benchmark.name}: {file} does not exist (found: {there}). data.path is the folder that holds "
-        f"{_files(benchmark)}."
+        f"{benchmark.name}: {file} does not exist (found: {found_in(file.parent)}). data.path is the folder "
+        f"that holds {_files(benchmark)}."
     )
 
 

@@ -13,8 +13,8 @@ from tcopilot.data.benchmarks import Benchmark
 
 MUCH = 0.01  # share of rows above which cutting them is a warning
 Figures = dict[str, float]
-KINDS = ("dropped", "lost_shots", "cut_prompts", "cut_options", "cut_targets", "end_tokens", "twin_options")
-"""Of rows that are counted."""
+COUNTED = ("dropped", "lost_shots", "cut_prompts", "cut_options", "cut_targets", "end_tokens", "twin_options")
+"""What is counted of the rows of a split."""
 REMARKS = {
     "lost_shots": "{count} of {rows} prompts lost shots; raise data.max_source_length, or lower data.shots",
     "cut_options": "{count} prompts lost part of their options; raise data.max_source_length",
@@ -27,7 +27,7 @@ REMARKS = {
 
 def measure(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int], skipped: int) -> Figures:
     """Count the rows of a split and describe their lengths in tokens: mean, median, 95th percentile and longest."""
-    figures: Figures = {"rows": len(rows), "skipped": skipped} | {kind: counts.get(kind, 0) for kind in KINDS}
+    figures: Figures = {"rows": len(rows), "skipped": skipped} | {kind: counts.get(kind, 0) for kind in COUNTED}
     for what in ("source", "target"):
         lengths = np.array([len(row[f"{what}_ids"]) for row in rows] or [0])
         middle = {"mean": lengths.mean(), "median": np.median(lengths), "p95": np.percentile(lengths, 95)}

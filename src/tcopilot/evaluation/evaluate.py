@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.batch import PromptTargetCollator
-from tcopilot.data.metrics import NLL, CorpusMetric
+from tcopilot.data.metrics import NLL, CorpusMetric, show
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.generation import Generation, Reranking
 from tcopilot.evaluation.likelihood import Likelihood, Targets
@@ -302,7 +302,9 @@ class Evaluator:
                 asked += len(members)
                 for weight in weights:
                     sums[weight] += sum(prediction["scores"][metric.name] for prediction in answers[weight])
-                bar(len(members), metric, {weight: total / asked for weight, total in sums.items()})
+                ends = sorted({weights[0], weights[-1]})
+                means = ", ".join(f"{show(sums[w] / asked, metric.unit, 1)} at λ={w:g}" for w in ends)
+                bar(len(members), f"{metric.name} {means}")
 
     def modes(self, benchmark: str) -> list[Mode]:
         """How the rows of a benchmark are answered, the mode that decides first."""
@@ -310,9 +312,10 @@ class Evaluator:
         shared = (self.model, self.tokenizer, self.collate, task, decoding)
         if task.catalogue is not None and list(decoding.modes) != [TARGETS]:
             return [ItemRanking(*shared)]
+        longest = decoding.max_new_tokens or self.data.longest_answer(benchmark)
         made = {
-            "generation": lambda: Generation(*shared, self._longest_answer(benchmark)),
-            "reranking": lambda: Reranking(*shared, self._longest_answer(benchmark), self.scored),
+            "generation": lambda: Generation(*shared, longest),
+            "reranking": lambda: Reranking(*shared, longest, self.scored),
             LIKELIHOOD: lambda: Likelihood(*shared, self.scored),
             TARGETS: lambda: Targets(*shared, self.scored),
         }
@@ -377,10 +380,6 @@ class Evaluator:
                 found.gain.append(Gain.of(name, metric, comparison))
                 if not place:  # the table has the others'
                     found.verdicts.append(f"{name}, {metric.name}: {comparison.verdict}")
-
-    def _longest_answer(self, benchmark: str) -> int:
-        """Tokens to wait for: as configured, else the longest training target with a little room."""
-        return self.decoding.max_new_tokens or self.data.longest_answer(benchmark)
 
     def _key(self, mode: Mode, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Everything that an answer depends on, in contents, not in names."""

@@ -35,13 +35,12 @@ except ModuleNotFoundError as error:
     ) from error
 
 from tcopilot.data.batch import PromptTargetCollator
-from tcopilot.models.configuration import TCopilotConfig
+from tcopilot.models.configuration import WANTED, TCopilotConfig
 from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.fusion import check_weight
 from tcopilot.models.states import position_ids
 
-_GIVE = "Give the export folder of a run, or a folder that save_pretrained of a fused model and its tokenizer wrote"
 # They change or wrap the weights in ways that know nothing of two models in one.
 _PILOT_ONLY_OPTIONS = ("peft", "delta", "autogptq", "gptqmodel", "gguf_file")
 
@@ -100,11 +99,11 @@ class TCopilotLM(HFLM):
             super()._get_config(pretrained, **options)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"pretrained={pretrained}: no export can be read there ({reason}). {_GIVE}") from error
+            raise ValueError(f"pretrained={pretrained}: no export can be read there ({reason}); {WANTED}") from error
 
     def _get_backend(self, config: PreTrainedConfig, *args: Any, **options: Any) -> None:
         if not isinstance(config, TCopilotConfig):
-            raise ValueError(f"pretrained is a {config.model_type} model, which --model hf evaluates. {_GIVE}")
+            raise ValueError(f"pretrained is a {config.model_type} model, which --model hf evaluates; {WANTED}")
         if config.copilot is None and self._given_weight:
             raise ValueError(f"weight={self._given_weight}: this export has no Copilot, so λ has no effect")
         super()._get_backend(config, backend="seq2seq" if config.is_encoder_decoder else "causal")

@@ -56,7 +56,7 @@ def answers_of_both(results: Results, folder: Path, benchmark: str) -> list[Answ
 def answers_table(results: Results, folder: Path) -> pd.DataFrame:
     """Return both models' answers to all rows reported, and behind them their scores, `pilot_<metric>` and so on."""
     rows = []
-    for benchmark in dict.fromkeys(gain.benchmark for gain in results.gain):
+    for benchmark in results.benchmarks:
         both = dict(zip(("pilot", "fused"), _predictions_of_both(results, folder, benchmark), strict=True))
         for answers in answers_of_both(results, folder, benchmark):
             scores = {who: found[answers.id]["scores"] for who, found in both.items()}

@@ -63,12 +63,12 @@ class Gain:
     def of(cls, benchmark: str, metric: Metric, comparison: Comparison) -> Self:
         """Name a comparison by what was compared."""
         found = {k: v for k, v in comparison._asdict().items() if k in cls.__dataclass_fields__}
-        return cls(benchmark, metric.name, **found, **direction_and_unit(metric))
+        return cls(benchmark, metric.name, **found, unit=metric.unit)
 
     @property
     def verdict(self) -> Direction:
         """Whether the fused model is better, worse, or not distinguishable from the Pilot."""
-        return direction(self.difference, self.ci95, self.p_value, lower_is_better=not self.higher_is_better)
+        return direction(self.difference, self.ci95, self.p_value, higher_is_better=self.higher_is_better)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +155,11 @@ class Results:
     best_weight: float | None = None
     notes: list[str] = field(default_factory=list)
     data: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def benchmarks(self) -> list[str]:
+        """List the benchmarks that the gain was computed for."""
+        return list(dict.fromkeys(gain.benchmark for gain in self.gain))
 
     def weight_of(self, benchmark: str) -> float | None:
         """Return the λ selected for a benchmark, or None if none was."""

@@ -124,12 +124,12 @@ def mcnemar(fixed: int, broken: int) -> float:
     return float(stats.binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
 
 
-def direction(difference: float, ci95: Interval, p_value: float, *, lower_is_better: bool = False) -> Direction:
+def direction(difference: float, ci95: Interval, p_value: float, *, higher_is_better: bool = True) -> Direction:
     """Judge a paired difference, demanding that test and interval agree.
 
     The bootstrap is optimistic on few changed rows, and a p-value alone says nothing about size.
 
-    >>> direction(0.02, (0.01, 0.03), 0.001), direction(0.02, (0.01, 0.03), 0.001, lower_is_better=True)
+    >>> direction(0.02, (0.01, 0.03), 0.001), direction(0.02, (0.01, 0.03), 0.001, higher_is_better=False)
     ('better', 'worse')
     >>> direction(0.02, (0.00, 0.04), 0.04)
     'not distinguishable'
@@ -137,7 +137,7 @@ def direction(difference: float, ci95: Interval, p_value: float, *, lower_is_bet
     low, high = ci95
     if p_value >= ALPHA or low <= 0 <= high:
         return "not distinguishable"
-    return "better" if (difference > 0) != lower_is_better else "worse"
+    return "better" if (difference > 0) == higher_is_better else "worse"
 
 
 class Comparison(NamedTuple):
@@ -151,12 +151,12 @@ class Comparison(NamedTuple):
     broken: int | None
     p_value: float
     n: int
-    lower_is_better: bool = False
+    higher_is_better: bool = True
 
     @property
     def direction(self) -> Direction:
         """Which model is better, see `direction`."""
-        return direction(self.difference, self.ci95, self.p_value, lower_is_better=self.lower_is_better)
+        return direction(self.difference, self.ci95, self.p_value, higher_is_better=self.higher_is_better)
 
     @property
     def verdict(self) -> str:
@@ -179,7 +179,7 @@ def compare(
     before: Sequence[float],
     after: Sequence[float],
     *,
-    lower_is_better: bool = False,
+    higher_is_better: bool = True,
     groups: Sequence[Hashable] | None = None,
 ) -> Comparison:
     """Compare the Pilot (`before`) with Pilot + Copilot (`after`) on the same rows.
@@ -188,7 +188,7 @@ def compare(
     well have had the other sign. For right/wrong answers that test has a closed form, McNemar's; for graded values
     (NDCG, nats) it is enumerated up to 13 changed rows and sampled beyond, where its p-value is never below 2e-4.
 
-    `lower_is_better` says that a falling value is the improvement, and so decides what counts as fixed. Values with
+    `higher_is_better` says that a rising value is the improvement, and so decides what counts as fixed. Values with
     equal `groups` are not independent, such as those of one row under several seeds: they are resampled, and exchanged
     between the two models, together.
 
@@ -206,7 +206,7 @@ def compare(
     pilot, fused = _paired(before, after)
     difference = fused - pilot
     rose, fell = int((difference > 0).sum()), int((difference < 0).sum())
-    fixed, broken = (fell, rose) if lower_is_better else (rose, fell)
+    fixed, broken = (rose, fell) if higher_is_better else (fell, rose)
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups or ()))}
     if groups and len(numbers) < len(groups):
         place = [numbers[group] for group in groups]
@@ -224,7 +224,7 @@ def compare(
         broken=broken,
         p_value=p_value,
         n=len(difference),
-        lower_is_better=lower_is_better,
+        higher_is_better=higher_is_better,
     )
 
 
@@ -233,7 +233,7 @@ def compare_corpus(
     before: Sequence[Any],
     after: Sequence[Any],
     *,
-    lower_is_better: bool = False,
+    higher_is_better: bool = True,
 ) -> Comparison:
     """Compare two models in a figure of all rows together, such as macro-F1.
 
@@ -269,7 +269,7 @@ def compare_corpus(
         broken=None,
         p_value=(1 + int(extreme.sum())) / (1 + CORPUS_RESAMPLES),
         n=n,
-        lower_is_better=lower_is_better,
+        higher_is_better=higher_is_better,
     )
 
 
@@ -289,10 +289,9 @@ def corpus_bootstrap(value: Callable[[Sequence[Any]], float], rows: Sequence[Any
 
 def compare_by(metric: Metric, before: Sequence[Any], after: Sequence[Any]) -> Comparison:
     """Compare Pilot (`before`) and fused model (`after`) by what the metric's `score` gave for each row."""
-    lower_is_better = not metric.higher_is_better
     if isinstance(metric, CorpusMetric):
-        return compare_corpus(metric.value, before, after, lower_is_better=lower_is_better)
-    return compare(before, after, lower_is_better=lower_is_better)
+        return compare_corpus(metric.value, before, after, higher_is_better=metric.higher_is_better)
+    return compare(before, after, higher_is_better=metric.higher_is_better)
 
 
 def interval_of(metric: Metric, scores: Sequence[Any]) -> Interval:

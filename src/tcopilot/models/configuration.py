@@ -8,6 +8,9 @@ from tcopilot.models.base_copilot import FORMAT
 from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fusion import FusionRule, ProbabilityFusion, build_fusion, check_weight
 
+WANTED = "give the export folder of a run, or a folder that save_pretrained of a fused model and its tokenizer wrote"
+"""What programs that read a fused model ask for in place of another folder."""
+
 
 class TCopilotConfig(PreTrainedConfig):
     """Config of a fused model: the Pilot's own config, the Copilot's architecture and how both are fused.

@@ -62,8 +62,7 @@ def side_by_side(results: Results, predictions: Path, most: int = SHOWN) -> list
     They are shared out evenly among benchmarks and then among outcomes as far as there are rows, so shares in this
     table are not those of the split.
     """
-    benchmarks = list(dict.fromkeys(gain.benchmark for gain in results.gain))
-    shown: list[Answers] = []
+    benchmarks, shown = results.benchmarks, list[Answers]()
     for place, name in enumerate(benchmarks):
         room = (most - len(shown)) // (len(benchmarks) - place)
         rows = answers_of_both(results, predictions, name)

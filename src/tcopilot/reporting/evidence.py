@@ -93,7 +93,7 @@ def gather(
         raise ValueError(f"{arms[DEFAULT][0].folder}: no benchmark was compared")
     deciding, found = first.row_wise(), []
     for benchmark, gain in reversed(deciding.items()):
-        metric, lower = gain.metric, not gain.higher_is_better
+        metric, higher = gain.metric, gain.higher_is_better
         lines = [_line(arm, runs, benchmark, metric) for arm, runs in arms.items() if runs and arm not in hidden]
         lines.sort(key=lambda line: line.name != DEFAULT)
         for folder, title in controls.items():
@@ -102,9 +102,9 @@ def gather(
             if runs := list({run.results.seed: run for run in having}.values()):
                 lines.append(_line(title, runs, benchmark, metric, folder))
         for line in lines:
-            line.gain, _ = _compared(line.pilot, line.scores, lower)
+            line.gain, _ = _compared(line.pilot, line.scores, higher)
         for line in lines[1:]:
-            line.against, line.ahead = _compared(lines[0].scores, line.scores, lower)
+            line.against, line.ahead = _compared(lines[0].scores, line.scores, higher)
         task = f"{name}/{benchmark}" if len(deciding) > 1 else name
         found.append(TaskEvidence(task, metric, lines, gain.unit))
     return found
@@ -280,7 +280,7 @@ def _scores(run: FinishedRun, folder: RunDirectory, benchmark: str, metric: str,
     }
 
 
-def _compared(before: Scores, after: Scores, lower_is_better: bool) -> tuple[Comparison, list[int]]:
+def _compared(before: Scores, after: Scores, higher_is_better: bool) -> tuple[Comparison, list[int]]:
     """Compare the rows that both have; and the seeds on whose rows `after` is better in sum."""
     common = sorted(before.keys() & after.keys())
     if not common:
@@ -289,9 +289,9 @@ def _compared(before: Scores, after: Scores, lower_is_better: bool) -> tuple[Com
     rows = [(row, after[seed, row][1]) for seed, row in common]
     sums = dict.fromkeys((seed for seed, _ in common), 0.0)
     for key in common:
-        sums[key[0]] += (after[key][0] - before[key][0]) * (-1 if lower_is_better else 1)
+        sums[key[0]] += (after[key][0] - before[key][0]) * (1 if higher_is_better else -1)
     ahead = [seed for seed, improvement in sums.items() if improvement > 0]
-    return compare(*pairs, lower_is_better=lower_is_better, groups=rows), ahead
+    return compare(*pairs, higher_is_better=higher_is_better, groups=rows), ahead
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

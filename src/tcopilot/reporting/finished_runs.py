@@ -68,11 +68,6 @@ class FinishedRun:
         """The run directory's path."""
         return self.directory.folder
 
-    @property
-    def benchmarks(self) -> list[str]:
-        """Benchmarks that the gain was computed for."""
-        return list(dict.fromkeys(gain.benchmark for gain in self.results.gain))
-
     @cached_property
     def trace(self) -> Trace | None:
         """What was traced, or None; raises a RunError if it cannot be read."""

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tcopilot import processes
+from tcopilot.run_directory import RunDirectory
 from tcopilot.training.serialization import CheckpointError, pack, unpack
 
 log = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ def _not_saved(path: Path, error: Exception) -> str:
     good = next((str(old) for old in reversed(checkpoints(path.parent)) if verify(old) is None), None)
     last, go_on = "No checkpoint was saved before it", "start the run anew"
     if good is not None:
-        last, go_on = f"Last good checkpoint: {good}", f"go on with: python train.py resume={path.parent.parent}"
+        last, go_on = f"Last good checkpoint: {good}", f"go on with: {RunDirectory(path.parent.parent).go_on}"
     return (
         f"{path} could not be saved: {error}. {last}. Free some space there, or make the folder writable, and {go_on}"
     )

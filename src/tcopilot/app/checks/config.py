@@ -313,7 +313,7 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
 
 
 def _learners(cfg: DictConfig) -> Iterator[str]:
-    adapted = "_target_" in (cfg.pilot.adapter or {})
+    adapted = bool(cfg.pilot.adapter)
     if cfg.pilot.frozen and adapted:
         yield "pilot.frozen=true with an adapter: it would never be trained; use adapter@pilot.adapter=none"
     if cfg.pilot.dtype in ("bfloat16", "float16") and not (cfg.pilot.frozen or adapted):

@@ -86,7 +86,7 @@ def log_bytes(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModule, log
     vector = config.hidden_size * log.dtype.itemsize
     computed = torch.bfloat16 if "bf16" in str(cfg.trainer.precision) else getattr(torch, pilot.dtype)
     kept = log.storage.bytes_per_token(config.vocab_size, config.hidden_size, computed)
-    frozen = cfg.pilot.frozen or "_target_" in (cfg.pilot.adapter or {})
+    frozen = cfg.pilot.frozen or cfg.pilot.adapter
     prompt = 1 + (8 if frozen and not pilot.is_encoder_decoder else vector)  # ids where the embedding rebuilds X̃
     if depths := cfg.copilot.get("depths"):  # a head-only Copilot's records hold several states and no X̃
         prompt, vector = 0, len(depths) * vector

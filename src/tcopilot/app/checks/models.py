@@ -40,7 +40,7 @@ def model_problems(cfg: DictConfig, pilot: ModelSource, donor: ModelSource | Non
             problems.append(
                 f"copilot.path={donor.path}: a Copilot that is only a head starts from no checkpoint; leave it out"
             )
-        if "_target_" in (cfg.copilot.adapter or {}):
+        if cfg.copilot.adapter:
             problems.append(
                 "copilot.adapter: a Copilot that is only a head has no layers; use adapter@copilot.adapter=none"
             )
@@ -141,9 +141,8 @@ def _size_problems(source: ModelSource) -> list[str]:
 
 def _adapter_problems(cfg: DictConfig, key: str, config: PreTrainedConfig) -> list[str]:
     node = cfg[key].adapter
-    if "_target_" not in (node or {}):
+    if not node:
         return []
-
     problems: list[str] = []
 
     def check() -> None:

@@ -62,7 +62,7 @@ def stored_problems(cfg: DictConfig, pilot: ModelSource) -> list[str]:
 
 
 def _keeps_weights(cfg: DictConfig) -> bool:
-    return bool(cfg.pilot.frozen or "_target_" in (cfg.pilot.adapter or {}))
+    return bool(cfg.pilot.frozen or cfg.pilot.adapter)
 
 
 def _device(cfg: DictConfig) -> str | None:

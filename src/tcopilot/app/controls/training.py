@@ -170,8 +170,6 @@ TRAINED_BY: dict[str, Callable[[JointRun], Trained]] = {
     train.__name__: train
     for train in (equal_time, equal_flops, averaged, equal_parameters, calibrated, tuned, output_head, twice)
 }
-WEIGHTS = {"calibrated": 1.0}
-"""λ at which a control answers that is a fused model."""
 
 
 def train_controls(joint: JointRun, run: RunDirectory) -> Iterator[list[Control]]:
@@ -243,7 +241,7 @@ def against_controls(results: Results, run: RunDirectory) -> list[str]:
             pairs = [[found[row]["scores"][gain.metric] for found in (theirs, ours)] for row in ours if row in theirs]
             if not pairs:  # somebody removed the predictions
                 continue
-            found = compare(*zip(*pairs, strict=True), lower_is_better=not gain.higher_is_better)
+            found = compare(*zip(*pairs, strict=True), higher_is_better=gain.higher_is_better)
             shown = show_difference(found.difference, gain.unit, found.ci95, named=True)
             sentences.append(f"{benchmark}, {gain.metric}, against {title}: {shown}, {found.verdict}")
     return sentences
@@ -257,7 +255,7 @@ def _scored(name: str, trained: Trained, joint: JointRun, folder: Path) -> list[
     recording = joint.recording if trained.model.pilot is joint.model.pilot else None  # of no other Pilot
     evaluator = Evaluator(trained.model, prepared.tokenizer, prepared.data, folder, decoding, recording=recording)
     parameters = sum(map(parameter_count, trained.model.parameters()))
-    split, weight = cfg.evaluation.report_on, WEIGHTS.get(name, 0.0)
+    split, weight = cfg.evaluation.report_on, 0.0 if trained.model.copilot is None else 1.0
     found = evaluator.run([weight], (split, split))
     compared = {(gain.benchmark, gain.metric) for gain in found.gain} | {("all", NLL.name)}
     return [

@@ -163,7 +163,7 @@ def examples(run: FinishedRun) -> dict[str, Any]:
     hold no more than `MOST_POSITIONS` positions.
     """
     found, numbers, views, room = [], defaultdict(count().__next__), {}, MOST_POSITIONS
-    for benchmark in run.benchmarks:
+    for benchmark in run.results.benchmarks:
         answers = answers_of_both(run.results, run.directory.predictions, benchmark)
         found += [(benchmark, a.id, a.outcome, a.prompt, a.target.strip(), a.pilot, a.fused) for a in answers]
     traced = {(name, row["id"]): row for name, rows in (run.trace.rows.items() if run.trace else ()) for row in rows}
@@ -179,7 +179,7 @@ def examples(run: FinishedRun) -> dict[str, Any]:
     order = sorted(range(len(found)), key=lambda place: place not in views)  # what can be looked into comes first
     shown = [[*found[place], views.get(place)] for place in order]
     counts = {"traced": len(traced), "shown": len(views)}
-    return {"benchmarks": run.benchmarks, "examples": shown, "tokens": list(numbers), **counts}
+    return {"benchmarks": run.results.benchmarks, "examples": shown, "tokens": list(numbers), **counts}
 
 
 def _position(position: dict[str, Any], numbers: dict[str, int]) -> list[Any]:

@@ -40,7 +40,7 @@ def weight_curves(run: FinishedRun) -> Iterator[Plot]:
     """The deciding metric of each benchmark, and the likelihood, over λ."""
     results, table = run.results, run.results.table()
     first = {gain.benchmark: gain.metric for gain in reversed(results.gain)}
-    for benchmark, metric in [*((name, first[name]) for name in run.benchmarks), ("all", NLL.name)]:
+    for benchmark, metric in [*((name, first[name]) for name in results.benchmarks), ("all", NLL.name)]:
         rows = table[(table.benchmark == benchmark) & (table.metric == metric)]
         if rows.weight.nunique() < 2:
             continue
