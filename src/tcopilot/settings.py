@@ -21,6 +21,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
+def is_list(value: Any) -> bool:
+    """Whether a value is a list; a text is none."""
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
 def _range(least: float, most: float) -> str:
     return f"from {least} to {most}" if most not in (LARGEST, math.inf) else f"at least {least}"
 
@@ -62,8 +67,7 @@ def list_of(allowed: Collection[Any]) -> Rule:
     """Allow a list of one or more of the values, each once."""
 
     def allows(value: Any) -> bool:
-        is_list = isinstance(value, Sequence) and not isinstance(value, str)
-        return is_list and 0 < len(value) == len(set(map(str, value))) and all(one in allowed for one in value)
+        return is_list(value) and 0 < len(value) == len(set(map(str, value))) and all(one in allowed for one in value)
 
     return Rule(allows, f"give a list of {', '.join(map(str, allowed))}")
 

@@ -3,7 +3,7 @@
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig
 
 from tcopilot.app.checks.problems import ConfigError, refusal
 from tcopilot.mistake_log.log import MistakeLog
-from tcopilot.settings import FLAG, Rule, is_number, is_whole, one_of, problems, whole
+from tcopilot.settings import FLAG, Rule, is_list, is_number, is_whole, one_of, problems, whole
 from tcopilot.training.callbacks import MistakeLogCallback
 from tcopilot.training.checkpoints import SafeCheckpointIO
 from tcopilot.training.sharding import ShardingStrategy
@@ -39,7 +39,7 @@ STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
 
 
 def _are_devices(value: Any) -> bool:
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if is_list(value):
         return len(value) > 0 and all(is_whole(number) and number >= 0 for number in value)
     if isinstance(value, bool | float) or str(value) == "0":
         return False

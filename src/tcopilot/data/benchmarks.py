@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.answers import is_blank, tidy
 from tcopilot.data.metrics import Answer, CorpusMetric, Metric
+from tcopilot.settings import is_list
 
 Row = Mapping[str, Any]
 Splits = dict[str, str | list[str]]
@@ -344,7 +345,7 @@ def _is_of(value: Any, kind: Any) -> bool:
     if get_origin(kind) is not list:
         return isinstance(value, kind) and not isinstance(value, bool)
     (inner,) = get_args(kind)
-    return isinstance(value, Sequence) and not isinstance(value, str) and all(_is_of(part, inner) for part in value)
+    return is_list(value) and all(_is_of(part, inner) for part in value)
 
 
 def lookup(row: Row, path: str) -> Any:

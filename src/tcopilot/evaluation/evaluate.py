@@ -44,7 +44,7 @@ from tcopilot.models.fusion import WEIGHT
 from tcopilot.models.gates import GATES, Observations, build_gate
 from tcopilot.models.pilot import end_ids
 from tcopilot.processes import agree_on, gather, rank, sum_over_processes, world_size
-from tcopilot.settings import Rule, one_of
+from tcopilot.settings import Rule, is_list, one_of
 from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Evaluation:
 
 
 def _are_weights(given: Any) -> bool:
-    weights = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    weights = given if is_list(given) else [given]
     return given == "auto" or (len(weights) > 0 and all(map(WEIGHT.allows, weights)))
 
 

@@ -7,7 +7,6 @@ Shapes: B batch, N target length, D layers read, P Pilot width, Q = D · P, C hi
 V vocabulary.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,12 +18,11 @@ from tcopilot.models.heads import SOFT_HEADS
 from tcopilot.models.log_attention import CONTEXTS
 from tcopilot.models.states import StackedStates
 from tcopilot.processes import undivided
-from tcopilot.settings import Rule, is_number, one_of, whole
+from tcopilot.settings import Rule, is_list, is_number, one_of, whole
 
 
 def _are_depths(value: Any) -> bool:
-    is_list = isinstance(value, Sequence) and not isinstance(value, str)
-    return is_list and len(value) > 0 and all(is_number(share) and 0 < share <= 1 for share in value)
+    return is_list(value) and len(value) > 0 and all(is_number(share) and 0 < share <= 1 for share in value)
 
 
 @dataclass(kw_only=True)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from tcopilot.mistake_log.log import MistakeLog, MistakeRecord
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
 from tcopilot.processes import sum_gradients, sum_over_processes, undivided
-from tcopilot.settings import POSITIVE, Rule, is_number, whole
+from tcopilot.settings import POSITIVE, Rule, is_list, is_number, whole
 from tcopilot.training.compilation import clear_empty_libraries
 from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 from tcopilot.training.objectives import Objective, RootMeanSquaredError, objective_sum
@@ -45,7 +45,7 @@ class Learner:
 
 
 def _are_probabilities(given: Any) -> bool:
-    shares = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    shares = given if is_list(given) else [given]
     return 1 <= len(shares) <= 2 and all(is_number(share) and 0 <= share <= 1 for share in shares)
 
 
