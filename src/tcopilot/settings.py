@@ -79,6 +79,11 @@ SEED = whole(0, 2**32 - 1)
 DTYPE = one_of(("float32", "bfloat16", "float16"))
 
 
+def dtype_name(dtype: object) -> str:
+    """Name of one of torch's dtypes as configs give it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def problems(settings: Mapping[str, Rule], values: Mapping[str, Any], key: str = "") -> list[str]:
     """List the values that their rules do not allow; settings that `values` lacks are not judged.
 

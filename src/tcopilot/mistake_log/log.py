@@ -24,10 +24,10 @@ from tcopilot.mistake_log.async_copy import AsyncHostCopies, owned_copy, to_devi
 from tcopilot.mistake_log.policies import Fifo, SamplingPolicy
 from tcopilot.mistake_log.rounds import LoggedRecords, LoggedRound, SeenRows, join
 from tcopilot.mistake_log.spill import Spill
-from tcopilot.mistake_log.storage import DenseStorage, Storage, dtype_name, is_frozen
+from tcopilot.mistake_log.storage import DenseStorage, Storage, is_frozen
 from tcopilot.models.family_check import embeds_tokens_alone
 from tcopilot.models.states import PilotStates
-from tcopilot.settings import DTYPE, FLAG, SEED, one_of, require, whole
+from tcopilot.settings import DTYPE, FLAG, SEED, dtype_name, one_of, require, whole
 
 ROWS_AT_ONCE = 64  # whose p̂ is formed together, which bounds the temporary memory of an append
 

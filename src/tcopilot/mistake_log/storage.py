@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from tcopilot.models.error_input import CHUNK_ELEMENTS
 from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.states import PilotStates
-from tcopilot.settings import DTYPE, require, whole
+from tcopilot.settings import DTYPE, dtype_name, require, whole
 
 
 class Storage(ABC):
@@ -190,8 +190,3 @@ class FrozenHeadStorage(Storage):
 def is_frozen(module: nn.Module) -> bool:
     """Whether training leaves all of a module as it is, adapters in it included."""
     return not any(parameter.requires_grad for parameter in module.parameters())
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Name of a dtype as configs give it."""
-    return str(dtype).removeprefix("torch.")

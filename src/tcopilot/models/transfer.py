@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.pilot import ModelSource, ModelSourceError
+from tcopilot.settings import dtype_name
 
 
 def transfer_problems(pilot: ModelSource, trained: TCopilotConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -37,6 +38,6 @@ def put_on(pilot: ModelSource, trained: TCopilotModel, tokenizer: PreTrainedToke
     """Return a fused model of another Pilot and the Copilot of a trained model, which is left without one."""
     config, stored = trained.config, pilot.stored_config
     if isinstance(stored, TCopilotConfig) and stored.dtype is not None:  # it answers in the type of its training
-        pilot = replace(pilot, dtype=str(stored.dtype).removeprefix("torch."))
+        pilot = replace(pilot, dtype=dtype_name(stored.dtype))
     options = {"fusion": trained.fusion, "weight": config.weight, "feedback": config.feedback}
     return type(trained).from_pilot(pilot.load(tokenizer), trained.detach_copilot(), **options)

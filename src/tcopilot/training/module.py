@@ -15,11 +15,12 @@ from tcopilot.data.batch import Batch
 from tcopilot.mistake_log.log import MistakeLog, MistakeRecord
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
+from tcopilot.models.target_start import IGNORED_LABEL
 from tcopilot.processes import sum_gradients, sum_over_processes, undivided
 from tcopilot.settings import POSITIVE, Rule, is_list, is_number, whole
 from tcopilot.training.compilation import clear_empty_libraries
 from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
-from tcopilot.training.objectives import Objective, RootMeanSquaredError, objective_sum
+from tcopilot.training.objectives import Objective, RootMeanSquaredError, objective_sum, safe_log
 from tcopilot.training.sharding import ShardedPilot
 
 OF_BENCHMARK = ("pilot_nll", "fused_nll", "error_ratio", "best_weight")  # validation's figures of each benchmark
@@ -177,7 +178,7 @@ class TCopilotModule(LightningModule):
             if self.copilot_learns and self.sharded is not None:
                 sum_gradients(self.model.copilot.parameters())
         with self._timed("pilot"):
-            pilot_loss = self._sum_over_ranks(pilot_loss / self.trainer.world_size)
+            pilot_loss = sum_over_processes(pilot_loss / self.trainer.world_size)
             self._check(pilot_loss, copilot_loss)  # waits for a GPU, so it comes when all its work is launched
             for (name, learner), optimizer in zip(self._learning(), self._as_list(self.optimizers()), strict=True):
                 if name == "copilot" and self.copilot_stopped:
@@ -202,7 +203,7 @@ class TCopilotModule(LightningModule):
         """
         alone = self.trainer.world_size == 1
         is_logged = self.copilot_learns and batch.held_out is None
-        tokens = self._sum_over_ranks(batch.tokens.float())
+        tokens = sum_over_processes(batch.tokens.float())
         *earlier, last = batch.split(self.micro_batch_size or len(batch))
         pilot_loss = torch.zeros((), device=self.device)
         with self._without_reduction():
@@ -228,7 +229,7 @@ class TCopilotModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Report `ErrorStatistics.summary` over all ranks, and the main figures of each of several benchmarks."""
         for statistics in self._of_benchmark.values():
-            statistics.reduce(self._sum_over_ranks)
+            statistics.reduce(sum_over_processes)
         self.validation_statistics = ErrorStatistics.joined(self._of_benchmark.values())
         figures = {f"val/{name}": value for name, value in self.validation_statistics.summary().items()}
         for benchmark, statistics in self._of_benchmark.items() if len(self._of_benchmark) > 1 else ():
@@ -281,7 +282,7 @@ class TCopilotModule(LightningModule):
         return self._pilot_loss(states) * self.trainer.world_size / tokens
 
     def _pilot_loss(self, states: PilotStates) -> Tensor:
-        targets_BN = states.targets_BN.masked_fill(~states.target_mask_BN, -100)
+        targets_BN = states.targets_BN.masked_fill(~states.target_mask_BN, IGNORED_LABEL)
         logits_TV = states.logits_BNV.flatten(0, 1).float()
         return nn.functional.cross_entropy(logits_TV, targets_BN.flatten(), reduction="sum")
 
@@ -320,14 +321,13 @@ class TCopilotModule(LightningModule):
         if own_share > 0:
             with torch.no_grad():
                 hidden, _ = copilot(inputs_BNC, *memory)
-                log_probs = record.probs_BNV.clamp_min(torch.finfo(torch.float32).tiny).log()
-                own_BNV = copilot.correct(hidden, log_probs)[:, :-1]
+                own_BNV = copilot.correct(hidden, safe_log(record.probs_BNV))[:, :-1]
             use_own_B11 = torch.rand(len(own_BNV), 1, 1, device=own_BNV.device) < own_share
             inputs_BNC = torch.where(use_own_B11, copilot.inputs(own_BNV), inputs_BNC)
         hidden_BNC, _ = copilot(inputs_BNC, *memory)
         total = objective_sum(self.objective, copilot, record, hidden_BNC)
-        tokens = self._sum_over_ranks((record.target_mask_BN * record.importance_B[:, None]).sum())
-        others = self._sum_over_ranks(total.detach()) - total.detach()
+        tokens = sum_over_processes((record.target_mask_BN * record.importance_B[:, None]).sum())
+        others = sum_over_processes(total.detach()) - total.detach()
         return self.objective.reduce(total + others, tokens)
 
     def _update_copilot_again(self, pilot_loss: Tensor) -> None:
@@ -380,8 +380,6 @@ class TCopilotModule(LightningModule):
 
     def _without_reduction(self) -> AbstractContextManager:
         return getattr(self.trainer.strategy, "block_backward_sync", nullcontext)()
-
-    _sum_over_ranks = staticmethod(sum_over_processes)
 
     @staticmethod
     def _as_list(value: Any) -> list:

@@ -63,7 +63,7 @@ class CrossEntropy(MeanSquaredError):
 
     def row_losses(self, corrections_RV: Tensor, probs_RV: Tensor, targets_R: Tensor) -> Tensor:
         """Negative log-likelihood of each target token, in nats."""
-        fused_RV = fuse_probabilities(_log(probs_RV), corrections_RV, 1.0)
+        fused_RV = fuse_probabilities(safe_log(probs_RV), corrections_RV, 1.0)
         return -fused_RV.gather(-1, targets_R.unsqueeze(-1)).squeeze(-1)
 
 
@@ -82,12 +82,13 @@ def objective_sum(objective: Objective, copilot: BaseCopilot, record: MistakeRec
     def row_losses(hidden_rC: Tensor, chunk: slice) -> Tensor:
         here = tokens_R[chunk] if padded else chunk  # without padding no row of p̂ is copied
         probs_rV = probs_RV[here]
-        corrections_rV = copilot.correct(hidden_rC, _log(probs_rV) if copilot.head.reads_pilot else None)
+        corrections_rV = copilot.correct(hidden_rC, safe_log(probs_rV) if copilot.head.reads_pilot else None)
         return objective.row_losses(corrections_rV, probs_rV, targets_R[here]) * importance_R[here]
 
     hidden_RC = hidden_RC[tokens_R] if padded else hidden_RC
     return chunked_sum(row_losses, hidden_RC, list(copilot.head.parameters()), probs_RV.shape[-1])
 
 
-def _log(probs: Tensor) -> Tensor:
+def safe_log(probs: Tensor) -> Tensor:
+    """Log p of probabilities that may have been rounded to 0."""
     return probs.clamp_min(torch.finfo(torch.float32).tiny).log()

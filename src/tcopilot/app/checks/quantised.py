@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.pilot import ModelSource
 from tcopilot.models.quantization import QUANTIZATIONS, device_problem, quantised_settings
+from tcopilot.settings import dtype_name
 
 MEND = "use adapter@pilot.adapter=lora, or pilot.frozen=true"
 
@@ -50,7 +51,7 @@ def stored_problems(cfg: DictConfig, pilot: ModelSource) -> list[str]:
     if not _keeps_weights(cfg):
         problems.append(f"{where} is quantised, and quantised weights cannot be trained; {MEND}")
     if getattr(stored, "base", None) is not None:
-        dtype = str(pilot.model_config.dtype).removeprefix("torch.")
+        dtype = dtype_name(pilot.model_config.dtype)
         if not cfg.pilot.frozen:
             mend = "go on with resume=<that run> rounds=<more>, or use pilot.frozen=true"
             problems.append(
