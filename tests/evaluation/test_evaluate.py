@@ -464,4 +464,4 @@ def test_without_a_limit_decoding_waits_for_the_longest_training_target(tmp_path
     judge = evaluator("llama", tmp_path)
     judge.data.benchmarks["word_problems"].max_new_tokens = None
     longest = judge.data.summary()["word_problems/train"]["target_max"]
-    assert judge._longest_answer("word_problems") == longest + 2
+    assert judge.modes("word_problems")[0].max_new_tokens == longest + 2
