@@ -16,7 +16,7 @@ from tcopilot.models.adapters import Lora, merge_adapters
 from tcopilot.models.fusion import LogitFusion, ProbabilityFusion
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.pilot import ModelSource
-from tcopilot.models.transfer import put_on
+from tcopilot.models.transfer import transfer_copilot
 from tcopilot.training.error_statistics import correct_targets
 
 FAST = ("t5", "bart", "llama")
@@ -62,7 +62,7 @@ def test_the_pilot_of_another_run_keeps_its_type_under_a_transferred_copilot(tmp
         runs[dtype] = fused_class(False).from_pilot(source.load(tokenizer), layers=2)
         build.export(runs[dtype], tokenizer, tmp_path / dtype)
     for dtype, other in (("bfloat16", "float32"), ("float32", "bfloat16")):
-        fused = put_on(ModelSource(str(tmp_path / dtype)), runs[other], tokenizer)
+        fused = transfer_copilot(ModelSource(str(tmp_path / dtype)), runs[other], tokenizer)
         assert {str(p.dtype) for p in fused.pilot.parameters()} == {f"torch.{dtype}"}
         assert {p.dtype for p in fused.copilot.parameters()} == {torch.float32}
 

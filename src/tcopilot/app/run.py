@@ -34,7 +34,7 @@ from tcopilot.mistake_log.recording import Recording
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.gates import GATES
 from tcopilot.models.pilot import ModelSource
-from tcopilot.models.transfer import put_on, transfer_problems
+from tcopilot.models.transfer import transfer_copilot, transfer_problems
 from tcopilot.processes import agree_on, is_first
 from tcopilot.reporting.dashboards import log_evaluation
 from tcopilot.reporting.model_card import model_card
@@ -153,7 +153,7 @@ def _evaluate(cfg: DictConfig) -> float:
     data.remarks += build.split_seed_remarks(data, ModelSource(str(source.export), key="run"), other)
     model = build.load_export(source, config)
     if other is not None:
-        model = put_on(other, model, tokenizer)
+        model = transfer_copilot(other, model, tokenizer)
     model.set_fusion(build.fusion_rule(trained.fusion))
     model.config.feedback = trained.fusion.feedback
     if keeps:

@@ -247,19 +247,19 @@ class Evaluator:
         fitted = GATES[self.per].fit(Observations.joined(gather(seen)))
         self.model.set_gate(build_gate(agree_on(fitted.settings())))
 
-    def calibrate(self, split: str = "validation") -> None:
-        """Fit temperature and biases of the model, whose Copilot is a `Calibration`, by a teacher-forced pass.
+    def calibrate(self) -> None:
+        """Fit temperature and biases of the model, whose Copilot is a `Calibration`, to the validation rows.
 
         Tokens that train targets use get a bias. Every process observes its share of the rows, and all fit the same.
 
         Raises:
-            DataError: if a benchmark has no rows there.
+            DataError: if a benchmark has no validation rows.
         """
         tokens_A = torch.tensor(self.data.target_tokens())
         seen = [
             Observed.of(log_probs_BNV, batch.target_ids_BN, batch.target_mask_BN, tokens_A)
             for name in self.data.benchmark_names
-            for batch, log_probs_BNV, _ in self.scored_batches(split, name)
+            for batch, log_probs_BNV, _ in self.scored_batches("validation", name)
         ]
         self.model.copilot.fit(Observed.joined(gather(seen)))
 

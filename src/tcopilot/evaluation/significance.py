@@ -16,6 +16,7 @@ Interval = tuple[float, float]
 Direction = Literal["better", "worse", "not distinguishable"]
 
 ALPHA = 0.05  # two-sided, the level that belongs to the 95 % intervals
+RESAMPLES = 10_000  # of a bootstrap over rows or groups
 CORPUS_RESAMPLES = 1000  # of figures that are computed anew from all rows each time
 MOST_EXACT = 50_000  # sum of whole differences up to which their signs are enumerated
 BATCH_VALUES = 10_000_000  # float64 values drawn at once when resampling: 80 MB, whatever the number of rows
@@ -77,7 +78,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def paired_bootstrap(
-    before: Sequence[float], after: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    before: Sequence[float], after: Sequence[float], level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
     """Bound the mean of `after - before` by resampling rows, the percentile bootstrap.
 
@@ -330,12 +331,12 @@ def _is_ternary(difference: np.ndarray) -> bool:
     return bool(np.isin(difference, (-1, 0, 1)).all())
 
 
-def _group_bootstrap(sums: np.ndarray, sizes: np.ndarray, resamples: int = 10_000) -> Interval:
+def _group_bootstrap(sums: np.ndarray, sizes: np.ndarray) -> Interval:
     """Bound Σ sums / Σ sizes by resampling groups; how often each kind of group is drawn is multinomial."""
     kinds, counts = np.unique(np.stack([sums, sizes]), axis=1, return_counts=True)
     rng, size, means = np.random.default_rng(0), max(1, BATCH_VALUES // len(counts)), []
-    for start in range(0, resamples, size):
-        drawn = rng.multinomial(len(sums), counts / len(sums), size=min(size, resamples - start))
+    for start in range(0, RESAMPLES, size):
+        drawn = rng.multinomial(len(sums), counts / len(sums), size=min(size, RESAMPLES - start))
         means.append((drawn @ kinds[0]) / (drawn @ kinds[1]))
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)

@@ -70,13 +70,15 @@ class Lora:
 
 
 def _settle(module: nn.Module) -> None:
-    """Give new adapters float32, where peft takes the frozen weights' type, and keep transformers from redrawing them.
-
-    It draws random weights for whatever it has not loaded itself when a fused model is made of the module.
-    """
+    """Give new adapters float32, where peft takes the frozen weights' type, and keep them."""
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    keep_weights(module)
+
+
+def keep_weights(module: nn.Module) -> None:
+    """Keep transformers from drawing random weights for what it has not loaded itself, when a module is fused."""
     for part in (*module.modules(), *module.parameters()):
         part._is_hf_initialized = True
 

@@ -14,7 +14,6 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import ModelOutput
 
 from tcopilot.models.base_copilot import BaseCopilot
-from tcopilot.models.beside_base import base_of
 from tcopilot.models.caches import TCopilotCache, of_pilot, with_room
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.decoding import Beside, advance, conclude, correct_more, correct_text
@@ -22,6 +21,7 @@ from tcopilot.models.fusion import FusionRule, build_fusion, check_weight
 from tcopilot.models.gates import Gate
 from tcopilot.models.kinds import empty_copilot, new_copilot
 from tcopilot.models.pretrained import FusedPreTrainedModel, check_pilot, follow_attention
+from tcopilot.models.quantised_export import base_of
 from tcopilot.models.quantization import is_quantised, keep_scales
 from tcopilot.models.target_start import IGNORED_LABEL
 

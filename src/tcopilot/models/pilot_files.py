@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from tcopilot.models.beside_base import ADAPTER
+from tcopilot.models.adapters import keep_weights
 from tcopilot.models.families import skeleton
 from tcopilot.models.pilot import ModelSource
+from tcopilot.models.quantised_export import ADAPTER
 
 OURS = "pilot."
 """What the names of a Pilot's weights begin with in an export of ours, beside those of its Copilot."""
@@ -62,8 +63,7 @@ def load_unembedding(source: ModelSource, tokenizer: PreTrainedTokenizerBase) ->
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias = torch.zeros(1, head.weight.shape[0], dtype=dtype) if bias is None else bias.to(dtype)
     model.get_output_embeddings().requires_grad_(False)
-    for part in (*model.modules(), *model.parameters()):
-        part._is_hf_initialized = True  # or transformers draws random weights when a fused model is made of it
+    keep_weights(model)
     return model.eval()
 
 

@@ -10,10 +10,10 @@ from transformers.utils import output_capturing
 
 from tcopilot.models.adapters import merged_weights, save_adapters
 from tcopilot.models.base_copilot import BaseCopilot
-from tcopilot.models.beside_base import ADAPTER, OF_HUB, load_beside_base, trained_weights
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.families import is_cross_attending
 from tcopilot.models.kinds import resize_vocabulary
+from tcopilot.models.quantised_export import ADAPTER, OF_HUB, load_quantised_export, trained_weights
 
 ATTENTION = ("eager", "sdpa")
 """Attention kernels that take the Copilot's masks, which are additive."""
@@ -88,7 +88,7 @@ class FusedPreTrainedModel(PreTrainedModel):
         if config is None:
             config = cls.config_class.from_pretrained(name, **{key: kwargs[key] for key in OF_HUB if key in kwargs})
         if getattr(config, "base", None) is not None:
-            return load_beside_base(cls, str(name), **kwargs | {"config": config})
+            return load_quantised_export(cls, str(name), **kwargs | {"config": config})
         found = super().from_pretrained(name, *args, **kwargs)
         check_placement(found[0] if isinstance(found, tuple) else found)
         return found

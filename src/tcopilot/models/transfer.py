@@ -34,7 +34,7 @@ def transfer_problems(pilot: ModelSource, trained: TCopilotConfig, tokenizer: Pr
     return problems
 
 
-def put_on(pilot: ModelSource, trained: TCopilotModel, tokenizer: PreTrainedTokenizerBase) -> TCopilotModel:
+def transfer_copilot(pilot: ModelSource, trained: TCopilotModel, tokenizer: PreTrainedTokenizerBase) -> TCopilotModel:
     """Return a fused model of another Pilot and the Copilot of a trained model, which is left without one."""
     config, stored = trained.config, pilot.stored_config
     if isinstance(stored, TCopilotConfig) and stored.dtype is not None:  # it answers in the type of its training

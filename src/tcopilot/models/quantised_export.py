@@ -41,7 +41,7 @@ def trained_weights(copilot: BaseCopilot | None) -> dict[str, Tensor]:
     return {f"copilot.{name}": weight for name, weight in weights.items()}
 
 
-def load_beside_base(
+def load_quantised_export(
     fused: Any, folder: str, config: TCopilotConfig, output_loading_info: bool = False, **options: Any
 ) -> Any:
     """Load such an export as `from_pretrained` of its class does; the Pilot's type is always that of the training.
