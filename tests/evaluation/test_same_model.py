@@ -17,6 +17,7 @@ from tcopilot.models.fusion import LogitFusion, ProbabilityFusion
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.pilot import ModelSource
 from tcopilot.models.transfer import transfer_copilot
+from tcopilot.run_directory import RunDirectory
 from tcopilot.training.error_statistics import correct_targets
 
 FAST = ("t5", "bart", "llama")
@@ -41,8 +42,8 @@ def test_an_export_of_a_bfloat16_run_scores_as_the_model_that_was_trained_to_the
     merge_adapters(model.eval())
 
     build.export(model, tokenizer, tmp_path / "run" / "export")
-    config, _ = build.read_export(tmp_path / "run")
-    ours = build.load_export(tmp_path / "run", config).eval()
+    config, _ = build.read_export(RunDirectory(tmp_path / "run"))
+    ours = build.load_export(RunDirectory(tmp_path / "run"), config).eval()
     theirs = fused_class(source.is_encoder_decoder).from_pretrained(tmp_path / "run" / "export").eval()
     batch = make_batch(checkpoint)
     for loaded in (ours, theirs):
@@ -215,8 +216,8 @@ def test_every_end_token_of_config_and_tokenizer_ends_an_answer(tmp_path):
     model = fused_class(False).from_pilot(source.load(source.tokenizer()), layers=2)
     assert model.generation_config.eos_token_id == [1, 7, 9]
     build.export(model, tokenizer, tmp_path / "run" / "export")
-    config, tokenizer = build.read_export(tmp_path / "run")
-    loaded = build.load_export(tmp_path / "run", config)
+    config, tokenizer = build.read_export(RunDirectory(tmp_path / "run"))
+    loaded = build.load_export(RunDirectory(tmp_path / "run"), config)
     assert loaded.generation_config.eos_token_id == [1, 7, 9]
     judge = judge_of(loaded, tmp_path / "predictions", tokenizer)
     mode = judge.modes("a")[0]

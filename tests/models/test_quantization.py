@@ -18,6 +18,7 @@ from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.models.pilot_files import digest, load_unembedding
 from tcopilot.models.quantization import QUANTIZATIONS, packed_bytes, parameter_count, plain_weights
 from tcopilot.models.states import StatePooler, trace_pilot
+from tcopilot.run_directory import RunDirectory
 
 pytest.importorskip("bitsandbytes")
 TARGETS = {"t5": ["q", "v", "wo"], "llama": ["q_proj", "down_proj"]}
@@ -66,9 +67,9 @@ def test_a_quantised_pilot_trains_by_its_adapters_and_comes_back_to_the_bit(fami
     assert any(name.startswith("copilot.") for name in moved)
 
     build.export(model, tokenizer, tmp_path / "run" / "export")
-    config, _ = build.read_export(tmp_path / "run")
+    config, _ = build.read_export(RunDirectory(tmp_path / "run"))
     assert config.base["path"] == str(bases / family)
-    loaded = build.load_export(tmp_path / "run", config)
+    loaded = build.load_export(RunDirectory(tmp_path / "run"), config)
     auto = AutoModelForSeq2SeqLM if source.is_encoder_decoder else AutoModelForCausalLM
     again = auto.from_pretrained(tmp_path / "run" / "export")
     tokens = prompts(model.pilot, padded=True)
