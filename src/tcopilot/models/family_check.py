@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, C width, U some tokens of the vocabulary.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -26,6 +26,7 @@ from tcopilot.models.pilot import without_reports
 from tcopilot.models.tiny_model import TinyModel, tiny_config
 
 Checks = dict[str, Callable[[TinyModel], None]]
+MOST_WEIGHTS = 20_000_000
 MOST_ALIKE = {"atol": 1e-3, "rtol": 1e-3}
 _found: dict[str, Any] = {}
 
@@ -70,7 +71,9 @@ def _found_out(question: Callable[[TinyModel], Any], tiny: PreTrainedConfig) -> 
 @contextmanager
 def _as_usual() -> Iterator[None]:
     """Compute with real numbers on the CPU, also where someone asks who only wants shapes, or half precision."""
-    with _disable_current_modes(), torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    plain = torch.get_default_device().type == "cpu"  # naming it again would slow every call
+    device = nullcontext() if plain else torch.device("cpu")
+    with _disable_current_modes(), device, torch.no_grad(), torch.autocast("cpu", enabled=False):
         yield
 
 
@@ -112,6 +115,9 @@ def _reads_embedding(trial: TinyModel) -> bool:
 
 
 def _built(trial: TinyModel) -> None:
+    weights = sum(weight.numel() for weight in families.skeleton(trial.config).parameters())
+    if weights > MOST_WEIGHTS:
+        raise ValueError(f"its config tells sizes by other names: {weights:,} weights remain")
     if trial.config.is_encoder_decoder != families.has_encoder(trial.config.model_type):
         raise ValueError("transformers reads and writes text with it in no class of its own")
     families.decoder_layers(trial.decoder)

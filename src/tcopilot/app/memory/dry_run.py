@@ -142,6 +142,8 @@ class _ShapesOnly(LiveMemory):
         self._tied = tied
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
         if func is aten._local_scalar_dense.default:
             return 1  # finite, true, a first row: nothing that is counted depends on it
         if func is aten.equal.default:
