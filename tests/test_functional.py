@@ -143,7 +143,7 @@ def test_the_best_weight_is_the_minimum_of_the_squared_error():
     assert squared_error(1.98 * best) < squared_error(0.0) < squared_error(2.02 * best)
 
 
-@pytest.mark.parametrize(("inner", "energy"), [(0.5, 0.0), (-0.5, 1.0), (0.0, 1.0)])
+@pytest.mark.parametrize(("inner", "energy"), [(0.5, 0.0), (-0.5, 1.0), (0.0, 1.0), (1e-7, 1e-13)])
 def test_the_best_weight_of_a_useless_copilot_is_zero(inner, energy):
     assert best_weight(inner, energy) == 0.0
 

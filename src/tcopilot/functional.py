@@ -11,6 +11,7 @@ from torch import Tensor
 
 LAYER_RANGES = ("all", "first_half", "second_half")
 POOLINGS = ("mean", "max", "sum")
+ROUNDING_ENERGY = 1e-10  # ‖f^C‖² below this is rounding of float32 probabilities
 
 
 def token_errors(probs_BNV: Tensor, targets_BN: Tensor) -> Tensor:
@@ -118,9 +119,13 @@ def best_weight(inner: float, correction_energy: float) -> float:
     """Return λ* = E⟨ℓ, f^C⟩ / E‖f^C‖², the minimum of E‖p − p̂ − λ f^C‖² (Theorem 4.1 over a data set).
 
     Every λ in (0, 2λ*) lowers the expected squared error. A Copilot that outputs 0, or points away from the error,
-    gives 0: keep the Pilot.
+    gives 0: keep the Pilot. So does one whose outputs are what rounding leaves of 0, as a new soft head's are.
 
-    >>> best_weight(0.3, 0.6), best_weight(0.3, 0.0), best_weight(-1.0, 2.0)
-    (0.5, 0.0, 0.0)
+    Args:
+        inner: E⟨ℓ, f^C⟩, the mean over target tokens.
+        correction_energy: E‖f^C‖², likewise.
+
+    >>> best_weight(0.3, 0.6), best_weight(0.3, 0.0), best_weight(-1.0, 2.0), best_weight(1e-9, 1e-14)
+    (0.5, 0.0, 0.0, 0.0)
     """
-    return max(inner / correction_energy, 0.0) if correction_energy > 0 else 0.0
+    return max(inner / correction_energy, 0.0) if correction_energy > ROUNDING_ENERGY else 0.0

@@ -29,6 +29,17 @@ def test_a_copilot_that_knows_the_error_has_ratio_zero_cosine_one_and_best_weigh
     assert summary["correction_energy"] == pytest.approx(ENERGY)
 
 
+def test_a_new_soft_head_whose_corrections_are_rounding_gets_weight_zero():
+    torch.manual_seed(0)
+    for _ in range(8):  # of which some point to the error and some away
+        log_probs = torch.randn(1, 3, 50_000).log_softmax(-1)
+        corrections = torch.softmax(log_probs, dim=-1) - log_probs.exp()
+        assert corrections.any()
+        found = ErrorStatistics((0.0, 1.0))
+        found.update(log_probs, corrections, TARGETS, MASK)
+        assert found.best_weight == 0.0
+
+
 def test_half_the_error_has_a_quarter_of_its_ratio_and_best_weight_two():
     summary = statistics(ERRORS / 2).summary()
     assert summary["error_ratio"] == pytest.approx(0.25)

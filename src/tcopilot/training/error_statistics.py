@@ -124,7 +124,8 @@ class ErrorStatistics:
     @property
     def best_weight(self) -> float:
         """λ* in closed form (Theorem 4.1)."""
-        return best_weight(self._sums[3].item(), self._sums[2].item())
+        tokens, _, correction, inner = self._sums[:4].tolist()
+        return best_weight(inner / tokens, correction / tokens) if tokens else 0.0
 
     def summary(self) -> dict[str, float]:
         """Means per target token, over all ranks after `reduce`; quantiles are of this rank's target tokens.
