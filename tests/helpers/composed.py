@@ -25,8 +25,9 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.utils import get_object
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies.launchers import subprocess_script
 from omegaconf import DictConfig, ListConfig, OmegaConf, base, open_dict
-from processes import Forked
+from processes import Forked, Spare
 
 from tcopilot.app import build, run
 from tcopilot.models.family_check import check_family
@@ -164,15 +165,23 @@ def evaluate(run_dir: Path, folder: Path, *overrides: str) -> Path:
     return folder
 
 
-def forked(script: str, *overrides: str, timeout: int = 250) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process that has done its imports, from the repository's root, offline and on one core."""
-    return start(script, *overrides).wait(timeout)
+def forked(script: str, *overrides: str, timeout: int = 250, spare: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process that has done its imports, from the repository's root, offline and on one core.
+
+    Lightning begins an interpreter for the second process of a job, or, with `spare`, is given a fork as well.
+    """
+    return start(script, *overrides, spare=spare).wait(timeout)
 
 
-def start(script: str, *overrides: str, **environment: Any) -> Forked:
+def start(script: str, *overrides: str, spare: bool = False, **environment: Any) -> Forked:
     """The same without waiting, so that several processes may form a job."""
     _warm_up()
-    return Forked(_run_script, script, *overrides, **environment)
+    return Forked(_run_beside_spare if spare else _run_script, script, *overrides, **environment)
+
+
+def _run_beside_spare(script: str, *overrides: str) -> None:
+    subprocess_script.subprocess = SimpleNamespace(Popen=Spare(_run_script))
+    _run_script(script, *overrides)
 
 
 @cache

@@ -1,12 +1,14 @@
 """Programs and jobs of several processes, forked from the process of the test.
 
-A new interpreter spends ten seconds on imports before it does anything; a fork has them behind it. Tests for which the
+A new interpreter spends ten seconds on imports before it does anything; a fork has them behind it, and so has the
+second process of a job if Lightning is given a `Spare` for it. Tests for which the
 start itself matters begin a new interpreter instead (`composed.program`).
 """
 
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -14,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any
+from typing import Any, Self
 
 from torch import distributed
 
@@ -59,6 +61,60 @@ class Forked:
                 written.append(file.read())
         assert not late, f"not done after {timeout} s\n" + "\n".join(written)
         return CompletedProcess(self.process.name, self.process.exitcode, *written)
+
+
+class Spare:
+    """A child that becomes a program once it is told its command, as an interpreter would; a `Popen` used once.
+
+    It is forked before its parent has begun anything, and ends without a word if the parent does.
+    """
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self.returncode: int | None = None
+        told, self._tell = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._tell)
+            self._become(run, told)
+        os.close(told)
+
+    def __call__(self, command: list[str], env: dict[str, str], cwd: str | None = None) -> Self:
+        with open(self._tell, "wb") as pipe:
+            pickle.dump((command[1:], env, cwd), pipe)
+        return self
+
+    def _become(self, run: Callable[..., Any], told: int) -> None:
+        status = 1
+        try:
+            with open(told, "rb") as pipe:
+                given, environment, folder = pickle.load(pipe)
+            Path("/proc/self/comm").write_text(Path(given[0]).name)  # its name in lists of processes
+            os.environ.clear()
+            os.environ.update(environment)
+            os.chdir(folder or ".")
+            run(*given)
+            status = 0
+        except EOFError:
+            pass
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        """The exit status, or None while it runs."""
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
 
 def run_in_processes(function: Callable[[Path], Any], folder: Path, size: int = 2, timeout: int = 120) -> None:

@@ -123,7 +123,7 @@ def test_two_processes_stop_their_copilot_together_and_train_on(tmp_path):
     given = [*composed.SMALL, "trainer=two_ranks", "trainer.val_check_interval=1", "callbacks=[default,copilot_stop]"]
     given += ["callbacks.copilot_stop.patience=1", "copilot.optimizer.lr=1e-30", "rounds=5", "data.held_out=0.2"]
     with composed.without_estimate():
-        done = composed.forked("train.py", *given, "fusion.weight=[0,1]", f"paths.run_dir={tmp_path}")
+        done = composed.forked("train.py", *given, "fusion.weight=[0,1]", f"paths.run_dir={tmp_path}", spare=True)
     assert done.returncode == 0, done.stderr
     assert composed.results(tmp_path)["rounds"] == 5
     with (tmp_path / "metrics.csv").open(newline="") as file:
