@@ -1,6 +1,5 @@
 """What became of a row: the answers of Pilot and fused model side by side, and which of the two was right."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ import pandas as pd
 
 from tcopilot.evaluation.generation import Generation, Reranking
 from tcopilot.evaluation.likelihood import Likelihood, Targets
-from tcopilot.evaluation.predictions import Prediction
+from tcopilot.evaluation.predictions import Prediction, PredictionFiles
 from tcopilot.evaluation.results import Gain, Results
 
 OUTCOMES = ("fixed", "broken", "both right", "both wrong")
@@ -18,12 +17,9 @@ def read_predictions(results: Results, folder: Path, benchmark: str, weight: flo
     """Row id to prediction on the reported split at one λ, of the mode that decided; empty if there is no file."""
     gain = results.row_wise().get(benchmark)
     for suffix in (mode.suffix for mode in (Generation, Reranking, Likelihood, Targets)):
-        file = folder / f"{results.reported_on}-{benchmark}{suffix}-weight={weight:g}.jsonl"
-        if file.exists():
-            with file.open(encoding="utf-8") as lines:  # `splitlines` would also cut at U+2028, which JSON may hold
-                found = {prediction["id"]: prediction for prediction in map(json.loads, lines)}
-            if gain is None or all(gain.metric in prediction["scores"] for prediction in found.values()):
-                return found
+        found = PredictionFiles(folder, f"{results.reported_on}-{benchmark}{suffix}", [weight]).done()[weight]
+        if found and (gain is None or all(gain.metric in prediction["scores"] for prediction in found.values())):
+            return found
     return {}
 
 
