@@ -12,8 +12,9 @@ from tcopilot.data.metrics import Answer, MacroF1, Metric, show
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.outcomes import outcome, read_predictions
-from tcopilot.evaluation.results import Results, gain_table, weight_table
+from tcopilot.evaluation.results import Results
 from tcopilot.evaluation.selection import by_metric
+from tcopilot.reporting.run_tables import gain_table, weight_table
 
 ROWS = 40
 

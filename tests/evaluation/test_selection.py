@@ -7,9 +7,10 @@ from small_training import source_side, tiny_model
 from tcopilot.data import GeneratedTask, TCopilotDataModule, word_tokenizer
 from tcopilot.data.metrics import Metric
 from tcopilot.evaluation.evaluate import Evaluator
-from tcopilot.evaluation.results import Results, Selection, selection_table
+from tcopilot.evaluation.results import Results, Selection
 from tcopilot.evaluation.selection import METRIC_ROWS, by_likelihood, by_metric
 from tcopilot.models.fusion import LogitFusion
+from tcopilot.reporting.run_tables import selection_table
 
 ACCURACY, MISTAKES = Metric("accuracy"), Metric("mistakes", higher_is_better=False, unit="")
 WEIGHTS = [0.0, 0.3, 0.5, 1.0, 2.0]

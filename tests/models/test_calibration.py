@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 from tcopilot.app.checks.config import config_problems
 from tcopilot.data import DataError, GeneratedTask, TCopilotDataModule, word_tokenizer
 from tcopilot.evaluation.evaluate import Evaluator
-from tcopilot.evaluation.results import Results, gain_table
+from tcopilot.evaluation.results import Results
 from tcopilot.models.calibration import Observed
 from tcopilot.models.fusion import ProbabilityFusion
 from tcopilot.models.modeling import fused_class
+from tcopilot.reporting.run_tables import gain_table
 from tcopilot.training.error_statistics import correct_targets
 
 VOCAB = 200

@@ -17,9 +17,10 @@ from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.checks.unused import idle_overrides
 from tcopilot.app.memory.estimate import Budget, bytes_text
 from tcopilot.data.summary import summary_table
-from tcopilot.evaluation.results import Results, gain_table, selection_table, weight_table
+from tcopilot.evaluation.results import Results
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.processes import is_first
+from tcopilot.reporting.run_tables import gain_table, selection_table, weight_table
 from tcopilot.reporting.tables import accept_any_sign
 from tcopilot.training.fit import RecordedData
 

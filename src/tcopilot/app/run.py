@@ -28,7 +28,7 @@ from tcopilot.app.joint import train_jointly
 from tcopilot.app.memory.estimate import Budget, budget
 from tcopilot.data.shots import read_shots, write_shots
 from tcopilot.evaluation.evaluate import Evaluator
-from tcopilot.evaluation.results import Results, git_revision
+from tcopilot.evaluation.results import Results
 from tcopilot.evaluation.trace import trace_problems, write_trace
 from tcopilot.mistake_log.recording import Recording
 from tcopilot.models.fused_model import TCopilotModel
@@ -42,7 +42,7 @@ from tcopilot.run_directory import RunDirectory, write_whole
 from tcopilot.training.checkpoints import checkpoints
 from tcopilot.training.compilation import clear_empty_libraries
 from tcopilot.training.loggers import closing_wandb
-from tcopilot.version import __version__
+from tcopilot.version import __version__, git_revision
 
 log = logging.getLogger(__name__)
 
