@@ -187,7 +187,7 @@ def test_a_template_that_gives_no_targets_is_refused(tmp_path):
         with_shots.prepare(tokenizer_of("chatml"), "left")
     with pytest.raises(DataError, match=r"chat\.template='\{% for %\}': .*Expected an expression"):
         prepared(byte_tokenizer(), tmp_path, TALK, template="{% for %}")
-    with pytest.raises(DataError, match="turns='first': expected all or last"):
+    with pytest.raises(DataError, match="turns='first': use one of all, last"):
         Chat(name="chat", turns="first")
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import PurePath
 from string import Formatter
 from types import NoneType, UnionType
-from typing import Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from transformers import PreTrainedTokenizerBase
 
@@ -243,6 +243,8 @@ class Benchmark(ABC):
         for item in fields(self):
             value, kind = getattr(self, item.name), types[item.name]
             kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+            if get_origin(kind) is Literal and value not in get_args(kind):
+                yield f"{key}.{item.name}={value!r}: use one of {', '.join(get_args(kind))}"
             if set(kinds) <= set(TYPES) and not any(_is_of(value, one) for one in kinds):
                 yield f"{key}.{item.name}={value!r}: expected {' or '.join(TYPES[one] for one in kinds)}"
         if isinstance(self.name, str) and not re.fullmatch(rf"\w[\w.+-]{{0,{LONGEST_NAME - 1}}}", self.name):

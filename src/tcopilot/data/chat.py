@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -48,14 +48,9 @@ class Chat(Benchmark):
     prompt: str = field(default="", init=False)
     target: str = field(default="", init=False)
     messages_column: str | None = None
-    turns: str = "all"
+    turns: Literal["all", "last"] = "all"
     system: str | None = None
     template: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.turns not in ("all", "last"):
-            raise self._error("turns", "all or last", says=": expected ")
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Take over the chat template, and let the token that closes a turn be the one that ends answers.

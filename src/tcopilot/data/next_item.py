@@ -70,8 +70,6 @@ class NextItem(Benchmark):
         self._names: list[str] = []
         self._catalogue: list[str] = []
         key = f"data.benchmarks.{self.name}"
-        if self.index not in INDICES:
-            raise DataError(f"{key}.index is {self.index!r}; choose one of {', '.join(INDICES)}")
         if self.history < 1:
             raise DataError(f"{key}.history is {self.history}; a prompt needs at least 1 item")
         if not self.cutoffs or min(self.cutoffs) < 1 or list(self.cutoffs) != sorted(set(self.cutoffs)):

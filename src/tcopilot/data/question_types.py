@@ -107,8 +107,6 @@ class MultipleChoice(NamedAnswer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.label not in ("zero_based", "one_based", "letter"):
-            raise DataError(f"{self.name}: label is zero_based, one_based or letter, got {self.label!r}")
         if not self.option_columns:
             raise self._error("option_columns", "name the column of the options, or one column for each")
         if not self.option_name.strip():
