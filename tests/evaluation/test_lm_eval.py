@@ -278,7 +278,7 @@ def test_settings_of_the_export_stay_unless_given(tmp_path):
     [
         ("weight=-1", "weight=-1: λ must be 0"),
         ("weight=much", "weight='much': λ must be 0"),
-        ("feedback=teacher", "feedback=teacher is not one of observed, own"),
+        ("feedback=teacher", "feedback=teacher: use one of observed, own"),
         ("peft=somewhere", "peft: not for fused models"),
     ],
 )

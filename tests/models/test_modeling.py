@@ -649,7 +649,7 @@ def test_a_weight_that_is_no_weight_is_refused(fuse, weight):
 
 def test_unknown_feedback_and_fusion_are_refused(fuse):
     config = fuse("llama", fresh=True).pilot.config
-    with pytest.raises(ValueError, match=r"fusion\.feedback='teacher' is not one of observed, own"):
+    with pytest.raises(ValueError, match=r"fusion\.feedback=teacher: use one of observed, own"):
         TCopilotConfig(config, feedback="teacher")
     with pytest.raises(ValueError, match=r"fusion\.rule=product: names no class"):
         TCopilotConfig(config, fusion="product")

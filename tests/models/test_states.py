@@ -123,7 +123,7 @@ def test_positions_count_real_tokens_only():
 
 
 def test_an_unknown_pooling_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="pooling='median' is not one of mean, max, sum"):
+    with pytest.raises(ValueError, match="pooling=median: use one of mean, max, sum"):
         StatePooler("median")
-    with pytest.raises(ValueError, match="layer_range='odd' is not one of all, first_half, second_half"):
+    with pytest.raises(ValueError, match="layer_range=odd: use one of all, first_half, second_half"):
         StatePooler("mean", "odd")

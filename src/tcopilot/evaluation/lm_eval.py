@@ -40,6 +40,7 @@ from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.fusion import check_weight
 from tcopilot.models.states import position_ids
+from tcopilot.settings import one_of, require
 
 # They change or wrap the weights in ways that know nothing of two models in one.
 _PILOT_ONLY_OPTIONS = ("peft", "delta", "autogptq", "gptqmodel", "gguf_file")
@@ -191,8 +192,7 @@ def _check_options(weight: Any, feedback: Any, options: dict[str, Any]) -> None:
     """Refuse before weights load what cannot work."""
     if weight is not None:
         check_weight(weight)
-    if feedback not in (None, *FEEDBACKS):
-        raise ValueError(f"feedback={feedback} is not one of {', '.join(FEEDBACKS)}")
+    require({"feedback": one_of(FEEDBACKS).or_null()}, {"feedback": feedback})
     if unfit := [name for name in _PILOT_ONLY_OPTIONS if options.get(name)]:
         raise ValueError(f"{', '.join(unfit)}: not for fused models; merge or convert before the export")
 

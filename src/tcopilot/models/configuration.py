@@ -7,6 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from tcopilot.models.base_copilot import FORMAT
 from tcopilot.models.decoding import FEEDBACKS
 from tcopilot.models.fusion import FusionRule, ProbabilityFusion, build_fusion, check_weight
+from tcopilot.settings import one_of, require
 
 WANTED = "give the export folder of a run, or a folder that save_pretrained of a fused model and its tokenizer wrote"
 """What programs that read a fused model ask for in place of another folder."""
@@ -41,8 +42,7 @@ class TCopilotConfig(PreTrainedConfig):
         fusion = ProbabilityFusion() if fusion is None else fusion
         self.fusion = fusion.settings() if isinstance(fusion, FusionRule) else fusion
         build_fusion(self.fusion)
-        if feedback not in FEEDBACKS:
-            raise ValueError(f"fusion.feedback={feedback!r} is not one of {', '.join(FEEDBACKS)}")
+        require({"fusion.feedback": one_of(FEEDBACKS)}, {"fusion.feedback": feedback})
         if pilot is not None:
             tokens = [f"{name}_token_id" for name in ("pad", "bos", "eos", "decoder_start")]
             shared = {name: getattr(pilot, name, None) for name in (*tokens, "is_encoder_decoder")}

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tcopilot.data.batch import Batch
 from tcopilot.functional import LAYER_RANGES, POOLINGS, pool_states
 from tcopilot.models.prefix import can_share, position_ids, run_after_prefix
+from tcopilot.settings import one_of, require
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,7 @@ class StatePooler:
     layer_range: str = "all"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("pooling", POOLINGS), ("layer_range", LAYER_RANGES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        require({"pooling": one_of(POOLINGS), "layer_range": one_of(LAYER_RANGES)}, vars(self))
 
     keeps_source: ClassVar[bool] = True
 
