@@ -212,7 +212,7 @@ def test_many_unusable_rows_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"index": "magic"}, r"data\.benchmarks\.shop\.index is 'magic'; choose one of random"),
+        ({"index": "magic"}, r"data\.benchmarks\.shop\.index='magic': use one of random"),
         ({"history": 0}, r"shop\.history is 0"),
         ({"cutoffs": []}, r"shop\.cutoffs is \[\]"),
         ({"cutoffs": [10, 5]}, r"shop\.cutoffs is \[10, 5\]"),

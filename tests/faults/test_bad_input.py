@@ -658,7 +658,10 @@ EXPORTS = {  # a change to a finished run
     "config of another model": (edit_json("export/config.json", model_type="t5"), ("'t5'", "no export of ours")),
     "unknown fusion": (edit_json("export/config.json", fusion={"_target_": "no.such.Rule"}), ("no.such.Rule",)),
     "negative λ": (edit_json("export/config.json", weight=-1), ("weight=-1",)),
-    "unknown feedback": (edit_json("export/config.json", feedback="x"), ("'x'",)),
+    "unknown feedback": (
+        edit_json("export/config.json", feedback="x"),
+        ("fusion.feedback=x: use one of observed, own",),
+    ),
     "unknown Pilot": (edit_json("export/config.json", pilot__model_type="evil"), ("evil",)),
     "Pilot of another width": (edit_json("export/config.json", pilot__d_model=32), ("shape",)),
     "Copilot of another width": (edit_json("export/config.json", copilot__pilot_width=7), ("weight",)),
