@@ -176,12 +176,12 @@ def forked(script: str, *overrides: str, timeout: int = 250, spare: bool = False
 def start(script: str, *overrides: str, spare: bool = False, **environment: Any) -> Forked:
     """The same without waiting, so that several processes may form a job."""
     _warm_up()
-    return Forked(_run_beside_spare if spare else _run_script, script, *overrides, **environment)
+    return Forked(_run_beside_spare if spare else run_script, script, *overrides, **environment)
 
 
 def _run_beside_spare(script: str, *overrides: str) -> None:
-    subprocess_script.subprocess = SimpleNamespace(Popen=Spare(_run_script))
-    _run_script(script, *overrides)
+    subprocess_script.subprocess = SimpleNamespace(Popen=Spare(run_script))
+    run_script(script, *overrides)
 
 
 @cache
@@ -194,7 +194,8 @@ def _warm_up() -> None:
         check_family(build.model_source(compose_config(f"pilot={name}").pilot, "pilot").model_config)
 
 
-def _run_script(script: str, *overrides: str) -> None:
+def run_script(script: str, *overrides: str) -> None:
+    """Be the program from here on; for a process of its own."""
     os.chdir(ROOT)
     sys.argv = [script, *overrides]
     sys.path.insert(0, str(Path(script).resolve().parent))

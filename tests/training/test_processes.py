@@ -12,8 +12,9 @@ from subprocess import CompletedProcess
 
 import composed
 import pytest
-from processes import run_in_processes
+from processes import Forked, run_in_processes
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tcopilot.app import run
 from tcopilot.app.checks.config import config_problems
@@ -209,19 +210,24 @@ def test_a_process_that_dies_stops_the_others_within_a_minute(tmp_path, monkeypa
     assert (tmp_path / "run" / "checkpoints" / "round=2").is_dir()
 
 
+def as_torchrun(script: str, *given: str) -> None:
+    """What `torchrun --standalone --nproc_per_node=2` does, but with forks for its two interpreters."""
+    place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": script}
+    config = LaunchConfig(1, 1, 2, **place, max_restarts=0, start_method="fork")
+    elastic_launch(config, composed.run_script)(script, *given)
+
+
 @pytest.mark.slow
 def test_torchrun_starts_training_and_evaluation_too(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     shared = {"cwd": composed.ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 250}
-    for script, given in (
-        ("train.py", [*SMALL, "trainer=two_ranks", "name=t", f"hydra.run.dir={tmp_path}/${{now:%H-%M-%S-%f}}"]),
-        ("eval.py", ["run=<run>", f"paths.run_dir={tmp_path}/evaluation"]),
-    ):
-        runs = sorted(path.parent for path in tmp_path.glob("*/results.json"))
-        given = [value.replace("<run>", str(runs[0]) if runs else "") for value in given]
-        done = subprocess.run([*torchrun, script, *given], **shared)
-        assert done.returncode == 0, done.stdout + done.stderr
+    given = [*SMALL, "trainer=two_ranks", "name=t", f"hydra.run.dir={tmp_path}/${{now:%H-%M-%S-%f}}"]
+    done = subprocess.run([*torchrun, "train.py", *given], **shared)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [path.parent for path in tmp_path.glob("*/results.json")]
+    done = Forked(as_torchrun, "eval.py", f"run={runs[0]}", f"paths.run_dir={tmp_path}/evaluation").wait(250)
+    assert done.returncode == 0, done.stdout + done.stderr
     (run,) = runs  # both processes, started at different times, share one folder
     found = json.loads((tmp_path / "evaluation" / "results.json").read_text())["rows"]
     weights = {row["weight"] for row in found}  # λ = 0, the run's own and none else, where no other is asked for
