@@ -178,7 +178,7 @@ class TCopilotModule(LightningModule):
             if self.copilot_learns and self.sharded is not None:
                 sum_gradients(self.model.copilot.parameters())
         with self._timed("pilot"):
-            pilot_loss = sum_over_processes(pilot_loss / self.trainer.world_size)
+            pilot_loss = self._sum_over_ranks(pilot_loss / self.trainer.world_size)
             self._check(pilot_loss, copilot_loss)  # waits for a GPU, so it comes when all its work is launched
             for (name, learner), optimizer in zip(self._learning(), self._as_list(self.optimizers()), strict=True):
                 if name == "copilot" and self.copilot_stopped:
@@ -203,7 +203,7 @@ class TCopilotModule(LightningModule):
         """
         alone = self.trainer.world_size == 1
         is_logged = self.copilot_learns and batch.held_out is None
-        tokens = sum_over_processes(batch.tokens.float())
+        tokens = self._sum_over_ranks(batch.tokens.float())
         *earlier, last = batch.split(self.micro_batch_size or len(batch))
         pilot_loss = torch.zeros((), device=self.device)
         with self._without_reduction():
@@ -229,7 +229,7 @@ class TCopilotModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Report `ErrorStatistics.summary` over all ranks, and the main figures of each of several benchmarks."""
         for statistics in self._of_benchmark.values():
-            statistics.reduce(sum_over_processes)
+            statistics.reduce(self._sum_over_ranks)
         self.validation_statistics = ErrorStatistics.joined(self._of_benchmark.values())
         figures = {f"val/{name}": value for name, value in self.validation_statistics.summary().items()}
         for benchmark, statistics in self._of_benchmark.items() if len(self._of_benchmark) > 1 else ():
@@ -326,8 +326,8 @@ class TCopilotModule(LightningModule):
             inputs_BNC = torch.where(use_own_B11, copilot.inputs(own_BNV), inputs_BNC)
         hidden_BNC, _ = copilot(inputs_BNC, *memory)
         total = objective_sum(self.objective, copilot, record, hidden_BNC)
-        tokens = sum_over_processes((record.target_mask_BN * record.importance_B[:, None]).sum())
-        others = sum_over_processes(total.detach()) - total.detach()
+        tokens = self._sum_over_ranks((record.target_mask_BN * record.importance_B[:, None]).sum())
+        others = self._sum_over_ranks(total.detach()) - total.detach()
         return self.objective.reduce(total + others, tokens)
 
     def _update_copilot_again(self, pilot_loss: Tensor) -> None:
@@ -380,6 +380,8 @@ class TCopilotModule(LightningModule):
 
     def _without_reduction(self) -> AbstractContextManager:
         return getattr(self.trainer.strategy, "block_backward_sync", nullcontext)()
+
+    _sum_over_ranks = staticmethod(sum_over_processes)  # not in the memory estimate, which each process makes alone
 
     @staticmethod
     def _as_list(value: Any) -> list:
