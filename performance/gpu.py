@@ -27,7 +27,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 TAIL = 3000  # characters of a step's output that its entry keeps
 SLOWER = 10  # times the limits, on the CPU
-TINY_ROUND = ["--size", "tiny", "--copilot-size", "tiny", "--source", "16", "--targets", "4", "--rounds", "2"]
+TINY_ROUND = ["--size", "tiny", "--copilot-size", "tiny", "--source", "16", "--targets", "4"]
+TINY_ROUND += ["--rounds", "2", "--repeats", "1"]
 TINY_DECODE = ["--size", "tiny", "--cases", "tiny", "--repeats", "1"]
 
 
