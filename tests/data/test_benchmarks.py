@@ -1,4 +1,5 @@
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
@@ -442,3 +443,13 @@ def test_every_gold_target_of_the_real_rows_is_correct(name, split):
     if split == "test":
         lenient = [number for number, score in enumerate(scores, start=1) if not score["accuracy_lenient"]]
         assert lenient == WRONG_WHEN_LENIENT.get(name, [])
+
+
+def test_a_class_may_name_types_that_only_type_checkers_import():
+    @dataclass(kw_only=True)
+    class Own(ExactMatch):
+        extra: "OnlyForTypeCheckers" = None  # noqa: F821
+
+    assert Own(name="own").extra is None
+    with pytest.raises(DataError, match=r"own\.folder=3: expected a text"):
+        Own(name="own", folder=3)

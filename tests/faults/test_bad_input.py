@@ -70,6 +70,9 @@ CONFIGS = {
     "Pilot: no type": given("pilot.dtype=null", says=("pilot.dtype=None", "float32")),
     "Pilot: type of whole numbers": given("pilot.dtype=int8", says=("pilot.dtype=int8", "float32")),
     "Pilot: adapter by name": given("pilot.adapter=lora", says=("pilot.adapter=lora", "adapter@pilot.adapter=lora")),
+    "Pilot: settings of no adapter": given(
+        "pilot=tiny_llama", "+pilot.adapter.r=4", says=("{'r': 4}", "pilot.adapter=null")
+    ),
     "Pilot: adapter of nowhere": given(*LORA, "pilot.adapter._target_=x.y", says=("pilot.adapter", "x.y")),
     "Pilot: negative rank": given(*LORA, "pilot.adapter.r=-1", says=("r=-1", "at least 1")),
     "Pilot: half a rank": given(*LORA, "pilot.adapter.r=2.5", says=("r=2.5", "whole number")),

@@ -239,9 +239,9 @@ class Benchmark(ABC):
     def _wrong_values(self) -> Iterator[str]:
         """Say which attributes are of another type than the class asks for, or cannot be used in file names."""
         key = f"data.benchmarks.{self.name}"
-        types = get_type_hints(type(self))
+        types = _attribute_types(type(self))
         for item in fields(self):
-            value, kind = getattr(self, item.name), types[item.name]
+            value, kind = getattr(self, item.name), types.get(item.name)
             kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
             if get_origin(kind) is Literal and value not in get_args(kind):
                 yield f"{key}.{item.name}={value!r}: use one of {', '.join(get_args(kind))}"
@@ -337,6 +337,14 @@ def words_of(template: str) -> list[str]:
 def is_finite(value: Any) -> bool:
     """Tell whether a value of a row is anything but the NaN or an infinity that JSON readers let through."""
     return not isinstance(value, float) or math.isfinite(value)
+
+
+def _attribute_types(benchmark: type) -> dict[str, Any]:
+    """Types of a benchmark's attributes; only `Benchmark`'s if a subclass has some that only type checkers know."""
+    try:
+        return get_type_hints(benchmark)
+    except NameError:
+        return get_type_hints(Benchmark)
 
 
 def _is_of(value: Any, kind: Any) -> bool:

@@ -167,6 +167,9 @@ def values_for_groups(cfg: DictConfig) -> Iterator[str]:
             continue
         choice = f"{group}={node}" if isinstance(node, str) else f"{group}=<name>"
         bad.append(key)
+        if key.endswith(".adapter") and isinstance(node, DictConfig):  # of a recipe, whose adapter was left out
+            yield f"{key}={node}: settings without an adapter; choose one ({group}=lora), or none with {key}=null"
+            continue
         yield f"{key}={node}: expected a group of keys, not a value; to choose one write {choice}"
     for key in ("callbacks", "logger"):
         for name, node in cfg[key].items() if key not in bad else ():

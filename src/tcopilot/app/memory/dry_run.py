@@ -143,7 +143,7 @@ class _ShapesOnly(LiveMemory):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
-            return args[0].fake_device
+            return args[0].fake_device  # asked several times an operation, and makes no tensor
         if func is aten._local_scalar_dense.default:
             return 1  # finite, true, a first row: nothing that is counted depends on it
         if func is aten.equal.default:
