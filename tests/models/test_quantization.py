@@ -16,7 +16,7 @@ from tcopilot.models.adapters import Lora, merge_adapters
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.models.pilot_files import digest, load_unembedding
-from tcopilot.models.quantization import QUANTIZATIONS, packed_bytes, parameter_count, plain_weights
+from tcopilot.models.quantization import QUANTIZATIONS, keep_as_loaded, packed_bytes, parameter_count, plain_weights
 from tcopilot.models.states import StatePooler, trace_pilot
 from tcopilot.run_directory import RunDirectory
 
@@ -100,6 +100,7 @@ def test_peft_alone_loads_the_adapters_of_an_export_onto_the_base(bases, tmp_pat
     model.save_pretrained(tmp_path)
     settings = model.pilot.config.quantization_config
     base = AutoModelForCausalLM.from_pretrained(bases / "llama", dtype=torch.bfloat16, quantization_config=settings)
+    keep_as_loaded(base)
     adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
     tokens = prompts(model.pilot)
     assert torch.equal(adapted(**tokens).logits, model.pilot(**tokens).logits)

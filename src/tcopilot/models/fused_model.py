@@ -22,7 +22,7 @@ from tcopilot.models.gates import Gate
 from tcopilot.models.kinds import empty_copilot, new_copilot
 from tcopilot.models.pretrained import FusedPreTrainedModel, check_pilot, follow_attention
 from tcopilot.models.quantised_export import base_of
-from tcopilot.models.quantization import is_quantised, keep_scales
+from tcopilot.models.quantization import is_quantised, keep_as_loaded
 from tcopilot.models.target_start import IGNORED_LABEL
 
 
@@ -39,7 +39,7 @@ class TCopilotModel(FusedPreTrainedModel):
         self.pilot = self.auto_class.from_config(copy.deepcopy(config.pilot)) if pilot is None else pilot
         if is_quantised(self.pilot):
             config.base = base_of(self.pilot)
-            keep_scales(self.pilot)
+            keep_as_loaded(self.pilot)
         if copilot is None and config.copilot is not None:
             copilot = empty_copilot(config.copilot)
         self.copilot = copilot

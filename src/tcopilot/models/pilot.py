@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tcopilot.data.tokenizers import byte_tokenizer, word_tokenizer
-from tcopilot.models.quantization import bits_of, loading_options
+from tcopilot.models.quantization import bits_of, keep_as_loaded, loading_options
 from tcopilot.settings import DTYPE
 
 
@@ -151,6 +151,7 @@ class ModelSource:
             if parameter.numel() and not all(torch.isfinite(bound) for bound in parameter.detach().aminmax()):
                 found = f"{name} holds values that are not finite (NaN or infinite)"
                 raise ModelSourceError(f"{self._name}: {found}; the model is damaged, give another copy of it")
+        keep_as_loaded(model)
         return model
 
     def _from_hub(self, auto: Any, **options: Any) -> Any:

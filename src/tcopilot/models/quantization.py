@@ -61,7 +61,7 @@ def bits_of(config: PreTrainedConfig) -> str | None:
 
 def plain_weights(module: nn.Module) -> dict[str, Tensor]:
     """The state of a module with the weights of its quantised layers as numbers again, for whoever copies them."""
-    weights = module.state_dict()  # which also undoes what inference has made of 4 bits on some CPUs
+    weights = module.state_dict()
     for name, part in module.named_modules():
         if is_packed(part):
             from bitsandbytes import functional
@@ -81,11 +81,17 @@ def is_packed(part: nn.Module) -> bool:
     return type(getattr(part, "weight", None)).__name__ in PACKED
 
 
-def keep_scales(model: nn.Module) -> None:
-    """Let layers of 8 bits be moved after a pass, in which bitsandbytes takes the scales off their weights."""
+def keep_as_loaded(model: nn.Module) -> None:
+    """Keep bitsandbytes from changing what quantised layers hold when they are first used.
+
+    A pass takes the scales of 8 bits off their weights, which could not be moved after it. On some CPUs (AVX512-BF16)
+    a pass in evaluation packs 4 bits anew and rounds their scales, so that a Pilot would not be the same after it.
+    """
     for part in model.modules():
         if is_packed(part) and hasattr(part, "state"):
             part.register_forward_hook(_put_scales_back)
+        elif is_packed(part):
+            part.support_avx512bf16_for_cpu = False
 
 
 def _put_scales_back(layer: nn.Module, given: Any, output: Tensor) -> None:
