@@ -174,22 +174,22 @@ def test_a_run_is_evaluated_anew_by_reranking_the_pilots_beams(first, tmp_path):
     assert (folder / "predictions" / "answers.csv").exists()
 
 
-@pytest.mark.slow
-def test_options_are_chosen_from_a_recording_as_by_the_pilot(pilot, tmp_path):
+def multiple_choice(folder, pilot, *more):
+    """A few rows with options, for a frozen Pilot."""
     rows = [{"q": f"what is {n}", "o": [f"{n}", f"{n + 1}", "no"], "a": n % 3} for n in range(40)]
     for split, part in (("train", rows[:24]), ("validation", rows[24:32]), ("test", rows[32:])):
-        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     about = "{_target_: tcopilot.data.Cloze, name: mine, question_column: q, option_columns: [o], label_column: a, "
     about += "label: zero_based, source: here}"
-    given = ["experiment=frozen", "data=jsonl", f"data.path={tmp_path}", "~data.benchmarks.jsonl", "debug=limit"]
-    given += [
-        f"+data.benchmarks.mine={about}",
-        f"pilot.path={pilot}",
-        "evaluation=likelihood",
-        "fusion.weight=[0,0.5,1]",
-        "fusion.select_by=metric",
-    ]
-    folder = composed.train(tmp_path / "run", *given, "copilot.passes=2")
+    given = ["experiment=frozen", "data=jsonl", f"data.path={folder}", "~data.benchmarks.jsonl", "debug=limit"]
+    return [*given, f"+data.benchmarks.mine={about}", f"pilot.path={pilot}", "copilot.passes=2", *more]
+
+
+@pytest.mark.slow
+def test_options_are_chosen_from_a_recording_as_by_the_pilot(pilot, tmp_path):
+    choice = ["fusion.weight=[0,0.5,1]", "fusion.select_by=metric"]
+    given = multiple_choice(tmp_path, pilot, "evaluation=likelihood", *choice)
+    folder = composed.train(tmp_path / "run", *given)
     found = composed.results(folder)
     again = composed.results(
         composed.evaluate(folder, tmp_path / "eval", "fusion.weight=[0,1]", "evaluation=likelihood")
@@ -203,6 +203,24 @@ def test_options_are_chosen_from_a_recording_as_by_the_pilot(pilot, tmp_path):
         for recorded, passed in zip(*said, strict=True):
             pair = [json.loads(line)["log_likelihoods"] for line in (recorded, passed)]
             assert pair[0] == pytest.approx(pair[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_options_are_recorded_where_they_are_scored_by_the_recording(pilot, tmp_path):
+    closed = ["evaluation=likelihood", "fusion.weight=auto", "fusion.select_by=nll"]  # scores those of validation
+    found = composed.results(composed.train(tmp_path / "auto", *multiple_choice(tmp_path, pilot, *closed)))
+    assert composed.value(found, "validation", "accuracy_sum", 0.0, "mine") >= 0
+    first = composed.train(tmp_path / "answers", *multiple_choice(tmp_path, pilot, "fusion.weight=[0,1]"))
+    both = ["evaluation.modes=[generation,likelihood]", f"mistake_log.from={first}", "fusion.weight=[0,1]"]
+    found = composed.results(composed.train(tmp_path / "both", *multiple_choice(tmp_path, pilot, *both)))
+    assert composed.value(found, "test", "accuracy_sum", 0.0, "mine") >= 0  # by a pass
+
+
+@pytest.mark.slow
+def test_rows_without_options_need_none(pilot, first, tmp_path):
+    given = frozen(pilot, f"mistake_log.from={first}", "evaluation.modes=[likelihood,targets]", "copilot.passes=1")
+    found = composed.results(composed.train(tmp_path, *given))
+    assert {row["metric"] for row in found["rows"]} == {"exact", "nll"}
 
 
 @pytest.mark.slow

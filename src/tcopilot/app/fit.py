@@ -53,8 +53,9 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     # What is recorded anew holds the rows reported as well, so that further fits can be judged by it.
     reported = [cfg.evaluation.report_on] if judged or given is None else []
     parts = {split: prepared.data.rows_of(split) for split in ("train", "validation", *reported)}
-    if LIKELIHOOD in cfg.evaluation.modes:
-        answered = [*reported, *(["validation"] if cfg.fusion.select_by != "nll" else [])]
+    if LIKELIHOOD in cfg.evaluation.modes and reported:
+        unanswered = cfg.fusion.select_by == "nll" and cfg.fusion.weight != "auto"  # validation, see `Evaluator.run`
+        answered = [*reported, *([] if unanswered else ["validation"])]
         options = [option for split in answered for row in parts[split] for option in option_rows(row)]
         parts |= {"options": options}
     data = RecordedData(

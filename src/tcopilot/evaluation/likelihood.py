@@ -38,8 +38,8 @@ def log_likelihoods(model: TCopilotModel, scored: Scored, weights: Sequence[floa
 
 
 def option_rows(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a row once for each of its options, with the option as its target."""
-    return [{**row, "target_ids": ids} for ids in row["option_ids"]]
+    """Return a row once for each of its options, if it has any, with the option as its target."""
+    return [{**row, "target_ids": ids} for ids in row.get("option_ids", ())]
 
 
 class Likelihood(TeacherForced):
