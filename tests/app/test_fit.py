@@ -174,6 +174,22 @@ def test_a_run_is_evaluated_anew_by_reranking_the_pilots_beams(first, tmp_path):
     assert (folder / "predictions" / "answers.csv").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_trained_head_goes_on_with_the_states_that_it_was_trained_on(pilot, alone, tmp_path):
+    given = frozen(pilot, "evaluation=targets", "copilot.passes=1", "copilot.hidden=8")
+    before = composed.train(tmp_path / "before", *given, "copilot.depths=[0.5,1.0]")
+    given = [*given, f"mistake_log.from={before}"]
+    if alone:
+        before = composed.train(tmp_path / "alone", *given, "copilot.depths=[0.5,1.0]")
+        assert (before / "export" / "copilot.safetensors").exists()
+    after = composed.train(tmp_path / "on", *given, f"copilot.path={before}/export", "copilot.optimizer.lr=1e-20")
+    for weight in (0.0, 1.0):  # the same head, fitted by next to nothing
+        figures = [composed.value(composed.results(run), "test", "nll", weight, "all") for run in (before, after)]
+        assert figures[0] == pytest.approx(figures[1], rel=1e-6)
+    assert figures[0] != pytest.approx(composed.value(composed.results(before), "test", "nll", 0.0, "all"), rel=1e-6)
+
+
 def multiple_choice(folder, pilot, *more):
     """A few rows with options, for a frozen Pilot."""
     rows = [{"q": f"what is {n}", "o": [f"{n}", f"{n + 1}", "no"], "a": n % 3} for n in range(40)]

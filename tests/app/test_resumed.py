@@ -117,6 +117,14 @@ def test_the_copilot_of_an_export_is_refused_on_a_pilot_that_it_cannot_read(fini
         composed.train(tmp_path / "no", *composed.SMALL, f"copilot.path={finished}/export", "pilot.config.d_model=32")
 
 
+def test_the_copilot_of_an_export_is_refused_as_one_of_another_kind(finished, tmp_path):
+    given = ["pilot=frozen", "copilot=head", f"pilot.path={finished}/export", f"copilot.path={finished}/export"]
+    with pytest.raises(
+        ConfigError, match=r"copilot.path=.*is of kind decoder, and copilot.kind=head; choose copilot="
+    ):
+        composed.train(tmp_path / "no", *composed.SMALL, *given)
+
+
 def going_on(*given, run=()):
     """A run's config of its own, and what resuming it with overrides takes and leaves out."""
     saved = composed.OmegaConf.to_container(composed.compose_config(*run, "paths.run_dir=/runs/a"), resolve=True)

@@ -141,9 +141,7 @@ def load_export(run: RunDirectory, config: TCopilotConfig) -> TCopilotModel:
     fused = fused_class(config.is_encoder_decoder)
     if run.copilot_alone.exists():
         pilot = model_source(OmegaConf.load(run.config).pilot, "pilot").load(read_export(run)[1])
-        copilot = empty_copilot(config.copilot)
-        copilot.load_state_dict(load_file(run.copilot_alone))
-        return fused(config, pilot, copilot)
+        return fused(config, pilot, _copilot_alone(config.copilot, run.copilot_alone))
     return ModelSource(str(run.export), key="run").whole_model(fused, config.dtype or torch.float32)
 
 
@@ -245,7 +243,10 @@ def make_copilot(cfg: DictConfig, prepared: Prepared, pilot: PreTrainedModel) ->
     """A new Copilot, or the trained one of the export that `copilot.path` names."""
     donor, encoder_decoder = prepared.donor, prepared.pilot.is_encoder_decoder
     if donor is not None and donor.trained_copilot is not None:
-        copilot = donor.whole_model(fused_class(encoder_decoder), torch.float32).detach_copilot()
+        if (alone := donor.copilot_alone) is not None:
+            copilot = _copilot_alone(donor.trained_copilot, alone)
+        else:
+            copilot = donor.whole_model(fused_class(encoder_decoder), torch.float32).detach_copilot()
         if copilot.reads_errors:
             copilot.error_in.requires_grad_(cfg.copilot.train_error_input)
         return copilot
@@ -256,6 +257,12 @@ def make_copilot(cfg: DictConfig, prepared: Prepared, pilot: PreTrainedModel) ->
         layers = checks.copilot_layers(cfg.copilot.layers, decoder_depth((donor or pilot).config))
         options |= {"layers": layers, "donor": donor, "tokens": len(prepared.tokenizer)}
     return new_copilot(pilot, cfg.copilot.kind, **options)
+
+
+def _copilot_alone(settings: dict[str, Any], weights: Path) -> BaseCopilot:
+    copilot = empty_copilot(settings)
+    copilot.load_state_dict(load_file(weights))
+    return copilot
 
 
 def training_weight(cfg: DictConfig) -> float:

@@ -45,8 +45,10 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
         ConfigError: if the recording given is of another Pilot, or lacks some of the rows.
     """
     own, given = prepared.config, cfg.mistake_log["from"]  # the first notes what is read of it
+    donor = prepared.donor  # of which the trained head is all that gets here
+    read = own.copilot.depths if donor is None else donor.trained_copilot["depths"]
     try:
-        recording = _recording(cfg, prepared, run_dir)
+        recording = _recording(cfg, prepared, run_dir, read)
     except RecordingError as error:
         raise ConfigError([f"mistake_log.from={given}: {error}" if given else str(error)]) from error
     judged = evaluates_recording(cfg)
@@ -59,7 +61,7 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
         options = [option for split in answered for row in parts[split] for option in option_rows(row)]
         parts |= {"options": options}
     data = RecordedData(
-        recording, parts["train"], parts["validation"], list(chain(*parts.values())), own.copilot.depths,
+        recording, parts["train"], parts["validation"], list(chain(*parts.values())), read,
         own.copilot.batch_size, own.copilot.passes, cfg.seed,
         lambda rows, device: _record(recording, prepared, pilot, rows, device, cfg),
     )  # fmt: skip
@@ -101,9 +103,9 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     return Trained(model, trainer.global_step, seconds, flops, params, trainer.loggers, [note], recording)
 
 
-def _recording(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Recording:
+def _recording(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory, read: Sequence[float]) -> Recording:
     config, given = prepared.pilot.model_config, cfg.mistake_log["from"]
-    depths = tuple(sorted({*map(float, cfg.copilot.depths), 1.0}))
+    depths = tuple(sorted({*map(float, read), 1.0}))
     about = RecordedPilot(
         digest(prepared.pilot), depths, config.vocab_size, config.hidden_size, str(cfg.mistake_log.log.dtype)
     )

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from tcopilot.data.tokenizers import byte_tokenizer, word_tokenizer
 from tcopilot.models.quantization import bits_of, keep_as_loaded, loading_options
+from tcopilot.run_directory import RunDirectory
 from tcopilot.settings import DTYPE
 
 
@@ -130,6 +131,12 @@ class ModelSource:
     def trained_copilot(self) -> dict[str, Any] | None:
         """The architecture of the Copilot in an export of ours; None of any other model."""
         return None if self.path is None else getattr(self.stored_config, "copilot", None)
+
+    @property
+    def copilot_alone(self) -> Path | None:
+        """The weights of a Copilot that was exported without its Pilot; None of any other model."""
+        file = Path(self.path or "", Path(RunDirectory.copilot_alone.name).name)
+        return file if file.is_file() else None
 
     def whole_model(self, auto: Any, dtype: torch.dtype) -> PreTrainedModel:
         """Load a model whose weights are complete, of the config's shapes and finite; transformers fills gaps."""

@@ -33,8 +33,17 @@ def source_problems(cfg: DictConfig, *sources: ModelSource | None) -> list[str]:
 def model_problems(cfg: DictConfig, pilot: ModelSource, donor: ModelSource | None) -> list[str]:
     """Problems of models that can be read: a Copilot too deep or too flat, adapters without a place."""
     problems = stored_problems(cfg, pilot) + _adapter_problems(cfg, "pilot", pilot.model_config)
-    if not cfg.copilot.enabled or (donor is not None and donor.trained_copilot is not None):
-        return problems  # a trained Copilot brings its architecture
+    if not cfg.copilot.enabled:
+        return problems
+    if donor is not None and (trained := donor.trained_copilot) is not None:  # which brings its architecture
+        if "layers" not in cfg.copilot and trained.get("kind", "decoder") != cfg.copilot.kind:
+            kinds = (
+                f"its trained Copilot is of kind {trained.get('kind', 'decoder')}, and copilot.kind={cfg.copilot.kind}"
+            )
+            problems.append(
+                f"copilot.path={donor.path}: {kinds}; choose copilot=<name> of its kind, or another export"
+            )
+        return problems
     if "layers" not in cfg.copilot:
         if donor is not None:
             problems.append(

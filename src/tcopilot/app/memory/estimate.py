@@ -115,6 +115,7 @@ def _module(cfg: DictConfig, prepared: Prepared) -> TCopilotModule:
             is_encoder_decoder=source.is_encoder_decoder,
             load=lambda tokenizer: made(),
             trained_copilot=source.trained_copilot,
+            copilot_alone=None,
             whole_model=lambda fused, dtype: fused(source.stored_config),
         )
 
