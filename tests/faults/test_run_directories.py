@@ -99,12 +99,14 @@ def test_a_saved_config_names_its_own_folder_nowhere_and_others_in_full(tmp_path
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
-    cfg = composed.compose_config(*SHORT, "data.path=rows", "pilot.path=org/model", f"paths.run_dir={run}", "name=run")
+    given = ["data.path=rows", "pilot.path=org/model", "mistake_log.from=rows", f"paths.run_dir={run}", "name=run"]
+    cfg = composed.compose_config(*SHORT, *given)
     OmegaConf.update(cfg, "version", composed.run.__version__, force_add=True)
     (run / "config.yaml").write_text(build.saved_config(cfg))
     saved = OmegaConf.load(run / "config.yaml")
     assert str(run) not in (run / "config.yaml").read_text()
     assert (saved.data.path, saved.pilot.path, saved.name) == (str(tmp_path / "rows"), "org/model", "run")
+    assert saved.mistake_log["from"] == str(tmp_path / "rows")
     shutil.move(run, tmp_path / "elsewhere")
     read = build.read_config(Path("elsewhere/config.yaml"), "run")
     assert read.callbacks.checkpoint.folder == f"{tmp_path}/elsewhere/checkpoints"

@@ -160,7 +160,7 @@ def saved_config(cfg: DictConfig) -> str:
             return [portable(value) for value in node]
         if isinstance(node, str) and f"{node}/".startswith(f"{run_dir}/"):
             return "${paths.run_dir}" + node.removeprefix(run_dir)
-        is_local = key in ("path", "spill") and isinstance(node, str) and Path(node).exists()
+        is_local = key in ("path", "spill", "from") and isinstance(node, str) and Path(node).exists()
         return str(Path(node).absolute()) if is_local else node
 
     return OmegaConf.to_yaml(OmegaConf.create(portable(values) | {"paths": {"run_dir": "."}}))
