@@ -60,6 +60,30 @@ def test_the_loss_over_some_tokens_is_near_that_over_all(pilot, head, context, t
     assert some == pytest.approx(all_tokens, rel=0.02)
 
 
+def test_the_tail_has_a_shift_where_no_token_is_there_by_chance(pilot, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "SMALL_VOCABULARY", 0)
+    monkeypatch.setattr(fit, "RANDOM_TOKENS", 0)  # as where all that are drawn are meant, too
+    copilot = perturb(HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=16), 0.1)
+    corrections, probs, _ = CopilotFit(copilot, pilot, learner(1e-3), 1)._compare(
+        batch_of(recorded(tmp_path, pilot, rows_of(12)))
+    )
+    assert probs.shape[-1] < 600
+    torch.testing.assert_close(corrections.sum(-1), torch.zeros(len(probs)))
+
+
+def test_mixed_precision_leaves_p_hat_as_it_was_recorded(pilot, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "SMALL_VOCABULARY", 0)
+    module = CopilotFit(HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=16), pilot, learner(1e-3), 1)
+    batch, probs = batch_of(recorded(tmp_path, pilot, rows_of(12))), []
+    for mixed in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            corrections, of_pilot, _ = module._compare(batch)
+        probs.append(of_pilot)
+        assert corrections.abs().max() < 1e-6  # a new Copilot corrects nothing
+    assert torch.equal(*probs)
+
+
 def loss(module, batch):
     corrections, probs, targets = module._compare(batch)
     return module.objective.row_losses(corrections, probs, targets).mean().item()

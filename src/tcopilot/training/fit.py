@@ -217,7 +217,8 @@ class CopilotFit(LightningModule):
         hidden_BNC, _ = self.copilot(inputs_BN0, None, None, batch.states_BNQ)
         tokens_U, is_random_U = self._tokens(batch)
         head_input_TP = batch.head_input_TP.to(self.head.weight.dtype)
-        logits_TU = logits_from_head_input(self._pilot, head_input_TP, tokens_U).float()
+        with torch.autocast(self.device.type, enabled=False):  # p̂ as it was recorded
+            logits_TU = logits_from_head_input(self._pilot, head_input_TP, tokens_U).float()
         log_probs_TU = logits_TU - batch.normaliser_T[:, None]
         shift_TU = self.copilot.shift(hidden_BNC[batch.mask_BN], tokens_U)
         if len(tokens_U) < self.head.weight.shape[0]:
@@ -230,14 +231,15 @@ class CopilotFit(LightningModule):
         return corrections_TU, probs_TU, torch.searchsorted(tokens_U, batch.targets_T)
 
     def _tokens(self, batch: RecordBatch) -> tuple[Tensor, Tensor]:
-        """The tokens to compare, in order, and which of them are only there by chance."""
+        """The tokens to compare, in order, and which of them are only there by chance; all of them if none is."""
         vocab_size, device = self.head.weight.shape[0], batch.targets_T.device
         if vocab_size <= SMALL_VOCABULARY:
             return torch.arange(vocab_size, device=device), torch.ones(vocab_size, dtype=torch.bool, device=device)
         meant = torch.cat([batch.targets_T, batch.likeliest_Tk.flatten()])
         drawn = torch.randint(vocab_size, (RANDOM_TOKENS,), device=device)
         tokens_U = torch.cat([meant, drawn]).unique()
-        return tokens_U, ~torch.isin(tokens_U, meant)
+        is_random_U = ~torch.isin(tokens_U, meant)
+        return tokens_U, is_random_U | ~is_random_U.any()
 
 
 def reached(right_T: Tensor, mask_BN: Tensor) -> Tensor:
