@@ -50,6 +50,26 @@ def test_a_record_gives_states_and_distribution_of_every_target_token_back(famil
         torch.testing.assert_close(logits_from_head_input(pilot, record["head_input"], some), logits[:, some])
 
 
+def test_p_hat_is_that_of_the_states_in_the_type_that_they_are_kept_in(tmp_path):
+    pilot = tiny_pilot()
+    recording = recorded(tmp_path, pilot, dtype="bfloat16")
+    for row in ROWS:
+        record = recording.record_of(row_key(row), DEPTHS)
+        logits = logits_from_head_input(pilot, record["head_input"].float())
+        torch.testing.assert_close(logits - record["normaliser"][:, None], logits.log_softmax(-1))
+
+
+def test_states_beyond_the_type_to_keep_them_in_are_refused(tmp_path):
+    pilot = tiny_pilot()
+    with torch.no_grad():
+        pilot.get_input_embeddings().weight.mul_(1e8)
+    with pytest.raises(RecordingError, match=r"mistake_log.log.dtype=float16: .* start a new run with mistake_log"):
+        recorded(tmp_path / "a", pilot, dtype="float16")
+    pilot.get_input_embeddings().weight.data[5] = torch.nan
+    with pytest.raises(RecordingError, match=r"pilot.dtype=float32: .* start a new run with pilot.dtype"):
+        recorded(tmp_path / "b", pilot)
+
+
 def test_states_of_some_depths_can_be_read(tmp_path):
     pilot = tiny_pilot()
     recording = recorded(tmp_path, pilot, depths=(0.25, 0.5, 1.0))
@@ -82,6 +102,15 @@ def test_what_a_stop_finds_done_is_kept_and_the_rest_recorded_later(tmp_path):
     assert again.seconds > 0
     assert again.flops == 3
     assert not list(missing_rows(Recording.open(tmp_path, about(pilot)), ROWS))
+
+
+def test_a_row_that_comes_twice_costs_once(tmp_path):
+    pilot = tiny_pilot()
+    recording = Recording.open(tmp_path, about(pilot))
+    recording.add(ROWS, pilot, collator(pilot), 2, flops=lambda: 3.0)
+    seconds, flops = recording.cost_of([*ROWS, *ROWS])
+    assert flops == recording.flops == 9
+    assert seconds == pytest.approx(recording.seconds)
 
 
 def test_what_another_process_wrote_is_found(tmp_path):

@@ -14,13 +14,15 @@ from tcopilot.app import sweep
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.jobs import STOPPED
 from tcopilot.data.benchmarks import DataError
+from tcopilot.mistake_log.recording import RecordingError
 from tcopilot.models.pilot import ModelSourceError
 from tcopilot.processes import DisagreementError, is_lost_process, rank
 from tcopilot.run_directory import RunDirectory
 from tcopilot.training.checkpoints import CheckpointError, checkpoints
 from tcopilot.training.module import TrainingDivergedError
 
-EXPLAINED = (CheckpointError, ConfigError, DataError, DisagreementError, ModelSourceError, TrainingDivergedError)
+EXPLAINED = (CheckpointError, ConfigError, DataError, DisagreementError, ModelSourceError)
+EXPLAINED += (RecordingError, TrainingDivergedError)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 

@@ -33,13 +33,14 @@ from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.states import PilotStates, StackedStates, trace_pilot
 from tcopilot.processes import rank
 from tcopilot.run_directory import write_whole
+from tcopilot.settings import dtype_name
 
 LIKELIEST = 16  # tokens of p̂ named in a record; the loss of a fit compares those of a whole batch
 BYTES_AT_ONCE, SECONDS_AT_ONCE = 64e6, 60  # of records that are not on disk yet; a kill costs no more
 
 
 class RecordingError(ValueError):
-    """A folder is no recording, or one of another Pilot."""
+    """A folder is no recording, or one of another Pilot; or states cannot be recorded in the type asked for."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ class Recording:
     def cost_of(self, rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
         """Seconds and FLOPs that recording these rows took; a file's seconds are shared out by FLOPs."""
         seconds = flops = 0.0
-        for row in rows:
-            file, place, _, _ = self._places[row_key(row)]
+        for key in dict.fromkeys(map(row_key, rows)):  # a row that comes twice was recorded once
+            file, place, _, _ = self._places[key]
             tensors = self._tensors(file)
             of_row, of_file = tensors["flops"][place].item(), tensors["flops"].double().sum().item()
             share = of_row / of_file if of_file else 1 / len(tensors["lengths"])
@@ -196,10 +197,19 @@ class Recording:
 
     def _records(self, states: Any) -> dict[str, Tensor]:
         """The records of a pass, the rows' target tokens one after another."""
-        mask_BN, logits_BNV = states.target_mask_BN, states.logits_BNV.float()
-        states_BNDP = states.states_BNP.unflatten(-1, (len(self.pilot.depths), -1))
+        mask_BN, logits_BNV, dtype = states.target_mask_BN, states.logits_BNV.float(), getattr(torch, self.pilot.dtype)
+        states_BNDP = states.states_BNP.unflatten(-1, (len(self.pilot.depths), -1)).to(dtype)
+        if not states_BNDP[mask_BN].isfinite().all():
+            own = states.states_BNP.dtype
+            rounds = states.states_BNP[mask_BN].isfinite().all()
+            key, found = ("mistake_log.log.dtype", self.pilot.dtype) if rounds else ("pilot.dtype", dtype_name(own))
+            mend = f"start a new run with {key}=bfloat16 or float32"
+            raise RecordingError(f"{key}={found}: some of the Pilot's states are not finite in this type; {mend}")
+        if torch.promote_types(dtype, states.states_BNP.dtype) != dtype:  # p̂ is what the states kept give
+            head = states.pilot.get_output_embeddings()
+            logits_BNV = logits_from_head_input(states.pilot, states_BNDP[:, :, -1].to(head.weight.dtype)).float()
         kept = {
-            "states": states_BNDP[mask_BN].to(getattr(torch, self.pilot.dtype)),
+            "states": states_BNDP[mask_BN],
             "targets": states.targets_BN[mask_BN].int(),
             "normaliser": logits_BNV.logsumexp(-1)[mask_BN],
             "likeliest": logits_BNV.topk(min(LIKELIEST, logits_BNV.shape[-1]), dim=-1).indices[mask_BN].int(),
