@@ -34,6 +34,14 @@ def test_every_seed_below_the_run_may_follow_it_or_be_fixed(tmp_path):
     assert crossed[0].label.endswith("data.seed=1")
 
 
+def test_seeds_fitted_to_the_recording_of_the_first_are_one_group_with_it(tmp_path):
+    figures = {("gsm8k", "accuracy"): (0.4, 0.5)}
+    first = write_run(tmp_path / "a", figures, mistake_log__from=None)
+    for seed in (1, 2):
+        write_run(tmp_path / f"b{seed}", figures, seed, mistake_log__from=str(first))
+    assert [len(group.runs) for group in groups_of(tmp_path)] == [3]
+
+
 def test_the_same_seed_twice_counts_once_and_is_named(tmp_path):
     first = write_run(tmp_path / "a", {("gsm8k", "accuracy"): (0.40, 0.45)}, name="first")
     second = write_run(tmp_path / "b", {("gsm8k", "accuracy"): (0.10, 0.15)}, name="second")

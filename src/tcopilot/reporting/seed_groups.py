@@ -13,7 +13,7 @@ from tcopilot.reporting.finished_runs import FinishedRun
 
 IRRELEVANT = (  # these keys, and what lies under them, change no figure; callbacks.copilot_stop alone does
     *("callbacks", "compile", "control", "evaluation.batch_size", "evaluation.compile", "evaluation.decoding"),
-    *("hydra", "logger", "name", "paths", "resume", "run", "seed", "traceback", "version"),
+    *("hydra", "logger", "mistake_log.from", "name", "paths", "resume", "run", "seed", "traceback", "version"),
 )
 SHORT = {"mistake_log.log.policy": "mistake_log", "mistake_log.log.storage": "log_storage"}  # as one types them
 MOST_KEYS = 4  # of a label
