@@ -175,7 +175,8 @@ def test_all_controls_stand_beside_the_gain_with_what_they_cost(controlled):
     assert cost["tuned"]["train_flops"] == pytest.approx(len(controls.GRID) * alone, rel=0.1)  # each as long as one
 
 
-def test_the_tuned_pilot_is_the_best_of_its_grid_on_validation(monkeypatch):
+@pytest.mark.parametrize(("processes", "last"), [(1, (12, 2, 4)), (8, (6, 2, 8))])  # batches divide among them
+def test_the_tuned_pilot_is_the_best_of_its_grid_on_validation(processes, last, monkeypatch):
     trained, judged = [], iter([0.4, 0.2, 0.3, 0.9, 0.5])
 
     def train(joint, rounds, rate, batch_size):
@@ -183,11 +184,12 @@ def test_the_tuned_pilot_is_the_best_of_its_grid_on_validation(monkeypatch):
         return controls.Trained(SimpleNamespace(rate=rate), rounds, 2.0, 10.0)
 
     monkeypatch.setattr(controls, "train_pilot", train)
+    monkeypatch.setattr(controls, "world_size", lambda: processes)
     monkeypatch.setattr(controls, "Evaluator", lambda *given: SimpleNamespace(likelihood=lambda split: next(judged)))
     cfg = OmegaConf.create({"pilot": {"frozen": False}, "data": {"batch_size": 8}})
     joint = SimpleNamespace(cfg=cfg, results=SimpleNamespace(rounds=6), prepared=SimpleNamespace(tokenizer=0, data=0))
     best = controls.tuned(joint)
-    assert trained == [(6, 0.5, 8), (6, 1, 8), (6, 2, 8), (6, 4, 8), (12, 2, 4)]
+    assert trained == [(6, 0.5, 8), (6, 1, 8), (6, 2, 8), (6, 4, 8), last]
     assert (best.model.rate, best.train_seconds, best.train_flops) == (1, 10.0, 50.0)
 
 

@@ -122,6 +122,15 @@ def test_a_recording_that_was_stopped_goes_on(pilot, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_flops_of_a_fit_that_ends_early_are_counted(pilot, first, tmp_path, monkeypatch):
+    monkeypatch.setattr(Recording, "cost_of", lambda *given: (0.0, 0.0))
+    given = ["copilot.passes=40", "copilot.patience=1", "copilot.optimizer.lr=1e-12", "copilot.batch_size=200"]
+    found = composed.results(composed.train(tmp_path, *frozen(pilot, f"mistake_log.from={first}", *given)))
+    assert found["rounds"] < 20  # of 40, of which the middle one would be counted
+    assert found["train_flops"] > 0
+
+
+@pytest.mark.slow
 def test_settings_of_rounds_are_named_as_unused(pilot, first, tmp_path, monkeypatch, capsys):
     given = ["rounds=7", "copilot.steps_per_round=2", "copilot.passes=2", "copilot.hidden=8", "pilot.clip=3"]
     monkeypatch.setattr(console, "given_overrides", lambda: given)

@@ -77,7 +77,8 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     copilot = build.make_copilot(own, prepared, pilot)
     learner, objective = build.learner(own.copilot, data.updates), instantiate(own.objective)
     module = CopilotFit(copilot, pilot, learner, data.updates, objective, own.copilot.own_mistakes)
-    best, count = KeepBest(own.copilot.patience), FlopCount()
+    best = KeepBest(own.copilot.patience)
+    count = FlopCount(min(100, own.copilot.patience * data.updates_per_pass))  # no fit ends before one is counted
     trainer = make_trainer(_passes(cfg, data), [best, count, *_bars(cfg)], None, data.updates)
     model = build.fuse(own, prepared, pilot, copilot)
     params = build.parameter_counts(model)

@@ -33,7 +33,7 @@ from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.families import skeleton
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.quantization import parameter_count
-from tcopilot.processes import agree_on, rank
+from tcopilot.processes import agree_on, rank, world_size
 from tcopilot.run_directory import RunDirectory
 from tcopilot.training.callbacks import FlopCount
 
@@ -137,9 +137,9 @@ def tuned(joint: JointRun) -> Trained:
     A Pilot that was frozen has the FLOPs of the run to train with, any other those of the joint run's rounds.
     """
     rounds = _rounds_for_equal_flops(joint) if joint.cfg.pilot.frozen else joint.results.rounds
-    found = []
+    found, processes = [], world_size()
     for rate, share in GRID:
-        batch_size = max(1, round(share * joint.cfg.data.batch_size))
+        batch_size = processes * max(1, round(share * joint.cfg.data.batch_size / processes))
         one = train_pilot(
             joint, round(rounds * joint.cfg.data.batch_size / batch_size), rate=rate, batch_size=batch_size
         )
