@@ -117,6 +117,16 @@ def test_without_rows_no_rule_chooses_not_even_the_closed_form(select_by, tmp_pa
     assert evaluator(tmp_path, 0, select_by).run([0.0, 1.0], known=0.3).selected_weight == 0.3
 
 
+def test_what_another_rule_would_have_given_is_left_open_where_rows_were_not_answered_at_it(tmp_path, monkeypatch):
+    favour(monkeypatch, 2.0)
+    found = evaluator(tmp_path, 5, "nll").run(WEIGHTS, known=0.7)  # too few to choose on, so test is answered at 0.7
+    kept, other = sorted(found.selection, key=lambda one: not one.taken)
+    assert (kept.rule, kept.weight, other.rule) == ("kept", 0.7, "nll")
+    assert other.weight == by_likelihood(likelihoods(found)) != 0.7
+    assert (other.reported, other.reported_nll) == (None, None)
+    assert None not in (kept.reported, kept.reported_nll, other.validation_nll)
+
+
 def test_twenty_rows_are_enough_for_the_likelihood_and_too_few_for_the_metric(tmp_path, monkeypatch):
     favour(monkeypatch, 2.0)
     chosen = evaluator(tmp_path, 20).run(WEIGHTS, known=0.7)

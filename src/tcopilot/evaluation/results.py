@@ -96,6 +96,7 @@ class Selection:
         taken: Whether this rule decided.
         metric: First metric of the benchmark, of `all` its mean over benchmarks; None where these have different ones.
         validation: Value of the metric on the rows to choose on; None where there are none.
+        reported, reported_nll: None where the rows reported were not answered at this λ.
     """
 
     rule: str
@@ -106,7 +107,7 @@ class Selection:
     validation: float | None
     reported: float | None
     validation_nll: float | None
-    reported_nll: float
+    reported_nll: float | None
     higher_is_better: bool = True
     unit: str = SHARE
 

@@ -103,7 +103,8 @@ def by_metric(outcomes: Outcomes, likelihood: Mapping[float, float]) -> float:
 def selections(name: str, rule: str, weight: float, seen: Seen, chosen_on: str, reported: str) -> Iterator[Selection]:
     """What each rule chooses as λ of a benchmark or of `all`, and what this gives; `rule` is the one that decided.
 
-    Rows to choose on that were not answered have no outcomes, and the metric chooses nothing on them.
+    Rows to choose on that were not answered have no outcomes, and the metric chooses nothing on them; the rows reported
+    may not have been answered at the λ of a rule that did not decide.
     """
     chosen = {}
     if chosen_on in seen:
@@ -111,12 +112,14 @@ def selections(name: str, rule: str, weight: float, seen: Seen, chosen_on: str, 
         chosen = {"nll": by_likelihood(likelihood)}
         chosen |= {"metric": by_metric(outcomes, likelihood)} if outcomes else {}
     for by, of_rule in (chosen | {rule: weight}).items():
-        metric, value = _mean(seen[reported][0], of_rule)
+        outcomes, likelihood = seen[reported]
+        metric, value = _mean(outcomes, of_rule if of_rule in likelihood else weight)
         before = seen.get(chosen_on)
         yield Selection(
             by, name, of_rule, by == rule, None if metric is None else metric.name,
-            validation=None if before is None else _mean(before[0], of_rule)[1], reported=value,
-            validation_nll=None if before is None else before[1][of_rule], reported_nll=seen[reported][1][of_rule],
+            validation=None if before is None else _mean(before[0], of_rule)[1],
+            reported=value if of_rule in likelihood else None,
+            validation_nll=None if before is None else before[1][of_rule], reported_nll=likelihood.get(of_rule),
             **({} if metric is None else direction_and_unit(metric)),
         )  # fmt: skip
 
