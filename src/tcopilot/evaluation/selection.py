@@ -103,8 +103,8 @@ def by_metric(outcomes: Outcomes, likelihood: Mapping[float, float]) -> float:
 def selections(name: str, rule: str, weight: float, seen: Seen, chosen_on: str, reported: str) -> Iterator[Selection]:
     """What each rule chooses as λ of a benchmark or of `all`, and what this gives; `rule` is the one that decided.
 
-    Rows to choose on that were not answered have no outcomes, and the metric chooses nothing on them; the rows reported
-    may not have been answered at the λ of a rule that did not decide.
+    Rows to choose on that were not answered have no outcomes, and the metric chooses nothing on them. Rows that are
+    reported may not have been answered at the λ of a rule that did not decide.
     """
     chosen = {}
     if chosen_on in seen:
