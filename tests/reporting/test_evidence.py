@@ -143,6 +143,17 @@ def test_a_row_that_seeds_share_counts_once(shared, tmp_path):
         assert found.p_value == pytest.approx(2 / 2**18)
 
 
+def test_a_part_names_its_own_missing_runs_only():
+    line = evidence.Line("default", [0], {}, {}, (1.0, 0.9), None, None, [0.5], 1, 1.0, None)
+    line.gain = compare([0.0, 0.0], [1.0, 0.0])
+    task, missing = (
+        evidence.TaskEvidence("smoke, builtin: task", "accuracy", [line]),
+        ["smoke/builtin/task/a (seed 1)"],
+    )
+    page = evidence.put_between_markers(PAGE, [task], [*missing, "smoke/builtin_2/task/b (seed 1)"])
+    assert "Not run, or not finished: smoke/builtin/task/a (seed 1)." in page
+
+
 @pytest.mark.slow
 def test_a_mixture_has_a_table_for_each_of_its_benchmarks(script, settings, smoke):
     folder, jobs = smoke

@@ -200,7 +200,7 @@ def put_between_markers(page: str, tasks: Sequence[TaskEvidence], missing: Seque
             raise ValueError(f"the page has no {mark}: put it where the tables belong")
     sections = dict(SECTION.findall(_between(page, BEGIN, END)))
     for part in dict.fromkeys(task.part for task in tasks):
-        left = [run for run in missing if run.startswith(part.replace(", ", "/"))]
+        left = [run for run in missing if run.startswith(f"{part.replace(', ', '/')}/")]
         sections[part] = as_markdown([task for task in tasks if task.part == part], left)
     rows = {row[0]: row for row in map(_cells_of, _between(page, *BRIEF).splitlines()) if len(row) == len(BRIEF_HEAD)}
     rows = {name: row for name, row in rows.items() if name not in (BRIEF_HEAD[0], "---")}
