@@ -456,5 +456,5 @@ def test_the_family_that_is_said_not_to_fit_is_refused_with_the_reason():
     pilot = AutoModelForCausalLM.from_config(AutoConfig.for_model("stablelm", **sizes, **heads))
     prompt = torch.arange(3, 10)[None]
     pilot(input_ids=prompt)  # nothing is wrong with the model itself
-    with pytest.raises(families.UnsupportedFamilyError, match=r"'stablelm' is not supported.*keeps arguments"):
+    with pytest.raises(families.UnsupportedFamilyError, match=r"'stablelm' is not supported.*unknown arguments"):
         TCopilotForCausalLM.from_pilot(pilot)

@@ -117,9 +117,9 @@ def _reads_embedding(trial: TinyModel) -> bool:
 def _built(trial: TinyModel) -> None:
     weights = sum(weight.numel() for weight in families.skeleton(trial.config).parameters())
     if weights > MOST_WEIGHTS:
-        raise ValueError(f"its config tells sizes by other names: {weights:,} weights remain")
+        raise ValueError(f"its config gives sizes under other names: {weights:,} weights remain")
     if trial.config.is_encoder_decoder != families.has_encoder(trial.config.model_type):
-        raise ValueError("transformers reads and writes text with it in no class of its own")
+        raise ValueError("transformers has no class of its own that reads and writes text with it")
     families.decoder_layers(trial.decoder)
     read, written = trial.model.get_input_embeddings().num_embeddings, len(trial.model.get_output_embeddings().weight)
     if read != written:
@@ -241,16 +241,16 @@ def _gradients(trial: TinyModel) -> None:
 
 PILOT_CHECKS: Checks = {
     "no tiny model of it can be built": _built,
-    "its logits are not what its head makes of the last of its hidden states": _head,
-    "a padded prompt is not read as it is read alone": _padding,
-    "it does not go on from a cache of keys and values as it reads a whole text": _pilot_steps,
+    "its logits differ from what its head makes of the last hidden state": _head,
+    "padding a prompt changes what is read of it": _padding,
+    "continuing from a cache of keys and values differs from reading the whole text at once": _pilot_steps,
 }
 DECODER_CHECKS: Checks = {
-    "its decoder does not read embedded tokens as it reads tokens": _embedding,
-    "log attention on a layer's own input is not the family's own attention": _log_attention,
-    "reading a log that grows, with a cache, is not reading it at once": _steps,
-    "gradients do not flow from its decoder to what it reads, or are not finite": _gradients,
-    "weights of a Pilot and a body that are saved together do not come back": _saved,
+    "its decoder gives other results for embedded tokens than for the tokens": _embedding,
+    "log attention on a layer's own input differs from the family's own attention": _log_attention,
+    "reading a growing log with a cache differs from reading it at once": _steps,
+    "gradients are not finite, or do not flow from its decoder to what it reads": _gradients,
+    "the weights of a Pilot and a Copilot's body that are saved together do not load again": _saved,
 }
 """What a Copilot relies on, of its Pilot and of the decoder that becomes its own; a check raises where it may not."""
 

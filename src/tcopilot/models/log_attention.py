@@ -42,7 +42,7 @@ class LogAttention(nn.Module):
         `log_places` are the arguments by which the stock decoder tells its layers where these rows stand.
         """
         if log_BSC is None or log_places is None:
-            raise ValueError("the decoder keeps arguments that it does not know from its attention")
+            raise ValueError("the decoder does not pass unknown arguments on to its attention")
         stock, cache = self.attention, "layer_past" if "layer_past" in kwargs else "past_key_values"
         if self.norm is not None:
             log_BSC = self.norm(log_BSC) * (log_BSC.square().mean(-1, keepdim=True) + 1e-6).sqrt()
