@@ -67,10 +67,11 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     )  # fmt: skip
     if data.missing and given is not None:
         total = sum(map(len, parts.values()))
-        raise ConfigError([
-            f"mistake_log.from={given}: {len(data.missing)} of {total} rows are not in it; data, template, shots and "
-            f"tokenizer must be those of the recording. To record these rows, leave it out"
-        ])  # fmt: skip
+        alike = "data, template, shots and tokenizer must be those of the recording"
+        if (limit := cfg.data.max_train_rows) is not None:  # of any two limits the rows need not be nested
+            alike += f", and so must data.max_train_rows={limit}, unless all training rows were recorded"
+        missing = f"{len(data.missing)} of {total} rows are not in it"
+        raise ConfigError([f"mistake_log.from={given}: {missing}; {alike}. To record these rows, leave it out"])
     load = prepared.pilot.load if data.missing else partial(load_unembedding, prepared.pilot)
     pilot = load(prepared.tokenizer)
     pilot.requires_grad_(False).eval()
