@@ -130,13 +130,14 @@ def _without_effect(cfg: DictConfig, data: TCopilotDataModule) -> dict[str, bool
     """
     tasks, alone = data.benchmarks.values(), len(data.benchmarks) == 1
     fits = fits_from_recording(cfg)
+    takes_rows_once = fits and cfg.control is None  # and in an order of its own; controls train on the mixture
     unranked = all(task.catalogue is None for task in tasks)
     return {
         "data.path": all(isinstance(task, GeneratedTask) for task in tasks),
-        "data.weights": alone,
+        "data.weights": alone or takes_rows_once,
         "data.epochs": data.rounds is not None,
         "data.shuffle_buffer": not data.streaming,
-        "data.group_by_length": data.streaming,
+        "data.group_by_length": data.streaming or takes_rows_once,
         "data.overflow": cfg.data.max_source_length is None and cfg.data.max_target_length is None,
         "evaluation.ranking": unranked,
         "evaluation.ranking_beams": unranked or cfg.evaluation.ranking != "beam",
