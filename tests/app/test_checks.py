@@ -28,7 +28,7 @@ BAD = {  # overrides, and what the message must say: key, value and the way out
     "no λ at all": (["fusion.weight=[]"], ["fusion.weight=[]", "a number, a list"]),
     "λ alike": (
         ["fusion.weight=[0,0.1234567,0.12345671]"],
-        ["fusion.weight: 0.1234567 and 0.12345671 are alike in six"],
+        ["fusion.weight: 0.1234567 and 0.12345671 are equal in six"],
     ),
     "fusion space": (["fusion.space=log"], ["fusion.space=log", "probability, logits"]),
     "feedback": (["fusion.feedback=mine"], ["fusion.feedback=mine", "observed, own"]),
@@ -128,11 +128,11 @@ BAD = {  # overrides, and what the message must say: key, value and the way out
     "unsupported family": (["pilot.path=<mamba>"], ["'mamba' is not supported", "from a cache"]),
     "donor of a Copilot that is only a head": (
         [*LLAMA, "copilot=head", "copilot.path=<llama>"],
-        ["copilot.path=<llama>: a Copilot that is only a head starts from no checkpoint; leave it out"],
+        ["copilot.path=<llama>: a Copilot that is only a head starts without a checkpoint; leave it out"],
     ),
     "adapter of a Copilot that is only a head": (
         [*LLAMA, "copilot=head", "adapter@copilot.adapter=lora"],
-        ["copilot.adapter: a Copilot that is only a head has no layers; use adapter@copilot.adapter=none"],
+        ["copilot.adapter: a Copilot that is only a head has nothing to adapt; use adapter@copilot.adapter=none"],
     ),
     "unsupported donor": (["copilot.path=<mamba>"], ["copilot", "'mamba' is not supported", "from a cache"]),
     "donor of another family": (["copilot.path=<llama>"], ["copilot.path=<llama>", "t5", "same family"]),

@@ -120,7 +120,7 @@ def test_the_copilot_of_an_export_is_refused_on_a_pilot_that_it_cannot_read(fini
 def test_the_copilot_of_an_export_is_refused_as_one_of_another_kind(finished, tmp_path):
     given = ["pilot=frozen", "copilot=head", f"pilot.path={finished}/export", f"copilot.path={finished}/export"]
     with pytest.raises(
-        ConfigError, match=r"copilot.path=.*is of kind decoder, and copilot.kind=head; choose copilot="
+        ConfigError, match=r"copilot.path=.*is of kind decoder, but copilot.kind=head; choose copilot="
     ):
         composed.train(tmp_path / "no", *composed.SMALL, *given)
 

@@ -147,10 +147,10 @@ def test_the_summary_names_idle_keys_and_the_budget_that_counts(tmp_path, monkey
     [
         (
             "objective=null",
-            "objective is a config group; leave it out, or choose of ce, kl, mse, rmse",
+            "objective is a config group; leave it out, or choose one of ce, kl, mse, rmse",
         ),
         ("pilot=5", "pilot=5: pilot is a config group"),
-        ("logger={csv: null}", "choose of csv, tensorboard, wandb"),
+        ("logger={csv: null}", "choose one of csv, tensorboard, wandb"),
         ("objective=ce", None),
         ("objective=ce,kl", None),
         ("~objective", None),

@@ -212,7 +212,9 @@ CONFIGS = {
     ),
     "callback is a number": given("callbacks.checkpoint=5", says=("callbacks.checkpoint=5", "_target_")),
     "callback without class": given("+callbacks.extra.x=1", says=("callbacks.extra", "_target_")),
-    "no callback at all": given("+callbacks.extra._target_=builtins.dict", says=("callbacks.extra", "no Lightning")),
+    "no callback at all": given(
+        "+callbacks.extra._target_=builtins.dict", says=("callbacks.extra", "not a Lightning")
+    ),
     "logger is a number": given("logger.csv=5", says=("logger.csv=5", "_target_")),
     "unknown logger value": given("+logger.csv.x=1", says=("logger.csv", "'x'")),
     # the run
@@ -586,7 +588,7 @@ MODELS = {  # a change to a good folder of a small Llama
     "negative width": (edit_json("config.json", hidden_size=-16), (".path=", "negative dimension -16")),
     "heads do not divide": (edit_json("config.json", num_key_value_heads=3), ("num_key_value_heads=3", "divisor")),
     "another width": (edit_json("config.json", hidden_size=32), ("shape", "config.json", "do not belong together")),
-    "fewer words": (edit_json("config.json", vocab_size=100), ("259 words", "100 rows")),
+    "fewer words": (edit_json("config.json", vocab_size=100), ("259 tokens", "100 rows")),
     "code of an unknown family": (
         hostile(edit_json("config.json", model_type="evil", auto_map=AUTO)),
         ("custom code",),

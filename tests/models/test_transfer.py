@@ -56,7 +56,7 @@ def test_the_pilot_is_the_other_one_and_the_copilot_is_the_runs(runs, form, tmp_
     ("overrides", "said"),
     [
         (["pilot.config.hidden_size=32"], ["width 32", "trained with 64"]),
-        (["data=multiple_choice", "data.benchmarks.multiple_choice.train=200"], ["other words"]),
+        (["data=multiple_choice", "data.benchmarks.multiple_choice.train=200"], ["other tokens"]),
     ],
 )
 def test_a_pilot_that_does_not_fit_is_refused_before_weights_load(runs, overrides, said, tmp_path, monkeypatch):

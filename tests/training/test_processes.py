@@ -242,8 +242,11 @@ def test_torchrun_starts_training_and_evaluation_too(tmp_path):
     ("overrides", "said"),
     [
         (["trainer.devices=2"], "trainer.strategy=ddp"),
-        (["trainer=two_ranks", "data.batch_size=15"], "data.batch_size=15 does not divide over 2 processes"),
-        (["trainer=two_ranks", "copilot.batch_size=7"], "copilot.batch_size=7 does not divide over 2 processes"),
+        (["trainer=two_ranks", "data.batch_size=15"], "data.batch_size=15 cannot be divided evenly among 2 processes"),
+        (
+            ["trainer=two_ranks", "copilot.batch_size=7"],
+            "copilot.batch_size=7 cannot be divided evenly among 2 processes",
+        ),
         (["trainer=two_ranks", "data.batch_size=16", "pilot.micro_batch_size=16"], "choose a divisor of 8"),
     ],
 )

@@ -57,6 +57,6 @@ def test_quantised_pilots_and_processes_without_validation_rows_are_refused():
     assert "trainer.limit_val_batches=0" in rows
     assert list(pilot_and_row_problems(divided, plain, data)) == [rows]
     _, cannot = pilot_and_row_problems(divided, quantised, data)
-    assert "quantised weights cannot be divided" in cannot
+    assert "quantised weights cannot be sharded" in cannot
     data.rows_of = lambda split: [{}, {}]
     assert not list(pilot_and_row_problems(whole, quantised, data))

@@ -168,7 +168,7 @@ def values_for_groups(cfg: DictConfig) -> Iterator[str]:
         choice = f"{group}={node}" if isinstance(node, str) else f"{group}=<name>"
         bad.append(key)
         if key.endswith(".adapter") and isinstance(node, DictConfig):  # of a recipe, whose adapter was left out
-            yield f"{key}={node}: settings without an adapter; choose one ({group}=lora), or none with {key}=null"
+            yield f"{key}={node}: these settings name no adapter; choose one ({group}=lora), or none with {key}=null"
             continue
         yield f"{key}={node}: expected a group of keys, not a value; to choose one write {choice}"
     for key in ("callbacks", "logger"):
@@ -268,14 +268,15 @@ def _batches(cfg: DictConfig) -> Iterator[str]:
         yield "rounds=null and data.epochs=null: training needs a budget; give one of them"
     if cfg.data.held_out and cfg.mistake_log.log.rows != "all":
         yield (
-            f"mistake_log.log.rows={cfg.mistake_log.log.rows} with data.held_out={cfg.data.held_out}: rows that are "
-            f"held out are never trained on; use mistake_log.log.rows=all, or data.held_out=0"
+            f"mistake_log.log.rows={cfg.mistake_log.log.rows} with data.held_out={cfg.data.held_out}: the Pilot "
+            f"never trains on held-out rows, so a first visit means nothing; use mistake_log.log.rows=all, or "
+            f"data.held_out=0"
         )
     batch, micro, ranks = cfg.data.batch_size, cfg.pilot.micro_batch_size, process_count(cfg)
     if not is_whole(batch) or batch < 1:
         return
     if batch % ranks:
-        yield f"data.batch_size={batch} does not divide over {ranks} processes; change it or trainer.devices"
+        yield f"data.batch_size={batch} cannot be divided evenly among {ranks} processes; change it or trainer.devices"
     elif is_whole(micro) and micro > 0 and (batch // ranks) % micro:
         yield (
             f"pilot.micro_batch_size={micro} does not divide data.batch_size={batch} over {ranks} process(es); "
@@ -283,7 +284,8 @@ def _batches(cfg: DictConfig) -> Iterator[str]:
         )
     records = cfg.copilot.get("batch_size")
     if cfg.copilot.enabled and is_whole(records) and records % ranks and not batch % ranks:
-        yield f"copilot.batch_size={records} does not divide over {ranks} processes; change it or trainer.devices"
+        mend = "change it or trainer.devices"
+        yield f"copilot.batch_size={records} cannot be divided evenly among {ranks} processes; {mend}"
 
 
 def _evaluation(cfg: DictConfig) -> Iterator[str]:
@@ -300,13 +302,13 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
     weights = sorted({weight for weight in given if isinstance(weight, int | float)})
     for one, other in pairwise(weights):
         if f"{one:g}" == f"{other:g}":
-            yield f"fusion.weight: {one} and {other} are alike in six digits, by which files name λ; give one of them"
+            yield f"fusion.weight: {one} and {other} are equal in six digits, which name the files; give one of them"
     if "reranking" in cfg.evaluation.modes and cfg.evaluation.num_beams == 1:
-        yield "evaluation.modes has reranking with evaluation.num_beams=1: one beam is no choice; use 2 or more"
+        yield "evaluation.modes has reranking with evaluation.num_beams=1: one beam leaves no choice; use 2 or more"
     if cfg.evaluation.decoding == "static" and cfg.evaluation.num_beams != 1:
         yield (
-            f"evaluation.decoding=static with evaluation.num_beams={cfg.evaluation.num_beams}: static caches decode "
-            f"greedily only; set evaluation.num_beams=1 or evaluation.decoding=dynamic"
+            f"evaluation.decoding=static with evaluation.num_beams={cfg.evaluation.num_beams}: static caches are for "
+            f"greedy decoding only; set evaluation.num_beams=1 or evaluation.decoding=dynamic"
         )
     if "select_on" in cfg.evaluation:
         yield (
@@ -318,7 +320,7 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
 def _learners(cfg: DictConfig) -> Iterator[str]:
     adapted = bool(cfg.pilot.adapter)
     if cfg.pilot.frozen and adapted:
-        yield "pilot.frozen=true with an adapter: it would never be trained; use adapter@pilot.adapter=none"
+        yield "pilot.frozen=true with an adapter: the adapter would never be trained; use adapter@pilot.adapter=none"
     if cfg.pilot.dtype in ("bfloat16", "float16") and not (cfg.pilot.frozen or adapted):
         yield (
             f"pilot.dtype={cfg.pilot.dtype}: weights that are trained must be float32 (trainer.precision=bf16-mixed "
@@ -328,4 +330,5 @@ def _learners(cfg: DictConfig) -> Iterator[str]:
         yield "pilot.frozen=true with pilot.path=null: random weights would stay; give pilot.path=<model or export>"
     if cfg.pilot.frozen and not (cfg.copilot.enabled and learns(cfg.copilot.kind)):
         name = cfg.copilot.kind if cfg.copilot.enabled else "none"
-        yield f"pilot.frozen=true with copilot={name}: nothing would be trained"
+        mend = "use copilot=head, or pilot.frozen=false"
+        yield f"pilot.frozen=true with copilot={name}: nothing would be trained; {mend}"

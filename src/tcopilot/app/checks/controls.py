@@ -35,17 +35,17 @@ def control_problems(cfg: DictConfig) -> Iterator[str]:
     """List the controls that there are not, or that this run cannot have."""
     names, given = control_names(cfg.control), f"control={cfg.control}"
     if any(isinstance(name, bool) or name not in CONTROLS for name in names) or len(set(names)) < len(names):
-        yield f"{given}: use one or a list of null, {', '.join(CONTROLS)}"
+        yield f"{given}: use one, or a list of different ones, of null, {', '.join(CONTROLS)}"
         return
     if cfg.pilot.frozen and (alone := [name for name in names if name not in OF_FROZEN]):
         own = ", ".join(OF_FROZEN)
-        yield f"control={alone} with pilot.frozen=true: a frozen Pilot has the controls {own}; leave the others out"
+        yield f"control={alone} with pilot.frozen=true: a frozen Pilot can only have {own}; leave the others out"
     if set(names) - {"calibrated"} and not cfg.copilot.enabled:
         yield f"{given} with copilot=none: the run itself is the Pilot alone; use control=null"
     if cfg.callbacks.get("copilot_stop") is not None and not cfg.copilot.enabled:
         yield "callbacks.copilot_stop with copilot=none: there is no Copilot to stop; use callbacks=default"
     if "equal_flops" in names and cfg.callbacks.get("flops") is None:
-        yield f"{given} without callbacks.flops: nobody would count the joint run's operations; use callbacks=default"
+        yield f"{given} without callbacks.flops: nothing counts the joint run's operations; use callbacks=default"
     widths = {"d_model", "hidden_size"} & set(cfg.pilot.config or {})
     if "equal_parameters" in names and (cfg.pilot.path or not widths):
         yield (

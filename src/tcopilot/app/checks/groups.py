@@ -23,7 +23,9 @@ def group_problems(overrides: Sequence[str], configs: Path) -> list[str]:
         plain = not (override.is_delete() or override.is_add() or override.is_sweep_override())
         if plain and folder.is_dir() and not isinstance(override.value(), str | list):
             names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml"))) or "a file below it"
-            problems.append(f"{text}: {override.key_or_group} is a config group; leave it out, or choose of {names}")
+            problems.append(
+                f"{text}: {override.key_or_group} is a config group; leave it out, or choose one of {names}"
+            )
     return problems
 
 

@@ -38,7 +38,7 @@ def model_problems(cfg: DictConfig, pilot: ModelSource, donor: ModelSource | Non
     if donor is not None and (trained := donor.trained_copilot) is not None:  # which brings its architecture
         if "layers" not in cfg.copilot and trained.get("kind", "decoder") != cfg.copilot.kind:
             kinds = (
-                f"its trained Copilot is of kind {trained.get('kind', 'decoder')}, and copilot.kind={cfg.copilot.kind}"
+                f"its trained Copilot is of kind {trained.get('kind', 'decoder')}, but copilot.kind={cfg.copilot.kind}"
             )
             problems.append(
                 f"copilot.path={donor.path}: {kinds}; choose copilot=<name> of its kind, or another export"
@@ -47,11 +47,11 @@ def model_problems(cfg: DictConfig, pilot: ModelSource, donor: ModelSource | Non
     if "layers" not in cfg.copilot:
         if donor is not None:
             problems.append(
-                f"copilot.path={donor.path}: a Copilot that is only a head starts from no checkpoint; leave it out"
+                f"copilot.path={donor.path}: a Copilot that is only a head starts without a checkpoint; leave it out"
             )
         if cfg.copilot.adapter:
             problems.append(
-                "copilot.adapter: a Copilot that is only a head has no layers; use adapter@copilot.adapter=none"
+                "copilot.adapter: a Copilot that is only a head has nothing to adapt; use adapter@copilot.adapter=none"
             )
         return problems
     model = pilot if donor is None else donor
@@ -75,7 +75,9 @@ def model_problems(cfg: DictConfig, pilot: ModelSource, donor: ModelSource | Non
 def tokenizer_problems(pilot: ModelSource, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """A tokenizer with more words than the model has rows for."""
     words, rows = len(tokenizer), pilot.model_config.vocab_size
-    found = f"its tokenizer has {words} words and its model {rows} rows; they do not belong together"
+    found = (
+        f"its tokenizer has {words} tokens, but its model only {rows} rows; give a folder where both belong together"
+    )
     return [f"pilot.path={pilot.path}: {found}"] if words > rows else []
 
 
@@ -104,7 +106,7 @@ def donor_problems(pilot: ModelSource, donor: ModelSource, tokenizer: PreTrained
         )
     elif words and words != tokenizer.get_vocab():
         problem = (
-            "its tokenizer has other words than the Pilot's; choose a checkpoint with the Pilot's tokenizer (the "
+            "its tokenizer has other tokens than the Pilot's; choose a checkpoint with the Pilot's tokenizer (the "
             "matrices may differ in padding rows)"
         )
     return [] if problem is None else [f"copilot.path={donor.path}: {problem}"]
@@ -135,7 +137,7 @@ def _size_problems(source: ModelSource) -> list[str]:
     ]
     known = type(config)()
     problems += [
-        f"{where}.{name}={value}: {config.model_type} has no such value; look for its name in {type(config).__name__}"
+        f"{where}.{name}={value}: {config.model_type} has no such setting; look up its name in {type(config).__name__}"
         for name, value in given.items()
         if not hasattr(known, name)
     ]

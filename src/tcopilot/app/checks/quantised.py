@@ -20,11 +20,11 @@ def quantization_problems(cfg: DictConfig) -> Iterator[str]:
     if bits not in QUANTIZATIONS:
         return  # null, or refused by its rule
     if cfg.pilot.path is None:
-        yield f"{given} with pilot.path=null: random weights are trained as a whole; give pilot.path, or leave it out"
+        yield f"{given} with pilot.path=null: random weights must be trained in full; give pilot.path, or leave it out"
     if not _keeps_weights(cfg):
         yield f"{given} without LoRA: quantised weights cannot be trained; {MEND}"
     if cfg.trainer.strategy == "fsdp":
-        yield f"{given} with trainer.strategy=fsdp: quantised weights cannot be divided; use trainer=ddp"
+        yield f"{given} with trainer.strategy=fsdp: quantised weights cannot be sharded; use trainer=ddp"
     if importlib.util.find_spec("bitsandbytes") is None:
         yield f"{given}: bitsandbytes is not installed; pip install bitsandbytes, or use pilot.quantization=null"
     elif (device := _device(cfg)) is not None and (found := device_problem(bits, device)) is not None:
@@ -42,8 +42,8 @@ def stored_problems(cfg: DictConfig, pilot: ModelSource) -> list[str]:
     where, given = f"pilot.path={pilot.path}", f"pilot.quantization={pilot.quantization}"
     if settings is None:
         if pilot.quantization and isinstance(stored, TCopilotConfig):
-            return [f"{given} with {where}: an export with both models is read as it is; write its Pilot to a folder "
-                    f"of its own, by model.pilot.save_pretrained, or leave pilot.quantization out"]  # fmt: skip
+            return [f"{given} with {where}: an export with both models cannot be quantised; save its Pilot in a "
+                    f"folder of its own by model.pilot.save_pretrained, or leave pilot.quantization out"]  # fmt: skip
         return []
     problems = []
     if pilot.quantization:
@@ -53,9 +53,9 @@ def stored_problems(cfg: DictConfig, pilot: ModelSource) -> list[str]:
     if getattr(stored, "base", None) is not None:
         dtype = dtype_name(pilot.model_config.dtype)
         if not cfg.pilot.frozen:
-            mend = "go on with resume=<that run> rounds=<more>, or use pilot.frozen=true"
+            mend = "continue with resume=<that run> rounds=<more>, or use pilot.frozen=true"
             problems.append(
-                f"{where} has adapters on a quantised base, which are trained in their own run only: {mend}"
+                f"{where} has adapters on a quantised base, which only their own run can train further: {mend}"
             )
         if pilot.dtype != dtype:
             problems.append(f"pilot.dtype={pilot.dtype}: {where} was quantised from {dtype}; use pilot.dtype={dtype}")

@@ -29,8 +29,8 @@ def recording_problems(cfg: DictConfig) -> Iterator[str]:
     """Settings that contradict a recording, or that ask for one where there is none."""
     fits, mend = fits_from_recording(cfg), "use pilot=frozen copilot=head"
     if not fits and (given := cfg.mistake_log["from"]) is not None:
-        yield f"mistake_log.from={given}: only a frozen Pilot is recorded, for a head; {mend}, or leave it out"
+        yield f"mistake_log.from={given}: recordings are only for a frozen Pilot with a head; {mend}, or leave it out"
     for key, wanted in (("streaming", False), ("held_out", 0)):
         if fits and cfg.data[key] != wanted:
             shown = str(wanted).lower()
-            yield f"data.{key}={cfg.data[key]}: a recording holds all rows, and all are fitted; use data.{key}={shown}"
+            yield f"data.{key}={cfg.data[key]}: a fit uses all rows of its recording; use data.{key}={shown}"

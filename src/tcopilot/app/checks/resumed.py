@@ -95,6 +95,6 @@ def _ambiguous(before: DictConfig, override: str, places: Collection[str], chang
         f"{place} from {shown(OmegaConf.select(before, place))} to {shown(changes[place])}" for place in sorted(places)
     )
     return (
-        f"{override} on resuming would change several settings of the run: {listed}; give those that are meant as "
-        f"keys of their own, and with {override} also those that are to stay"
+        f"{override} on resuming would change several settings of the run: {listed}; instead, give the key of each "
+        f"setting to change, or with {override} also the keys and values that are to stay"
     )

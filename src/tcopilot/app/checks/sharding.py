@@ -20,7 +20,7 @@ def pilot_and_row_problems(cfg: DictConfig, pilot: PreTrainedConfig, data: TCopi
         )
     if cfg.trainer.strategy == "fsdp" and getattr(pilot, "quantization_config", None) is not None:
         yield (
-            f"trainer.strategy=fsdp with pilot.path={cfg.pilot.path}: quantised weights cannot be divided; use "
+            f"trainer.strategy=fsdp with pilot.path={cfg.pilot.path}: quantised weights cannot be sharded; use "
             f"trainer=ddp, or a Pilot that is not quantised"
         )
 
@@ -32,22 +32,22 @@ def sharding_problems(cfg: DictConfig) -> Iterator[str]:
     given = "with trainer.strategy=fsdp"
     if process_count(cfg) == 1:
         yield (
-            f"trainer.devices={cfg.trainer.devices} {given}: one process has nobody to divide the Pilot with; give "
+            f"trainer.devices={cfg.trainer.devices} {given}: one process cannot shard the Pilot; give "
             f"trainer.devices=<2 or more>, or use trainer=gpu"
         )
     if fits_from_recording(cfg):
-        yield f"pilot.frozen=true and copilot={cfg.copilot.kind} {given}: recording does not divide; use trainer=ddp"
+        yield f"pilot.frozen=true and copilot={cfg.copilot.kind} {given}: a recording is not sharded; use trainer=ddp"
     if cfg.compile is not False:
-        yield f"compile={cfg.compile} {given}: layers that are gathered on the way are not compiled; use compile=false"
+        yield f"compile={cfg.compile} {given}: sharded layers cannot be compiled; use compile=false"
     optimizer = str(OmegaConf.select(cfg, "pilot.optimizer._target_", default=""))
     if optimizer.startswith("bitsandbytes.") and not cfg.pilot.frozen:
         yield (
-            f"pilot.optimizer._target_={optimizer} {given}: its 8-bit states cannot be divided; use "
+            f"pilot.optimizer._target_={optimizer} {given}: its 8-bit states cannot be sharded; use "
             f"optimizer@pilot.optimizer=adamw"
         )
     if cfg.data.eval_batch_size == 1:
         yield (
-            f"data.eval_batch_size=1 {given}: all processes run the Pilot equally often, for which a last batch may "
+            f"data.eval_batch_size=1 {given}: all processes must run the Pilot equally often, so the last batch may "
             f"have to be split; use 2 or more"
         )
     if cfg.control is not None:

@@ -39,7 +39,7 @@ def _learner_problems(key: str, node: DictConfig) -> list[str]:
 
 def _use_callback(made: Any) -> None:
     if not isinstance(made, Callback):
-        raise TypeError(f"{type(made).__name__} is no Lightning callback")
+        raise TypeError(f"{type(made).__name__} is not a Lightning callback")
 
 
 def _refused(key: str, node: DictConfig | None, use: Callable[[Any], Any] | None = None, **more: Any) -> list[str]:
