@@ -11,6 +11,7 @@ from tcopilot.app.checks.config import config_problems
 from tcopilot.data import DataError, GeneratedTask, TCopilotDataModule, word_tokenizer
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.results import Results
+from tcopilot.models import calibration as calibration_module
 from tcopilot.models.calibration import Observed
 from tcopilot.models.fusion import ProbabilityFusion
 from tcopilot.models.modeling import fused_class
@@ -69,6 +70,17 @@ def test_the_fit_finds_the_bias_of_tokens_that_answers_use_and_leaves_the_others
     others = torch.ones(VOCAB, dtype=torch.bool)
     others[[3, 5, 7]] = False
     assert found[others].abs().max() == 0
+
+
+def test_the_fit_reads_some_rows_at_once_and_finds_the_same(monkeypatch):
+    given, seen, nll_of = (*drawn(1.3, torch.zeros(VOCAB), count=100), torch.arange(9)), [], Observed.nll
+    whole = fitted(*given)
+    monkeypatch.setattr(calibration_module, "AT_ONCE", 16 * (9 + calibration_module.BINS))
+    monkeypatch.setattr(Observed, "nll", lambda part, *at: seen.append(len(part.target_R)) or nll_of(part, *at))
+    parted = fitted(*given)
+    assert max(seen) == 16
+    assert parted.temperature == pytest.approx(whole.temperature, rel=1e-5)
+    torch.testing.assert_close(parted.head.bias, whole.head.bias, rtol=1e-4, atol=1e-5)
 
 
 def test_a_token_seen_once_or_never_gets_no_endless_bias():

@@ -19,7 +19,8 @@ from tcopilot.models.states import StackedStates
 BIN, BINS = 0.125, 480
 """Width in nats and number of the bins in which all other tokens are counted by log p̂, from 0 down."""
 TINY = torch.finfo(torch.float32).tiny
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE, AT_ONCE = 64, 10_000_000
+"""Rows whose bins are counted together, and numbers that a step of the fit reads together (80 MB)."""
 
 
 class CalibrationConfig(BaseConfig):
@@ -97,6 +98,12 @@ class Observed:
         columns = zip(*(tuple(vars(one).values())[1:] for one in parts), strict=True)
         return cls(parts[0].tokens_A, *(torch.cat(column) for column in columns))
 
+    def parts(self) -> list[Self]:
+        """The same in parts of some rows, as views, whose likelihood is computed at once."""
+        rows = max(1, AT_ONCE // (self.log_probs_RA.shape[1] + BINS))
+        columns = (column.split(rows) for column in tuple(vars(self).values())[1:])
+        return [type(self)(self.tokens_A, *part) for part in zip(*columns, strict=True)]
+
     def nll(self, inverse_temperature: Tensor, bias_A: Tensor) -> Tensor:
         """−log of the calibrated probability of each target, [R]."""
         with_bias_RA = inverse_temperature * self.log_probs_RA.double() + bias_A
@@ -133,13 +140,17 @@ class Calibration(LayerlessCopilot):
         """
         log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
         bias_A = torch.zeros(len(seen.tokens_A), dtype=torch.float64, requires_grad=True)
+        parts, rows = seen.parts(), len(seen.target_R)
         search = torch.optim.LBFGS([log_temperature, bias_A], max_iter=200, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             search.zero_grad()
-            prior = (bias_A.square().sum() + log_temperature.square()) / 2
-            total = (seen.nll(torch.exp(-log_temperature), bias_A).sum() + prior) / len(seen.target_R)
+            total = (bias_A.square().sum() + log_temperature.square()) / 2 / rows  # the prior
             total.backward()
+            for part in parts:
+                mean = part.nll(torch.exp(-log_temperature), bias_A).sum() / rows
+                mean.backward()
+                total = total.detach() + mean.detach()
             return total
 
         with torch.enable_grad():
