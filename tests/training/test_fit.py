@@ -11,7 +11,7 @@ from small_training import learner
 from tcopilot.data.batch import PromptTargetCollator
 from tcopilot.mistake_log.recording import RecordedPilot, Recording, row_key
 from tcopilot.models.head_copilot import HeadCopilot
-from tcopilot.training import fit
+from tcopilot.training import chunked_loss, fit
 from tcopilot.training.fit import CopilotFit, KeepBest, RecordBatch, RecordedData, reached
 from tcopilot.training.objectives import RootMeanSquaredError
 
@@ -45,6 +45,11 @@ def batch_of(recording):
     return RecordBatch.of([recording.record_of(key, DEPTHS) for key in recording._places])
 
 
+def compared(module, batch):
+    """f^C, p̂ and the targets' places of a whole batch at once."""
+    return module._compare(batch, module._hidden(batch), module._tokens(batch), slice(None))
+
+
 @pytest.mark.parametrize("context", ["inclusive", "strict"])
 @pytest.mark.parametrize("head", ["soft", "full", "low_rank"])
 def test_the_loss_over_some_tokens_is_near_that_over_all(pilot, head, context, tmp_path, monkeypatch):
@@ -54,7 +59,7 @@ def test_the_loss_over_some_tokens_is_near_that_over_all(pilot, head, context, t
     torch.manual_seed(0)
     all_tokens = loss(module, batch)
     monkeypatch.setattr(fit, "SMALL_VOCABULARY", 0)
-    some, probs = loss(module, batch), module._compare(batch)[1]
+    some, probs = loss(module, batch), compared(module, batch)[1]
     assert probs.shape[-1] < 600
     torch.testing.assert_close(probs.sum(-1), torch.ones(len(probs)))
     assert some == pytest.approx(all_tokens, rel=0.02)
@@ -64,9 +69,8 @@ def test_the_tail_has_a_shift_where_no_token_is_there_by_chance(pilot, tmp_path,
     monkeypatch.setattr(fit, "SMALL_VOCABULARY", 0)
     monkeypatch.setattr(fit, "RANDOM_TOKENS", 0)  # as where all that are drawn are meant, too
     copilot = perturb(HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=16), 0.1)
-    corrections, probs, _ = CopilotFit(copilot, pilot, learner(1e-3), 1)._compare(
-        batch_of(recorded(tmp_path, pilot, rows_of(12)))
-    )
+    module = CopilotFit(copilot, pilot, learner(1e-3), 1)
+    corrections, probs, _ = compared(module, batch_of(recorded(tmp_path, pilot, rows_of(12))))
     assert probs.shape[-1] < 600
     torch.testing.assert_close(corrections.sum(-1), torch.zeros(len(probs)))
 
@@ -78,22 +82,48 @@ def test_mixed_precision_leaves_p_hat_as_it_was_recorded(pilot, tmp_path, monkey
     for mixed in (False, True):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            corrections, of_pilot, _ = module._compare(batch)
+            corrections, of_pilot, _ = compared(module, batch)
         probs.append(of_pilot)
         assert corrections.abs().max() < 1e-6  # a new Copilot corrects nothing
     assert torch.equal(*probs)
 
 
 def loss(module, batch):
-    corrections, probs, targets = module._compare(batch)
+    corrections, probs, targets = compared(module, batch)
     return module.objective.row_losses(corrections, probs, targets).mean().item()
+
+
+@pytest.mark.parametrize("own_mistakes", [False, True])
+@pytest.mark.parametrize("hidden", [16, None])
+def test_a_long_batch_is_compared_in_parts_with_the_same_loss_and_gradients(
+    pilot, hidden, own_mistakes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(fit, "SMALL_VOCABULARY", 0)
+    batch, found, seen = batch_of(recorded(tmp_path, pilot, rows_of(12))), [], []
+    copilot = perturb(HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=hidden), 0.1)
+    module = CopilotFit(copilot, pilot, learner(1e-3), 1, own_mistakes=own_mistakes)
+    module.log, module._trainer = (lambda *given, **options: None), SimpleNamespace(world_size=1)
+    compare = module._compare
+    monkeypatch.setattr(module, "_compare", lambda *given: seen.append(len(given[1])) or compare(*given))
+    for elements in (2**24, 4000):
+        monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", elements)
+        torch.manual_seed(0)
+        copilot.zero_grad()
+        module.on_validation_epoch_start()
+        module.validation_step(batch, 0)
+        step = module.training_step(batch, 0)
+        step.backward()
+        found.append([module._sums, step.detach(), *(weight.grad.clone() for weight in copilot.parameters())])
+    assert 1 < min(seen) < max(seen) == len(batch.targets_T)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_all_tokens_give_what_the_copilot_corrects_in_decoding(pilot, tmp_path):
     recording = recorded(tmp_path, pilot, rows_of(6))
     batch = batch_of(recording)
     copilot = perturb(HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=16), 0.1)
-    corrections, probs, targets = CopilotFit(copilot, pilot, learner(1e-3), 1)._compare(batch)
+    corrections, probs, targets = compared(CopilotFit(copilot, pilot, learner(1e-3), 1), batch)
     hidden, _ = copilot(batch.states_BNQ.new_empty(6, 4, 0), None, None, batch.states_BNQ)
     torch.testing.assert_close(corrections, copilot.correct(hidden[batch.mask_BN], probs.log()))
     assert torch.equal(targets, batch.targets_T)
@@ -106,7 +136,7 @@ def test_own_mistakes_weigh_a_token_by_how_often_sampled_answers_come_to_it_righ
     batch = batch_of(recorded(tmp_path, pilot, rows_of(6)))
     copilot = perturb(HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=16), 0.1)
     module = CopilotFit(copilot, pilot, learner(1e-3), 1, own_mistakes=True)
-    corrections, probs, targets = module._compare(batch)
+    corrections, probs, targets = compared(module, batch)
     places = torch.arange(len(targets))
     losses, own = -(probs + corrections)[places, targets].log(), probs[places, targets]
     lengths, first = batch.mask_BN.sum(1).tolist(), 0
@@ -144,7 +174,7 @@ def test_a_fit_learns_what_the_pilot_gets_wrong(pilot, objective, tmp_path):
     copilot, rows = HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=32), rows_of(16)
     module, best, recording = fitted(tmp_path, pilot, copilot, rows, rows, objective=objective)
     with torch.no_grad():
-        corrections, probs, targets = module._compare(batch_of(recording))
+        corrections, probs, targets = compared(module, batch_of(recording))
     assert nll(corrections, probs, targets) < 0.7 * nll(0, probs, targets)
     assert best.best_nll == pytest.approx(nll(corrections, probs, targets), rel=1e-3)
 
@@ -156,7 +186,7 @@ def test_a_copilot_that_never_helps_on_validation_stays_a_no_op(pilot, tmp_path)
     right = [dict(row, target_ids=[token]) for row, token in zip(train, likeliest, strict=True)]
     copilot = HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=32)
     module, best, recording = fitted(tmp_path / "fit", pilot, copilot, train, right, patience=3, passes=40)
-    corrections, *_ = module._compare(batch_of(recording))
+    corrections, *_ = compared(module, batch_of(recording))
     assert (best.best_pass, best.passes) == (0, 3)
     assert corrections.abs().max() < 1e-6  # rounding of p̂
 

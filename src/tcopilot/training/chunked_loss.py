@@ -26,8 +26,12 @@ def chunked_sum(
         vocab_size: V, from which the rows of a chunk follow.
     """
     trainable = [p for p in parameters if p.requires_grad]
-    rows = max(1, CHUNK_ELEMENTS // vocab_size)
-    return _ChunkedSum.apply(row_losses, rows, hidden_RC, *trainable)
+    return _ChunkedSum.apply(row_losses, rows_at_once(vocab_size), hidden_RC, *trainable)
+
+
+def rows_at_once(vocab_size: int) -> int:
+    """Rows of a chunk."""
+    return max(1, CHUNK_ELEMENTS // vocab_size)
 
 
 class _ChunkedSum(torch.autograd.Function):

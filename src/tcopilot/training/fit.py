@@ -26,6 +26,7 @@ from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.head_copilot import HeadCopilot
 from tcopilot.processes import barrier, sum_over_processes
 from tcopilot.settings import FLAG, Rule, whole
+from tcopilot.training.chunked_loss import chunked_sum, rows_at_once
 from tcopilot.training.module import Learner
 from tcopilot.training.objectives import CrossEntropy, Objective
 
@@ -183,12 +184,17 @@ class CopilotFit(LightningModule):
 
     def training_step(self, batch: RecordBatch, batch_idx: int) -> Tensor:
         """The objective over a batch, all processes together."""
-        corrections_TU, probs_TU, targets_T = self._compare(batch)
-        losses_T = self.objective.row_losses(corrections_TU, probs_TU, targets_T)
-        counts_T = torch.ones_like(losses_T)
+        hidden_TC, compared = self._hidden(batch), self._tokens(batch)
+        counts_T = torch.ones(len(hidden_TC), device=self.device)
         if self.own_mistakes:
-            counts_T = reached(probs_TU.gather(1, targets_T[:, None])[:, 0], batch.mask_BN)
-        total, tokens = (losses_T * counts_T).sum(), sum_over_processes(counts_T.sum())
+            with torch.no_grad():
+                counts_T = reached(self._right(batch, hidden_TC, compared)[0], batch.mask_BN)
+
+        def row_losses(hidden_tC: Tensor, chunk: slice) -> Tensor:
+            return self.objective.row_losses(*self._compare(batch, hidden_tC, compared, chunk)) * counts_T[chunk]
+
+        total = chunked_sum(row_losses, hidden_TC, list(self.copilot.head.parameters()), len(compared[0]))
+        tokens = sum_over_processes(counts_T.sum())
         others = sum_over_processes(total.detach()) - total.detach()
         loss = self.objective.reduce(total + others, tokens)
         self.log("train/copilot_loss", loss.detach(), prog_bar=True, rank_zero_only=True)
@@ -200,10 +206,9 @@ class CopilotFit(LightningModule):
 
     def validation_step(self, batch: RecordBatch, batch_idx: int) -> None:
         """Negative log-likelihood of the Pilot and of the distribution fused at λ = 1."""
-        corrections_TU, probs_TU, targets_T = self._compare(batch)
-        both = torch.stack([probs_TU, probs_TU + corrections_TU])  # of a soft head: a distribution
-        right = both[:, torch.arange(len(targets_T)), targets_T].clamp_min(torch.finfo(torch.float32).tiny)
-        self._sums += torch.cat([-right.double().log().sum(1).cpu(), torch.tensor([float(len(targets_T))])])
+        right_2T = self._right(batch, self._hidden(batch), self._tokens(batch))
+        right_2T = right_2T.clamp_min(torch.finfo(torch.float32).tiny)
+        self._sums += torch.cat([-right_2T.double().log().sum(1).cpu(), torch.tensor([float(right_2T.shape[1])])])
 
     def on_validation_epoch_end(self) -> None:
         """Report both means, over all processes."""
@@ -211,16 +216,39 @@ class CopilotFit(LightningModule):
         figures = {"val/pilot_nll": pilot / tokens, "val/fused_nll": fused / tokens}
         self.log_dict(figures, prog_bar=True)  # alike on all processes, which all stop by them
 
-    def _compare(self, batch: RecordBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """f^C and p̂ over the tokens compared and the tail [T, U + 1], and the targets' places among them [T]."""
+    def _right(self, batch: RecordBatch, hidden_TC: Tensor, compared: tuple[Tensor, Tensor]) -> Tensor:
+        """What p̂ and p̃ at λ = 1, of a soft head a distribution, give each target token, [2, T]."""
+        rows, found = rows_at_once(len(compared[0])), []
+        for first in range(0, len(hidden_TC), rows):
+            chunk = slice(first, first + rows)
+            corrections_tU, probs_tU, targets_t = self._compare(batch, hidden_TC[chunk], compared, chunk)
+            both_2tU = torch.stack([probs_tU, probs_tU + corrections_tU])
+            found.append(both_2tU[:, torch.arange(len(targets_t)), targets_t])
+        return torch.cat(found, dim=1)
+
+    def _hidden(self, batch: RecordBatch) -> Tensor:
+        """The Copilot's hidden states [T, C]."""
         inputs_BN0 = batch.states_BNQ.new_empty(*batch.mask_BN.shape, 0)
         hidden_BNC, _ = self.copilot(inputs_BN0, None, None, batch.states_BNQ)
-        tokens_U, is_random_U = self._tokens(batch)
-        head_input_TP = batch.head_input_TP.to(self.head.weight.dtype)
+        return hidden_BNC[batch.mask_BN]
+
+    def _compare(
+        self, batch: RecordBatch, hidden_TC: Tensor, compared: tuple[Tensor, Tensor], rows: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """f^C and p̂ of some target tokens over the `_tokens` compared and the tail [T, U + 1], and their places there.
+
+        Args:
+            batch: of records.
+            hidden_TC: the Copilot's hidden states of these target tokens.
+            compared: see `_tokens`.
+            rows: which of the batch's target tokens these are.
+        """
+        tokens_U, is_random_U = compared
+        head_input_TP = batch.head_input_TP[rows].to(self.head.weight.dtype)
         with torch.autocast(self.device.type, enabled=False):  # p̂ as it was recorded
             logits_TU = logits_from_head_input(self._pilot, head_input_TP, tokens_U).float()
-        log_probs_TU = logits_TU - batch.normaliser_T[:, None]
-        shift_TU = self.copilot.shift(hidden_BNC[batch.mask_BN], tokens_U)
+        log_probs_TU = logits_TU - batch.normaliser_T[rows, None]
+        shift_TU = self.copilot.shift(hidden_TC, tokens_U)
         if len(tokens_U) < self.head.weight.shape[0]:
             tail_T1 = (1 - log_probs_TU.exp().sum(-1, keepdim=True)).clamp_min(1e-12).log()
             random_TU, moved_TU = log_probs_TU[:, is_random_U], shift_TU[:, is_random_U]
@@ -228,7 +256,7 @@ class CopilotFit(LightningModule):
             log_probs_TU, shift_TU = torch.cat([log_probs_TU, tail_T1], -1), torch.cat([shift_TU, mean_T1], -1)
         probs_TU = log_probs_TU.exp()
         corrections_TU = torch.softmax(log_probs_TU + shift_TU, dim=-1) - probs_TU
-        return corrections_TU, probs_TU, torch.searchsorted(tokens_U, batch.targets_T)
+        return corrections_TU, probs_TU, torch.searchsorted(tokens_U, batch.targets_T[rows])
 
     def _tokens(self, batch: RecordBatch) -> tuple[Tensor, Tensor]:
         """The tokens to compare, in order, and which of them are only there by chance; all of them if none is."""
