@@ -154,6 +154,20 @@ def test_a_part_names_its_own_missing_runs_only():
     assert "Not run, or not finished: smoke/builtin/task/a (seed 1)." in page
 
 
+def test_a_tuned_pilot_stands_for_equal_flops_where_there_is_one():
+    names = ("default", "Pilot, equal FLOPs", "Pilot, tuned")
+    lines = [evidence.Line(name, [0], {}, {}, (1.0, 0.9), None, None, [0.5], 1, 1.0, None) for name in names]
+    for line, right in zip(lines, (4, 2, 3), strict=True):
+        line.ahead = []
+        line.gain = compare(8 * [0.0], right * [1.0] + (8 - right) * [0.0])
+        line.against = compare(4 * [1.0] + 4 * [0.0], right * [1.0] + (8 - right) * [0.0])
+    for found, points in ((lines[:2], "+25.0"), (lines, "+12.5")):
+        task = evidence.TaskEvidence("smoke, builtin: task", "accuracy", found)
+        page = evidence.put_between_markers(PAGE, [task], [])
+        (row,) = [line for line in page.splitlines() if line.startswith("| smoke, builtin: task ")]
+        assert row.split(" | ")[-1].startswith(points)
+
+
 @pytest.mark.slow
 def test_a_mixture_has_a_table_for_each_of_its_benchmarks(script, settings, smoke):
     folder, jobs = smoke

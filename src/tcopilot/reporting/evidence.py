@@ -20,7 +20,8 @@ VERDICTS = ("better", "worse", "not distinguishable")
 BEGIN, END = "<!-- evidence: tables -->", "<!-- evidence: end of tables -->"
 BRIEF = "<!-- evidence: in brief -->", "<!-- evidence: end of brief -->"
 SECTION = re.compile(r"(?ms)^## (.+?)$\n(.*?)(?=^## |\Z)")
-BRIEF_CONTROLS = ("Pilot, calibrated", "Pilot, equal time", "Pilot, equal FLOPs")
+BRIEF_CONTROLS = (("Pilot, calibrated",), ("Pilot, equal time",), ("Pilot, tuned", "Pilot, equal FLOPs"))
+"""The control of each column: the first of these that was trained. A tuned Pilot has the same FLOPs at each rate."""
 BRIEF_HEAD = (
     *("regime: task", "Pilot", "with Copilot", "gain over its Pilot [95 %]", "ahead of the calibrated Pilot"),
     *("ahead of a Pilot for equal time", "ahead of a Pilot for equal FLOPs"),
@@ -232,7 +233,8 @@ def _brief(task: TaskEvidence) -> tuple[str, ...]:
 
     first = task.lines[0]
     pilot, fused = (f"{scale(task.unit) * one:.{_digits(task.unit)}f}" for one in (first.gain.pilot, first.gain.fused))
-    against = [line.against if (line := task.line(name)) else None for name in BRIEF_CONTROLS]
+    lines = [next(filter(None, map(task.line, names)), None) for names in BRIEF_CONTROLS]
+    against = [line and line.against for line in lines]
     return task.name, pilot, fused, shown(first.gain, 1), *(shown(found, -1) for found in against)
 
 
