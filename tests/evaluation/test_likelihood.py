@@ -8,6 +8,7 @@ import torch
 from small_training import source_side, tiny_model
 
 from tcopilot.data import MultipleChoice, PromptTargetCollator, TCopilotDataModule, byte_tokenizer
+from tcopilot.evaluation import modes
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.likelihood import Likelihood, log_likelihoods
 from tcopilot.evaluation.modes import Decoding
@@ -83,6 +84,30 @@ def test_the_likelihood_of_an_answer_is_the_models_and_does_not_depend_on_its_ba
 def test_answers_are_the_same_in_batches_of_one_and_of_eight(setting, family):
     found = {size: setting(family, batch_size=size).scores("test", "choice", WEIGHTS) for size in (1, 8)}
     assert found[1] == found[8]
+
+
+def test_long_targets_are_scored_a_few_at_once_with_the_same_result(setting, tmp_path, monkeypatch):
+    found, numbers = [], []
+    for most in (modes.AT_ONCE, 64 * 300):  # targets of up to 41 tokens
+        monkeypatch.setattr(modes, "AT_ONCE", most)
+        judge = setting("t5", batch_size=64, modes=("likelihood", "targets"))
+        score = judge.scored
+        seen = []
+        monkeypatch.setattr(judge, "scored", lambda rows, score=score, seen=seen: keep(seen, score(rows)))
+        judge.folder = tmp_path / f"at most {most}"
+        found.append((judge.scores("test", "choice", WEIGHTS), judge.likelihood("test")))
+        numbers.append(max(seen))
+    assert numbers[1] <= 64 * 300 < numbers[0]
+    for weight in WEIGHTS:
+        for metric, scores in found[0][0][weight].items():
+            assert found[1][0][weight][metric] == pytest.approx(scores)
+    assert found[1][1] == pytest.approx(found[0][1])
+
+
+def keep(seen, scored):
+    """Note the size of log p̂."""
+    seen.append(scored[1].numel())
+    return scored
 
 
 def test_sum_and_mean_choose_by_what_they_are_named_after():

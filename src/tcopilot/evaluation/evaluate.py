@@ -19,7 +19,7 @@ from tcopilot.data.metrics import NLL, CorpusMetric, show
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.generation import Generation, Reranking
 from tcopilot.evaluation.likelihood import Likelihood, Targets
-from tcopilot.evaluation.modes import LIKELIHOOD, TARGETS, Decoding, Mode, Scored
+from tcopilot.evaluation.modes import LIKELIHOOD, TARGETS, Decoding, Mode, Scored, parts_to_score
 from tcopilot.evaluation.predictions import PredictionFiles, claim, digest_of, fingerprint
 from tcopilot.evaluation.progress import progress
 from tcopilot.evaluation.ranking import ItemRanking
@@ -347,9 +347,8 @@ class Evaluator:
     def scored_batches(self, split: str, benchmark: str) -> Iterator[Scored]:
         """This process's share of a benchmark's rows, `scored`; rows of similar length together."""
         rows = sorted(self.data.evaluation_rows(split, benchmark), key=lambda row: len(row["source_ids"]))
-        share, size = rows[rank() :: world_size()], self.decoding.batch_size
-        for first in range(0, len(share), size):
-            yield self.scored(share[first : first + size])
+        for part in parts_to_score(self.model, rows[rank() :: world_size()], self.decoding.batch_size):
+            yield self.scored(part)
 
     def _report(
         self, found: Evaluation, split: str, outcomes: Outcomes, statistics: dict[str, ErrorStatistics]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tcopilot.data.metrics import NLL, Answer, Metric
-from tcopilot.evaluation.modes import Scored, TeacherForced, about
+from tcopilot.evaluation.modes import Scored, TeacherForced, about, parts_to_score
 from tcopilot.evaluation.predictions import Prediction
 from tcopilot.models.fused_model import TCopilotModel
 
@@ -55,8 +55,8 @@ class Likelihood(TeacherForced):
     @torch.no_grad()
     def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
         """Return one prediction per λ and row, with the log-likelihood of each option and the scores."""
-        size, pairs = self.decoding.batch_size, [pair for row in rows for pair in option_rows(row)]
-        parts = (pairs[first : first + size] for first in range(0, len(pairs), size))
+        pairs = [pair for row in rows for pair in option_rows(row)]
+        parts = parts_to_score(self.model, pairs, self.decoding.batch_size)
         found = [log_likelihoods(self.model, self.score(part), weights).cpu() for part in parts]
         return {
             weight: self._chosen(rows, sums)
@@ -94,6 +94,10 @@ class Targets(TeacherForced):
     @torch.no_grad()
     def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
         """Return one prediction per λ and row, with its scores."""
+        parts = [self._scored(part, weights) for part in parts_to_score(self.model, rows, len(rows))]
+        return {weight: [one for part in parts for one in part[weight]] for weight in weights}
+
+    def _scored(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
         batch, log_probs_BNV, corrections_BNV = self.score(rows)
         mask_BN, index_BN1 = batch.target_mask_BN, batch.target_ids_BN.unsqueeze(-1)
         found = {}

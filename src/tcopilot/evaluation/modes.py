@@ -1,7 +1,7 @@
 """How rows are answered: the settings of decoding, and what the ways to answer have in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +17,8 @@ from tcopilot.settings import FLAG, list_of, one_of, whole
 
 LIKELIHOOD, TARGETS = "likelihood", "targets"
 """Modes that score given texts by teacher forcing, of which a frozen Pilot may be recorded."""
+AT_ONCE = 2**28
+"""Numbers of log p̂ that one pass over given texts may have, 1 GB; several tensors of its size are in memory."""
 Scored = tuple[Batch, Tensor, Tensor | None]
 """A batch, with log p̂ [B, N, V] and f^C [B, N, V] at its targets; None for the latter without a Copilot."""
 
@@ -113,6 +115,20 @@ class TeacherForced(Mode):
     def judged(self, prediction: Prediction) -> Prediction:
         """Return the prediction: its scores depend on no setting."""
         return prediction
+
+
+def parts_to_score(model: TCopilotModel, rows: Sequence[dict[str, Any]], most: int) -> Iterator[list[dict[str, Any]]]:
+    """Cut rows, in their order, into parts of at most `most` rows whose padded targets keep to `AT_ONCE`."""
+    vocab_size, longest = model.pilot.get_output_embeddings().weight.shape[0], 0
+    part: list[dict[str, Any]] = []
+    for row in rows:
+        longest = max(longest, len(row["target_ids"]))
+        if part and (len(part) == most or (len(part) + 1) * longest * vocab_size > AT_ONCE):
+            yield part
+            part, longest = [], len(row["target_ids"])
+        part.append(row)
+    if part:
+        yield part
 
 
 def about(row: dict[str, Any]) -> Prediction:
