@@ -1,6 +1,6 @@
 """LoRA by peft, for Pilot and Copilot alike: injected into a model in place and merged before export.
 
-Adapters of a quantised Pilot are stored as they are, since what they would be merged into would be rounded again.
+Adapters of a quantised Pilot are stored unmerged, since the merged weights would have to be rounded once more.
 """
 
 import copy
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 LAYER = re.compile(r"(.*?\b(?:layers|block|h))\.(\d+)\.")
-"""Of a module's name: the list of layers that it lies in, and the number of its layer."""
+"""Matches a module's name; its groups are the list of layers that holds the module, and the layer's index."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Lora:
 
 
 def _settle(module: nn.Module) -> None:
-    """Give new adapters float32, where peft takes the frozen weights' type, and keep them."""
+    """Cast new adapters to float32, since peft creates them in the frozen weights' type, and mark them initialised."""
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -78,13 +78,13 @@ def _settle(module: nn.Module) -> None:
 
 
 def keep_weights(module: nn.Module) -> None:
-    """Keep transformers from drawing random weights for what it has not loaded itself, when a module is fused."""
+    """Mark weights as initialised, or transformers would draw new ones for those that it did not load itself."""
     for part in (*module.modules(), *module.parameters()):
         part._is_hf_initialized = True
 
 
 OF_PEFT = "base_model.model."
-"""What peft puts before the names of weights in its files."""
+"""Prefix that peft puts before weight names in its files."""
 
 
 def save_adapters(model: nn.Module, folder: str | Path, base: str) -> None:
@@ -102,7 +102,7 @@ def save_adapters(model: nn.Module, folder: str | Path, base: str) -> None:
 
 
 def load_adapters(model: nn.Module, folder: str, subfolder: str, **hub: Any) -> None:
-    """Inject the adapters that `save_adapters` wrote into a folder, local or on the Hub, frozen; if it has any."""
+    """Inject, frozen, the adapters that `save_adapters` wrote to a folder, local or on the Hub, if it has any."""
     found = cached_file(
         folder, "adapter_config.json", subfolder=subfolder, **hub, _raise_exceptions_for_missing_entries=False
     )
@@ -127,7 +127,7 @@ def merge_adapters(model: nn.Module) -> None:
 
 
 def merged_weights(model: nn.Module) -> dict[str, Tensor] | None:
-    """The weights of the plain model that `merge_adapters` would leave, of which this one stays as it is.
+    """Return the weights that the model would have after `merge_adapters`, and leave the model unchanged.
 
     None for a model without adapters.
     """

@@ -22,7 +22,7 @@ from tcopilot.models.gates import Gate, build_gate
 from tcopilot.settings import Rule, require
 
 FORMAT = 2
-"""Of a Copilot's weights in an export. Since 2, each log attention layer has its own norm weight for the log."""
+"""Format of exported Copilot weights. Since 2, each log attention layer has its own norm weight for the log."""
 
 
 @dataclass(kw_only=True)
@@ -32,8 +32,8 @@ class BaseConfig:
     Attributes:
         pilot_width: P, width of the Pilot that it reads.
         vocab_size: V.
-        gate: settings of the gate that scales its corrections in decoding and scoring; None for none.
-        format: of its weights; see `FORMAT`.
+        gate: settings of the gate that scales its corrections in decoding and scoring; None without a gate.
+        format: format of its weights, see `FORMAT`.
     """
 
     kind: ClassVar[str]
@@ -55,7 +55,7 @@ class BaseConfig:
 
 
 class BaseCopilot(nn.Module, ABC):
-    """Reads what the Pilot did and estimates ℓ. A new Copilot outputs 0: the fused model is the Pilot.
+    """Estimates ℓ from the Pilot's states and outputs. A new one outputs 0, so the fused model equals the Pilot.
 
     Attributes:
         pooler: which of the Pilot's states it reads, see `models/states.py`.
@@ -64,7 +64,7 @@ class BaseCopilot(nn.Module, ABC):
         reads_errors: whether it reads ℓ_{<i}, so that its own outputs may be fed back in decoding.
         fits_recordings: whether it reads nothing but the Pilot's states at target positions, so that it can be fitted
             from a recording (`mistake_log/recording.py`), without the Pilot's layers.
-        learns: whether it is trained on the Mistake Log; if not, it is fitted on validation rows in the end.
+        learns: whether it is trained on the Mistake Log; if not, it is fitted on validation rows after training.
     """
 
     config_class: ClassVar[type[BaseConfig]]
@@ -76,7 +76,7 @@ class BaseCopilot(nn.Module, ABC):
     fits_recordings: ClassVar[bool] = False
     learns: ClassVar[bool] = True
     SETTINGS: ClassVar[dict[str, Rule]] = {}
-    """Rules for the arguments of `from_pilot` that are no fields of its config."""
+    """Rules for the arguments of `from_pilot` that are not fields of its config."""
 
     def __init__(self, config: BaseConfig) -> None:
         super().__init__()
@@ -88,16 +88,16 @@ class BaseCopilot(nn.Module, ABC):
         return self.config.context == "strict"
 
     def bind(self, pilot: PreTrainedModel) -> None:
-        """Learn which Pilot it corrects, whose frozen parts it may read without a copy of its own."""
+        """Remember the Pilot that it corrects, so that it can read the Pilot's frozen parts without copying them."""
 
     @abstractmethod
     def inputs(self, past_errors_BKV: Tensor) -> Tensor:
         """Embed past errors: the inputs [B, K + 1, C] of targets 0 … K."""
 
     def taught_inputs(self, probs_BNV: Tensor, targets_BN: Tensor) -> Tensor:
-        """The inputs [B, N, C] of all N targets from the Pilot's own p̂: `inputs` of ℓ_{<i}, without ℓ in memory.
+        """Return the inputs [B, N, C] of all N targets from the Pilot's p̂: `inputs` of ℓ_{<i}, without ℓ in memory.
 
-        Here of a Copilot that reads no errors.
+        This default serves a Copilot that reads no errors.
         """
         return self.inputs(probs_BNV[:, :-1])
 
@@ -112,7 +112,7 @@ class BaseCopilot(nn.Module, ABC):
     def step(self, inputs_B1C: Tensor, row_B1P: Tensor, state: CopilotState) -> Tensor:
         """Run one more target; returns hidden states for `correct`, and moves the state on.
 
-        `row_B1P` are the states of the target before in strict context, of this one in inclusive.
+        `row_B1P` holds the states of the previous target in strict context, of this target in inclusive context.
         """
 
     def correct(self, hidden_BNC: Tensor, log_probs_BNV: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class BaseCopilot(nn.Module, ABC):
         self.gate, self.config.gate = gate, None if gate is None else gate.settings()
 
     def gated(self, log_probs_BNV: Tensor, corrections_BNV: Tensor, positions_BN: Tensor | None = None) -> Tensor:
-        """Return g f^C, or f^C without a gate. Positions are counted from 0; None stands for all of a text."""
+        """Return g f^C, or f^C without a gate. Positions are counted from 0; None means 0 … N − 1."""
         if self.gate is None:
             return corrections_BNV
         if positions_BN is None:
@@ -156,7 +156,7 @@ class LayerlessCopilot(BaseCopilot):
         """Hidden states [B, N, C] of targets from the Pilot's states there."""
 
     def inputs(self, past_errors_BKV: Tensor) -> Tensor:
-        """Nothing: [B, K + 1, 0]."""
+        """Return empty inputs [B, K + 1, 0], since no errors are read."""
         batch, past = past_errors_BKV.shape[:2]
         return past_errors_BKV.new_empty(batch, past + 1, 0)
 
@@ -164,7 +164,7 @@ class LayerlessCopilot(BaseCopilot):
         self, inputs_BNC: Tensor, source_BMP: Tensor | None, source_mask_BM: Tensor | None, states_BNP: Tensor,
         keep: bool = False,
     ) -> tuple[Tensor, CopilotState | None]:  # fmt: skip
-        """Read all targets; only `states_BNP` counts."""
+        """Read all targets at once, from `states_BNP` alone."""
         read_BNP = states_BNP
         if self.is_strict:  # target 0 has no state before it
             read_BNP = torch.cat([torch.zeros_like(states_BNP[:, :1]), states_BNP[:, :-1]], dim=1)

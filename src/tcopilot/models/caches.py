@@ -20,8 +20,8 @@ class RoomyLayer(DynamicLayer):
 
     The stock layer copies all keys and values at each step, and again when beams are reordered. This one keeps free
     columns behind them, so that a step writes its own column only; `keys` and `values` are views of what is filled.
-    What `batch_repeat_interleave` repeats is equal in all copies of a row, so from then on `reorder_cache` moves later
-    columns only, and expects rows to stay among the copies of their row, as beams do.
+    Columns repeated by `batch_repeat_interleave` are equal in all copies of a row, so `reorder_cache` then moves later
+    columns only. This is right for beams, each of which continues another copy of the same row.
     """
 
     def __init__(self) -> None:
@@ -114,8 +114,8 @@ class CopilotState:
         pending_B1P: the newest h̄, which strict context has not read yet.
         feedback: `observed` or `own`, see `decoding.py`.
         feedback_BV: the last p̂ (observed feedback) or the last f^C (own feedback).
-        history: h̄ and `feedback_BV` of each target since the last `crop`, the newest last; None where nothing is to be
-            undone.
+        history: h̄ and `feedback_BV` of each target since the last `crop`, the newest last; None where `crop` is
+            not needed.
     """
 
     target_B1: Tensor
@@ -125,7 +125,7 @@ class CopilotState:
     history: list[tuple[Tensor, Tensor]] | None = None
 
     def rearrange(self, method: str, argument: Any, rows: Callable[[Tensor], Tensor]) -> None:
-        """Rearrange the batch: `rows` does it to a tensor, a cache has a method of that name for it."""
+        """Rearrange the batch: tensors by `rows`, and caches by calling their method of the given name."""
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, rows(value))
@@ -139,11 +139,11 @@ class CopilotState:
             self.history.append((states_B1P, feedback_BV))
 
     def can_crop(self, targets: int) -> bool:
-        """Whether it is known what was kept so many targets ago."""
+        """Whether the history reaches back that many targets."""
         return self.history is not None and targets < len(self.history)
 
     def crop(self, targets: int) -> None:
-        """Go back by so many targets, and forget those."""
+        """Go back to the state before the last `targets` targets."""
         self.history = [self.history[-1 - targets]]
         self.pending_B1P, self.feedback_BV = self.history[0]
         self.target_B1 = self.target_B1 - targets
@@ -156,7 +156,7 @@ class BodyState(CopilotState):
     Attributes:
         cache: keys and values of errors and log.
         log_mask_B11S: additive mask over the rows of the log, with room for rows to come.
-        next_mask: what that mask says of rows to come: 0, or closed for a Copilot that is not shown them.
+        next_mask: mask value of rows to come: 0, or the least number for a Copilot that does not read h̄.
         position_B1: position of the next target.
     """
 
@@ -172,9 +172,9 @@ class BodyState(CopilotState):
         super().rearrange(method, argument, rows)
 
     def crop(self, targets: int) -> None:
-        """Go back by so many targets, in the cache as well."""
+        """Go back to the state before the last `targets` targets, in the cache as well."""
         super().crop(targets)
-        is_pair = isinstance(self.cache, EncoderDecoderCache)  # whose own `crop` leaves the memory, here the log
+        is_pair = isinstance(self.cache, EncoderDecoderCache)  # its own `crop` would leave the log uncropped
         for part in (self.cache.self_attention_cache, self.cache.cross_attention_cache) if is_pair else (self.cache,):
             part.crop(-targets)
         self.rows -= targets
@@ -196,13 +196,13 @@ class TCopilotCache(Cache):
     Attributes:
         pilot: the Pilot's cache.
         copilot: what the Copilot keeps; None before its first target.
-        start: column of the first target; None before it is reached, and after the Pilot went on alone, at λ = 0.
-        ids_BT: the tokens read so far, of which a decoder-only model's next turn makes X̃; None if they are not known.
+        start: column of the first target; None before it is reached, and once the Pilot has read on alone (λ = 0).
+        ids_BT: the tokens read so far, from which a decoder-only model forms X̃ in its next turn; None if unknown.
         records: whether the Copilot keeps what `crop` needs.
     """
 
     is_compileable = False
-    is_croppable = False  # without loss, unless `activate_past_recording` is called before anything is read
+    is_croppable = False  # unless `activate_past_recording` comes first, `crop` loses the Copilot's state
 
     def __init__(self, pilot: Cache, ids_BT: Tensor | None = None) -> None:
         self.pilot = pilot
@@ -213,11 +213,11 @@ class TCopilotCache(Cache):
 
     @property
     def layers(self):
-        """The Pilot's cache layers, of a pair those of its self-attention: whoever asks for them means the Pilot."""
+        """The Pilot's cache layers, which callers expect; of an encoder-decoder, those of its self-attention."""
         return getattr(self.pilot, "self_attention_cache", self.pilot).layers
 
     def __getattr__(self, name: str) -> Any:
-        """What only the Pilot's kind of cache has, such as the parts of a pair."""
+        """Look up attributes that only the Pilot's kind of cache has, such as `cross_attention_cache`."""
         if name.startswith("__") or "pilot" not in vars(self):
             raise AttributeError(name)
         return getattr(self.pilot, name)
@@ -227,13 +227,13 @@ class TCopilotCache(Cache):
         return iter(self.pilot)
 
     def read(self, ids_BN: Tensor | None, past: int) -> None:
-        """Note which tokens have been read behind the first so many."""
+        """Note the tokens that were read after the first `past` ones."""
         if past and self.ids_BT is not None and ids_BN is not None:
             ids_BN = torch.cat([self.ids_BT, ids_BN], dim=1)
         self.ids_BT = None if past and self.ids_BT is None else ids_BN
 
     def forget_copilot(self) -> None:
-        """Drop the Copilot's part, which is behind when the Pilot has gone on alone."""
+        """Drop the Copilot's part, which lacks the tokens that the Pilot has read alone."""
         self.copilot = self.start = None
 
     def reset(self) -> None:
@@ -254,15 +254,15 @@ class TCopilotCache(Cache):
         self._in_both("batch_select_indices", indices, lambda one: one[indices])
 
     def activate_past_recording(self) -> None:
-        """Keep from now on what `crop` needs."""
+        """Record from now on the states that `crop` goes back to."""
         self.pilot.activate_past_recording()
         self.records = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens in both models; as in transformers, −1 removes one.
 
-        Where the Copilot's state of that time has not been recorded, it is forgotten as a whole: a decoder-only model
-        makes another one where the next target begins.
+        If no earlier state of the Copilot was recorded, all of its state is dropped, and a decoder-only model builds a
+        new one where the next target begins.
         """
         if self.copilot is not None and self.copilot.can_crop(-tokens_to_remove):
             self.copilot.crop(-tokens_to_remove)
@@ -281,5 +281,5 @@ class TCopilotCache(Cache):
 
 
 def of_pilot(cache: Cache | None) -> Cache | None:
-    """The Pilot's part of a cache, which may be the whole of it."""
+    """The Pilot's part of a fused model's cache; any other cache is the Pilot's as a whole."""
     return cache.pilot if isinstance(cache, TCopilotCache) else cache

@@ -17,7 +17,7 @@ from tcopilot.models.base_copilot import BaseConfig, LayerlessCopilot
 from tcopilot.models.states import StackedStates
 
 BIN, BINS = 0.125, 480
-"""Width in nats and number of the bins in which all other tokens are counted by log p̂, from 0 down."""
+"""Width in nats, and number, of the bins of log p̂ (from 0 down) that count the tokens without a bias."""
 TINY = torch.finfo(torch.float32).tiny
 ROWS_AT_ONCE, AT_ONCE = 64, 10_000_000
 """Rows whose bins are counted together, and numbers that a step of the fit reads together (80 MB)."""
@@ -52,16 +52,16 @@ class CalibrationHead(nn.Module):
 class Observed:
     """What a calibration is fitted on: log p̂ of the tokens that have a bias, and how the others are distributed.
 
-    The others only act through their sum of p̂^(1/T). For this they are counted in bins of log p̂, so that p̂ itself need
-    not be kept; the sum is exact at T = 1.
+    The other tokens matter only through the sum of their p̂^(1/T). Counts in bins of log p̂ suffice for it, so that p̂
+    need not be kept; the sum is exact at T = 1.
 
     Attributes:
         tokens_A: the tokens that have a bias, in order.
-        log_probs_RA: log p̂ of these.
-        log_count_RH: the logarithm of how many of the others lie in each bin.
-        log_mean_RH: that of their mean p̂.
+        log_probs_RA: log p̂ of these tokens.
+        log_count_RH: logarithm of the number of other tokens in each bin.
+        log_mean_RH: logarithm of the mean p̂ of these tokens.
         target_R: log p̂ of the target.
-        place_R: of the target among `tokens_A`; −1 if it is none of them.
+        place_R: index of the target in `tokens_A`; −1 if it is not among them.
     """
 
     tokens_A: Tensor
@@ -93,7 +93,7 @@ class Observed:
 
     @classmethod
     def joined(cls, parts: Iterable[Self]) -> Self:
-        """Those of many batches together."""
+        """Join the observations of many batches."""
         parts = list(parts)
         columns = zip(*(tuple(vars(one).values())[1:] for one in parts), strict=True)
         return cls(parts[0].tokens_A, *(torch.cat(column) for column in columns))
@@ -122,12 +122,12 @@ class Calibration(LayerlessCopilot):
 
     def __init__(self, config: CalibrationConfig) -> None:
         super().__init__(config)
-        self.pooler = StackedStates((1.0,))  # nothing of it is read
+        self.pooler = StackedStates((1.0,))  # required by the interface, but not read
         self.head = CalibrationHead(config.vocab_size).requires_grad_(False)
 
     @property
     def temperature(self) -> float:
-        """T; above 1 the Pilot was too sure."""
+        """T; a value above 1 means that the Pilot was overconfident."""
         return self.head.log_temperature.exp().item()
 
     def _read(self, states_BNP: Tensor) -> Tensor:

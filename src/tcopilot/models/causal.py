@@ -20,7 +20,7 @@ from tcopilot.models.prefix import can_share, run_after_prefix
 from tcopilot.models.prefix import position_ids as count_positions
 from tcopilot.models.target_start import IGNORED_LABEL, TargetColumns, find_starts
 
-TEXT = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"}  # what a prefix changes
+TEXT = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"}  # changed by a shared prefix
 
 
 @dataclass
@@ -56,23 +56,23 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
             input_ids: [B, M + K] prompt and known targets, or the tokens that come after a filled cache.
             attention_mask: [B, M + K] over everything seen; None means no padding.
             position_ids: counted from the mask when None.
-            past_key_values: a `TCopilotCache`, or any cache if it is empty or λ = 0. After a filled one, tokens go on
-                with its target, unless `target_start` lies behind what it holds: all before that is then the prompt.
-            inputs_embeds: in place of `input_ids`; the targets' tokens are then read in `labels`.
+            past_key_values: a `TCopilotCache`, or any cache if it is empty or λ = 0. After a filled one, tokens
+                continue its target, unless `target_start` lies beyond its tokens: all before that is then the prompt.
+            inputs_embeds: in place of `input_ids`; the targets' tokens are then taken from `labels`.
             labels: [B, M + K]; −100 is left out of the loss.
             use_cache: keep a cache and return it.
             logits_to_keep: return only the last that many positions, or those of these indices; 0 returns all.
-            target_start: M, the column of the first target in the whole text, or one for each row [B]. A column behind
-                the text, with a cache, says that the prompt goes on.
+            target_start: M, the column of the first target in the whole text, or one for each row [B]. With a
+                cache, a column beyond the text means that the prompt is not complete yet.
             assistant_masks: [B, M + K], 1 where a token is the assistant's, as chat templates return it.
-            shift_labels: the same as `labels`, moved to the positions that predict them; they take their place.
-            output_hidden_states: also return the Pilot's, of all layers or of those with these indices.
-            output_attentions: also return the Pilot's.
-            num_items_in_batch: what the sum of all losses is divided by; None divides by the labels of this batch.
+            shift_labels: labels already moved to the positions that predict them; used in place of `labels`.
+            output_hidden_states: also return the Pilot's hidden states, of all layers or of those with these indices.
+            output_attentions: also return the Pilot's attentions.
+            num_items_in_batch: divisor of the summed losses; None divides by the number of labels in this batch.
             weights_B: λ of each row, in place of the model's one.
             copies: consecutive rows that are equal while a cache is being filled; only one of each is computed.
-            prefix: tokens with which all prompts begin alike; they are read once, where all logits asked for are of
-                later positions (`logits_to_keep`).
+            prefix: number of tokens with which all prompts begin alike; they are read once if `logits_to_keep` asks
+                for later positions only.
             output_corrections: also return log p̂ and f^C; the Copilot then runs at λ = 0 too.
             **kwargs: further arguments of the Pilot.
         """
@@ -144,7 +144,7 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
         self, text: TargetColumns, past: int, prefix: int, given: dict[str, Any], tokens: Tensor,
         cache: TCopilotCache | None,
     ) -> tuple[CausalLMOutputWithPast, Tensor, Tensor | None]:  # fmt: skip
-        """Run both models on a text in which a target begins, or on the end of one, behind a cache."""
+        """Run both models on a text in which a target begins, or on the part of it that follows a cache."""
         out, embedded_BTP = self._read(prefix, given)
         if past:
             before_BTP = self.get_input_embeddings()(cache.ids_BT).to(embedded_BTP)
@@ -158,7 +158,7 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
         return out, *self.correct_text(text.targets(read_BNV), *known, cache)
 
     def _read(self, prefix: int, given: dict[str, Any]) -> tuple[CausalLMOutputWithPast, Tensor | None]:
-        """Run the Pilot on texts, their common prefix once where that can be done; also returns the embedded texts."""
+        """Run the Pilot on texts, reading a common prefix once where possible; also returns the embedded texts."""
         ids, mask, cache = given["input_ids"], given["attention_mask"], given["past_key_values"]
         is_behind = prefix and 0 < given["logits_to_keep"] <= ids.shape[1] - prefix
         if is_behind and can_share(self.pilot, ids.shape[1], cache):
@@ -178,7 +178,7 @@ def _loss(fused_BNV: Tensor, labels_BT: Tensor, shift_labels_BT: Tensor | None, 
 
 
 def _tokens(embeds_BNP: Tensor, labels_BN: Tensor | None, text: TargetColumns, length: int) -> Tensor:
-    """The tokens of embedded targets, as the labels tell them; those of a prompt are not needed."""
+    """Take the tokens of embedded targets from the labels; the prompt's tokens are not needed."""
     if labels_BN is not None:
         return labels_BN.clamp_min(0)
     if text.first < length:
@@ -190,7 +190,7 @@ def _tokens(embeds_BNP: Tensor, labels_BN: Tensor | None, text: TargetColumns, l
 
 
 def _check_rows(mask: Tensor | None, positions_BT: Tensor | None, labels_BT: Tensor | None) -> None:
-    """Refuse rows of several texts, of which a Copilot would read one as the prompt of another."""
+    """Refuse rows that pack several texts, since a Copilot would read one text as the prompt of another."""
     is_packed = mask is not None and mask.dim() != 2
     if labels_BT is not None and positions_BT is not None and not is_packed:
         begins_anew = positions_BT.diff(dim=-1) < 0
@@ -199,13 +199,13 @@ def _check_rows(mask: Tensor | None, positions_BT: Tensor | None, labels_BT: Ten
         is_packed = bool(begins_anew.any())
     if is_packed:
         raise ValueError(
-            "a mask of more than two dimensions, or positions that begin anew within a row: a fused model reads one "
-            "text a row; use a collator that pads"
+            "rows hold several texts, by a mask of more than two dimensions or positions that begin anew in a row: "
+            "a fused model reads one text a row; use a collator that pads"
         )
 
 
 def _check_start(text: TargetColumns, cache: TCopilotCache | None, past: int) -> None:
-    """Refuse what a cache cannot go on from."""
+    """Refuse target starts that do not fit a cache."""
     if cache is None:
         return
     if text.first < text.last:
@@ -218,5 +218,5 @@ def _check_start(text: TargetColumns, cache: TCopilotCache | None, past: int) ->
     if past and text.first <= past:
         raise ValueError(
             f"target_start={text.first}: the cache holds {past} tokens already, with a target from column "
-            f"{cache.start} on; go on with that one, or begin another behind what has been read"
+            f"{cache.start} on; continue that target, or give a target_start above {past}"
         )

@@ -10,16 +10,16 @@ from tcopilot.models.fusion import FusionRule, ProbabilityFusion, build_fusion, 
 from tcopilot.settings import one_of, require
 
 WANTED = "give the export folder of a run, or a folder that save_pretrained of a fused model and its tokenizer wrote"
-"""What programs that read a fused model ask for in place of another folder."""
+"""How error messages of programs that read a fused model tell which folder to give."""
 
 
 class TCopilotConfig(PreTrainedConfig):
     """Config of a fused model: the Pilot's own config, the Copilot's architecture and how both are fused.
 
-    Pilot and Copilot may be configs or their dictionaries; no Copilot is a bare Pilot. `fusion` is a rule or its
-    settings, the dotted path of its class among them; None is Eq. 8. λ = 0 is the Pilot, exactly. Feedback is
-    `observed`, or `own` (Algorithm 2 as written). `base` names, for a Pilot that was quantised as it was loaded, the
-    model whose weights an export does not hold: its `path` and `revision`.
+    Pilot and Copilot may be configs or their dictionaries; without a Copilot the model is the Pilot alone. `fusion` is
+    a rule or its settings, the dotted path of its class among them; None is Eq. 8. λ = 0 is the Pilot, exactly.
+    Feedback is `observed`, or `own` (Algorithm 2 as written). An export of a quantised Pilot lacks its weights:
+    `base` gives `path` and `revision` of the model that they are loaded from.
     """
 
     model_type = "t_copilot"

@@ -24,7 +24,7 @@ from tcopilot.settings import ANY, FLAG, Rule, is_number, list_of, one_of, requi
 
 PATTERNS = {1: ("even", "all"), 2: ("every", "all"), 3: ("even", "first_half"), 4: ("even", "second_half")}
 """The paper's insertion patterns (Section F.4): which decoder-only layers, counted from 1, become log attention, and
-over which of the Pilot's layers h is pooled. An encoder-decoder has cross-attention in every layer: 1 equals 2."""
+over which of the Pilot's layers h is pooled. In an encoder-decoder, 1 equals 2."""
 POSITIONS = ("pilot", "none")
 READS = ("errors", "source", "states")
 """What a Copilot reads: ℓ_{<i}, X̃ and h̄. The paper's reads all; leaving one out is an ablation."""
@@ -37,7 +37,7 @@ class CopilotConfig(BaseConfig):
     Attributes:
         body: config of the family's decoder, as a dictionary.
         pattern: insertion pattern of the paper, see `PATTERNS`.
-        pooling: of h over the Pilot's layers.
+        pooling: how h is pooled over the Pilot's layers.
         context: `strict` (target i reads h_{<i}, the paper's) or `inclusive` (h_{≤i}).
         positions: `none` (the paper's) or `pilot` (the Pilot's own positions). None is resolved to `pilot` for a
             decoder-only body and to `none` for one of an encoder-decoder, whose X̃ carries the order already.
@@ -124,7 +124,7 @@ class Copilot(BaseCopilot):
             train_error_input: whether that map is trained. Keep it frozen with LoRA.
             tokens: size of the tokenizer that both share. Needed where their matrices differ in padding rows, as
                 those of Qwen2.5-7B (152,064) and Qwen2.5-0.5B (151,936) do; the Copilot takes the Pilot's rows.
-            dropout: of the body while it is trained; None keeps the donor's.
+            dropout: rate of the body in training; None keeps the donor's.
             **options: fields of `CopilotConfig`.
         """
         donor = pilot if donor is None else donor
@@ -216,9 +216,9 @@ class Copilot(BaseCopilot):
         )
 
     def step(self, inputs_B1C: Tensor, row_B1P: Tensor, state: BodyState) -> Tensor:
-        """Run the body for one more target, from the embedded error of the target before; the state moves on.
+        """Run the body for one more target, from the previous target's embedded error; the state moves on.
 
-        The h̄ that joins the log is that of the target before in strict context, of this one in inclusive.
+        The log gains h̄ of the previous target in strict context, h̄ of this target in inclusive context.
         """
         self_mask_111K, log_mask_B11S = state.grow()
         log = (self.states_in(row_B1P), log_mask_B11S, self._positions(state.position_B1 - int(self.is_strict)))

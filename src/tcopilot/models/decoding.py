@@ -20,7 +20,7 @@ FEEDBACKS = ("observed", "own")
 
 
 class Beside:
-    """Work that overlaps with what follows, in a second stream on a GPU; on a CPU or in compiled code it runs first.
+    """Work that overlaps with later work, in a second stream on a GPU; on a CPU or in compiled code it runs at once.
 
     Nothing that the work reads may be changed or freed before `result` is called.
     """
@@ -38,7 +38,7 @@ class Beside:
             self._found = work()
 
     def result(self) -> Tensor:
-        """What the work returned; all that is queued from now on waits for it."""
+        """Return the work's result; all that is queued from now on waits for it."""
         if self._stream is not None:
             current = torch.cuda.current_stream(self._found.device)
             current.wait_stream(self._stream)
@@ -56,8 +56,8 @@ def correct_text(
     each correction is an input of the next, so the targets are visited in order.
 
     Returns:
-        f^C [B, N, V], float32 and gated, and the state from which `correct_next` goes on (None unless `keep`), which
-        can go back to any of these targets with `record`.
+        f^C [B, N, V], float32 and gated, and the state from which `correct_next` goes on (None unless `keep`). With
+        `record`, this state can be cropped back to any of these targets.
     """
     if feedback == "observed" or not copilot.reads_errors:
         probs_BKV = log_probs_BNV[:, :-1].exp()
@@ -89,7 +89,7 @@ def correct_next(
 def correct_more(
     copilot: BaseCopilot, log_probs_BKV: Tensor, tokens_BK: Tensor, states_BKP: Tensor, state: CopilotState
 ) -> Tensor:
-    """Return f^C [B, K, V] of the next K targets, each after one more of K tokens; the state moves on."""
+    """Return f^C [B, K, V] of the next K targets, each after one more of the K tokens; the state moves on."""
     corrections = [log_probs_BKV[:, :0]]
     for at in (slice(i, i + 1) for i in range(tokens_BK.shape[1])):
         corrections.append(correct_next(copilot, log_probs_BKV[:, at], tokens_BK[:, at], states_BKP[:, at], state))

@@ -38,7 +38,7 @@ class _ProjectErrors(torch.autograd.Function):
 
 
 def _error_chunks(probs_BNV: Tensor, targets_BN: Tensor) -> Iterator[tuple[Tensor, slice]]:
-    """ℓ of a few sequences at a time, at least one, and which they are."""
+    """Yield ℓ of a few sequences at a time, at least one, with the slice of their rows."""
     batch, length, vocab_size = probs_BNV.shape
     step = max(1, CHUNK_ELEMENTS // max(1, length * vocab_size))
     for first in range(0, max(batch, 1), step):

@@ -46,7 +46,7 @@ def decoder_config(config: PreTrainedConfig, layers: int | None = None) -> PreTr
     """Return the config of the family's decoder alone, cut to its first `layers` layers."""
     body = copy.deepcopy(skeleton(config).get_decoder().config)
     body.model_type = config.model_type
-    vars(body).pop("quantization_config", None)  # of a Pilot's layers, not of those that start from them
+    vars(body).pop("quantization_config", None)  # the Copilot's copies of a Pilot's layers are not quantised
     depth = decoder_depth(body)
     layers = depth if layers is None else layers
     if not 1 <= layers <= depth:
@@ -58,7 +58,7 @@ def decoder_config(config: PreTrainedConfig, layers: int | None = None) -> PreTr
 
 
 def cut_depth(config: PreTrainedConfig, layers: int) -> None:
-    """Set the number of layers in place, and shorten what the config lists for each of them."""
+    """Set the number of layers in place, and shorten the lists that have one value per layer."""
     for name, value in per_layer(config).items():
         setattr(config, name, list(value[:layers]))
     for name in ("num_hidden_layers", "num_layers", "num_decoder_layers", "decoder_layers"):
@@ -67,7 +67,7 @@ def cut_depth(config: PreTrainedConfig, layers: int) -> None:
 
 
 def per_layer(config: PreTrainedConfig) -> dict[str, list[Any]]:
-    """What a config lists for each of its layers."""
+    """Return the lists of a config that have one value per layer."""
     return {
         name: value
         for name, value in vars(config).items()
@@ -92,7 +92,7 @@ def decoder_depth(config: PreTrainedConfig) -> int:
 
 def build_body(config: PreTrainedConfig) -> nn.Module:
     """Build the family's stock decoder, without its token embedding (the Copilot feeds embedded errors)."""
-    if config.model_type not in _decoder_classes:  # a whole model shows the class, and takes longer than the decoder
+    if config.model_type not in _decoder_classes:  # only a whole model tells the class, and building it is slower
         _decoder_classes[config.model_type] = type(skeleton(config).get_decoder())
     body = _decoder_classes[config.model_type](copy.deepcopy(config))
     body.set_input_embeddings(None)
@@ -139,7 +139,7 @@ def install_log_attention(body: nn.Module, layers: list[int]) -> None:
 
 
 def remove_positions(body: nn.Module) -> None:
-    """Take the learned positions out of an encoder-decoder's decoder; at position 0 a rotation is the identity."""
+    """Remove an encoder-decoder's learned positions; rotary ones can stay, being the identity at position 0."""
     for module in body.modules():
         if getattr(module, "has_relative_attention_bias", False):  # T5: block 0 owns the bias of all blocks
             module.has_relative_attention_bias = False
@@ -160,7 +160,7 @@ def run_body(
     if isinstance(cache, EncoderDecoderCache):
         for layer in cache.is_updated:  # let the stock cross-attention append the new rows instead of reusing
             cache.is_updated[layer] = False
-    # Some families take a mask for each row only.
+    # Some families do not broadcast a mask over the batch.
     given = {"inputs_embeds": inputs_BNC, "attention_mask": self_mask_B1NK.expand(len(inputs_BNC), -1, -1, -1)}
     if is_cross_attending(body):
         given |= {"encoder_hidden_states": log_BSC, "encoder_attention_mask": log_mask_B1NS}
@@ -172,7 +172,7 @@ def run_body(
 
 
 def _rotary(body: nn.Module, log_BSC: Tensor, log_positions_BS: Tensor) -> Any:
-    """What a decoder tells its layers of positions, here the log's; by kind of layer where these differ (Gemma 3)."""
+    """Return the rotary embeddings of the log's positions, by kind of layer where these differ (Gemma 3)."""
     if not hasattr(body, "rotary_emb"):
         return None
     if "layer_type" not in inspect.signature(body.rotary_emb.forward).parameters:
@@ -213,7 +213,7 @@ def logits_from_head_input(
 ) -> Tensor:
     """Logits [B, N, V] from the last of the decoder's hidden states, as the model's own forward pass computes them.
 
-    A tied T5 scales that output down, BART adds a bias to the logits, Granite and Cohere scale them, Gemma2 caps them.
+    A tied T5 scales the state down, BART adds a bias to the logits, Granite and Cohere scale them, Gemma2 caps them.
     With `tokens_U` only the logits [B, N, U] of these tokens are computed.
     """
     config, head = model.config, model.get_output_embeddings()

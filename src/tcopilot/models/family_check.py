@@ -1,7 +1,8 @@
 """Which model families are supported: those that pass a check on a tiny random model of the family.
 
-A Copilot relies on a few things of a family, and each is tried here. No list of names decides, so a family whose code
-changes with transformers cannot go wrong in silence. `docs/families.md` shows what the check says of every family.
+A Copilot relies on a few properties of a family, and each is tested here. Since no list of names decides, a family
+whose code changes in a new transformers release cannot fail silently. `docs/families.md` shows the results for every
+family.
 
 Shapes: B batch, T tokens, C width, U some tokens of the vocabulary.
 """
@@ -34,7 +35,7 @@ _found: dict[str, Any] = {}
 def check_family(config: PreTrainedConfig, decoder: bool = True) -> None:
     """Raise an `UnsupportedFamilyError` that names the failed check if a Copilot cannot work with this family.
 
-    No weights are loaded. What is found is kept for as long as the process runs. Without `decoder`, the Copilot takes
+    No weights are loaded. Results are cached in the process. Without `decoder`, the Copilot takes
     no layers of the family (a head, or none at all), and only the Pilot is checked.
     """
     if (found := failed_check(config, decoder)) is not None:
@@ -59,7 +60,7 @@ def embeds_tokens_alone(config: PreTrainedConfig) -> bool:
 
 
 def _found_out(question: Callable[[TinyModel], Any], tiny: PreTrainedConfig) -> Any:
-    """The answer for a tiny model, which is the same for all checkpoints whose configs differ in sizes only."""
+    """Answer a question about a tiny model once for all checkpoints whose configs differ in sizes only."""
     key = f"{question.__name__} {sorted(tiny.to_dict().items(), key=str)}"
     if key not in _found:
         with _as_usual(), _silence(), torch.random.fork_rng(devices=[]):
@@ -70,8 +71,8 @@ def _found_out(question: Callable[[TinyModel], Any], tiny: PreTrainedConfig) -> 
 
 @contextmanager
 def _as_usual() -> Iterator[None]:
-    """Compute with real numbers on the CPU, also where someone asks who only wants shapes, or half precision."""
-    plain = torch.get_default_device().type == "cpu"  # naming it again would slow every call
+    """Compute in float32 on the CPU, even where the caller runs on the meta device or in half precision."""
+    plain = torch.get_default_device().type == "cpu"  # setting it again would slow every call
     device = nullcontext() if plain else torch.device("cpu")
     with _disable_current_modes(), device, torch.no_grad(), torch.autocast("cpu", enabled=False):
         yield
@@ -79,7 +80,7 @@ def _as_usual() -> Iterator[None]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep transformers from talking about models that nobody has asked for."""
+    """Silence transformers, since its messages here are about tiny models that the user never asked for."""
     bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -213,7 +214,7 @@ class _Pair(PreTrainedModel):
     """Pilot and body in one checkpoint."""
 
     config_class = PreTrainedConfig
-    base_model_prefix = "pilot"  # as of the fused model, on which transformers' renaming of weights depends
+    base_model_prefix = "pilot"  # as in the fused model: transformers' renaming of weights depends on it
 
     def __init__(self, config: PreTrainedConfig, pilot: PreTrainedModel, body: nn.Module) -> None:
         super().__init__(config)
@@ -221,10 +222,10 @@ class _Pair(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Both are there."""
+        """Do nothing, since both models have their weights."""
 
     def should_save_on_this_rank(self, is_main_process: bool) -> bool:
-        """Each process tries for itself."""
+        """Save in every process, since each runs the check itself."""
         return True
 
 
@@ -234,9 +235,9 @@ def _gradients(trial: TinyModel) -> None:
         trial.run(body.train(), log_BTC, inputs_BTC).square().mean().backward()
     for name, read in (("inputs", inputs_BTC), ("log", log_BTC)):
         if read.grad is None or not read.grad.isfinite().all() or not read.grad.abs().sum() > 0:
-            raise ValueError(f"that of its {name} is {'missing' if read.grad is None else 'zero or not finite'}")
+            raise ValueError(f"gradient of its {name} is {'missing' if read.grad is None else 'zero or not finite'}")
     if not all(one.grad.isfinite().all() for one in body.parameters() if one.grad is not None):
-        raise ValueError("those of its weights are not finite")
+        raise ValueError("gradients of its weights are not finite")
 
 
 PILOT_CHECKS: Checks = {
@@ -252,12 +253,12 @@ DECODER_CHECKS: Checks = {
     "gradients are not finite, or do not flow from its decoder to what it reads": _gradients,
     "the weights of a Pilot and a Copilot's body that are saved together do not load again": _saved,
 }
-"""What a Copilot relies on, of its Pilot and of the decoder that becomes its own; a check raises where it may not."""
+"""What a Copilot needs of its Pilot and of the decoder that it is built from; a check raises where this fails."""
 
 
 def _same(found: Tensor, expected: Tensor) -> None:
     if not expected.isfinite().all():
-        raise ValueError("values of the family's own are not finite")
+        raise ValueError("the values that the family itself computes are not finite")
     if not torch.equal(found, expected):
         raise ValueError(f"they differ by up to {(found - expected).abs().max():.0e}")
 

@@ -140,8 +140,8 @@ class TCopilotModel(FusedPreTrainedModel):
     ) -> tuple[Cache | None, int, int]:
         """Make a cache if one is asked for, unless the Pilot is `alone` and makes its own.
 
-        Returns the cache, which holds both models' unless the Pilot is alone, its tokens, and how many equal rows to
-        compute once.
+        Returns the cache (of both models unless the Pilot is alone), the number of tokens in it, and how many equal
+        rows to compute once.
         """
         if cache is None and use_cache and not alone:
             cache = self._new_pilot_cache()
@@ -152,7 +152,7 @@ class TCopilotModel(FusedPreTrainedModel):
         return cache, past, copies if can_repeat_rows and not past else 1
 
     def _only_pilot_read(self, out: ModelOutput, cache: Cache | None, ids_BN: Tensor | None, past: int) -> None:
-        """Leave a cache of both models, of which the Pilot alone read the last tokens, in the Pilot's output."""
+        """Return a cache of both models in the output, after the Pilot has read the last tokens alone."""
         if isinstance(cache, TCopilotCache):
             cache.read(ids_BN, past)
             cache.forget_copilot()
@@ -173,7 +173,7 @@ class TCopilotModel(FusedPreTrainedModel):
         self, logits_BNV: Tensor, tokens_BK: Tensor, source_BMP: Tensor | None, source_mask_BM: Tensor | None,
         states_BNP: Tensor | None, cache: TCopilotCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Return log p̂ [B, N, V] in float32 and f^C, None without a Copilot, whose state is left in the cache."""
+        """Return log p̂ [B, N, V] in float32 and f^C (None without a Copilot); the cache keeps the Copilot's state."""
         log_probs_BNV = torch.log_softmax(logits_BNV.float(), dim=-1)
         if self.copilot is None:
             return log_probs_BNV, None
@@ -188,8 +188,8 @@ class TCopilotModel(FusedPreTrainedModel):
         """Run both models for the targets after K more tokens; returns the Pilot's output, log p̂ and f^C.
 
         In strict context the Copilot's body needs nothing of the Pilot's present step, so after one token it runs
-        beside it: on a stream of its own on a GPU, before it elsewhere. In inclusive context it reads h̄ of this step
-        and comes after.
+        beside the Pilot: on a stream of its own on a GPU, before the Pilot elsewhere. In inclusive context it reads h̄
+        of this step and runs after the Pilot.
         """
         if self.copilot is None:
             out = run_pilot()
@@ -205,7 +205,7 @@ class TCopilotModel(FusedPreTrainedModel):
         return out, log_probs_BKV, correct_more(copilot, log_probs_BKV, tokens_BK, states_BKP, state)
 
     def _fused_logits(self, pilot_BNV, log_probs_BNV, corrections_BNV, weights_B: Tensor | None) -> Tensor:
-        """Return log p̃; the Pilot's logits where λ or f^C is 0, since log p̂ may round two of them to a tie."""
+        """Return log p̃; the Pilot's logits where λ or f^C is 0, since log p̂ may round two logits to a tie."""
         weight = self.weight if weights_B is None else weights_B
         return self.fusion.fuse(log_probs_BNV, corrections_BNV, weight, pilot_BNV.float())
 
@@ -223,7 +223,7 @@ def beside_logits(out: ModelOutput, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def cross_entropy(logits_BNV: Tensor, labels_BN: Tensor, items: Tensor | int | None = None) -> Tensor:
-    """The mean over labels, or their sum divided by `items` of a batch that is accumulated over several passes."""
+    """The mean over labels, or their sum divided by `items`, for a batch that is accumulated over several passes."""
     options = {"ignore_index": IGNORED_LABEL, "reduction": "mean" if items is None else "sum"}
     loss = torch.nn.functional.cross_entropy(logits_BNV.flatten(0, 1), labels_BN.flatten(), **options)
     return loss if items is None else loss / torch.as_tensor(items, device=loss.device)
@@ -246,5 +246,5 @@ def not_read(tokens: int) -> ValueError:
     """The error for a cache whose tokens the Copilot has not read."""
     return ValueError(
         f"the Copilot has not read the {tokens} tokens of this cache: the Pilot read them alone, at λ = 0, or some "
-        f"were taken back; read the text anew, or give generate all of it"
+        f"were cropped; read the text anew, or give generate all of it"
     )

@@ -28,7 +28,7 @@ class FusionRule(ABC):
     Attributes:
         has_closed_form: λ* of Theorem 4.1 minimises the squared error of this rule, so `fusion.weight=auto` works.
         takes_gates: a gate that is fitted to the squared error (`fusion.per=position` or `token`) suits this rule.
-        correction_unit: of f^C, for the labels of figures: `probability` or `logits`.
+        correction_unit: unit of f^C in the labels of figures: `probability` or `logits`.
         usual_weight: λ where there are no rows to choose it on.
     """
 
@@ -48,9 +48,9 @@ class FusionRule(ABC):
         weight: float | Tensor,
         pilot_BNV: Tensor | None = None,
     ) -> Tensor:
-        """Return log p̃ [B, N, V]; where λ or the whole of f^C is 0, `pilot_BNV` to the bit, by default log p̂.
+        """Return log p̃ [B, N, V]; where λ or all of f^C is 0, `pilot_BNV` to the bit (log p̂ unless given).
 
-        λ is a number or one for each row [B]. Without a Copilot f^C is None.
+        λ is a number, or one number for each row [B]. Without a Copilot f^C is None.
         """
         pilot_BNV = log_probs_BNV if pilot_BNV is None else pilot_BNV
         if corrections_BNV is None or (not isinstance(weight, Tensor) and weight == 0):

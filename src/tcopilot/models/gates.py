@@ -17,9 +17,9 @@ from torch import Tensor
 from tcopilot.functional import best_weight, token_errors
 
 EDGES = (1, 2, 4, 8, 16, 32, 64)
-"""First positions of the buckets after the one that holds the first target alone."""
+"""First positions of all buckets but the first, which holds position 0 alone."""
 LEAST_TOKENS = 30
-"""A bucket with fewer validation tokens takes the g of all tokens."""
+"""A bucket with fewer validation tokens uses the g fitted to all tokens."""
 DIGITS = 4
 """Fitted values are rounded, so that an evaluation that is started again finds the same gate and keeps its answers."""
 LARGEST = 2.0
@@ -53,7 +53,7 @@ class Observations:
 
     @classmethod
     def joined(cls, parts: list[Self]) -> Self:
-        """Those of many batches together."""
+        """Join the observations of many batches."""
         return cls(*(torch.cat(columns) for columns in zip(*(vars(one).values() for one in parts), strict=True)))
 
 
@@ -78,7 +78,7 @@ class Gate(ABC):
 
 @dataclass(frozen=True)
 class PositionGate(Gate):
-    """One g for each bucket of positions 0, 1, 2–3, 4–7, …: λ* in closed form of that bucket's tokens."""
+    """One g for each bucket of positions 0, 1, 2–3, 4–7, …: λ* of that bucket's tokens, in closed form."""
 
     per = "position"
     values: list[float]
@@ -86,7 +86,7 @@ class PositionGate(Gate):
     def __call__(self, log_probs_BNV, corrections_BNV, positions_BN) -> Tensor:
         """Return g [B, N, 1]."""
         gate_BN = torch.full_like(positions_BN, self.values[0], dtype=torch.float32)
-        for edge, value in zip(EDGES, self.values[1:], strict=True):  # no tensor comes from the host
+        for edge, value in zip(EDGES, self.values[1:], strict=True):  # numbers, so that no tensor is copied to the GPU
             gate_BN = torch.where(positions_BN >= edge, value, gate_BN)
         return gate_BN.unsqueeze(-1)
 
@@ -139,7 +139,7 @@ GATES: dict[str, type[Gate]] = {gate.per: gate for gate in (PositionGate, TokenG
 
 
 def build_gate(settings: Mapping[str, Any] | None) -> Gate | None:
-    """Build a gate from its settings; None for none."""
+    """Build a gate from its settings; None stands for no gate."""
     if settings is None:
         return None
     values = dict(settings)

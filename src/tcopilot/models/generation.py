@@ -32,8 +32,8 @@ class FusedGenerationMixin(GenerationMixin):
     ) -> Any:
         """Decode from the fused distribution; arguments as in transformers. Prompts must be left-padded.
 
-        All that is given comes before the target, of which a cache in `past_key_values` may hold a part. Only where
-        that part ends with the last answer but for its last token does decoding go on with that answer.
+        All given tokens are the prompt, and a cache in `past_key_values` may hold a part of them. Only if the cache
+        ends within an answer and a single token follows it does decoding continue that answer.
         """
         config = generation_config or self.generation_config
         repeats = max(  # how often transformers is about to repeat each row, for beams or samples
@@ -45,18 +45,18 @@ class FusedGenerationMixin(GenerationMixin):
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _tell_start(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
-        """Add to the arguments where the target of a decoder-only model begins, and to a cache what it lacks."""
+        """Add to the arguments where a decoder-only model's target begins, and to a Pilot's cache the tokens in it."""
         if self.config.is_encoder_decoder:
             known_BN = kwargs.get("decoder_input_ids")
             if known_BN is not None and kwargs.get("past_key_values") is not None:
-                kwargs.setdefault("decoder_attention_mask", torch.ones_like(known_BN))  # or all of it is read again
+                kwargs.setdefault("decoder_attention_mask", torch.ones_like(known_BN))  # else all is read again
             return
         cache, ids_BM = kwargs.get("past_key_values"), inputs if inputs is not None else kwargs.get("input_ids")
         start, past = _prompt_columns(inputs, kwargs), 0 if cache is None else int(cache.get_seq_length())
         if isinstance(cache, TCopilotCache):
             if cache.start is not None and cache.start < past == start - 1:
                 start = cache.start
-        elif past and ids_BM is not None and past < ids_BM.shape[1]:  # of a text that the Pilot has read alone
+        elif past and ids_BM is not None and past < ids_BM.shape[1]:  # the Pilot has read it alone
             kwargs["past_key_values"] = TCopilotCache(cache, ids_BM[:, :past])
         kwargs.setdefault("target_start", start)
 
@@ -65,15 +65,15 @@ class FusedGenerationMixin(GenerationMixin):
     ) -> list[Any]:
         """Decode prompts [B, M] at several λ at once; both models read each prompt once, not once for each λ.
 
-        With `prefix`, so are the tokens with which all prompts begin alike, that many, once for the whole batch.
-        Further arguments are those of `generate`. Returns for each λ what `generate` returns at it, of one length for
-        all; of an output class only sequences and scores. What the checkpoint's `generation_config.json` asks for does
-        not act: evaluation is by the settings given here.
+        `prefix` is the number of tokens with which all prompts begin alike; they are read once for the whole batch.
+        Further arguments are those of `generate`. Returns for each λ what `generate` returns, at one length for all;
+        an output class holds sequences and scores only. The checkpoint's `generation_config.json` has no effect, so
+        that evaluation depends on the settings given here alone.
         """
         before = self.weight, self.generation_config
         special = {f"{name}_token_id": getattr(before[1], f"{name}_token_id") for name in ("pad", "bos", "eos")}
         kwargs |= {"prefix": prefix} if prefix else {}
-        special["decoder_start_token_id"] = self.config.decoder_start_token_id  # which training began with
+        special["decoder_start_token_id"] = self.config.decoder_start_token_id  # as targets began in training
         self.generation_config = GenerationConfig(**special)
         try:
             return self._at_weights(weights, input_ids, attention_mask, **kwargs)
@@ -109,7 +109,7 @@ class FusedGenerationMixin(GenerationMixin):
     def _get_logits_processor(self, generation_config, *args, **kwargs):
         """Let processors read log-probabilities at λ = 0 too, where the model returns the Pilot's logits.
 
-        Some, such as `repetition_penalty`, act otherwise on logits, and would tell λ = 0 from a Copilot that says 0.
+        Some, such as `repetition_penalty`, treat logits differently, so λ = 0 would differ from a zero f^C.
         """
         found = super()._get_logits_processor(generation_config, *args, **kwargs)
         for processor in found:
@@ -122,7 +122,7 @@ class FusedGenerationMixin(GenerationMixin):
     def _unguided(
         self, processor: UnbatchedClassifierFreeGuidanceLogitsProcessor, model_kwargs: dict[str, Any]
     ) -> Any:
-        """The model that `guidance_scale` runs beside this one, told where the prompt that it begins with ends."""
+        """Return the model that `guidance_scale` runs on the unconditional prompt, told where that prompt ends."""
         ids_BM = processor.unconditional_context["input_ids"]  # by default the prompt's last token
         start = {"target_start": 1 if ids_BM is None else ids_BM.shape[1]}
         return partial(
@@ -169,6 +169,6 @@ class FusedGenerationMixin(GenerationMixin):
 
 
 def _prompt_columns(inputs: Tensor | None, kwargs: dict[str, Any]) -> int:
-    """Columns of the whole prompt, of which a mask tells where only the tokens behind a cache are given."""
+    """Number of columns of the whole prompt; the mask tells it where only the tokens after a cache are given."""
     given = [inputs, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))]
     return max((tensor.shape[1] for tensor in given if tensor is not None), default=1)

@@ -30,8 +30,8 @@ class HeadCopilotConfig(BaseConfig):
     """Defines a head-only Copilot.
 
     Attributes:
-        depths: of the Pilot's decoder layers whose outputs it reads, as shares of the decoder's depth.
-        hidden: width of its hidden layer; None for none, which leaves a linear map of the states.
+        depths: the Pilot's decoder layers whose outputs it reads, as shares of the decoder's depth.
+        hidden: width of its hidden layer; None leaves it out, so that U reads the states themselves.
         head: what reads the hidden layer, see `SOFT_HEADS`.
         context: `inclusive` (target i reads h_i, which predicts it) or `strict` (h_{i−1}).
     """
@@ -64,8 +64,8 @@ class HeadCopilot(LayerlessCopilot):
         self.head = SOFT_HEADS[config.head](config.hidden or width, config.vocab_size, config.pilot_width)
 
     def bind(self, pilot: PreTrainedModel) -> None:
-        """Read the unembedding of this Pilot, which keeps it: it is neither copied, nor trained or saved here."""
-        self.__dict__["_pilot"] = pilot  # past `nn.Module`, which would take it for a part of the Copilot
+        """Use this Pilot's unembedding, which is neither copied nor trained or saved with the Copilot."""
+        self.__dict__["_pilot"] = pilot  # so that `nn.Module` does not register it as a part
 
     def shift(self, hidden_BNC: Tensor, tokens_U: Tensor) -> Tensor:
         """What its correction adds to log p̂ of some tokens before the softmax, [B, N, U]; see `SoftHead.shift`."""

@@ -1,6 +1,6 @@
 """The Copilot's output heads: from its hidden states to corrections f^C [R, V], float32. All start as a no-op.
 
-`reads_pilot` says whether a head needs log p̂, so that training forms it only where it is read; `is_difference` whether
+`reads_pilot` says whether a head needs log p̂, so that training forms it for such heads only; `is_difference` whether
 f^C is a difference of two distributions, so that p̂ + λ f^C is one for λ ≤ 1.
 
 Shapes: R rows (any leading shape), C Copilot width, V vocabulary.
@@ -34,7 +34,7 @@ class SoftHead(nn.Module):
     Args:
         width: C, of z.
         vocab_size: V.
-        output_width: width of E; that of z unless given.
+        output_width: width of E; by default the width of z.
     """
 
     reads_pilot = True
@@ -54,7 +54,7 @@ class SoftHead(nn.Module):
     def shift(
         self, hidden_RC: Tensor, unembedding_VC: Tensor | None, tokens_U: Tensor | slice = slice(None)
     ) -> Tensor:
-        """What is added to log p̂ before the softmax, [R, V]; with `tokens_U` that of these tokens only, [R, U]."""
+        """What is added to log p̂ before the softmax, [R, V]; with `tokens_U` for these tokens only, [R, U]."""
         return nn.functional.linear(self.map(hidden_RC).to(unembedding_VC.dtype), unembedding_VC[tokens_U]).float()
 
 
@@ -70,12 +70,12 @@ class FullHead(SoftHead):
     def shift(
         self, hidden_RC: Tensor, unembedding_VC: Tensor | None, tokens_U: Tensor | slice = slice(None)
     ) -> Tensor:
-        """The same, through its own matrix."""
+        """Return what is added to log p̂, computed with its own matrix."""
         return nn.functional.linear(hidden_RC, self.weight[tokens_U]).float()
 
 
 class LowRankHead(FullHead):
-    """The full head with a matrix of rank 32: V × 32 started at zero, after 32 × C."""
+    """The full head with a matrix of rank 32: the product of V × 32, started at zero, and 32 × C."""
 
     RANK = 32
 
@@ -86,7 +86,7 @@ class LowRankHead(FullHead):
     def shift(
         self, hidden_RC: Tensor, unembedding_VC: Tensor | None, tokens_U: Tensor | slice = slice(None)
     ) -> Tensor:
-        """The same, through both matrices."""
+        """Return what is added to log p̂, computed with both matrices."""
         return super().shift(self.narrow(hidden_RC), None, tokens_U)
 
 

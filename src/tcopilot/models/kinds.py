@@ -19,13 +19,13 @@ KINDS: dict[str, type[BaseCopilot]] = {
 
 
 def settings_of(kind: str) -> dict[str, Rule]:
-    """The rules for the settings of a kind, those of its config and of its `from_pilot`; an unknown kind has any."""
+    """The rules for a kind's config and for its `from_pilot`; for an unknown kind, those of all kinds."""
     parts = [KINDS[kind]] if kind in KINDS else KINDS.values()
     return {name: rule for part in parts for name, rule in (part.SETTINGS | part.config_class.SETTINGS).items()}
 
 
 def learns(kind: str) -> bool:
-    """Whether a kind is trained on the Mistake Log; if not, it is fitted on validation rows in the end."""
+    """Whether a kind is trained on the Mistake Log; if not, it is fitted on validation rows after training."""
     return kind not in KINDS or KINDS[kind].learns
 
 

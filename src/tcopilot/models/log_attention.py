@@ -21,12 +21,12 @@ class LogAttention(nn.Module):
 
     Wraps the family's own attention and runs its own forward pass, so that projections, norms, rotation, sinks,
     kernels and adapters are the family's, whatever they are. That pass hands its keys and values to a cache and
-    attends to what the cache answers: it runs on the log until it hands them over, then on the Copilot's states,
-    and is answered with the log's. The log's arguments reach it through the stock decoder, which hands unknown keyword
-    arguments on to its attention.
+    attends to those that the cache returns. It runs twice: on the log until it has handed over keys and values, then
+    on the Copilot's states with a cache that returns the log's. The log's arguments reach it through the stock
+    decoder, which hands unknown keyword arguments on to its attention.
 
-    The projections were trained behind the layer's input norm, so a copy of it weights the rows of the log, which have
-    been normalised before. It leaves a row's own scale as it is: that is how null row, X̃ and h̄ can be told apart.
+    The projections were trained on the output of the layer's input norm, so a copy of this norm is applied to the rows
+    of the log too. Each row gets its own scale back, by which null row, X̃ and h̄ can be told apart.
     """
 
     def __init__(self, attention: nn.Module, norm: nn.Module | None = None) -> None:
@@ -39,7 +39,7 @@ class LogAttention(nn.Module):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Attend from `hidden_states` [B, N, C] to the log; new rows `log_BSC` join those in the cache.
 
-        `log_places` are the arguments by which the stock decoder tells its layers where these rows stand.
+        `log_places` are the positions of these rows, as the arguments that the stock decoder gives its layers.
         """
         if log_BSC is None or log_places is None:
             raise ValueError("the decoder does not pass unknown arguments on to its attention")
@@ -50,10 +50,10 @@ class LogAttention(nn.Module):
         if isinstance(places.get("position_embeddings"), dict):
             places["position_embeddings"] = places["position_embeddings"][stock.config.layer_types[stock.layer_idx]]
         given, new = kwargs | {"attention_mask": log_mask}, _Caught()
-        with suppress(_Handed):  # not by `__call__`: hooks are for whole passes
+        with suppress(_Handed):  # not `__call__`: hooks must see whole passes only
             stock.forward(log_BSC, **given | places | {cache: new})
         if new.rows is None:
-            raise ValueError(f"{type(stock).__name__} hands its keys and values to no cache")
+            raise ValueError(f"{type(stock).__name__} does not hand its keys and values to a cache")
         key_BHSD, value_BHSD = new.rows
         if (past := kwargs.get(cache)) is not None:
             key_BHSD, value_BHSD = past.update(key_BHSD, value_BHSD, stock.layer_idx)
@@ -65,7 +65,7 @@ class _Handed(Exception):
 
 
 class _Caught:
-    """The cache of a pass that ends where it hands over its new keys and values."""
+    """A cache that catches the keys and values handed to it and ends the pass there."""
 
     rows: tuple[Tensor, Tensor] | None = None
 
@@ -75,7 +75,7 @@ class _Caught:
 
 
 class _Held:
-    """The cache of a pass whose own keys and values are of no use: it answers with those of the log."""
+    """A cache that ignores the keys and values of the pass and returns those of the log."""
 
     def __init__(self, *rows: Tensor) -> None:
         self.rows = rows
@@ -120,6 +120,6 @@ def causal_mask(targets: int, device: torch.device) -> Tensor:
 
 
 def additive(mask_BNK: Tensor, dtype: torch.dtype) -> Tensor:
-    """Turn True = visible into the additive form [B, 1, N, K], right for every attention kernel (bool is not)."""
+    """Turn True = visible into the additive form [B, 1, N, K], which all attention kernels read alike, unlike bool."""
     zeros_BNK = torch.zeros(mask_BNK.shape, dtype=dtype, device=mask_BNK.device)
     return zeros_BNK.masked_fill_(~mask_BNK, torch.finfo(dtype).min)[:, None]

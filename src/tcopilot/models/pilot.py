@@ -37,14 +37,14 @@ class ModelSource:
     """Where a model comes from; what cannot be read is refused by a `ModelSourceError`.
 
     Attributes:
-        path: Hub id or local folder, of which an export of a run gives its Pilot; None builds the model from
+        path: Hub id or local folder (from a run's export, its Pilot is loaded); None builds the model from
             `config` with random weights.
         config: values of the family's config, `model_type` among them. Sizes that follow from the tokenizer
             (vocabulary, special tokens) are filled in.
-        dtype: of the weights. `float32` unless the model stays frozen: optimisers need full-precision weights.
+        dtype: type of the weights. `float32` unless the model stays frozen: optimisers need full-precision weights.
         revision: commit or tag on the Hub.
-        key: the config node, for messages.
-        quantization: keeps the linear layers in `4bit` or `8bit`; None as they are.
+        key: name of the config node in error messages.
+        quantization: `4bit` or `8bit` for the linear layers; None leaves them as they are.
     """
 
     SETTINGS: ClassVar = {"dtype": DTYPE}
@@ -72,7 +72,7 @@ class ModelSource:
 
     @property
     def bits(self) -> str | None:
-        """How its linear layers will be kept, by this source's own quantisation or by that of what is stored."""
+        """Quantisation of its linear layers: this source's own setting, else that of the stored model."""
         return self.quantization or bits_of(self.model_config)
 
     @property
@@ -86,7 +86,7 @@ class ModelSource:
         return "right" if self.is_encoder_decoder else "left"
 
     def tokenizer(self, vocabulary: list[str] | None = None) -> PreTrainedTokenizerBase:
-        """The model's own tokenizer; for one built from a config, that of a closed vocabulary, else of bytes."""
+        """The model's own tokenizer; a model built from a config gets one of the closed vocabulary, else of bytes."""
         if self.path is None:
             tokenizer = byte_tokenizer() if vocabulary is None else word_tokenizer(vocabulary)
             self._fit_config(tokenizer)
@@ -124,22 +124,22 @@ class ModelSource:
 
     @property
     def stored_config(self) -> PreTrainedConfig:
-        """The config in the folder, of an export of ours with both models."""
+        """The config in the folder; in an export of ours, that of both models."""
         return self._from_hub(AutoConfig)
 
     @property
     def trained_copilot(self) -> dict[str, Any] | None:
-        """The architecture of the Copilot in an export of ours; None of any other model."""
+        """The architecture of the Copilot in an export of ours; None for any other model."""
         return None if self.path is None else getattr(self.stored_config, "copilot", None)
 
     @property
     def copilot_alone(self) -> Path | None:
-        """The weights of a Copilot that was exported without its Pilot; None of any other model."""
+        """The weights of a Copilot that was exported without its Pilot; None for any other model."""
         file = Path(self.path or "", Path(RunDirectory.copilot_alone.name).name)
         return file if file.is_file() else None
 
     def whole_model(self, auto: Any, dtype: torch.dtype) -> PreTrainedModel:
-        """Load a model whose weights are complete, of the config's shapes and finite; transformers fills gaps."""
+        """Load a model, and refuse missing, misshapen or non-finite weights, for transformers fills gaps."""
         with without_reports():
             options = {"dtype": dtype, **loading_options(self.quantization, dtype)}
             model, report = self._from_hub(auto, **options, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -212,7 +212,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[
 
 @contextmanager
 def without_reports() -> Iterator[None]:
-    """Silence transformers, whose table of loaded weights is read here and whose problems are raised as errors."""
+    """Silence transformers' report on loaded weights, since this module reads it and raises its problems as errors."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

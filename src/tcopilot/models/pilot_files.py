@@ -1,6 +1,6 @@
 """A Pilot by its files: the content of its weights as one hash, and its unembedding without its layers.
 
-A recording of a frozen Pilot (`mistake_log/recording.py`) needs no more of it while Copilots are fitted.
+While Copilots are fitted from a recording (`mistake_log/recording.py`), nothing else of the frozen Pilot is needed.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ from tcopilot.models.pilot import ModelSource
 from tcopilot.models.quantised_export import ADAPTER
 
 OURS = "pilot."
-"""What the names of a Pilot's weights begin with in an export of ours, beside those of its Copilot."""
+"""Prefix of the Pilot's weight names in an export of ours, which also holds the Copilot's weights."""
 
 
 def digest(source: ModelSource) -> str:
-    """16 hex digits of every weight of a pretrained Pilot, of the type that it computes in, and of its quantisation.
+    """Hash a pretrained Pilot's weights, its compute type and its quantisation; returns 16 hex digits.
 
     The files are read once from beginning to end, a tensor at a time. Renamed or moved files keep their digest, and so
     does the Pilot in an export whose Copilot has changed.
@@ -44,7 +44,7 @@ def digest(source: ModelSource) -> str:
 def load_unembedding(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The Pilot with the weights of its output head alone; all others are on the meta device and take no memory.
 
-    A checkpoint whose names transformers would convert, or that is no safetensors file, is loaded as a whole first.
+    A checkpoint whose weight names transformers converts, or without safetensors files, is first loaded as a whole.
     """
     model = skeleton(source.model_config)
     head, dtype, files = model.get_output_embeddings(), getattr(torch, source.dtype), _weights(source)
@@ -93,7 +93,7 @@ def _other_files(source: ModelSource) -> list[Path]:
 
 
 def _base(source: ModelSource) -> tuple[ModelSource, list[Path]]:
-    """The model whose weights an export of a quantised Pilot names, and the adapters that are put on it."""
+    """The base model that an export of a quantised Pilot names, and the adapters that are put on it."""
     if (base := getattr(source.stored_config, "base", None)) is None:
         return source, []
     adapters = _file(source, f"{ADAPTER}/adapter_model.safetensors")

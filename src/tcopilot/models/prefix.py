@@ -1,6 +1,6 @@
 """The beginning that all prompts of a batch share, read once: shots, a system prompt, a template's first words.
 
-Only a decoder-only Pilot can: what it makes of a token depends on the tokens before it alone. An encoder reads each
+Only a decoder-only Pilot can do this, since its states at a token depend on no later token. An encoder reads each
 prompt as a whole.
 
 Shapes: B batch, T columns of prompt and target, S shared tokens, R = T − S, P Pilot width.
@@ -17,12 +17,12 @@ from transformers.modeling_outputs import ModelOutput
 
 
 def can_share(pilot: PreTrainedModel, columns: int, cache: Cache | None = None) -> bool:
-    """Whether the Pilot can go on from a prefix in texts of that many columns and say what it says in one pass.
+    """Whether reading a prefix first gives, in texts of that many columns, the results of a single pass.
 
-    Not where activations are recomputed, since transformers then keeps no keys and values; not through a compiled
-    forward pass, which would be compiled for both parts; not where texts are as long as a sliding window, which counts
-    columns, padding between prefix and text among them; not into a cache that is static, or that a backward pass will
-    read; and not where the Pilot is divided among processes, which must run it equally often.
+    This is refused if activations are recomputed, since transformers then keeps no keys and values; if it is compiled,
+    since both parts would be compiled; if texts are as long as a sliding window, which counts padding
+    between prefix and text too; if the cache is static, or a backward pass will read it; and if the Pilot is sharded
+    among processes, which must all run it equally often.
     """
     window = getattr(pilot.config.get_text_config(), "sliding_window", None)
     recomputes, is_compiled = pilot.training and pilot.is_gradient_checkpointing, "forward" in vars(pilot)

@@ -20,25 +20,25 @@ ATTENTION = ("eager", "sdpa")
 
 
 class FusedPreTrainedModel(PreTrainedModel):
-    """Answers for both models of a fused one. It has the attributes `pilot` and `copilot`, which may be None."""
+    """What transformers calls on both parts of a fused model: `pilot`, and `copilot`, which may be None."""
 
     config_class = TCopilotConfig
     base_model_prefix = "pilot"  # whose input embeddings are this model's, too
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True  # a Trainer that accumulates gradients then says how many targets there are in all
+    accepts_loss_kwargs = True  # a Trainer that accumulates gradients then passes the number of all targets
     _supports_sdpa = True
     _supports_flash_attn = True
     _no_split_modules = []
-    _keep_in_fp32_modules_strict = ["copilot"]  # as it was trained, whatever the type of its Pilot
+    _keep_in_fp32_modules_strict = ["copilot"]  # it was trained so, whatever the Pilot's type
     pilot: PreTrainedModel
     copilot: BaseCopilot | None
 
     def get_output_embeddings(self) -> nn.Module:
-        """Those of the Pilot."""
+        """Return the Pilot's output embeddings."""
         return self.pilot.get_output_embeddings()
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        """Those of the Pilot."""
+        """Replace the Pilot's output embeddings."""
         self.pilot.set_output_embeddings(value)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -55,7 +55,7 @@ class FusedPreTrainedModel(PreTrainedModel):
         """Recompute activations in the backward pass of both models; arguments as in transformers.
 
         Raises:
-            ValueError: for re-entrant checkpoints, which lose the gradient of what a layer reads beside its input.
+            ValueError: for re-entrant checkpoints, which lose the gradients of all inputs of a layer but the first.
         """
         reads_log = self.copilot is not None and self.copilot.body is not None
         reads_log = reads_log and not is_cross_attending(self.copilot.body)
@@ -67,12 +67,12 @@ class FusedPreTrainedModel(PreTrainedModel):
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
     def enable_input_require_grads(self) -> None:
-        """Let gradients begin at the embedded text; by a hook that can be pickled, other than transformers' own."""
+        """Make the embedded text require gradients, by a hook that, unlike transformers' own, can be pickled."""
         self._require_grads_hook = self.get_input_embeddings().register_forward_hook(_require_grad)
         self._require_grads_hooks = [self._require_grads_hook]
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
-        """Choose the attention kernel of both models; the Copilot keeps its own where that takes no additive masks."""
+        """Choose both models' attention kernel; the Copilot keeps its own if the new one takes no additive masks."""
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
         if self.copilot is not None:
             follow_attention(self.copilot, self.pilot)
@@ -99,7 +99,7 @@ class FusedPreTrainedModel(PreTrainedModel):
     ) -> None:  # fmt: skip
         """Write a folder that `from_pretrained` loads; adapters inside either model are merged in what is written.
 
-        Of a quantised Pilot only its adapters are, beside the name of its base.
+        Of a quantised Pilot, only the adapters and the name of its base are written.
         """
         if (base := self.config.base) is not None:
             merged, kwargs["max_shard_size"] = trained_weights(self.copilot), "1TB"
@@ -126,8 +126,8 @@ def check_pilot(config: PreTrainedConfig, pilot: PreTrainedModel | None) -> None
     """Raise a ValueError where a fused model has no Pilot, or one without a language modelling head."""
     if pilot is None and getattr(config, "pilot", None) is None:
         raise ValueError(
-            "this config names no Pilot, as that of a plain model does; load that model with transformers' own class "
-            "and fuse it by from_pilot(model)"
+            "this config names no Pilot: it is a plain model's; load that model with transformers' own class and fuse "
+            "it by from_pilot(model)"
         )
     if pilot is not None and pilot.get_output_embeddings() is None:
         raise ValueError(

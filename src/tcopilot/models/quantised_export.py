@@ -44,7 +44,7 @@ def trained_weights(copilot: BaseCopilot | None) -> dict[str, Tensor]:
 def load_quantised_export(
     fused: Any, folder: str, config: TCopilotConfig, output_loading_info: bool = False, **options: Any
 ) -> Any:
-    """Load such an export as `from_pretrained` of its class does; the Pilot's type is always that of the training.
+    """Load such an export as `from_pretrained` of its class does; the Pilot always has its dtype from training.
 
     Raises:
         OSError: if the base cannot be read.

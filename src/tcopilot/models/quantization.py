@@ -1,7 +1,7 @@
 """Pilots whose linear layers are kept in 4 or 8 bits by bitsandbytes, as in QLoRA (arXiv 2305.14314).
 
-Embeddings, output head and norms stay as they are, and so does all that a Copilot reads of a Pilot, but for the layers
-that it may start from. bitsandbytes is imported where it is needed, since it takes a second.
+Embeddings, output head and norms are not quantised, so a Copilot reads them as before; only layers that it is
+initialised from have to be dequantised. bitsandbytes is imported where it is needed, since its import takes a second.
 """
 
 import logging
@@ -17,18 +17,18 @@ QUANTIZATIONS = ("4bit", "8bit")
 """Values of `pilot.quantization`: NF4 with quantised constants, and LLM.int8()."""
 PACKED = ("Params4bit", "Int8Params")
 BLOCK, NESTED_BLOCK = 64, 256
-"""Weights that share a scale in 4 bits, and scales that share one."""
+"""Block sizes in 4 bits: how many weights share a scale, and how many scales share a second one."""
 
 
 def loading_options(bits: str | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` is to be told, so that layers are quantised as they are read, on the CPU."""
+    """Arguments of `from_pretrained` that make it quantise layers as they are read, on the CPU."""
     return {} if bits is None else options_of(settings_of(bits, dtype))
 
 
 def options_of(settings: BitsAndBytesConfig | dict[str, Any]) -> dict[str, Any]:
-    """The same for settings of transformers' own."""
+    """The same arguments for settings in transformers' own form."""
     for name in ("bitsandbytes.autograd._functions", "bitsandbytes.nn.modules"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # or each layer tells in each pass which types it converts
+        logging.getLogger(name).setLevel(logging.ERROR)  # else each layer logs its type conversions in each pass
     settings = AutoQuantizationConfig.from_dict(settings) if isinstance(settings, dict) else settings
     return {"quantization_config": settings, "device_map": {"": "cpu"}}
 
@@ -48,19 +48,19 @@ def is_quantised(model: nn.Module) -> bool:
 
 
 def quantised_settings(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """The settings that a quantised model's config holds, as plain values; None of any other."""
+    """The settings that a quantised model's config holds, as plain values; None for any other."""
     found = getattr(config, "quantization_config", None)
     return found if found is None or isinstance(found, dict) else found.to_dict()
 
 
 def bits_of(config: PreTrainedConfig) -> str | None:
-    """Which of `QUANTIZATIONS` the config of a loaded or stored model tells of; None if it is not quantised so."""
+    """Which of `QUANTIZATIONS` the config of a loaded or stored model names; None if it names neither."""
     settings = quantised_settings(config) or {}
     return next((bits for bits in QUANTIZATIONS if settings.get(f"load_in_{bits}")), None)
 
 
 def plain_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module with the weights of its quantised layers as numbers again, for whoever copies them."""
+    """The state of a module with its quantised weights dequantised, so that they can be copied into a plain module."""
     weights = module.state_dict()
     for name, part in module.named_modules():
         if is_packed(part):
@@ -84,8 +84,8 @@ def is_packed(part: nn.Module) -> bool:
 def keep_as_loaded(model: nn.Module) -> None:
     """Keep bitsandbytes from changing what quantised layers hold when they are first used.
 
-    A pass takes the scales of 8 bits off their weights, which could not be moved after it. On some CPUs (AVX512-BF16)
-    a pass in evaluation packs 4 bits anew and rounds their scales, so that a Pilot would not be the same after it.
+    In 8 bits, a forward pass detaches the scales from the weights, which could not be moved after it. On some CPUs
+    (AVX512-BF16), a pass in evaluation mode repacks 4-bit weights and rounds their scales, which changes the Pilot.
     """
     for part in model.modules():
         if is_packed(part) and hasattr(part, "state"):
@@ -99,7 +99,7 @@ def _put_scales_back(layer: nn.Module, given: Any, output: Tensor) -> None:
 
 
 def parameter_count(parameter: nn.Parameter) -> int:
-    """How many numbers a parameter stands for, of which 4 bits each are packed two to a byte."""
+    """How many numbers a parameter stands for; 4-bit weights are packed two to a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else math.prod(state.shape)
 
@@ -115,7 +115,7 @@ def packed_bytes(bits: str, outputs: int, inputs: int) -> int:
 
 
 def device_problem(bits: str, device: str) -> str | None:
-    """Say why bitsandbytes cannot train through a layer on a kind of device, which it is asked to try."""
+    """Try to train through a quantised layer on a kind of device; returns why bitsandbytes cannot, or None."""
     from bitsandbytes import nn as layers
 
     try:

@@ -53,7 +53,7 @@ class TCopilotForSeq2SeqLM(TCopilotModel, FusedGenerationMixin):
 
         Prompts are [B, M], and `encoder_outputs` of `get_encoder()` may stand for them. `decoder_input_ids` [B, N]
         begin with the start token; they are made from `labels` [B, N] when None. Targets are right-padded, so
-        `decoder_attention_mask` changes nothing that is read.
+        `decoder_attention_mask` changes no logits of real tokens.
         """
         if decoder_input_ids is None and labels is not None:
             padded = labels.masked_fill(labels == IGNORED_LABEL, self.config.pad_token_id)
@@ -77,7 +77,7 @@ class TCopilotForSeq2SeqLM(TCopilotModel, FusedGenerationMixin):
         }  # fmt: skip
         if alone:
             out = self.pilot(**given, labels=labels)
-            if labels is not None and num_items_in_batch is not None:  # which no Pilot of this kind reads
+            if labels is not None and num_items_in_batch is not None:  # Pilots of this kind ignore it
                 out.loss = cross_entropy(out.logits, labels, num_items_in_batch)
             self._only_pilot_read(out, cache, decoder_input_ids, past)
             (out.logits,) = repeat(copies, out.logits, cache=cache)

@@ -42,7 +42,7 @@ class StackedStates:
     """The outputs of a few decoder layers side by side, for a Copilot that is only a head; X̃ is not kept.
 
     Attributes:
-        depths: of the layers, as shares of the decoder's depth.
+        depths: which layers, as shares of the decoder's depth.
     """
 
     depths: tuple[float, ...]
@@ -66,11 +66,11 @@ class PilotStates:
     Attributes:
         logits_BNV: the Pilot's logits for the target tokens.
         source_BMP: X̃, the encoder's output (encoder-decoder) or the embedded prompt (decoder-only); None where the
-            Copilot does not read it, as the mask and the prompt's ids are then.
+            Copilot does not read it, and then its mask and the prompt's ids are None as well.
         states_BNP: h̄, the pooled decoder states that predict the target tokens.
         ids_B: row ids in the training set.
-        source_ids_BM: prompt ids, of a decoder-only Pilot, whose embedding gives X̃; None with an encoder.
-        head_input_BNP: what the Pilot's head made the logits from, detached.
+        source_ids_BM: a decoder-only Pilot's prompt ids, whose embedding is X̃; None with an encoder.
+        head_input_BNP: the input of the Pilot's head that gave the logits, detached.
         pilot: the Pilot itself, whose frozen parts can rebuild the logits and X̃ later.
     """
 
@@ -87,7 +87,7 @@ class PilotStates:
     pilot: PreTrainedModel | None = None
 
     def rows(self, rows: slice | Tensor) -> Self:
-        """Some of the rows, of a slice as views; a mask [B] copies them."""
+        """Some of the rows: views for a slice, copies for a mask [B]."""
         return replace(self, **{name: value[rows] for name, value in vars(self).items() if isinstance(value, Tensor)})
 
 

@@ -58,7 +58,7 @@ class StaticState(CopilotState):
 
 
 class StaticBodyState(StaticState, BodyState):
-    """The same for a Copilot with decoder layers: masks over all rows to come, of which each step opens one."""
+    """The in-place state of a Copilot with decoder layers: masks cover all rows to come, and each step opens one."""
 
     KEPT = (*StaticState.KEPT, "position_B1")
 
@@ -87,15 +87,15 @@ class StaticBodyState(StaticState, BodyState):
         self.errors, self.rows = self.errors + 1, self.rows + 1
 
     def grow(self) -> tuple[Tensor, Tensor]:
-        """The additive masks of this step over all columns; `open_next` has opened its own."""
+        """Return the additive masks over all columns; `open_next` has already opened this step's column."""
         return self.self_mask_111K, self.log_mask_B11S
 
 
 class StaticDecoder:
     """Both models' caches at their full size, and the step that runs on them; the model itself is not kept.
 
-    `cache`, which a prompt has left, tells shapes and types; `answer` is the longest answer, in tokens; `compiler` are
-    arguments of `torch.compile` for the step, None leaves it as it is.
+    `cache`, filled by a prompt, gives shapes and types; `answer` is the longest answer, in tokens; `compiler` holds
+    the arguments of `torch.compile` for the step, and None leaves the step uncompiled.
     """
 
     def __init__(
@@ -120,13 +120,13 @@ class StaticDecoder:
 
     @staticmethod
     def key_of(cache: Cache, answer: int, compiler: dict[str, Any] | None) -> tuple:
-        """What two calls must share for one decoder to serve both."""
+        """Return a key that is equal for calls that one decoder can serve."""
         state, block = _state(cache), _block(compiler)
         copilot = static_sizes(state.cache, answer, answer, block) if isinstance(state, BodyState) else type(state)
         return str(compiler), copilot, static_sizes(of_pilot(cache), answer, 0, block)
 
     def fill(self, model: TCopilotModel, cache: Cache, source_mask_BM: Tensor, answer: int, weights_B: Tensor | None):
-        """Move in what a prompt has left, and make the masks and positions of the whole answer."""
+        """Copy in the cache that a prompt has filled, and make the masks and positions of the whole answer."""
         fill_cache(of_pilot(self.cache), of_pilot(cache))
         if (state := _state(cache)) is not None:
             _state(self.cache).fill(state)
@@ -215,7 +215,7 @@ def _patience(tokens: Tensor) -> int:
 
 
 def _ready_decoder(model, cache: Cache, answer: int, config: GenerationConfig, model_kwargs) -> StaticDecoder:
-    """The model's decoder with these caches moved in; that of the call before is used again where its sizes fit."""
+    """The model's decoder with these caches moved in; the previous call's decoder is reused if its sizes fit."""
     mask_BM = model_kwargs.get("attention_mask")
     if mask_BM is None:  # generate drops a mask of ones
         encoded = model.config.is_encoder_decoder
@@ -247,8 +247,8 @@ def _state(cache: Cache) -> CopilotState | None:
 def static_cache(cache: Cache, room: int, memory_room: int, block: int) -> Cache:
     """An empty cache of fixed size and place for what a filled one holds and for what is to come.
 
-    Sliding windows must not have dropped anything. There is room for as many more columns in the self-attention (in a
-    decoder-only Copilot also rows of the log) and in the cross-attention; sizes are multiples of a block.
+    Sliding windows must not have dropped anything. There is `room` for more columns in the self-attention
+    (in a decoder-only Copilot also rows of the log) and `memory_room` in the cross-attention, in multiples of a block.
     """
     if isinstance(cache, EncoderDecoderCache):
         parts = (cache.self_attention_cache, room), (cache.cross_attention_cache, memory_room)

@@ -23,8 +23,8 @@ def find_starts(
 ) -> int | Tensor:  # fmt: skip
     """Return the column of the first target, or one for each row [B] where they differ.
 
-    What is given first in this order tells it: the argument `target_start`, a chat template's mask of the assistant's
-    tokens, the labels. Otherwise the whole text is target, and a warning says so. A target has at least one token
+    The first of these that is given decides: the argument `target_start`, a chat template's mask of the assistant's
+    tokens, the labels. Without any, the whole text is target, and a warning says so. A target has at least one token
     before it: where mask or labels begin with a row's first token, its second one is the first target.
 
     Args:
@@ -33,10 +33,10 @@ def find_starts(
         assistant_masks_BT: 1 where a token is the assistant's.
         labels_BT: `IGNORED_LABEL` where a token is no target.
         mask_BT: attention mask over the whole text, None for no padding.
-        past: columns that a cache holds; the other arguments but the mask then tell of later columns only.
+        past: number of columns in a cache; all other arguments but the mask then cover later columns only.
 
     Raises:
-        ValueError: if the target would begin with the first column, or, without a cache, behind the text.
+        ValueError: if the target would begin with the first column, or, without a cache, beyond the text.
     """
     if isinstance(target_start, int):
         if not 1 <= target_start <= length:
@@ -74,8 +74,8 @@ class TargetColumns:
 
     Attributes:
         first: the first column of any row's target.
-        last: the same of the row with the longest prompt, M.
-        count: the last so many columns are those whose logits predict a target, of the row that starts first.
+        last: the first target column of the row with the longest prompt, M.
+        count: how many of the last columns have logits that predict a target, in the row that starts first.
     """
 
     def __init__(self, starts: int | Tensor, length: int) -> None:

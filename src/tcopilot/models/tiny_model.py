@@ -18,7 +18,7 @@ from tcopilot.models import families
 from tcopilot.models.log_attention import additive, causal_mask
 
 DEPTH, DEEPEST = 4, 6
-"""Layers of the tiny model; at most, where the config lists layers of several kinds."""
+"""Layers of the tiny model, and the most of them where the config lists a kind for each layer."""
 SIZES = {
     "hidden_size": 64, "num_attention_heads": 4, "head_dim": 16, "vocab_size": 48, "intermediate_size": 32,
     "max_position_embeddings": 64, "d_kv": 16, "d_ff": 32, "encoder_attention_heads": 4,
@@ -33,9 +33,9 @@ LIMITS = {
     "num_key_value_heads": 2, "num_experts": 4, "num_local_experts": 4,
     "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
-"""Numbers that it has at most."""
+"""Upper limits of other sizes of the tiny model."""
 GIVEN_BY_TOKENIZER = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
-"""Tokens that a config may lack before its tokenizer is known, which makes it no other family."""
+"""Tokens that a config may lack before its tokenizer is known; they do not tell families apart."""
 
 
 def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -43,7 +43,7 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
     tiny = copy.deepcopy(config)
     depth = families.decoder_depth(tiny)
     families.cut_depth(tiny, min(depth, DEEPEST) if families.per_layer(tiny) else DEPTH)
-    tiny.architectures = tiny.dtype = None  # of the checkpoint's, which the tiny model does not share
+    tiny.architectures = tiny.dtype = None  # they describe the checkpoint, not the family
     tiny.name_or_path = ""
     limits = dict(LIMITS)
     if getattr(config, "num_key_value_heads", None) == getattr(config, "num_attention_heads", None):
@@ -51,7 +51,7 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
     for name in SIZES.keys() | limits.keys():
         value = getattr(tiny, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            with suppress(AttributeError):  # of what follows from other sizes
+            with suppress(AttributeError):  # raised for a size that is computed from others
                 setattr(tiny, name, SIZES[name] if name in SIZES else min(value, limits[name]))
     pad = getattr(config, "pad_token_id", None)
     for name in {*GIVEN_BY_TOKENIZER, *vars(tiny)}:
@@ -80,7 +80,7 @@ class TinyModel:
         auto = AutoModelForSeq2SeqLM if families.has_encoder(self.config.model_type) else AutoModelForCausalLM
         model = auto.from_config(self.config, dtype=torch.float32, attn_implementation=self.attention).eval()
         for parameter in model.parameters():
-            if parameter.requires_grad:  # sinusoids are weights of some families, which make them again on loading
+            if parameter.requires_grad:  # some families store sinusoids as weights and recompute them on loading
                 parameter.normal_(std=0.3)
         return model
 
@@ -133,7 +133,7 @@ class TinyModel:
 
     @contextmanager
     def reading(self, layers: Iterable[int]) -> Iterator[nn.Module]:
-        """The body while these layers read a log, whose rows are behind a layer's input norm already."""
+        """The body while these layers read a log, whose rows have already passed a layer's input norm."""
         stock = {}
         for index in () if self.memory else layers:
             layer = families.decoder_layers(self.body)[index]
@@ -152,7 +152,7 @@ class TinyModel:
     def run(
         self, body: nn.Module, log_BTC: Tensor, inputs_BTC: Tensor | None = None, open_B1TT: Tensor | None = None
     ) -> Tensor:
-        """The body's last hidden state on the texts, with as many rows of a log, open to each text as it goes on."""
+        """The body's last hidden state on the texts, reading a log of as many rows, by default under a causal mask."""
         inputs_BTC = self.inputs_BTC if inputs_BTC is None else inputs_BTC
         log = (log_BTC, self.mask_B1TT if open_B1TT is None else open_B1TT, self.positions_BT)
         return families.run_body(body, inputs_BTC, self.mask_B1TT, self.positions_BT, *log, cache=None)

@@ -28,8 +28,8 @@ def transfer_problems(pilot: ModelSource, trained: TCopilotConfig, tokenizer: Pr
     ]
     if words != tokenizer.get_vocab():
         problems.append(
-            f"pilot.path={pilot.path}: its tokenizer has other words than the one that the Copilot was trained with; "
-            f"their errors would mean other tokens"
+            f"pilot.path={pilot.path}: its vocabulary differs from that of the tokenizer that the Copilot was trained "
+            f"with, so errors would stand for other tokens; choose a Pilot with the same tokenizer"
         )
     return problems
 
@@ -37,7 +37,7 @@ def transfer_problems(pilot: ModelSource, trained: TCopilotConfig, tokenizer: Pr
 def transfer_copilot(pilot: ModelSource, trained: TCopilotModel, tokenizer: PreTrainedTokenizerBase) -> TCopilotModel:
     """Return a fused model of another Pilot and the Copilot of a trained model, which is left without one."""
     config, stored = trained.config, pilot.stored_config
-    if isinstance(stored, TCopilotConfig) and stored.dtype is not None:  # it answers in the type of its training
+    if isinstance(stored, TCopilotConfig) and stored.dtype is not None:  # keep the dtype of its training
         pilot = replace(pilot, dtype=dtype_name(stored.dtype))
     options = {"fusion": trained.fusion, "weight": config.weight, "feedback": config.feedback}
     return type(trained).from_pilot(pilot.load(tokenizer), trained.detach_copilot(), **options)
