@@ -15,7 +15,7 @@ class AsyncHostCopies:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def copy(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Start to copy a tensor, detached, as it is after all work launched so far; returns the copy's memory."""
+        """Start to copy a tensor, detached, as the work launched so far will leave it; returns the copy's memory."""
         tensor = tensor.detach()
         if tensor.device.type != "cuda":
             return owned_copy(tensor, dtype)

@@ -4,9 +4,9 @@
 round come and leave together. `MistakeLog.sample` draws single records, cut to their own length, and pads them to one
 shape on the training device: a `MistakeRecord`, from which the Copilot learns.
 
-Of X̃ an encoder-decoder Pilot's record keeps the encoder's output. A decoder-only Pilot's keeps the prompt's ids where
-the input embedding is frozen (LoRA, a frozen Pilot) and so gives X̃ exactly, else the embedded prompt. How p̂ is kept is
-up to the storage, see `storage.py`.
+For X̃, a record of an encoder-decoder Pilot keeps the encoder's output. A record of a decoder-only Pilot keeps the
+prompt's ids if the input embedding is frozen (LoRA, a frozen Pilot), since X̃ follows from them exactly, else the
+embedded prompt. How p̂ is kept is up to the storage, see `storage.py`.
 
 Shapes: B records, M source length, N target length, P Pilot width, V vocabulary.
 """
@@ -29,7 +29,7 @@ from tcopilot.models.family_check import embeds_tokens_alone
 from tcopilot.models.states import PilotStates
 from tcopilot.settings import DTYPE, FLAG, SEED, dtype_name, one_of, require, whole
 
-ROWS_AT_ONCE = 64  # whose p̂ is formed together, which bounds the temporary memory of an append
+ROWS_AT_ONCE = 64  # rows whose p̂ is formed together, to bound the temporary memory of an append
 
 
 class MistakeRecord(NamedTuple):
@@ -57,13 +57,13 @@ class MistakeRecord(NamedTuple):
 class MistakeLog:
     """A bounded log of the Pilot's mistakes; `configs/mistake_log/base.yaml` says what each argument does.
 
-    The bytes of `max_bytes` are those of the tensors held after an append, in memory or in files. The newest round is
-    added before others leave, so there is one round more for a moment, and one round always stays. With `spill`, all
-    rounds but the newest go to files, and draws are the same. `dropout=False` records a further pass.
+    `max_bytes` limits the tensors held after an append, in memory or in files. The newest round is added before others
+    leave, so one round more is held for a moment, and one round always stays. With `spill`, all rounds but the newest
+    go to files, and draws are the same. `dropout=False` records a further pass.
 
     Attributes:
-        pilot: what rebuilds X̃ and p̂ from frozen parts: the Pilot of the last append. Set it to draw from a restored
-            log before the first append.
+        pilot: the Pilot of the last append, whose frozen parts rebuild X̃ and p̂. Set it to draw from a restored log
+            before the first append.
         seen_rounds: rounds appended so far.
     """
 
@@ -110,7 +110,7 @@ class MistakeLog:
 
     @property
     def held(self) -> LoggedRecords:
-        """The records held, after waiting for the copies of the newest."""
+        """The records held, after waiting for the copies of the newest round."""
         self._admit()
         return self._held
 
@@ -243,7 +243,7 @@ class MistakeLog:
         )
 
     def _record(self, logged: LoggedRound, row: int) -> dict[str, Tensor]:
-        return logged.record(row)  # the memory estimate has another one
+        return logged.record(row)  # the memory estimate overrides this
 
     def _embedded(self, source_ids_BM: Tensor, source_mask_BM: Tensor) -> Tensor:
         """X̃ from the prompt's ids, through the Pilot's frozen embedding."""
@@ -257,7 +257,7 @@ class MistakeLog:
         """Describe the log in figures, for dashboards and alarms.
 
         `age_rounds` is the mean number of rounds since a record was logged, `error_energy` the mean ‖ℓ‖² per target
-        token, `repeated_share` that of records whose row had been logged before. Storages may add their own.
+        token, `repeated_share` the share of records whose row was logged before. Storages may add their own.
         """
         records, rounds = len(self), self.rounds
         return {
@@ -288,7 +288,7 @@ class MistakeLog:
         self._held, self._arriving = LoggedRecords(self.policy.weights), []
         for logged in state["rounds"]:
             tensors, spilled = logged["tensors"], self.spill is not None and logged["round"] < state["seen_rounds"] - 1
-            # What is given may lie in a checkpoint's file.
+            # The given tensors may be mapped from a checkpoint's file.
             own = self.spill.move(tensors) if spilled else {name: owned_copy(tensors[name]) for name in tensors}
             self._held.append(LoggedRound(own, logged["round"], spilled))
         self.seen_rounds = state["seen_rounds"]

@@ -1,6 +1,6 @@
 """Policies of the Mistake Log: which round leaves a full log, and how records are drawn from it.
 
-A policy should not walk over the log in a draw: weighted draws go through the log's running sums of `weights`.
+A policy should not walk over the log in a draw: weighted draws use the running sums of `weights` that the log keeps.
 """
 
 from abc import ABC, abstractmethod
@@ -31,7 +31,7 @@ class SamplingPolicy(ABC):
         """Indices of the records drawn, counted over the log oldest first."""
 
     def importance(self, log: LoggedRecords, drawn: Tensor) -> Tensor:
-        """Factors [B] of the drawn records' losses, by which a policy can make up for how often it draws each."""
+        """Factors [B] of the drawn records' losses, by which a policy can compensate for how often it draws each."""
         return torch.ones(len(drawn))
 
 
@@ -64,7 +64,7 @@ class Reservoir(Fifo):
 class Prioritised(SamplingPolicy):
     """The newest rounds, each record drawn in proportion to the root of its mean ‖ℓ‖², with replacement.
 
-    So the Copilot minimises a loss in which large errors count more. `correction` β makes up for it in part (0 to 1):
+    The Copilot thus minimises a loss in which large errors count more. `correction` β (0 to 1) compensates for it:
     a record drawn with probability p from a log of n counts (n p)^−β times; at 1 the loss is that of uniform draws.
     """
 

@@ -1,12 +1,12 @@
 """A recording: what the Mistake Log keeps of a frozen Pilot's pass over some rows, as a folder of safetensors files.
 
 With a frozen Pilot every visit to a row finds the same error, so one pass is the whole log. A record holds, for each
-target token, the Pilot's states at a few depths, the normaliser of its logits, its likeliest tokens and the target; no
-X̃, since only Copilots are fitted from it that read nothing else (`BaseCopilot.fits_recordings`). The state at depth 1
-is what the Pilot's frozen head reads, so that p̂ of any token, and with it ℓ, follows exactly, without its layers.
+target token, the Pilot's states at a few depths, the normaliser of its logits, its likeliest tokens and the target. It
+holds no X̃, since only Copilots that do not read X̃ are fitted from it (`BaseCopilot.fits_recordings`). The state at
+depth 1 is the input of the Pilot's frozen head: p̂ of any token, and with it ℓ, follows exactly without its layers.
 
-Rows are known by their content: tokenised prompt and target. Other data, another template, other shots or another
-tokenizer are other rows. Files are written by any number of processes and read by any other number.
+Rows are identified by their tokenised prompt and target, so other data, another template, other shots or another
+tokenizer make other rows. Files are written by any number of processes and read by any other number.
 
 Shapes: T target tokens of all rows, N target length, D depths, P Pilot width, k likeliest tokens, V vocabulary.
 """
@@ -36,7 +36,7 @@ from tcopilot.run_directory import write_whole
 from tcopilot.settings import dtype_name
 
 LIKELIEST = 16  # tokens of p̂ named in a record; the loss of a fit compares those of a whole batch
-BYTES_AT_ONCE, SECONDS_AT_ONCE = 64e6, 60  # of records that are not on disk yet; a kill costs no more
+BYTES_AT_ONCE, SECONDS_AT_ONCE = 64e6, 60  # the most that a kill can lose: records not yet on disk
 
 
 class RecordingError(ValueError):
@@ -48,9 +48,9 @@ class RecordedPilot:
     """What all records of a folder have in common.
 
     Attributes:
-        digest: of the Pilot's weights, see `tcopilot.models.pilot_files.digest`.
-        depths: whose states are kept, as shares of the decoder's depth, the last of them 1.
-        dtype: of the states.
+        digest: hash of the Pilot's weights, see `tcopilot.models.pilot_files.digest`.
+        depths: depths whose states are kept, as shares of the decoder's depth, the last of them 1.
+        dtype: type of the states.
     """
 
     digest: str
@@ -61,7 +61,7 @@ class RecordedPilot:
 
     @property
     def bytes_per_token(self) -> int:
-        """Of one target token."""
+        """Bytes of the record of one target token."""
         return len(self.depths) * self.width * getattr(torch, self.dtype).itemsize + 4 * LIKELIEST + 8
 
 
@@ -69,7 +69,7 @@ class Recording:
     """The records of a folder, each a dictionary of tensors: `states` [N, D, P], `targets`, `normaliser`, `likeliest`.
 
     Attributes:
-        folder: of `recording.json`, which says what Pilot this is of, and of the files with records.
+        folder: holds `recording.json`, which describes the Pilot, and the files with records.
         pilot: see `RecordedPilot`.
         seconds, flops: what recording has cost so far, over all processes.
     """
@@ -137,7 +137,7 @@ class Recording:
         }
 
     def cost_of(self, rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-        """Seconds and FLOPs that recording these rows took; a file's seconds are shared out by FLOPs."""
+        """Seconds and FLOPs that recording these rows took; a file's seconds are divided among its rows by FLOPs."""
         seconds = flops = 0.0
         for key in dict.fromkeys(map(row_key, rows)):  # a row that comes twice was recorded once
             file, place, _, _ = self._places[key]
@@ -165,15 +165,15 @@ class Recording:
     def add(self, rows: Sequence[Mapping[str, Any]], pilot: PreTrainedModel, collate: PromptTargetCollator,
             batch_size: int, done: Callable[[int], None] = lambda rows: None,
             flops: Callable[[], float] = lambda: 0.0) -> None:  # fmt: skip
-        """Record rows in the order given. What a stop finds done is kept.
+        """Record rows in the order given; records that are on disk when a run stops are kept.
 
         Args:
             rows: prepared rows, with `source_ids` and `target_ids`.
             pilot: the frozen Pilot, in eval mode, on its device.
             collate: makes a batch of rows for it.
             batch_size: rows of a forward pass.
-            done: told the number of rows after each pass.
-            flops: asked after each pass for those of a row, which are added up for whoever reads the recording.
+            done: called with the number of rows after each pass.
+            flops: called after each pass for the FLOPs of a row; the recording stores their sum.
         """
         pooler, device = StackedStates(self.pilot.depths), next(pilot.parameters()).device
         waiting: list[dict[str, Tensor]] = []
@@ -205,7 +205,7 @@ class Recording:
             key, found = ("mistake_log.log.dtype", self.pilot.dtype) if rounds else ("pilot.dtype", dtype_name(own))
             mend = f"start a new run with {key}=bfloat16 or float32"
             raise RecordingError(f"{key}={found}: some of the Pilot's states are not finite in this type; {mend}")
-        if torch.promote_types(dtype, states.states_BNP.dtype) != dtype:  # p̂ is what the states kept give
+        if torch.promote_types(dtype, states.states_BNP.dtype) != dtype:  # p̂ must follow from the kept states
             head = states.pilot.get_output_embeddings()
             logits_BNV = logits_from_head_input(states.pilot, states_BNDP[:, :, -1].to(head.weight.dtype)).float()
         kept = {
@@ -218,7 +218,7 @@ class Recording:
         return {name: tensor.cpu() for name, tensor in kept.items()}
 
     def _write(self, waiting: list[dict[str, Tensor]], began: float) -> float:
-        """Put what is waiting into a file of its own, which is there as a whole or not at all."""
+        """Write the waiting records to a new file, which appears complete or not at all."""
         now = time.monotonic()
         tensors = {name: torch.cat([part[name] for part in waiting]).contiguous() for name in waiting[0]}
         tensors["seconds"] = torch.tensor(now - began, dtype=torch.float64)
@@ -230,7 +230,7 @@ class Recording:
         return now
 
     def find(self) -> None:
-        """Look for the records of all files, whichever process wrote them; those of other processes are new here."""
+        """Find the records in all files, also those that other processes have written meanwhile."""
         self._places.clear()
         self.seconds = self.flops = 0.0
         for file in sorted(self.folder.glob("*.safetensors")):

@@ -96,7 +96,7 @@ class LoggedRecords:
 
     @property
     def groups(self) -> list[Any]:
-        """Groups of weights of which some record held has one above 0."""
+        """Groups of weights in which at least one record held has a weight above 0."""
         return [group for group, sums in self._sums.items() if sums[-1] and group is not RECORDS]
 
     def total(self, group: Any) -> int:
@@ -138,7 +138,7 @@ class SeenRows:
         self._first: dict[int, int] = {}
 
     def new(self, ids: list[int], round: int) -> list[bool]:
-        """Remember rows of a round, in however many micro-batches, and tell of each if it was in no earlier round."""
+        """Remember the rows of a round's micro-batch; returns for each row whether no earlier round had it."""
         for number in self._gather(ids):
             self._first.setdefault(number, round)
         return [self._first[number] == round for number in ids]

@@ -1,7 +1,7 @@
 """Keeps a Mistake Log that is larger than the memory in memory-mapped files.
 
 A spilled tensor is a tensor like any other; its pages come from the file when they are read and may leave the memory
-again. A file goes when the last tensor in it goes, so whatever still holds one, a state dict for example, stays valid.
+again. A file is deleted when its last tensor is freed, so one that is still held, as by a state dict, stays valid.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ _ALIGNMENT = 64  # bytes
 class Spill:
     """A folder `mistake_log-…` of memory-mapped files, made inside another when the first tensor comes.
 
-    It goes with this object; what a killed process leaves behind may be deleted.
+    It is deleted with this object; a folder that a killed process has left behind may be deleted by hand.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -44,7 +44,7 @@ class Spill:
         if file is None or self._used + needed > len(file):
             file = self._open(max(needed, FILE_BYTES))
         for name, tensor in tensors.items():
-            if tensor.numel():  # a storage of its own for each tensor: whoever saves one must not save the file
+            if tensor.numel():  # each gets its own storage, so that saving one does not save the file
                 place = torch.frombuffer(file, dtype=tensor.dtype, count=tensor.numel(), offset=self._used)
                 placed[name] = place.view(tensor.shape).copy_(tensor)
                 self._used += sizes[name]
@@ -62,7 +62,7 @@ class Spill:
             else:
                 file.truncate(size)
         storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=size)  # keeps no file open
-        # Between small blocks glibc would keep all the freed memory that the moved rounds have taken.
+        # Small blocks in between would make glibc keep the memory that the moved rounds have freed.
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             libc.malloc_trim(0)
         mapped = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()

@@ -17,7 +17,7 @@ from tcopilot.settings import DTYPE, dtype_name, require, whole
 
 
 class Storage(ABC):
-    """What the log asks of a storage; `names` are those of the tensors that `pack` returns."""
+    """What the log asks of a storage; `names` are the names of the tensors that `pack` returns."""
 
     names: tuple[str, ...]
 
@@ -46,7 +46,7 @@ class Storage(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
-        """Restore it."""
+        """Restore what `state_dict` returned."""
 
 
 class DenseStorage(Storage):
@@ -79,7 +79,7 @@ class TopKStorage(Storage):
     """The k largest entries of p̂ and p̂ of the target, exactly; the remaining mass is spread over the rest.
 
     With r the mass outside the k largest and p_k the smallest kept entry, a row's squared error is at most r · p_k.
-    Its root mean square over target tokens, relative to ‖ℓ‖, is measured on every append and reported as
+    The root mean square of this error over target tokens, relative to ‖ℓ‖, is measured on every append and reported as
     `truncation_error`.
     """
 
@@ -135,7 +135,7 @@ class TopKStorage(Storage):
         return {"vocab_size": self._vocab_size, "lost": self._lost, "total": self._total}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore V and these sums."""
         self._vocab_size, self._lost, self._total = state["vocab_size"], state["lost"], state["total"]
 
 
@@ -149,7 +149,7 @@ class FrozenHeadStorage(Storage):
     names = ("head_input",)
 
     def describe(self, pilot: PreTrainedModel) -> str:
-        """The head's input; a head that is trained is refused, for then an error of the past cannot be rebuilt."""
+        """Name the head's input; a trained head is refused, since it cannot rebuild the errors of earlier rounds."""
         if not is_frozen(pilot.get_output_embeddings()):
             raise ValueError(
                 "log_storage=frozen_head keeps what the Pilot's head reads and rebuilds p̂ through the head, but this "
