@@ -119,7 +119,7 @@ def best_weight(inner: float, correction_energy: float) -> float:
     """Return λ* = E⟨ℓ, f^C⟩ / E‖f^C‖², the minimum of E‖p − p̂ − λ f^C‖² (Theorem 4.1 over a data set).
 
     Every λ in (0, 2λ*) lowers the expected squared error. A Copilot that outputs 0, or points away from the error,
-    gives 0: keep the Pilot. So does one whose outputs are what rounding leaves of 0, as a new soft head's are.
+    gives 0: keep the Pilot. So does one whose outputs are only rounding errors, as those of a new soft head are.
 
     Args:
         inner: E⟨ℓ, f^C⟩, the mean over target tokens.

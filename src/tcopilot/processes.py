@@ -31,8 +31,8 @@ def is_lost_process(error: RuntimeError) -> bool:
 def start() -> None:
     """Join the processes that `torchrun` has started, so that they can agree before training sets anything up.
 
-    Processes that Lightning starts itself join when training begins, and a single process never does. They end with
-    the process that has started them, wherever they are waiting for it then.
+    Processes that Lightning starts itself join when training begins, and a single process never does. Such
+    processes end when the process that started them ends, even while they wait for it.
     """
     if not rank():
         os.environ[PARENT] = str(os.getpid())  # for those that Lightning starts
@@ -49,8 +49,8 @@ def start() -> None:
 def expect_others(size: int) -> None:
     """End this process with a message if those of its job have not met after a while; torch waits for half an hour.
 
-    `TCOPILOT_WAIT` gives the seconds. Without it they have a minute, and twice the time that this process has needed
-    so far, since processes that it starts itself have all of that before them.
+    `TCOPILOT_WAIT` gives the seconds. Without it, the limit is a minute plus twice the time that this process has run
+    so far, since the processes that it starts have to do all of that themselves first.
     """
     if size > 1 and not _on():
         seconds = _patience() or 60 + 2 * (time.monotonic() - _began)
@@ -110,7 +110,7 @@ def address_problem(size: int, nodes: int) -> str | None:
 
 
 def rank() -> int:
-    """Number of this process, from 0; before the processes have joined, by what their starter says."""
+    """Number of this process, from 0; before the processes have joined, as the environment variables give it."""
     if _on():
         return distributed.get_rank()
     return next((int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), 0)
@@ -177,7 +177,7 @@ def sum_over_processes(value: Tensor) -> Tensor:
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Put the sum over all processes in the place of each gradient."""
+    """Replace each gradient by its sum over all processes."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = sum_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
     for gradient, piece in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
@@ -185,7 +185,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def undivided(value: Tensor) -> Tensor:
-    """Return a tensor that may be divided among the processes as a plain one; all of them must call this."""
+    """Return a tensor, which may be sharded over the processes, as a plain one; all of them must call this."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 

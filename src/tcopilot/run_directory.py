@@ -40,7 +40,7 @@ class RunDirectory:
     weights = _Entry("weights.csv")  # every metric over λ
     generations = _Entry("generations.csv")  # answers of Pilot and fused model side by side
     predictions = _Entry("predictions")  # every answer, see `tcopilot.evaluation.predictions`
-    answers = _Entry("predictions/answers.csv")  # those of both models to all reported rows, with their scores
+    answers = _Entry("predictions/answers.csv")  # answers of both models to all reported rows, with their scores
     answers_exact = _Entry("predictions/answers.parquet")  # the same, without a spreadsheet's apostrophes
     checkpoints = _Entry("checkpoints")
     recording = _Entry("recording")  # of a frozen Pilot, see `tcopilot.mistake_log.recording`
@@ -54,8 +54,8 @@ class RunDirectory:
     report = _Entry("report")  # the page of tcopilot-report
     wandb = _Entry("wandb.json")  # id and group of wandb's run, which a resumed run goes on with
     job = _Entry("job.yaml")  # what a job of a sweep was asked to do
-    done = _Entry("done.json")  # that it has done it
-    failed = _Entry("failed.json")  # or why it could not
+    done = _Entry("done.json")  # written when the job is done
+    failed = _Entry("failed.json")  # why the job failed
     lock = _Entry(".lock")  # held by the program that writes here
     output = _Entry("output.txt")  # what the job printed, where it ran in a process of its own
 
@@ -93,7 +93,7 @@ class RunDirectory:
 RUNLESS = {entry.name for entry in (RunDirectory.checkpoints, RunDirectory.controls, RunDirectory.export)}
 RUNLESS |= {entry.name for entry in (RunDirectory.predictions, RunDirectory.trace, RunDirectory.report)}
 RUNLESS |= {RunDirectory.recording.name}
-"""Folders of a run directory in which no further run is to be looked for."""
+"""Folders of a run directory that are not searched for further runs."""
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -111,7 +111,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def override(key: str, value: object) -> str:
-    r"""Write an override of a text for Hydra, quoted where Hydra would read its brackets, commas or spaces.
+    r"""Return a Hydra override by a text, quoted where Hydra would interpret its brackets, commas or spaces.
 
     >>> override("run", "runs/1"), override("run", "runs/[a] it's")
     ('run=runs/1', "run='runs/[a] it\\'s'")

@@ -8,21 +8,21 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
-LARGEST = 2**31 - 1  # of whole numbers whose rule names no other: libraries count in 32 or 64 bits
+LARGEST = 2**31 - 1  # whole number unless a rule names another limit: libraries count in 32 or 64 bits
 
 
 def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number; `true` is none."""
+    """Whether a value is a whole number; `true` is not one."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; `true` is none."""
+    """Whether a value is a finite number; `true` is not one."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def is_list(value: Any) -> bool:
-    """Whether a value is a list; a text is none."""
+    """Whether a value is a list; a text is not one."""
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
@@ -37,7 +37,7 @@ class Rule(NamedTuple):
     mend: str
 
     def message(self, value: Any) -> str:
-        """Say of a value that is not allowed what to give instead."""
+        """Return a message that names a refused value and says what to give instead."""
         too_large = is_whole(value) and value > LARGEST and str(LARGEST) not in self.mend
         return f"{value}: {self.mend}" + (f", and at most {LARGEST}" if too_large else "")
 
@@ -72,7 +72,7 @@ def list_of(allowed: Collection[Any]) -> Rule:
     return Rule(allows, f"give a list of {', '.join(map(str, allowed))}")
 
 
-ANY = Rule(lambda value: True, "")  # judged elsewhere
+ANY = Rule(lambda value: True, "")  # checked elsewhere
 FLAG = Rule(lambda value: isinstance(value, bool), "give true or false")
 POSITIVE = Rule(lambda value: is_number(value) and value > 0, "must be a number above 0")
 SEED = whole(0, 2**32 - 1)
@@ -85,7 +85,7 @@ def dtype_name(dtype: object) -> str:
 
 
 def problems(settings: Mapping[str, Rule], values: Mapping[str, Any], key: str = "") -> list[str]:
-    """List the values that their rules do not allow; settings that `values` lacks are not judged.
+    """List the values that their rules do not allow; settings that `values` lacks are not checked.
 
     >>> problems({"k": whole(), "seed": SEED}, {"k": 0, "seed": 3}, "storage")
     ['storage.k=0: must be a whole number, at least 1']
@@ -99,7 +99,7 @@ def problems(settings: Mapping[str, Rule], values: Mapping[str, Any], key: str =
 
 
 def require(settings: Mapping[str, Rule], values: Mapping[str, Any], key: str = "") -> None:
-    """Hold the arguments of a constructor against its rules.
+    """Check the arguments of a constructor by its rules.
 
     Raises:
         ValueError: with every problem found.
