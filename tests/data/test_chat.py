@@ -183,7 +183,7 @@ def test_a_template_that_gives_no_targets_is_refused(tmp_path):
     with_shots = module(
         tmp_path, *([{"role": "user", "content": f"What is {n}?"}, TALK[3]] for n in range(4)), shots=1
     )
-    with pytest.raises(DataError, match=r"chat: data\.shots are no turns of a conversation; use data\.shots=0"):
+    with pytest.raises(DataError, match=r"chat: data\.shots are not supported for conversations; use data\.shots=0"):
         with_shots.prepare(tokenizer_of("chatml"), "left")
     with pytest.raises(DataError, match=r"chat\.template='\{% for %\}': .*Expected an expression"):
         prepared(byte_tokenizer(), tmp_path, TALK, template="{% for %}")

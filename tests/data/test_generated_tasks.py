@@ -73,7 +73,7 @@ def test_the_gold_option_of_multiple_choice_is_among_the_three():
 
 def test_prompts_that_run_out_are_an_error(monkeypatch):
     monkeypatch.setitem(KINDS, "word_problems", KINDS["word_problems"]._replace(draw=lambda random: ("same", "1")))
-    with pytest.raises(DataError, match="prompts ran out at 1"):
+    with pytest.raises(DataError, match="only 1 have new prompts"):
         task("word_problems").builtin_rows("test")
 
 

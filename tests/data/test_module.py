@@ -317,7 +317,7 @@ def test_the_vocabulary_is_the_union_of_the_tasks_words_and_unknown_for_other_da
     ("settings", "message"),
     [
         ({"weights": {"other": 1}}, "data.weights names"),
-        ({"on_error": "ignore"}, "stop or skip, got 'ignore'"),
+        ({"on_error": "ignore"}, "data.on_error='ignore': use stop or skip"),
         ({"streaming": True, "rounds": None, "epochs": 1}, "give data.rounds"),
     ],
 )

@@ -193,7 +193,7 @@ def test_a_rank_is_scored_at_every_cutoff():
         ({"user": 9, "items": [1, True, 3]}, "items holds True"),
         ({"user": 9, "items": "1 2 3"}, "items is '1 2 3'; expected a list"),
         ({"user": 9, "items": [1, 2, 1]}, "item 1 twice"),
-        ({"user": 3, "items": [1, 2, 3]}, "user 3 has row 3 already"),
+        ({"user": 3, "items": [1, 2, 3]}, "user 3 already has row 3"),
         ({"user": [9], "items": [1, 2, 3]}, r"user is \[9\]; expected a number or a text"),
         ({"user": 9, "item": [1, 2, 3]}, "no column 'items'; it has 'user', 'item'"),
     ],
@@ -218,7 +218,7 @@ def test_many_unusable_rows_are_counted(tmp_path):
         ({"cutoffs": [10, 5]}, r"shop\.cutoffs is \[10, 5\]"),
         (
             {"cutoffs": [5, 20]},
-            r"shop\.metric is 'ndcg@2'; with these cutoffs choose of hit@5, hit@20, ndcg@5, ndcg@20",
+            r"shop\.metric is 'ndcg@2'; with these cutoffs choose one of hit@5, hit@20, ndcg@5, ndcg@20",
         ),
         ({"target": " {title}"}, r"shop\.target is ' \{title\}'; it must use \{item\}"),
         ({"target": " {user} {item}"}, r"shop\.target"),

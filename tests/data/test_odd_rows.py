@@ -229,8 +229,8 @@ def test_options_are_written_as_the_file_has_them(tmp_path):
         ([{"user": 1, "items": [1, 2, 2]}], "has item 2 twice"),
         ([{"user": 1, "items": [1, 2]}], "needs at least 3"),
         ([{"user": 1, "items": [1, 2, MOST_ITEMS + 1]}], "without large gaps"),
-        ([{"user": 1, "items": [1, 2, 3]}, {"user": "1", "items": [1, 2, 3]}], "user '1' has row 1 already"),
-        ([{"user": "a", "items": [1, 2, 3]}, {"user": "a ", "items": [1, 2, 3]}], "user 'a ' has row 1 already"),
+        ([{"user": 1, "items": [1, 2, 3]}, {"user": "1", "items": [1, 2, 3]}], "user '1' already has row 1"),
+        ([{"user": "a", "items": [1, 2, 3]}, {"user": "a ", "items": [1, 2, 3]}], "user 'a ' already has row 1"),
     ],
 )
 def test_histories_that_cannot_be_meant_are_refused(rows, message, tmp_path):
@@ -245,7 +245,7 @@ def test_a_validation_file_of_another_name_is_not_passed_over(name, tmp_path):
     data = TCopilotDataModule({"mine": TEXT}, path=tmp_path, rounds=1, batch_size=1)
     data.prepare(byte_tokenizer(), "left")
     (tmp_path / name).write_text('{"prompt": "p", "target": "t"}')
-    with pytest.raises(DataError, match=rf"{name} in .* is not read, .* Call it validation\.jsonl"):
+    with pytest.raises(DataError, match=rf"{name} in .* is not read, .* Rename it to validation\.jsonl"):
         data.prepare(byte_tokenizer(), "left")
 
 

@@ -143,7 +143,7 @@ def test_text_that_spells_an_end_token_without_being_one_stays():
 @pytest.mark.parametrize("column", ["prompt", "target"])
 def test_an_empty_text_is_refused(column):
     _, complaints, _ = prepare(rows=[(6, {"prompt": "a", "target": "b"} | {column: " "})])
-    assert complaints == [f"row 7: the {column} is empty: nothing stands in {column}"]
+    assert complaints == [f"row 7: the {column} is empty: there is no text in {column}"]
 
 
 def test_an_unknown_overflow_is_refused():

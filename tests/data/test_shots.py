@@ -132,7 +132,7 @@ def test_an_evaluation_without_train_rows_takes_those_of_the_run(tmp_path):
     assert sources(data, "test") == sources(trained, "test")
     assert read_shots(tmp_path / "none.json") == {}
     with pytest.raises(
-        DataError, match=r"mine: data\.shots=2 are drawn from train rows; there are no train rows here"
+        DataError, match=r"mine: data\.shots=2 are drawn from train rows, but there are none; use data\.shots=0"
     ):
         module(alone, training=False)
 
@@ -142,7 +142,7 @@ def test_too_few_rows_and_rows_that_cannot_be_shots_are_told(tmp_path):
     with pytest.raises(DataError, match=r"data\.shots=3 needs 4 train rows with different questions, and there are 3"):
         module(tmp_path, shots=3)
     (tmp_path / "train.jsonl").write_text('{"prompt": null, "target": "b"}\n{"prompt": "a", "target": "b"}\n' * 3)
-    with pytest.raises(DataError, match=r"row 1: prompt is None.*it is to be a shot"):
+    with pytest.raises(DataError, match=r"row 1: prompt is None.*this row was drawn as a shot"):
         module(tmp_path, streaming=True, shots=1)
 
 

@@ -89,7 +89,7 @@ def test_a_test_file_that_is_a_copy_of_train_is_told_of(tmp_path, caplog):
         data = module(tmp_path)
     assert data.summary()["mine/test"]["trained_on"] == 20
     (remark,) = data.remarks
-    assert remark.startswith("mine/test: 20 of 20 rows ask a question that is trained on")
+    assert remark.startswith("mine/test: 20 of 20 rows ask a question that is also trained on")
     assert remark in caplog.text
 
 
@@ -136,7 +136,7 @@ def test_gold_answers_that_the_tokenizer_cannot_write_are_told_of(tmp_path, capl
     with caplog.at_level(logging.WARNING):
         data = module(tmp_path, tokenizer=word_tokenizer(["a", "b"]))
     assert data.summary()["mine/test"]["unreachable"] == 2
-    assert "mine/test: 2 of 4 gold answers are out of reach (2 read back otherwise by the tokenizer" in caplog.text
+    assert "mine/test: 2 of 4 gold answers are out of reach (2 changed by tokenising and decoding" in caplog.text
     assert "such as '{ a }' as 'a'" in caplog.text
 
 
@@ -153,11 +153,11 @@ def test_gold_answers_that_were_cut_or_are_too_long_are_told_of(tmp_path):
     )
     free = module(tmp_path, benchmark)
     assert free.summary()["mine/test"]["unreachable"] == 2
-    assert any("2 longer than the 26 tokens that decoding waits for" in remark for remark in free.remarks)
+    assert any("2 longer than the 26 tokens that decoding generates at most" in remark for remark in free.remarks)
     cut = module(tmp_path, benchmark, max_target_length=26, overflow="truncate")
     assert cut.summary()["mine/test"]["unreachable"] == cut.summary()["mine/test"]["cut_targets"] == 2
     told = "\n".join(cut.remarks)
-    assert "mine/test: 2 of 4 targets were cut; a target that is cut has no end token" in told
+    assert "mine/test: 2 of 4 targets were cut; a cut target lacks its end token" in told
     assert "2 cut by data.max_target_length" in told
     limited = TCopilotDataModule({"mine": benchmark}, path=tmp_path, rounds=1)
     limited.prepare(byte_tokenizer(), "left", max_new_tokens=4)

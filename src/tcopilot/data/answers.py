@@ -1,9 +1,9 @@
-r"""Read answers out of generated text, each kind of answer in two ways.
+r"""Extract answers from generated text, each kind of answer in two ways: strictly and leniently.
 
-The strict reading wants the asked form: a text that does not answer in it has no answer, and one that goes on to
-another answer ("B and C") or to more of a number ("12:30") has none either. The lenient one does what the published
-evaluation of LLM-Adapters does, so that figures can be compared with published ones. It takes the first name, the last
-number or the first capital letter anywhere in the text, and so finds answers where none is given.
+The strict reading accepts an answer only in the form that the prompt asks for. A text in another form has no answer,
+nor has a text that gives a second answer ("B and C") or continues the number ("12:30"). The lenient reading follows
+the published evaluation of LLM-Adapters, so that figures can be compared with published ones. It takes the first name,
+the last number or the first capital letter anywhere in the text, and may thus find an answer where none was given.
 """
 
 import re
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from decimal import Context, Decimal
 from unicodedata import category, normalize
 
-TOLERANCE = Decimal("0.001")  # LLM-Adapters'; MAWPS has golds of 16 decimals
-QUOTIENT = Context(prec=16)  # digits of a fraction in decimal form
-EXACT = Context(prec=10_000)  # digits of other numbers; the usual 28 would round long ones
-LARGEST_POWER = 100  # of ten; beyond it a number is a slip, and 1e999999999 would fill the memory when written out
+TOLERANCE = Decimal("0.001")  # as in LLM-Adapters; some gold answers of MAWPS have 16 decimals
+QUOTIENT = Context(prec=16)  # significant digits of a fraction in decimal form
+EXACT = Context(prec=10_000)  # significant digits of other numbers; the default of 28 would round long ones
+LARGEST_POWER = 100  # of ten; larger ones are not meant, and 1e999999999 written out would fill the memory
 MAGNITUDES = {
     **{"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12},
     **{"k": 1000, "m": 10**6, "bn": 10**9, "b": 10**9},
@@ -31,7 +31,7 @@ _QUANTITY = r"""
     (?P<magnitudes>(?:[kKMB]|bn)\b|(?:[ -]?(?i:hundred|thousand|million|billion|trillion|dozen)s?\b)*)
     (?:[ ]?[%‰°$€£¥₹])?
 """
-# What makes the number in front of it a part of something else: a second number, an operator, a range, a list, a
+# Text behind a number that shows it to be only a part of the answer: a second number, an operator, a range, a list, a
 # clock time, "and a half", an unclear magnitude ("5 M"), or a smaller unit ("2 hours 30 minutes").
 _GOES_ON = r"""
     [.,'_:(]+\d | \s?\^ | [ ]?[-/*·×x+=÷±~:;,&|\\]+[ ]?[-+($€£¥₹]*\.?\d | [ ]+\d | h\d | [a-z]+\d+[a-z]
@@ -47,25 +47,25 @@ _LOOSE_NUMBER = re.compile(r"-?\d+\.?\d*")
 
 
 def until_end(token_ids: Sequence[int], *end_ids: int) -> list[int]:
-    """Cut generated tokens at the first end token: what a model writes after it is no part of its answer."""
+    """Cut generated tokens at the first end token, because what a model writes after it is not part of its answer."""
     ids = list(token_ids)
     return ids[: next((place for place, token in enumerate(ids) if token in end_ids), len(ids))]
 
 
 def tidy(text: str) -> str | None:
-    """Collapse white space and compose accents, which look alike either way; a blank text has no answer."""
+    """Collapse white space and compose accents, as texts that look alike should be equal; None for a blank text."""
     return normalize("NFC", " ".join(text.split())) or None
 
 
 def is_blank(text: str) -> bool:
-    """Tell whether a text shows nothing, such as white space and characters of no width."""
+    """Tell whether a text has nothing visible in it, only white space and zero-width characters."""
     return all(category(char) in ("Cc", "Cf", "Zl", "Zp", "Zs") for char in text)
 
 
 def first_number(text: str) -> str | None:
-    """Return the first number of a text, whole, in plain decimal form; None if it is a part of something else.
+    """Return the first number of a text in plain decimal form; None if it is only part of a longer expression.
 
-    Units, currency and per cent signs do not count. Fractions, mixed numbers, powers of ten and magnitudes do:
+    Units, currency and per cent signs are ignored. Fractions, mixed numbers, powers of ten and magnitudes are read:
 
     >>> [first_number(text) for text in ("$1,200.50.", "so 18 eggs", "1/2", "2 1/2", "5e3", "2 × 10^6", "5 million")]
     ['1200.5', '18', '0.5', '2.5', '5000', '2000000', '5000000']
@@ -80,7 +80,7 @@ def first_number(text: str) -> str | None:
 
 
 def read_number(text: str) -> str | None:
-    """Return a label's number as `first_number` does; None unless the text is that number and at most its unit.
+    """Read the number of a gold label as `first_number` does; None if the text holds more than a number and its unit.
 
     >>> [read_number(text) for text in ("145.0", "1e-05", " -1,200 ", "18 eggs", "3/4", "about 5", "12:30", "nan")]
     ['145', '0.00001', '-1200', '18', '0.75', None, None, None]
@@ -91,13 +91,13 @@ def read_number(text: str) -> str | None:
 
 
 def number_after(text: str, marker: str) -> str | None:
-    """Read a number strictly: `first_number` behind the last ``marker``; a number without a marker is reasoning."""
+    """Read a number strictly, by `first_number` behind the last ``marker``; numbers elsewhere are reasoning."""
     _, found, tail = text.rpartition(marker)
     return first_number(tail) if found else None
 
 
 def last_number(text: str) -> str | None:
-    """Read a number leniently: the last digits of the text once commas are gone, wherever they stand."""
+    """Read a number leniently: the last number anywhere in the text, after removing commas."""
     found = _LOOSE_NUMBER.findall(text.replace(",", ""))
     return found[-1] if found else None
 
@@ -108,15 +108,15 @@ def close(found: str | None, gold: str) -> bool:
 
 
 def name_after(text: str, sentence: str, names: str) -> str | None:
-    """Read a name strictly: directly behind the answer sentence, and the only one from there on.
+    """Read a name strictly: it must follow the answer sentence directly, and be the only name from there on.
 
-    Upper and lower case differ. A name may come again, but a text that goes on to another one, or to a second number
-    ("answer1 or 2"), has no answer: which of the two is meant cannot be told.
+    Case matters. The same name may be repeated, but a text that goes on to another name, or to a second number
+    ("answer1 or 2"), has no answer, because it is ambiguous.
 
     Args:
         text: What was generated.
-        sentence: The words in front of the name; "" reads the whole text, where exactly one name must stand.
-        names: Regular expression of the names.
+        sentence: The words in front of the name; "" reads the whole text, which must then contain exactly one name.
+        names: Regular expression that matches any of the names.
     """
     text = " ".join(text.split())
     if sentence:
@@ -135,7 +135,7 @@ def first_name(text: str, names: str) -> str | None:
 
 
 def letter_after(text: str, marker: str, letters: str) -> str | None:
-    """Read an option's letter strictly: a word of its own, directly behind the last ``marker``, and the only one."""
+    """Read an option's letter strictly: the only letter, as a word of its own, directly behind the last ``marker``."""
     _, found, tail = text.rpartition(marker)
     second = rf"[).]?(?: ?[,;/&+-] ?| (?:and|or|to) )\(?[{letters}](?!\w)"
     letter = re.match(rf"\s*\(?([{letters}])(?!\w)(?!{second})", tail) if found else None
@@ -143,7 +143,7 @@ def letter_after(text: str, marker: str, letters: str) -> str | None:
 
 
 def _spelt_out(text: str) -> str:
-    """Write other digits, minus signs, vulgar fractions, superscripts and the LaTeX of numbers in plain characters."""
+    """Replace non-ASCII digits, minus signs, fractions and superscripts, and LaTeX numbers, by plain characters."""
     text = re.sub(r"(?![0-9])\d", lambda found: str(int(found[0])), text.replace("{,}", ","))
     text = re.sub(
         r"\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}", r" \1/\2", text.replace("\\times", "×").replace("\\cdot", "·")
@@ -154,7 +154,7 @@ def _spelt_out(text: str) -> str:
 
 
 def _value(found: re.Match[str]) -> str | None:
-    """Return what a match of ``_QUANTITY`` amounts to; None if that is no number."""
+    """Return the value of a match of ``_QUANTITY`` in decimal form; None if it is not a valid number."""
     power = found["power"] or found["exponent"] or "0"
     if len(power) > len(f"-{LARGEST_POWER}") or abs(int(power)) > LARGEST_POWER:
         return None

@@ -1,4 +1,4 @@
-"""The one layout that training, decoding and scoring share, and how tokenised rows become it.
+"""The batch layout that training, decoding and scoring share, and the collator that builds it from tokenised rows.
 
 Shape letters: ``B`` batch, ``M`` source length, ``N`` target length.
 """
@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 Side = Literal["left", "right"]
-LEAST_PREFIX = 32  # tokens; for fewer, a pass of their own costs more than it saves
+LEAST_PREFIX = 32  # tokens; a separate forward pass over a shorter prefix costs more than it saves
 
 
 @dataclass(frozen=True)
 class Batch:
     """Hold tokenised prompts and targets with explicit masks.
 
-    Masks are True on real tokens. They come from lengths, so a pad token that equals the end token is harmless.
+    Masks are True on real tokens. They are built from lengths, so the pad token may equal the end token.
 
     Attributes:
         source_ids_BM: Prompt token ids, int64.
@@ -28,8 +28,8 @@ class Batch:
         target_mask_BN: True where ``target_ids_BN`` is a target token, bool.
         ids_B: Row ids, unique within a split, int64.
         benchmark_B: Index into ``TCopilotDataModule.benchmark_names``, int64.
-        prefix: Tokens with which all prompts begin alike, where reading them once pays; 0 elsewhere.
-        held_out: Rows of the round that the Mistake Log reads and the Pilot never trains on; None without any.
+        prefix: Number of leading tokens that all prompts share, if encoding them only once saves time; else 0.
+        held_out: Rows that the Mistake Log records in this round and the Pilot never trains on; None without any.
     """
 
     source_ids_BM: Tensor
@@ -46,7 +46,7 @@ class Batch:
 
     @property
     def tokens(self) -> Tensor:
-        """Count the target tokens, end tokens included; an int64 scalar on the batch's device (no synchronisation)."""
+        """Count the target tokens, end tokens included, as an int64 scalar on the batch's device, without a sync."""
         return self.target_mask_BN.sum()
 
     @property
@@ -65,13 +65,13 @@ class Batch:
     def split(self, rows: int) -> "list[Batch]":
         """Cut the batch into consecutive parts of at most ``rows`` rows for gradient accumulation.
 
-        Each part comes without the columns that are padding in all of its rows, and without ``held_out``.
+        Columns that are padding in all rows of a part are removed from it, and ``held_out`` is dropped.
 
         Raises:
             ValueError: If ``rows`` is below 1.
         """
         if rows < 1:
-            raise ValueError(f"a part needs at least 1 row, got rows={rows}")
+            raise ValueError(f"rows={rows}: each part needs at least 1 row")
         if rows >= len(self):
             return [self]
         parts = []
@@ -92,7 +92,7 @@ class Batch:
         return parts
 
     def _map(self, change: Callable[[Any], Any]) -> "Batch":
-        """Change all tensors, and ``held_out`` likewise."""
+        """Apply a function to every tensor and to ``held_out``."""
         held = vars(self).values()
         return Batch(*(change(value) if isinstance(value, Tensor | Batch) else value for value in held))
 
@@ -101,7 +101,7 @@ class Batch:
 class PromptTargetCollator:
     """Pad prompts on ``source_side`` and targets on the right.
 
-    Decoder-only Pilots want ``"left"``, so that prompt and target are neighbours; encoder-decoders want ``"right"``.
+    Decoder-only Pilots need ``"left"``, so that each target follows its prompt directly; encoder-decoders ``"right"``.
 
     >>> rows = [
     ...     {"source_ids": [5, 6, 7], "target_ids": [8, 1], "id": 40, "benchmark": 0},
@@ -124,7 +124,7 @@ class PromptTargetCollator:
 
     def __post_init__(self) -> None:
         if self.source_side not in ("left", "right"):
-            raise ValueError(f"source_side is 'left' or 'right', got {self.source_side!r}")
+            raise ValueError(f"source_side={self.source_side!r}: use 'left' or 'right'")
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Collate rows that have ``source_ids``, ``target_ids``, ``id`` and ``benchmark``; other keys are ignored."""
@@ -152,25 +152,25 @@ class PromptTargetCollator:
 
 
 def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """Count the tokens with which several prompts begin alike; the last token of each is its own.
+    """Count the leading tokens that all prompts share; the last token of a prompt is never counted as shared.
 
     >>> common_prefix([[5, 6, 7, 8], [5, 6, 9]]), common_prefix([[5, 6, 7], [5, 6]]), common_prefix([[5, 6]])
     (2, 1, 0)
     """
     if len(prompts) < 2:
         return 0
-    first, last = min(prompts), max(prompts)  # in alphabetical order: what these two share, all do
+    first, last = min(prompts), max(prompts)  # in lexicographic order; a prefix of both is a prefix of all
     longest = min(map(len, prompts)) - 1
     return next((place for place in range(longest) if first[place] != last[place]), longest)
 
 
 @dataclass(frozen=True)
 class HeldOutCollator:
-    """Make a :class:`Batch` of the first half of the rows, and of the second its ``held_out``."""
+    """Make a :class:`Batch` from the first half of the rows and its ``held_out`` from the second half."""
 
     collate: PromptTargetCollator
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        """Collate as many rows to train on as rows that are held out."""
+        """Collate rows of which the first half is trained on and the second half, equally many, is held out."""
         half = len(rows) // 2
         return replace(self.collate(rows[:half]), held_out=self.collate(rows[half:]))

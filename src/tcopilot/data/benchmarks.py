@@ -34,33 +34,33 @@ TYPES = {  # what an attribute's type stands for in a config
     list[Metric]: "a list of metrics with their _target_",
     NoneType: "null",
 }
-FRAME = ("names", "options", "title")  # words of prompts that ask nothing by themselves
+FRAME = ("names", "options", "title")  # template words that are not the question itself
 LONGEST_NAME = 100  # characters; names become parts of file names
 
 
 class DataError(ValueError):
-    """Say what is wrong with the data or its settings, where, and how to mend it."""
+    """Raised for wrong data or data settings; the message says what is wrong, where, and how to mend it."""
 
 
 class Example(NamedTuple):
-    """One row as the models see it."""
+    """One row as rendered for the models."""
 
     prompt: str
     target: str
     answer: str
     """The gold answer, in the form in which ``Benchmark.extract`` returns a predicted one."""
     options: tuple[str, ...] = ()
-    """Every target that the row allows, ``target`` among them; empty where answers are open."""
+    """Every target that the row allows, ``target`` included; empty for open-ended answers."""
     seen: tuple[int, ...] = ()
-    """Places in ``Benchmark.catalogue`` that are no answer, since the user has them already."""
+    """Indices in ``Benchmark.catalogue`` of items that the user already has, which no ranking may contain."""
     ending: int = 0
-    """Characters at the prompt's end that are no part of the question: the options and what follows them."""
+    """Number of characters at the end of the prompt, from the options on, that do not belong to the question."""
     twin: bool = False
-    """Whether another option has the gold one's text, so that which of them is meant cannot be told."""
+    """Whether another option has the same text as the gold one, so that the label is ambiguous."""
 
     @property
     def question(self) -> str:
-        """What is asked, without the options; case and white space are alike for all who ask the same."""
+        """The question without its options, in normalised case and white space, so that equal questions are equal."""
         return " ".join(self.prompt[: len(self.prompt) - self.ending].split()).casefold()
 
 
@@ -70,35 +70,35 @@ class Benchmark(ABC):
 
     Templates are ``str.format`` strings over the row's columns, paths into them (``{meta.lang}``, ``{turns.0.text}``)
     and the words that the class adds (``words``). For real tokenizers of decoder-only Pilots the target template
-    should start with a space or a line break, since prompt and target are tokenised apart and then joined; spaces
-    that end the prompt are then left out. A ``\n`` that a shell or plain YAML hands on as two characters is a line
-    break; ``\\n`` stands for the two characters.
+    should start with a space or a line break, since prompt and target are tokenised separately and then joined;
+    spaces at the end of the prompt are then removed. A ``\n`` that a shell or plain YAML passes as two characters
+    becomes a line break; ``\\n`` becomes the two characters.
 
     Attributes:
         name: Its key in ``data.benchmarks`` and in the results.
         target: Template of the target, without the end token.
         hub: Data set id on the Hugging Face Hub; None for data that is only local.
-        revision: The Hub's commit or tag; None is the newest.
-        splits: Our split names to the Hub's, with a slice (``train[:2000]``) if wanted; or to the files that hold them
-            (``a.csv``, ``part-*.json.gz[:90%]``, or a list of such), whatever the others are. None is no such split;
-            without ``validation`` the data module carves one from train.
+        revision: Commit or tag on the Hub; None means the newest.
+        splits: Maps our split names to those of the Hub, optionally with a slice (``train[:2000]``), or to files
+            (``a.csv``, ``part-*.json.gz[:90%]``, or a list of such); each split may use either. None means that there
+            is no such split; without ``validation`` the data module carves one from train.
         folder: Folder of the local copy under a common root; ``name`` unless given.
-        metric: What λ is chosen by: a name for the share of right answers, or a metric of your own, which the
-            benchmark's usual metrics then follow.
-        version: Raised whenever prompt, target or extraction change, since scores are then no longer comparable.
-        max_new_tokens: Longest answer that decoding waits for, in tokens; None is what the longest training target
-            needs with the Pilot's tokenizer.
+        metric: What λ is chosen by: a name for the share of right answers, or a metric of your own, which then
+            comes before the benchmark's usual metrics.
+        version: To be increased whenever prompt, target or extraction change, as scores are then no longer comparable.
+        max_new_tokens: Most tokens that decoding generates for an answer; None derives it from the longest training
+            target with the Pilot's tokenizer.
         source: Where the data comes from and under which licence.
     """
 
     words: ClassVar[frozenset[str]] = frozenset()
     templated: ClassVar[bool] = False
-    """Whether a chat template writes prompt and target as one text, which then is tokenised as one."""
+    """Whether a chat template writes prompt and target as one text, which must then be tokenised as a whole."""
     no_answer_depends_on: ClassVar[frozenset[str]] = frozenset(
         {"source", "hub", "config", "revision", "folder", "splits", "metric", "more_metrics"}
     )
-    """Fields that may change while stored predictions stay valid: remarks, where the rows come from (predictions are
-    kept by the rows themselves), and metrics, which are computed anew from what was stored."""
+    """Fields that may change without invalidating stored predictions: remarks, the place of the rows (predictions are
+    keyed by the contents of the rows), and metrics, which are computed again from the stored answers."""
 
     name: str
     prompt: str
@@ -122,7 +122,7 @@ class Benchmark(ABC):
         if unknown := sorted(set(self.splits) - set(SPLITS)):
             raise DataError(f"{self.name}: splits has {unknown}; the known ones are {list(SPLITS)}")
         if "train" not in self.splits:
-            raise DataError(f"{self.name}: splits names no train split")
+            raise DataError(f"data.benchmarks.{self.name}.splits={self.splits}: there is no train split; name one")
         for name in ("prompt", "target", "marker", "split_on"):
             if isinstance(text := getattr(self, name, None), str):
                 setattr(self, name, re.sub(r"(?<!\\)\\n", "\n", text).replace(r"\\n", r"\n"))
@@ -132,36 +132,36 @@ class Benchmark(ABC):
             except ValueError:
                 bad = True
             if bad:
-                raise self._error(name, "no template: write {column}, and {{ or }} for a brace itself", says=" is ")
+                raise self._error(name, "no valid template: write {column}, and {{ or }} for a brace", says=" is ")
 
     @property
     def columns(self) -> list[str]:
-        """List the columns that every row must have: those of the templates and those the class reads."""
+        """List the columns that every row must have: those that the templates use and those that the class reads."""
         in_templates = (word for text in (self.prompt, self.target) for word in words_of(text))
         paths = (*(word for word in in_templates if word not in self.words), *self._paths())
         return list(dict.fromkeys(path.split(".")[0] for path in paths))
 
     def answer_settings(self) -> dict[str, Any]:
-        """Return the settings that an answer, or what is read in it, depends on."""
+        """Return the settings on which the answers, or their extraction, depend."""
         return {name: value for name, value in asdict(self).items() if name not in self.no_answer_depends_on}
 
     def builtin_rows(self, split: str) -> list[dict[str, str]] | None:
-        """Return the rows of a split if the benchmark makes them itself; None if they are to be read."""
+        """Return the rows of a split if the benchmark generates them itself; None if they must be loaded."""
         return None
 
     def file(self, split: str) -> str:
-        """Name the file of a split inside a local copy."""
+        """Return the file name of a split in a local copy."""
         return f"{split}.jsonl"
 
     def derive(self, split: str, rows: Iterable[Row]) -> Iterable[Row]:
-        """Make a split's rows, to be iterated as often as wanted, from those of its file; most just hand them on."""
+        """Turn the rows of a file into a split's rows, which can be iterated repeatedly; here they are the same."""
         return rows
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: B027
-        """Take over what rows depend on besides their text; called before any row is read."""
+        """Adopt the Pilot's tokenizer where rendering depends on it; called before any row is read."""
 
     def group_of(self, row: Row) -> str:
-        """Return what rows have in common that must not be trained and tested on: here the question."""
+        """Return a key, here the question. Rows of equal key stay in one split, lest one be trained and tested on."""
         return self.render(row).question
 
     @property
@@ -171,21 +171,21 @@ class Benchmark(ABC):
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """List what is measured; λ is chosen by the first."""
+        """List the metrics; λ is chosen by the first one."""
         if isinstance(self.metric, Metric):
             return (self.metric, *self._usual_metrics("accuracy"), *self.more_metrics)
         return (*self._usual_metrics(self.metric), *self.more_metrics)
 
     def _usual_metrics(self, name: str) -> Sequence[Metric]:
-        """List the metrics of every benchmark of this class, of which ``name`` is the first one's."""
+        """List the metrics that every benchmark of this class reports; the first one is called ``name``."""
         return (Metric(name),)
 
     def read(self, prediction: str, answer: str) -> Answer:
-        """Read the answer in a generated text and hold it against the gold one."""
+        """Extract the answer from a generated text and compare it with the gold one."""
         return Answer(prediction, self.extract(prediction), answer, self.correct(prediction, answer))
 
     def score(self, prediction: str, answer: str) -> dict[str, float]:
-        """Judge a generated text; see `judge`."""
+        """Score a generated text by each metric; see `judge`."""
         return self.judge(self.read(prediction, answer))
 
     def judge(self, answer: Answer) -> dict[str, float]:
@@ -204,7 +204,7 @@ class Benchmark(ABC):
         return scores
 
     def impossible(self, figures: Mapping[str, float]) -> list[str]:
-        """Say which figures of the benchmark's metrics contradict each other; most metrics never do."""
+        """Say which figures of the benchmark's metrics contradict each other; those of most metrics never do."""
         return []
 
     @abstractmethod
@@ -216,7 +216,7 @@ class Benchmark(ABC):
         """
 
     def extract(self, text: str) -> str | None:
-        """Return the answer in a generated text, None if it holds none; here the text itself, white space apart."""
+        """Return the answer in a generated text, or None; here the whole text with its white space normalised."""
         return tidy(text)
 
     def same(self, found: str | None, answer: str) -> bool:
@@ -228,16 +228,16 @@ class Benchmark(ABC):
         return self.same(self.extract(prediction), answer)
 
     def _paths(self) -> Iterable[str]:
-        """Name the columns read besides those of the templates: the values of all ``…_column`` and ``…_columns``."""
+        """List the columns that the class reads itself: the values of all ``…_column`` and ``…_columns`` settings."""
         values = [getattr(self, item.name) for item in fields(self) if re.search("_columns?$", item.name)]
         return [path for value in values if value for path in ([value] if isinstance(value, str) else value)]
 
     def _error(self, name: str, text: str, says: str = ": ") -> DataError:
-        """Make an error about one setting: its key, its value and what is wrong."""
+        """Make an error about one setting that states its key, its value and what is wrong."""
         return DataError(f"data.benchmarks.{self.name}.{name}={getattr(self, name)!r}{says}{text}")
 
     def _wrong_values(self) -> Iterator[str]:
-        """Say which attributes are of another type than the class asks for, or cannot be used in file names."""
+        """Say which attributes have the wrong type or value, or cannot be part of a file name."""
         key = f"data.benchmarks.{self.name}"
         types = _attribute_types(type(self))
         for item in fields(self):
@@ -267,20 +267,20 @@ class Benchmark(ABC):
         prompt, target, ending = (_Filler(words).vformat(text, (), row) for text in texts)
         for what, names in self._asked.items():
             if names and all(is_blank(words[name] if name in words else text_at(row, name)) for name in names):
-                raise DataError(f"the {what} is empty: nothing stands in {', '.join(names)}")
+                raise DataError(f"the {what} is empty: there is no text in {', '.join(names)}")
         if target.startswith(" "):
             prompt, ending = prompt.rstrip(" "), ending.rstrip(" ")
         return Example(prompt, target, answer, ending=len(ending))
 
     @cached_property
     def _asked(self) -> dict[str, list[str]]:
-        """What each template takes from a row, of which something must not be blank."""
+        """The fields that each template fills from a row, at least one of which must not be blank."""
         texts = {"prompt": self.prompt, "target": self.target}
         return {what: [word for word in words_of(text) if word not in FRAME] for what, text in texts.items()}
 
     @cached_property
     def _ending(self) -> str:
-        """The prompt's template from the options on, or what follows its last field."""
+        """The end of the prompt template: from the options on, else what follows its last field."""
         fields = list(re.finditer(r"(?<!\{)\{\w[^{}]*\}", self.prompt))
         options = [field.start() for field in fields[1:] if field[0] == "{options}"]
         return self.prompt[(options or [fields[-1].end() if fields else len(self.prompt)])[0] :]
@@ -288,7 +288,7 @@ class Benchmark(ABC):
 
 @dataclass(kw_only=True)
 class ExactMatch(Benchmark):
-    """Judge the whole text, white space apart. Template words: ``prompt`` and ``target``, the two named columns."""
+    """Compare whole texts, up to white space. Template words: ``prompt`` and ``target``, the two named columns."""
 
     words: ClassVar[frozenset[str]] = frozenset({"prompt", "target"})
 
@@ -300,7 +300,7 @@ class ExactMatch(Benchmark):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not words_of(self.target):
-            raise self._error("target", "{column}: all answers would be the same text", says=" holds no ")
+            raise self._error("target", "{column}, so all answers would be the same text; add one", says=" holds no ")
 
     def render(self, row: Row) -> Example:
         """Fill the templates with the two columns; the answer is the tidied target."""
@@ -335,12 +335,12 @@ def words_of(template: str) -> list[str]:
 
 
 def is_finite(value: Any) -> bool:
-    """Tell whether a value of a row is anything but the NaN or an infinity that JSON readers let through."""
+    """Tell whether a value of a row is not NaN or an infinity, which JSON readers accept."""
     return not isinstance(value, float) or math.isfinite(value)
 
 
 def _attribute_types(benchmark: type) -> dict[str, Any]:
-    """Types of a benchmark's attributes; only `Benchmark`'s if a subclass has some that only type checkers know."""
+    """Return the types of a benchmark's attributes; of `Benchmark` alone if a subclass has unresolvable hints."""
     try:
         return get_type_hints(benchmark)
     except NameError:
@@ -348,7 +348,7 @@ def _attribute_types(benchmark: type) -> dict[str, Any]:
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value is of one of `TYPES`."""
+    """Tell whether a value is of a type that `TYPES` lists."""
     if kind == Splits:
         values = value.values() if isinstance(value, Mapping) else [None]
         return all(isinstance(part, str) or (part and _is_of(part, list[str])) for part in values)
@@ -359,7 +359,7 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 
 def lookup(row: Row, path: str) -> Any:
-    """Return the value at a column or a dotted path: ``turns.0.text`` is key ``text`` of the first in ``turns``.
+    """Return the value at a column or a dotted path: ``turns.0.text`` is ``text`` of the first entry of ``turns``.
 
     Raises:
         DataError: If a part of the path is missing.
@@ -382,7 +382,7 @@ def text_at(row: Row, path: str) -> str:
     """Return the text at a column or a dotted path; numbers and booleans are written as in JSON.
 
     Raises:
-        DataError: If a part of the path is missing, or if there is something else, such as null, NaN or a list.
+        DataError: If a part of the path is missing, or if the value is not a text, such as null, NaN or a list.
     """
     value = lookup(row, path)
     if not isinstance(value, str | int | float) or not is_finite(value):

@@ -1,4 +1,4 @@
-"""Conversations: which turns of them a model learns, as prompt and target under its own chat template."""
+"""Conversations as training data: each learnt turn as prompt and target under the model's own chat template."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,11 +14,11 @@ from tcopilot.data.benchmarks import Benchmark, DataError, Example, Row, lookup
 Message = dict[str, Any]
 COLUMNS = ("messages", "conversations")
 PAIRS = (("prompt", "completion"), ("instruction", "output"))
-"""Columns of a question and its answer, each a text or a list of messages, where a row has none of `COLUMNS`."""
+"""Columns of a question and its answer, read if a row has none of `COLUMNS`; each is a text or a list of messages."""
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
-"""What ShareGPT calls the roles of chat templates."""
+"""ShareGPT's names of roles to those of chat templates."""
 TURN = "_turn"
-"""Key of a row: the numbers of its conversation (from 1) and of the message that is its target (from 0)."""
+"""Row key of a pair: the number of the conversation (from 1) and of the message that is the target (from 0)."""
 PROBE = "answer42"
 
 
@@ -26,21 +26,21 @@ PROBE = "answer42"
 class Chat(Benchmark):
     """Answer as the assistant of a conversation.
 
-    Each turn of the assistant is a row of its own. Its prompt is the conversation before it, as the chat template
-    writes it with the generation prompt, so training, evaluation and use see the same text. Its target is what the
-    template then writes of the turn, up to the token that closes it; loss is on targets only. A single row for the
-    whole conversation would be shorter, but wrong for templates that write a turn otherwise once others follow, as
-    those do that drop earlier thoughts; and prompt and target is what everything behind this class works on.
+    Each turn of the assistant is a row of its own. Its prompt is the conversation so far, as the chat template writes
+    it with the generation prompt, so that training, evaluation and use see the same text. Its target is the turn
+    itself up to the token that closes it; the loss is on targets only. A single row for the whole conversation would
+    be cheaper, but wrong for templates that change a turn once others follow, such as those that drop earlier
+    reasoning; and all later code works on pairs of prompt and target.
 
     Messages are ``{role, content}``, or ShareGPT's ``{from, value}``. A message with ``weight: 0`` is context only. A
-    prompt and its completion, or an instruction, its input and an output, are a conversation of one turn. A column
-    ``system`` is the system prompt of a conversation that has none, and ``tools`` is handed to the template.
+    prompt with its completion, or an instruction with its input and output, is a conversation of one turn. A column
+    ``system`` is the system prompt of a conversation that has none, and ``tools`` is passed to the template.
 
     Attributes:
-        messages_column: Column of the messages; None is ``messages`` or ``conversations``.
+        messages_column: Column of the messages; None means ``messages`` or ``conversations``, whichever exists.
         turns: Which turns of the assistant are targets: ``all``, or the ``last`` of each conversation.
-        system: System prompt of conversations that bring none; None adds none.
-        template: File of a chat template in Jinja, or its text, in place of the tokenizer's own.
+        system: System prompt for conversations without one; None adds none.
+        template: A Jinja chat template, as a file or as its text, that replaces the tokenizer's own.
     """
 
     templated: ClassVar[bool] = True
@@ -53,10 +53,10 @@ class Chat(Benchmark):
     template: str | None = None
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Take over the chat template, and let the token that closes a turn be the one that ends answers.
+        """Adopt the chat template, and make the token that closes a turn the end token of answers.
 
         Raises:
-            DataError: If there is no template, or none under which an answer continues the generation prompt.
+            DataError: If there is no template, or if an answer does not continue the generation prompt under it.
         """
         if self.template is not None:
             tokenizer.chat_template = self._given_template()
@@ -77,11 +77,11 @@ class Chat(Benchmark):
             tokenizer.eos_token = max(ends, key=len)
 
     def derive(self, split: str, rows: Iterable[Row]) -> Iterable[Row]:
-        """Make one row of each turn that is a target."""
+        """Make one row for each turn that is a target."""
         return _Turns(self, rows)
 
     def group_of(self, row: Row) -> str:
-        """Return how the conversation opens: its turns, and those of others that open alike, stay together."""
+        """Return the opening of the conversation; all turns of conversations that open alike stay in one split."""
         opening = []
         for message in self._messages(row):
             opening.append(str(message["content"]))
@@ -95,7 +95,7 @@ class Chat(Benchmark):
         try:
             messages = self._messages(row)
             if turn is None:
-                raise DataError("no turn of the assistant follows one of the user")
+                raise DataError("no turn of the assistant follows one of the user; mend or remove it")
             prompt, rest = self._prompt_and_rest(messages[: turn + 1], row.get("tools") or None)
         except (DataError, TemplateError) as error:
             raise DataError(f"conversation {number}: {error}") from error
@@ -103,7 +103,7 @@ class Chat(Benchmark):
         return Example(prompt, target, tidy(target) or "")
 
     def targets_of(self, row: Row) -> list[int | None]:
-        """Return the places of the messages that are targets; [None] for none, which `render` complains of."""
+        """Return the indices of the messages that are targets; [None] if there are none, which `render` reports."""
         try:
             messages = self._messages(row)
         except DataError:
@@ -124,7 +124,7 @@ class Chat(Benchmark):
         return messages
 
     def _given(self, row: Row) -> tuple[str, Any]:
-        """Return the messages of a row as they stand there, and the name of their column or columns."""
+        """Return the name of the column or columns that hold a row's messages, and the raw messages."""
         if column := self.messages_column or next((name for name in COLUMNS if name in row), None):
             return column, lookup(row, column)
         if pair := next((pair for pair in PAIRS if row.keys() >= set(pair)), None):
@@ -139,13 +139,13 @@ class Chat(Benchmark):
         )
 
     def _prompt_and_rest(self, messages: list[Message], tools: Any = None) -> tuple[str, str]:
-        """Write a conversation as what comes before its last turn and the rest."""
+        """Write a conversation as two texts: what comes before its last turn, and the rest."""
         prompt = self._written(messages[:-1], tools, add_generation_prompt=True)
         whole = self._written(messages, tools)
         if not whole.startswith(prompt):
             raise DataError(
                 "under the chat template an answered conversation does not begin with the generation prompt, so no "
-                f"target follows from it; give another one in data.benchmarks.{self.name}.template"
+                f"target can be cut from it; give another template in data.benchmarks.{self.name}.template"
             )
         return prompt, whole[len(prompt) :]
 
@@ -165,7 +165,7 @@ class Chat(Benchmark):
 
 @dataclass(frozen=True)
 class _Turns:
-    """Iterate, as often as wanted, over the turns of conversations."""
+    """Iterate over the turns of conversations; each iteration starts anew."""
 
     chat: Chat
     rows: Iterable[Row]
@@ -177,7 +177,7 @@ class _Turns:
 
 
 def _message(given: Any, where: str) -> Message:
-    """Return a message as chat templates want it, without the keys that a table filled with null."""
+    """Return a message in the form that chat templates expect, without keys that are null."""
     if not isinstance(given, Mapping):
         raise DataError(f"{where} is {given!r:.80}, expected a message with role and content")
     message = {key: value for key, value in given.items() if value is not None}

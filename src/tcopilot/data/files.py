@@ -1,7 +1,7 @@
 """Rows in files: which files a split names, and how each format is read.
 
-JSON and CSV are read line by line, because a complaint then names the line and a number stays as it is written (2.50,
-007); Parquet by `datasets`. Arrow unpacks what is compressed.
+JSON and CSV are read line by line, so that error messages name the line and numbers keep their spelling (2.50, 007).
+Parquet is read by `datasets`. Arrow decompresses packed files.
 """
 
 import csv
@@ -24,7 +24,7 @@ from tcopilot.data.benchmarks import DataError, is_finite
 
 Row = dict[str, Any]
 PACKED = (".gz", ".zst", ".bz2", ".lz4")
-STARTS = {  # of files that are no JSON lines
+STARTS = {  # the first bytes of files that are not JSON lines, and what such a file is
     b"[": "one JSON array: call it .json",
     b"{": "JSON with line breaks inside its objects: write one object a line, as jq -c . does",
     b"\x1f\x8b": "gzip: put .gz behind its name",
@@ -36,10 +36,10 @@ STARTS = {  # of files that are no JSON lines
 
 
 class WrittenNumber(float):
-    """A number that is written out as the file has it: 2.50 as 2.50, and with all its digits."""
+    """A float that keeps its spelling in the file, so that 2.50 is written as 2.50 and no digit is lost."""
 
     def __new__(cls, text: str) -> Self:
-        """Keep the number's text."""
+        """Parse a number and keep its text."""
         number = super().__new__(cls, text)
         number.text = text
         return number
@@ -50,10 +50,10 @@ class WrittenNumber(float):
 
 @dataclass(frozen=True)
 class FileRows:
-    """Iterate, as often as wanted, over the rows of some files, one file after another; each has one of `FORMATS`.
+    """Iterate over the rows of some files, one after another; each iteration starts anew. Files have one of `FORMATS`.
 
     Raises while iterating:
-        DataError: At what cannot be read, with the file and, where it is text, the line.
+        DataError: If something cannot be read; the message names the file and, for text files, the line.
     """
 
     files: Sequence[Path]
@@ -74,7 +74,7 @@ class FileRows:
 class Part:
     """Iterate over a slice of rows, such as ``[:2000]``, ``[-500:]`` or ``[10%:]``.
 
-    A share, or a place counted from the end, takes a first pass that counts the rows.
+    A percentage, or a position counted from the end, needs a first pass that counts the rows.
     """
 
     rows: Iterable[Row]
@@ -90,7 +90,7 @@ class Part:
 
 
 def name_and_part(place: str) -> tuple[str, str]:
-    """Divide what a split names from the slice behind it.
+    """Separate the name of a split or file from the slice behind it.
 
     >>> name_and_part("train[:2000]"), name_and_part("part-[0-9].csv")
     (('train', '[:2000]'), ('part-[0-9].csv', ''))
@@ -99,7 +99,7 @@ def name_and_part(place: str) -> tuple[str, str]:
 
 
 def names_files(place: str | list[str]) -> bool:
-    """Tell whether a split names files, by their endings, and not a split of a data set on the Hub.
+    """Tell by the ending whether a split names files rather than a split of a data set on the Hub.
 
     >>> [names_files(place) for place in ("train[:10]", "rows.csv[:10]", "part-*.json.gz", ["a.csv", "b.jsonl"])]
     [False, True, True, True]
@@ -108,12 +108,12 @@ def names_files(place: str | list[str]) -> bool:
 
 
 def find_files(folder: Path, places: str | list[str]) -> FileRows | Part:
-    """Find the files that a split names: paths or patterns below a folder, of which the last may end in a slice.
+    """Find the files that a split names by paths or patterns below a folder; the last may end in a slice.
 
-    The files of a pattern are in the order of their names.
+    The files of a pattern are sorted by name.
 
     Raises:
-        DataError: If there are none for one of the names.
+        DataError: If a path or pattern matches no file.
     """
     files: list[Path] = []
     *whole, last = [places] if isinstance(places, str) else places
@@ -131,18 +131,18 @@ def find_files(folder: Path, places: str | list[str]) -> FileRows | Part:
 
 
 def found_in(folder: Path) -> list[str] | str:
-    """Name what lies in a folder, ten at most, for a message about what does not."""
+    """List up to ten entries of a folder, for a message about a file that it lacks."""
     return sorted(path.name for path in folder.glob("*"))[:10] if folder.is_dir() else "no such folder"
 
 
 def files_called(stem: Path) -> list[Path]:
-    """List the files of a name, in any format, packed or not."""
+    """List the existing files with this stem, in any format, compressed or not."""
     names = (f"{stem.name}{ending}{packed}" for ending in FORMATS for packed in ("", *PACKED))
     return [file for name in names if (file := stem.with_name(name)).is_file()]
 
 
 def format_of(file: str | Path) -> str:
-    """Return the ending of a file's name, apart from that of a packed file.
+    """Return the ending of a file's name, ignoring that of the compression.
 
     >>> format_of("rows.csv.gz"), format_of("v1.5")
     ('.csv', '.5')
@@ -152,12 +152,12 @@ def format_of(file: str | Path) -> str:
 
 
 def _bytes_of(file: Path) -> io.BufferedReader:
-    """Open a file, and unpack it where its name says that it is packed."""
+    """Open a file, and decompress it if its name has the ending of a compressed file."""
     return io.BufferedReader(pa.input_stream(file, compression="detect"))
 
 
 def _json_lines(file: Path, lines: Iterable[bytes] | None = None) -> Iterator[Row]:
-    """Read objects, one a line; blank lines are skipped."""
+    """Read one object per line; blank lines are skipped."""
     for number, line in enumerate(lines or _bytes_of(file), start=1):
         if line.strip():
             row = _from_json(line, f"{file}, line {number}", number)
@@ -168,7 +168,7 @@ def _json_lines(file: Path, lines: Iterable[bytes] | None = None) -> Iterator[Ro
 
 
 def _json(file: Path) -> Iterator[Row]:
-    """Read one array of objects, or objects one a line, as ``.json`` stands for both."""
+    """Read an array of objects, or one object per line, because ``.json`` files come in both forms."""
     stream = _bytes_of(file)
     if not stream.peek(1000).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         yield from _json_lines(file, stream)
@@ -187,8 +187,8 @@ def _from_json(text: bytes, where: str, line: int) -> Any:
 
 
 def _table(file: Path, separator: str) -> Iterator[Row]:
-    """Read a table of texts whose first line names the columns."""
-    csv.field_size_limit(10**9)  # characters; the usual limit is shorter than some documents
+    """Read a table whose first line names the columns; all cells are texts."""
+    csv.field_size_limit(10**9)  # characters; the default limit is too small for long documents
     rows = csv.DictReader(io.TextIOWrapper(_bytes_of(file), "utf-8-sig", newline=""), delimiter=separator, strict=True)
     try:
         for row in rows:
@@ -201,7 +201,7 @@ def _table(file: Path, separator: str) -> Iterator[Row]:
 
 
 def _parquet(file: Path) -> Iterator[Row]:
-    """Read the rows of Parquet, lists and structs as they are."""
+    """Read the rows of a Parquet file; lists and structs are kept."""
     try:
         yield from datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
     except (pa.ArrowException, ValueError) as error:
@@ -215,11 +215,11 @@ FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".tsv": partial(_table, separator="\t"),
     ".parquet": _parquet,
 }
-"""Endings of files' names, and how such a file is read."""
+"""File endings and the function that reads such a file."""
 
 
 def _likely_cause(line: bytes, number: int) -> str:
-    """Say why a line is no JSON object, and what to do."""
+    """Say why a line is probably not a JSON object, and what to do."""
     start = line.lstrip(b"\xef\xbb\xbf \t")
     for first, advice in STARTS.items():
         if number == 1 and start.startswith(first) and (first != b"{" or not start[1:].strip()):
@@ -234,7 +234,7 @@ def _likely_cause(line: bytes, number: int) -> str:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse an object that gives a key twice, of which JSON readers silently keep the last."""
+    """Refuse an object with a repeated key, for which JSON readers would silently keep the last value."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]

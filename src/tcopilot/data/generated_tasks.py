@@ -1,6 +1,6 @@
-"""Built-in tasks: generated from a seed, closed vocabulary, no download.
+"""Built-in tasks, generated from a seed over a closed vocabulary, without a download.
 
-Every task is a :class:`Benchmark`, so the rest of the code does not know that its rows are made up.
+Every task is a :class:`Benchmark`, so the rest of the code need not know that its rows are generated.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ ENTITIES, RELATIONS, CLASSES, VALUES = 60, 6, 6, 24
 
 
 def _world(random: Random) -> list[list[int]]:
-    """Return value[entity][relation]: that of the entity's class, but for one fact in four a value of its own."""
+    """Return value[entity][relation]: the value of the entity's class, replaced at random in one fact of four."""
     rule = [[random.randrange(VALUES) for _ in range(RELATIONS)] for _ in range(CLASSES)]
     return [
         [random.randrange(VALUES) if random.random() < 0.25 else value for value in rule[entity % CLASSES]]
@@ -75,7 +75,7 @@ ITEMS_PER_TASTE = ITEMS // TASTES
 
 
 def _next_item(random: Random) -> tuple[str, str]:
-    """Follow a user of two tastes: each step picks one and moves on in it by 1 (70 %), by 3 (20 %), or anywhere."""
+    """Simulate a user with two tastes: each step advances one by 1 (70 %) or 3 (20 %), or takes any item (10 %)."""
     tastes = random.sample(range(TASTES), 2)
     places = [random.randrange(ITEMS_PER_TASTE) for _ in tastes]
     items = []
@@ -109,7 +109,7 @@ def _in_words(number: int) -> str:
 
 
 def _signed_difference(random: Random) -> tuple[str, str]:
-    """Subtract: the words of x - y and of y - x are the same, and only their order tells the sign."""
+    """Ask for x - y in words; x - y and y - x use the same words, so only their order determines the sign."""
     x, y = random.randrange(100), random.randrange(100)
     return f"what is {_in_words(x)} minus {_in_words(y)} ?", _in_words(x - y)
 
@@ -133,8 +133,8 @@ KINDS = {
 class GeneratedTask(ExactMatch):
     """Generate the rows of a task; equal settings give equal rows.
 
-    Test, then validation, are drawn first and hold no prompt twice; a train row never has a prompt of either.
-    Prompts may repeat within train. The target starts with a space for the sake of byte and subword tokenizers.
+    Test and validation rows are drawn first. Their prompts are all distinct, and none of them occurs in train, where
+    prompts may repeat. The target starts with a space, as byte and subword tokenizers require.
 
     Attributes:
         kind: ``word_problems``, ``multiple_choice``, ``signed_difference`` or ``next_item``.
@@ -172,9 +172,9 @@ class GeneratedTask(ExactMatch):
         return rows | {"train": self._draw(random, self.train, held, keep=False)}
 
     def _draw(self, random: Random, count: int, held: set[str], keep: bool) -> list[dict[str, str]]:
-        """Draw rows whose prompts are not in ``held``; ``keep`` adds theirs to it."""
+        """Draw rows whose prompts are not in ``held``; with ``keep`` the new prompts are added to ``held``."""
         rows: list[dict[str, str]] = []
-        for _ in range(20 * count + 1000):  # far more draws than rows mean that prompts ran out
+        for _ in range(20 * count + 1000):  # if so many draws do not suffice, there are no new prompts left
             if len(rows) == count:
                 return rows
             prompt, target = KINDS[self.kind].draw(random)
@@ -182,4 +182,4 @@ class GeneratedTask(ExactMatch):
                 rows.append({"prompt": prompt, "target": target})
                 if keep:
                     held.add(prompt)
-        raise DataError(f"{self.name}: {count} rows asked for, but prompts ran out at {len(rows)}; ask for fewer")
+        raise DataError(f"{self.name}: {count} rows asked for, but only {len(rows)} have new prompts; ask for fewer")

@@ -1,4 +1,4 @@
-"""Instructions with their outputs: rows as those of Alpaca."""
+"""Instructions with their outputs, as rows in the format of Alpaca."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from tcopilot.data.benchmarks import ExactMatch, Example, Row, text_at
 
 @dataclass(kw_only=True)
 class Instruction(ExactMatch):
-    """Answer an instruction, as in Alpaca's rows; ``{prompt}`` is the instruction and, behind a blank line, its input.
+    """Answer an instruction of Alpaca's format; ``{prompt}`` is the instruction, a blank line and the input, if any.
 
     Attributes:
         input: Column of the input, which may be empty or missing.

@@ -1,7 +1,7 @@
 """Metrics: what a benchmark measures, which direction is better, and how a figure is printed.
 
-A benchmark owns its metrics (`Benchmark.metrics`); λ is chosen by the first. A metric of one's own is a subclass of
-`Metric` or `CorpusMetric` that the benchmark's YAML names: ``metric: {_target_: my_metrics.EditDistance}``.
+A benchmark lists its metrics (`Benchmark.metrics`); λ is chosen by the first. To add your own, subclass `Metric` or
+`CorpusMetric` and name the class in the benchmark's YAML: ``metric: {_target_: my_metrics.EditDistance}``.
 """
 
 from abc import ABC, abstractmethod
@@ -17,18 +17,18 @@ SHARE = "share"
 
 
 class Answer(NamedTuple):
-    """What a model answered to a row, as metrics see it."""
+    """A model's answer to a row, in the form that metrics score."""
 
     text: str
-    """The text that was generated; of a ranking, its first item."""
+    """The generated text, or the first item of a ranking."""
     extracted: str | None
-    """The answer that the benchmark reads in the text, None if it finds none."""
+    """The answer that the benchmark extracts from the text; None if there is none."""
     gold: str
     correct: bool
     correct_leniently: bool = False
-    """Whether the benchmark's lenient reading of the text is right, where it has one."""
+    """Whether the answer is right under the benchmark's lenient reading, if it has one."""
     rank: int | None = None
-    """Place of the gold item in a ranking, from 1; 0 or None if it was not found, or if nothing was ranked."""
+    """Rank of the gold item, from 1; 0 or None if it was not found or nothing was ranked."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Metric:
         name: Its name in the results.
         higher_is_better: Which direction is an improvement: when λ is chosen, and in every comparison and verdict.
         unit: ``share``, or a short text printed behind the number, such as ``nats``; may be empty.
-        compared: Whether the fused model's gain in it is tested; if not, it is reported only.
+        compared: Whether the gain of the fused model in this metric is tested; if not, it is only reported.
     """
 
     name: str
@@ -52,19 +52,19 @@ class Metric:
         return float(answer.correct)
 
     def value(self, scores: Sequence[Any]) -> float:
-        """Return the figure of all rows from what ``score`` returned for each."""
+        """Aggregate what ``score`` returned for each row into one figure."""
         return sum(scores) / len(scores)
 
 
 @dataclass(frozen=True)
 class CorpusMetric(Metric, ABC):
-    """A metric of all rows together, which is no mean of their scores.
+    """A metric of all rows together that is not a mean of scores per row, such as macro-F1.
 
-    Its intervals come from resampling rows, so ``value`` is computed a thousand times for each of them.
+    Its confidence intervals come from resampling rows, so ``value`` is called a thousand times for each interval.
     """
 
     def score(self, answer: Answer) -> Answer:
-        """Hand the answer on to ``value``."""
+        """Return the answer unchanged, for ``value`` to aggregate."""
         return answer
 
     @abstractmethod
@@ -98,9 +98,9 @@ class NoAnswer(Metric):
 
 @dataclass(frozen=True)
 class MacroF1(CorpusMetric):
-    """The F1 of each gold answer as a class, averaged over the classes whatever their size.
+    """The mean over classes, regardless of their size, of the F1 of each; the classes are the distinct gold answers.
 
-    A wrong answer that is no class, or none at all, counts as a miss of the gold class only.
+    A wrong answer that is not one of the classes, or is missing, counts only as a miss of the gold class.
 
     >>> answers = [Answer("", found, gold, found == gold) for found, gold in ("aa", "aa", "ba", "bb", ("?", "b"))]
     >>> round(MacroF1().value(answers), 4)  # a: 2 hits, 1 miss, F1 4/5; b: 1 hit, 1 miss, 1 false alarm, F1 1/2
@@ -140,16 +140,16 @@ class NDCG(Metric):
 
 
 NLL = Metric("nll", higher_is_better=False, unit="nats")
-"""Negative log-likelihood per target token, which is reported of all benchmarks together."""
+"""Negative log-likelihood per target token, reported over all benchmarks together."""
 
 
 def scale(unit: str) -> float:
-    """Return what values are multiplied by in print: 100 for shares, else 1."""
+    """Return the factor by which values are multiplied for printing: 100 for shares, else 1."""
     return 100.0 if unit == SHARE else 1.0
 
 
 def printed_unit(unit: str) -> str:
-    """Return what stands behind a printed value: ``%`` for shares, else the unit itself."""
+    """Return the unit to print behind a value: ``%`` for shares, else the unit itself."""
     return "%" if unit == SHARE else unit
 
 
@@ -175,7 +175,7 @@ def show_difference(
     digits: int | None = None,
     named: bool = False,
 ) -> str:
-    """Write a difference between two values of a metric, if given with its interval and if ``named`` with its unit.
+    """Write the difference of two values of a metric, with its interval if given, and its unit if ``named``.
 
     >>> show_difference(0.025, "share"), show_difference(-0.1, "nats", (-0.2, 0.0), digits=2)
     ('+2.50', '-0.10 [-0.20, +0.00]')
@@ -189,7 +189,7 @@ def show_difference(
 
 
 class RankingStep(NamedTuple):
-    """From one cutoff to the next larger one: how much hit and NDCG rise, and the range that hit leaves to NDCG."""
+    """The rise of hit and NDCG from one cutoff to the next, and the range of NDCG's rise that hit permits."""
 
     first: int  # 0 where there is no smaller cutoff
     last: int
@@ -205,22 +205,22 @@ class RankingStep(NamedTuple):
 
 
 def impossible_steps(figures: Mapping[str, float], tolerance: float = 1e-9) -> list[RankingStep]:
-    """Return the steps between cutoffs whose figures cannot belong together, with one relevant item a row.
+    """Return the steps between cutoffs whose hit and NDCG cannot stem from one ranking with one relevant item per row.
 
     Between neighbouring cutoffs k1 < k2 every further hit adds 1/log2(rank + 1) with k1 < rank ≤ k2, hence
-    ΔHit/log2(k2 + 1) ≤ ΔNDCG ≤ ΔHit/log2(k1 + 2). The first cutoff counts from 0. Figures that break this come from
-    different rankings, or from a metric that is computed wrongly.
+    ΔHit/log2(k2 + 1) ≤ ΔNDCG ≤ ΔHit/log2(k1 + 2). For the first cutoff k1 is 0. Figures that violate these bounds
+    come from different rankings, or from a metric that is computed wrongly.
 
     Args:
         figures: Means over the same rows, as shares or all in per cent. Only cutoffs with both ``hit@K`` and
             ``ndcg@K`` count.
-        tolerance: How far each figure may be off, such as half a unit of its last digit, in the figures' unit.
+        tolerance: Rounding error of each figure in its own unit, such as half a unit of the last digit.
     """
     cutoffs = sorted(int(name[4:]) for name in figures if name[:4] == "hit@" and f"ndcg@{name[4:]}" in figures)
     points = [(0, 0.0, 0.0), *((k, figures[f"hit@{k}"], figures[f"ndcg@{k}"]) for k in cutoffs)]
     steps = []
     for (k1, hit1, ndcg1), (k2, hit2, ndcg2) in pairwise(points):
-        off = tolerance if k1 == 0 else 2 * tolerance  # nothing is off at 0
+        off = tolerance if k1 == 0 else 2 * tolerance  # the figures at 0 are exact
         hits, gain = hit2 - hit1, ndcg2 - ndcg1
         low, high = hits / log2(k2 + 1), hits / log2(k1 + 2)
         possible = low - off - off / log2(k2 + 1) <= gain <= high + off + off / log2(k1 + 2)
@@ -230,7 +230,7 @@ def impossible_steps(figures: Mapping[str, float], tolerance: float = 1e-9) -> l
 
 
 def consistency_problems(figures: Mapping[str, float], tolerance: float = 1e-9) -> list[str]:
-    """Say which figures cannot belong together; see `impossible_steps`.
+    """Say which figures cannot stem from one ranking; see `impossible_steps`.
 
     >>> consistency_problems({"hit@5": 0.3, "ndcg@5": 0.2, "hit@10": 0.4, "ndcg@10": 0.23})
     []

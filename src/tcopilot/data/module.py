@@ -1,4 +1,4 @@
-"""The data module: benchmarks in, batches of a round and rows of an evaluation out."""
+"""The data module: turns benchmarks into the batches of training rounds and the rows of evaluations."""
 
 import hashlib
 import logging
@@ -38,29 +38,29 @@ PreparedRow = dict[str, Any]
 
 @dataclass(eq=False, repr=False)
 class TCopilotDataModule(LightningDataModule):
-    """Serve a mixture of benchmarks: one Lightning epoch is the whole budget of rounds.
+    """Serve a mixture of benchmarks; one Lightning epoch is the whole budget of rounds.
 
-    Call ``prepare`` before anything else. Give the Trainer ``use_distributed_sampler=False``: the batches are divided
-    among ranks here. ``configs/data/base.yaml`` says what each argument does; here is what it leaves out.
+    Call ``prepare`` first. Give the Trainer ``use_distributed_sampler=False``, because batches are already divided
+    among ranks here. ``configs/data/base.yaml`` explains each argument; the list below adds what is not said there.
 
     Args:
-        benchmarks: Name to benchmark, in the order in which ``Batch.benchmark_B`` counts them.
+        benchmarks: Benchmarks by name; ``Batch.benchmark_B`` numbers them in this order.
         path: Built-in tasks ignore it.
-        streaming: Evaluation rows are kept in memory all the same.
+        streaming: Only train rows are streamed; evaluation rows are kept in memory.
         epochs: A pass is rounded up to whole rounds.
-        validation_size: A stream gives its first rows, so it needs a number.
-        held_out: Each round then brings as many rows held out as rows to train on, as ``Batch.held_out``.
-        split_seed: Seed of the rows that are carved for validation and of the subsamples. Runs of other ``seed`` are
-            thus tested on the same rows, and on none that another one trained on. Shots are drawn by it too.
-        max_train_rows: Of a stream, its first rows.
-        on_error: With ``skip``, rows left out are counted in ``summary`` and named in the log and in ``skipped``. A
-            file that cannot be read, or whose rows all lack a column, is refused either way.
-        num_workers: A stream uses one at most, which keeps its order.
+        validation_size: Of a stream the first rows are set aside, so give a number of rows and not a share.
+        held_out: If above 0, each batch has as many held-out rows, in ``Batch.held_out``, as rows to train on.
+        split_seed: Seed by which validation rows, subsamples and shots are drawn. Runs with different ``seed`` thus
+            evaluate the same rows, none of which any of them trained on.
+        max_train_rows: Of a stream these are its first rows.
+        on_error: With ``skip``, skipped rows are counted in ``summary`` and named in the log and in ``skipped``. A
+            file that cannot be read, or whose rows all lack a column, is an error in either case.
+        num_workers: A stream uses at most one worker, so that its order is kept.
 
     Attributes:
-        shot_rows: Benchmark name to its shots, as (number, raw row) pairs.
-        skipped: Benchmark name to a complaint for each row that was skipped; of a streamed train, in the log only.
-        remarks: What is odd about the rows, a sentence each: cut, trained on and tested, out of reach.
+        shot_rows: The shots of each benchmark by its name, as (number, raw row) pairs.
+        skipped: Messages about skipped rows by benchmark name; for a streamed train split they are only logged.
+        remarks: Sentences about rows that were cut, are both trained and tested on, or cannot be answered correctly.
 
     Raises:
         DataError: If the settings contradict each other.
@@ -122,7 +122,7 @@ class TCopilotDataModule(LightningDataModule):
 
     @property
     def vocabulary(self) -> list[str] | None:
-        """List the words of all tasks, each once; None unless every benchmark has a closed vocabulary."""
+        """List the distinct words of all tasks; None unless every benchmark has a closed vocabulary."""
         words = [getattr(benchmark, "vocabulary", None) for benchmark in self.benchmarks.values()]
         return None if None in words else list(dict.fromkeys(word for part in words for word in part))
 
@@ -134,17 +134,17 @@ class TCopilotDataModule(LightningDataModule):
         max_new_tokens: int | None = None,
         shots: Mapping[str, list[NumberedRow]] | None = None,
     ) -> None:
-        """Load, render, tokenise and check all rows; needs no model. A stream's rows are checked as they are read.
+        """Load, render, tokenise and check all rows, without a model; a stream's rows are checked as they are read.
 
         Args:
-            tokenizer: The Pilot's. Without a pad token its end token pads, which the masks make harmless.
+            tokenizer: The Pilot's. Without a pad token its end token pads, which is harmless since masks are explicit.
             source_side: ``left`` for decoder-only Pilots, ``right`` for encoder-decoders.
             training: Whether there must be rows to train on.
-            max_new_tokens: Tokens that decoding waits for, if the evaluation says so for all benchmarks.
-            shots: ``shot_rows`` of a training run, which stand for those that would be drawn from the train rows.
+            max_new_tokens: Limit on generated tokens that the evaluation sets for all benchmarks, if any.
+            shots: ``shot_rows`` of a training run, to be used in place of newly drawn ones.
 
         Raises:
-            DataError: With every problem found, one a line.
+            DataError: If there are problems; the message lists all of them, one per line.
         """
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         for benchmark in self.benchmarks.values():
@@ -198,7 +198,7 @@ class TCopilotDataModule(LightningDataModule):
         self._lengths = None
         if train and self.group_by_length and not self.streaming:
             length, own = (np.asarray(self._train[name][:]) for name in ("length", "benchmark"))
-            self._lengths = length + (length.max() + 1) * own * bool(self.shots)  # whose shots a batch reads once
+            self._lengths = length + (length.max() + 1) * own * bool(self.shots)  # one benchmark's shots per batch
 
     def setup(self, stage: str | None = None) -> None:
         """Check that ``prepare`` was called; Lightning calls this."""
@@ -207,12 +207,12 @@ class TCopilotDataModule(LightningDataModule):
 
     @property
     def train_rows(self) -> int | None:
-        """Count the training rows of a pass, repeats from ``weights`` included; None for a stream."""
+        """Count the training rows of a pass, including repeats due to ``weights``; None for a stream."""
         self.setup()
         return None if self.streaming else len(self._divided()[0])
 
     def rows_of(self, split: str) -> list[PreparedRow]:
-        """Return the prepared rows of a split over all benchmarks, each once; of ``train`` none for a stream."""
+        """Return the distinct prepared rows of a split over all benchmarks; none for a streamed train split."""
         self.setup()
         if split != "train":
             return [row for name in self.benchmarks for row in self._evaluation.get((split, name), [])]
@@ -238,10 +238,10 @@ class TCopilotDataModule(LightningDataModule):
         return math.ceil(self.epochs * math.ceil(self.train_rows / self.batch_size))
 
     def train_dataloader(self) -> StatefulDataLoader:
-        """Return exactly ``total_rounds`` batches; its ``state_dict`` resumes at the next batch.
+        """Return a loader of exactly ``total_rounds`` batches; its ``state_dict`` resumes at the next batch.
 
         Raises:
-            DataError: If ``batch_size`` does not divide by the number of processes.
+            DataError: If ``batch_size`` is not a multiple of the number of processes.
         """
         self.setup()
         rank, world_size = self._place
@@ -266,20 +266,20 @@ class TCopilotDataModule(LightningDataModule):
         return StatefulDataLoader(self._train, batch_sampler=order, num_workers=self.num_workers, **shared)
 
     def val_dataloader(self) -> StatefulDataLoader:
-        """Return the validation rows of all benchmarks in fixed order; ranks take every ``world_size``-th row."""
+        """Return a loader of all validation rows in fixed order; each rank takes every ``world_size``-th row."""
         self.setup()
         parts = [self._evaluation.get(("validation", name), []) for name in self.benchmarks]
-        # Interleaved in proportion, since training looks at the first batches only.
+        # Interleave benchmarks in proportion to their size, because training may validate on the first batches only.
         places = sorted(((i + 0.5) / len(part), n, i) for n, part in enumerate(parts) for i in range(len(part)))
         rows = [parts[n][i] for _, n, i in places]
         batches = rank_batches(len(rows), self.eval_batch_size, *self._place)
         return StatefulDataLoader(rows, batch_sampler=batches, collate_fn=self.collate)
 
     def evaluation_rows(self, split: str, benchmark_name: str) -> list[PreparedRow]:
-        """Return the rows of a split to score, with the keys that ``RowPreparer`` gives them.
+        """Return the rows of a benchmark's split, with the keys that ``RowPreparer`` gives them.
 
         Raises:
-            DataError: If there are none.
+            DataError: If the benchmark has no such rows.
         """
         self.setup()
         rows = self._evaluation.get((split, benchmark_name))
@@ -289,13 +289,13 @@ class TCopilotDataModule(LightningDataModule):
         return rows
 
     def longest_answer(self, benchmark_name: str) -> int:
-        """Return how many tokens decoding waits for: as configured, else the longest training target and a little."""
+        """Return the limit on generated tokens: as configured, else slightly above the longest training target."""
         parts = [self._summary.get(f"{benchmark_name}/{split}") for split in SPLITS]
         limit = self.benchmarks[benchmark_name].max_new_tokens
         return limit or 2 + int(next(figures["target_max"] for figures in parts if figures))
 
     def target_tokens(self) -> list[int]:
-        """Return the tokens that train targets use, in order; of a stream, or without train rows, validation's."""
+        """Return the sorted distinct tokens of the train targets; of validation if these are streamed or missing."""
         validation = [row for (split, _), rows in self._evaluation.items() if split == "validation" for row in rows]
         stored = not self.streaming and "target_ids" in self._train.column_names
         targets = self._train["target_ids"] if stored else [row["target_ids"] for row in validation]
@@ -310,10 +310,10 @@ class TCopilotDataModule(LightningDataModule):
     def summary(self) -> dict[str, Figures]:
         """Return counts and token lengths for each ``<benchmark>/<split>``, see ``measure``.
 
-        Of a streamed train split there are only counts, of the rows read so far, repeated passes included.
+        A streamed train split has only counts, over the rows read so far, including repeated passes.
 
-        Of evaluation rows also ``trained_on``, how many ask a question that some benchmark's train rows ask, whatever
-        the options, and ``unreachable``, how many gold answers would not count as right if they were generated.
+        Evaluation splits also have ``trained_on``, the number of rows whose question occurs among the train rows of
+        any benchmark, and ``unreachable``, the number of gold answers that would be judged wrong if generated.
         """
         self.setup()
         streams = {part: stream.figures for part, stream in self._streams.items() if stream.figures}
@@ -330,7 +330,7 @@ class TCopilotDataModule(LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _divided(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the numbers of the rows to train on and of those held out; a repeated row is on one side only."""
+        """Return the indices of the rows to train on and of those held out; copies of a row are on the same side."""
         if not self.held_out:
             return np.arange(len(self._train)), np.arange(0)
         ids = np.asarray(self._train["id"][:])
@@ -350,7 +350,7 @@ class TCopilotDataModule(LightningDataModule):
             if name != benchmark.name:
                 raise DataError(f"data.benchmarks.{name}.name is {benchmark.name!r}; it must equal its key")
         if self.on_error not in ("stop", "skip"):
-            raise DataError(f"data.on_error is stop or skip, got {self.on_error!r}")
+            raise DataError(f"data.on_error={self.on_error!r}: use stop or skip")
         weights = self.weights or {}
         if not isinstance(self.weights, dict | None):
             raise DataError(f"data.weights={self.weights}: give a mapping of benchmark names to numbers, or null")
@@ -368,7 +368,7 @@ class TCopilotDataModule(LightningDataModule):
     def _put_before(
         self, preparer: RowPreparer, benchmark: Benchmark, shown: Split, questions: dict[str, list[str]]
     ) -> list[str]:
-        """Let the preparer put these shots before the prompts of a benchmark; returns what is wrong with them."""
+        """Set the shots that the preparer puts before each prompt of a benchmark; return the problems with them."""
         name, refused = benchmark.name, list[str]()
         self.shot_rows[name] = shown.rows
         preparer.shots, asked = preparer.solved(shown.rows, benchmark, refused.append)
@@ -376,8 +376,8 @@ class TCopilotDataModule(LightningDataModule):
         if self.streaming:
             preparer.reserved.update(asked)
         if len(shown.rows) == self.shots:
-            return [f"{name}, {shown.where}, {text}; it is to be a shot" for text in refused]
-        return [f"{name}: data.shots={self.shots} are drawn from train rows; there are no train rows here"]
+            return [f"{name}, {shown.where}, {text}; this row was drawn as a shot" for text in refused]
+        return [f"{name}: data.shots={self.shots} are drawn from train rows, but there are none; use data.shots=0"]
 
     def _note(self, name: str, split: str, rows: list[PreparedRow], figures: Figures, skipped: list[str]) -> None:
         self.skipped[name] += skipped

@@ -1,4 +1,4 @@
-"""Next-item recommendation from whole histories: leave-one-out rows, items written as text, ranking metrics.
+"""Next-item recommendation: leave-one-out rows from whole histories, items written as text, ranking metrics.
 
 Shape letters: ``U`` users, ``I`` items, ``F`` features.
 """
@@ -16,10 +16,10 @@ from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError, Example, Row,
 from tcopilot.data.files import FileRows
 from tcopilot.data.metrics import NDCG, Answer, Hit, Metric, consistency_problems
 
-MOST_ITEMS = 10**7  # all are named and ranked, also those that no one has
+MOST_ITEMS = 10**7  # every number up to the largest is named and ranked, even if no user has that item
 SHOWN = 3  # problems of a file that are printed in full
-HELD_OUT = {"test": 1, "validation": 2}  # how far from the end of a history a split's item stands
-FEATURES, ITERATIONS = 32, 20  # features of an item for collaborative ids, and steps to find them
+HELD_OUT = {"test": 1, "validation": 2}  # position of a split's target, counted from the end of the history
+FEATURES, ITERATIONS = 32, 20  # for collaborative ids: spectral features per item, steps of subspace iteration
 
 
 @dataclass(kw_only=True)
@@ -27,26 +27,26 @@ class NextItem(Benchmark):
     """Ask for the item that a user takes next, and rank all items.
 
     The rows of all splits come from one file, ``interactions.jsonl``, of ``{"user": 7, "items": [3, 1, 2]}``. Items
-    are numbers from 1, in the order of time. Splits are leave-one-out: a user's last item is for test, the one before
-    it for validation; every item from the second on of the rest is a training target, given those before it.
+    are numbers from 1, in order of time. Splits are leave-one-out: a user's last item is the test target and the one
+    before it the validation target. Of the remaining items each but the first is a training target, given its history.
 
     Template words: ``title``; ``user``; ``item``, such as ``item_1253``; ``history``, the last items, comma-separated.
     The target may use ``title`` and ``item`` alone, since ``catalogue`` holds it for every item.
 
-    ``Example.answer`` is the target, white space apart. ``Example.target`` equals the item's ``catalogue`` text to
-    the character, so ``catalogue.index(target)`` is its place: the item's number in the file less 1.
+    ``Example.answer`` is the target with its white space normalised. ``Example.target`` is exactly the item's text in
+    ``catalogue``, so ``catalogue.index(target)`` is its place: the item's number in the file minus 1.
 
     Attributes:
         title: What the texts call the data set, such as ``Beauty``.
-        items: Number of items; None is the largest one in the file.
-        index: How items are written. ``random``: numbers, shuffled. ``sequential``: numbers by first appearance, user
-            after user (P5), which puts neighbours of a history close together. ``collaborative``: paths such
-            as ``item_3_11_5``, where items with a common start are taken by the same users. The last two
-            read training parts only; items that occur nowhere there come last, in the file's numbering.
+        items: Number of items; None takes the largest number in the file.
+        index: How items are written. ``random``: shuffled numbers. ``sequential``: numbers by first appearance, user
+            after user (P5), so that items adjacent in a history get similar numbers. ``collaborative``: paths such
+            as ``item_3_11_5``, where items that share a prefix are taken by the same users. The last two use the
+            training part of histories only; items that do not occur there come last, by number.
         seed: Seed of ``index=random``.
-        history: Items in the prompt, the last ones; the items to leave out of a ranking are always all of them.
-        cutoffs: K of hit@K and ndcg@K.
-        metric: What λ is chosen by: the name of one of these figures, or a metric of your own.
+        history: Number of most recent items in the prompt; a ranking always excludes all items of the history.
+        cutoffs: The K of hit@K and ndcg@K.
+        metric: What λ is chosen by: the name of one of these metrics, or a metric of your own.
     """
 
     words: ClassVar[frozenset[str]] = frozenset({"title", "user", "history", "item"})
@@ -76,7 +76,7 @@ class NextItem(Benchmark):
             raise DataError(f"{key}.cutoffs is {list(self.cutoffs)}; give positive numbers that rise, such as [5, 10]")
         figures = [metric.name for metric in self._figures]
         if isinstance(self.metric, str) and self.metric not in figures:
-            raise DataError(f"{key}.metric is {self.metric!r}; with these cutoffs choose of {', '.join(figures)}")
+            raise DataError(f"{key}.metric is {self.metric!r}; with these cutoffs choose one of {', '.join(figures)}")
         used = set(words_of(self.target))
         if "item" not in used or not used <= {"title", "item"}:
             raise DataError(
@@ -84,7 +84,7 @@ class NextItem(Benchmark):
             )
 
     def file(self, split: str) -> str:
-        """Name the one file of all splits."""
+        """Return the name of the file that all splits share."""
         return "interactions.jsonl"
 
     def derive(self, split: str, rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -107,23 +107,23 @@ class NextItem(Benchmark):
         return self._catalogue
 
     def _usual_metrics(self, name: str) -> Sequence[Metric]:
-        return sorted(self._figures, key=lambda metric: metric.name != name)  # that one first, the others as they are
+        return sorted(self._figures, key=lambda metric: metric.name != name)  # stable: the rest keep their order
 
     def impossible(self, figures: Mapping[str, float]) -> list[str]:
         """Say which of hit@K and ndcg@K cannot come from one ranking."""
         return consistency_problems(figures)
 
     def read_ranking(self, rank: int | None, first: str = "", answer: str = "") -> Answer:
-        """Hold a ranking, given by its first item and the gold one's place (from 1; 0 or None), against the answer."""
+        """Make the answer of a ranking from its first item and the rank of the gold item (from 1; 0 or None)."""
         return Answer(first, tidy(first), answer, rank == 1, rank=rank)
 
     def read(self, prediction: str, answer: str) -> Answer:
-        """Read a generated text as a ranking that holds one item."""
+        """Treat a generated text as a ranking of a single item."""
         found = super().read(prediction, answer)
         return found._replace(rank=int(found.correct))
 
     def render(self, row: Row) -> Example:
-        """Write history and item as text; what the user has is ``seen``, the prompt shows its last items."""
+        """Write history and item as text; ``seen`` has the user's whole history, the prompt only its last items."""
         if not self._names:
             raise DataError(f"{self.name}: items have no names yet; call derive first")
         item, history = row["item"], row["history"]
@@ -145,7 +145,7 @@ class NextItem(Benchmark):
         return [kind(f"{kind.__name__.lower()}@{k}", k=k) for kind in (Hit, NDCG) for k in self.cutoffs]
 
     def _checked(self, rows: Iterable[Row]) -> tuple[list[Any], list[list[int]]]:
-        """Return users and their items."""
+        """Return users and their items, and raise an error that names the unusable rows."""
         where = f"{self.name}: {rows if isinstance(rows, FileRows) else self.file('train')}"
         first: dict[str, int] = {}
         users: list[Any] = []
@@ -153,8 +153,8 @@ class NextItem(Benchmark):
         problems: list[str] = []
         for number, row in enumerate(rows, start=1):
             problem = self._problem(row)
-            if problem is None and (name := str(row["user"]).strip()) in first:  # 7 and "7" are one in a prompt
-                problem = f"user {row['user']!r} has row {first[name]} already; give each user one row"
+            if problem is None and (name := str(row["user"]).strip()) in first:  # 7 and "7" look the same in a prompt
+                problem = f"user {row['user']!r} already has row {first[name]}; give each user one row"
             if problem is not None:
                 problems.append(f"{where}, row {number}: {problem}")
                 continue
@@ -190,7 +190,7 @@ class NextItem(Benchmark):
         return None
 
     def _number(self, sequences: list[list[int]]) -> None:
-        """Give every item its name, unless the same interactions were read before."""
+        """Name every item, unless the same interactions were already read."""
         items = self.items or max((max(sequence) for sequence in sequences), default=0)
         if not sequences or self._read == (sequences, items):
             return
@@ -209,7 +209,7 @@ def random_names(sequences: Sequence[Sequence[int]], items: int, seed: int) -> l
 
 
 def sequential_names(sequences: Sequence[Sequence[int]], items: int, seed: int = 0) -> list[str]:
-    """Number items in the order in which they first appear; those that do not come last.
+    """Number items in the order in which they first appear; items that never appear come last.
 
     >>> sequential_names([[4, 2], [2, 1]], 4)
     ['item_3', 'item_2', 'item_4', 'item_1']
@@ -221,13 +221,13 @@ def sequential_names(sequences: Sequence[Sequence[int]], items: int, seed: int =
 
 
 def collaborative_names(sequences: Sequence[Sequence[int]], items: int, seed: int = 0) -> list[str]:
-    """Name items by paths of three numbers, such that items with a common start are taken by the same users.
+    """Name items by paths of three numbers, such that items that share a prefix are taken by the same users.
 
     Items get spectral features: the leading singular vectors of the user-item matrix with both degrees normalised.
-    A group of items is halved along the direction in which its features vary most, and so on down to single items;
-    the leaves' order, cut into equal parts twice, gives the paths. This is the idea of P5's collaborative ids
-    (spectral clustering of co-occurrence, again inside each cluster) with one decomposition in place of hundreds, and
-    with clusters of equal size. It is deterministic on one machine.
+    Items are halved recursively along the direction of largest variance until each stands alone, and the resulting
+    order is cut into equal parts twice to give the paths. This is the idea of P5's collaborative ids (recursive
+    spectral clustering of co-occurrence) with one decomposition in place of hundreds, and with clusters of equal size.
+    It is deterministic on one machine.
     """
     features_IF, degrees_I = _spectral_features(sequences, items)
     order = [int(item) for item in _halved(features_IF, np.flatnonzero(degrees_I))]
@@ -248,10 +248,10 @@ def _spectral_features(sequences: Sequence[Sequence[int]], items: int) -> tuple[
     columns = np.array([item - 1 for sequence in sequences for item in sequence])
     matrix_UI = csr_array((np.ones(len(rows)), (rows, columns)), shape=(len(sequences), items))
     degrees_U, degrees_I = matrix_UI.sum(axis=1), matrix_UI.sum(axis=0)
-    # Adding the mean degree keeps a few users apart from all others from taking a feature for themselves.
+    # The mean degree regularises: otherwise a small disconnected group of users would occupy a feature of its own.
     scales_U, scales_I = (1 / np.sqrt(degrees + degrees.mean()) for degrees in (degrees_U, degrees_I))
     scaled_UI = diags_array(scales_U) @ matrix_UI @ diags_array(scales_I)
-    # Subspace iteration from a fixed start: ARPACK's restarts are random, so two runs may give two orders.
+    # Subspace iteration from a fixed start, because ARPACK restarts at random, so two runs could differ.
     basis_IF = np.random.RandomState(0).standard_normal((items, min(FEATURES, *scaled_UI.shape)))
     for _ in range(ITERATIONS):
         basis_IF, _ = np.linalg.qr(scaled_UI.T @ (scaled_UI @ basis_IF))

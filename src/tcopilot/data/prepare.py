@@ -1,4 +1,4 @@
-"""From raw rows to rows of token ids, with every complaint that can be made without a model."""
+"""Turn raw rows into rows of token ids, and report every problem that can be found without a model."""
 
 import logging
 from collections import Counter
@@ -26,33 +26,33 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class RowPreparer:
-    """Render and tokenise rows, and hold them to the length limits.
+    """Render and tokenise rows, and enforce the length limits.
 
-    Prompt and target are tokenised apart. A decoder-only Pilot's prompt (``source_side="left"``) gets what the
-    tokenizer puts at a text's start, such as a begin token, and never an end token; an encoder-decoder's (``"right"``)
-    gets both ends as the tokenizer itself writes them. What a prompt spells out already, as those of chat templates
-    do, is not written twice. Shots stand between the start and the prompt, each as prompt, target with its end, and
-    a blank line. A target is its tokens and one end token. Where its text brings special tokens of its own at the end,
-    the end token is not doubled, and answers are judged without them, since generated texts have none.
+    Prompt and target are tokenised separately. The prompt of a decoder-only Pilot (``source_side="left"``) gets the
+    special tokens that the tokenizer puts at the start of a text, and never an end token; the prompt of an
+    encoder-decoder (``"right"``) gets those of both ends. Special tokens that a prompt already spells out, as chat
+    templates do, are not added again. Shots stand between the start and the prompt, each as prompt, target with end
+    token, and a blank line. A target ends in exactly one end token, also if its text spells one out. Special tokens at
+    the end of a target are ignored when answers are judged, since generated texts have none.
 
-    What a chat template writes as one text is tokenised as one text, and gets no start but its own.
+    A text that a chat template writes as a whole is tokenised as a whole, without additional special tokens.
 
-    Limits are in tokens, special ones included; None is no limit. Of longer rows, ``overflow`` refuses (``error``),
-    leaves out of train and refuses elsewhere (``drop``) or cuts (``truncate``). A prompt loses its middle: its start
-    and above all its end, with the options and whatever the template puts behind them, stay for as long as they fit. A
-    target loses its end, and gets no end token, since the answer does not end there. Targets that are one of a few
-    options are never cut, but refused. A prompt that is too long with its shots loses some of these first, the
-    earliest ones, whatever ``overflow`` says.
+    Limits count all tokens, special ones included; None means no limit. If a row is too long, ``overflow`` decides:
+    ``error`` refuses it, ``drop`` drops it from train and refuses it elsewhere, ``truncate`` cuts it. A prompt is cut
+    in the middle, so that its start and above all its end, from the options on, are kept as far as they fit. A target
+    is cut at its end and gets no end token, since the answer does not end there; a target that is one of a few options
+    is refused instead. If a prompt is too long with its shots, the earliest shots are removed first, whatever
+    ``overflow`` is.
 
     Attributes:
-        shots: Token ids of each shot of the benchmark at hand, as `solved` makes them.
+        shots: Token ids of each shot of the current benchmark, as `solved` makes them.
         counts: How many rows were ``dropped``, ``lost_shots``, had ``cut_prompts``, ``cut_options`` or
-            ``cut_targets``, brought ``end_tokens`` in their targets, or offer the right option twice
-            (``twin_options``). To be cleared by whoever counts.
-        reserved: Questions (see ``Example.question``) that no row may train on; those rows are left out.
+            ``cut_targets``, spell out ``end_tokens`` in their targets, or offer the right option twice
+            (``twin_options``). The caller clears it.
+        reserved: Questions (see ``Example.question``) that must not be trained on; train rows with them are left out.
 
     Raises:
-        DataError: If ``overflow`` is none of these, or the tokenizer has no end token.
+        DataError: If ``overflow`` has another value, or the tokenizer has no end token.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -67,10 +67,10 @@ class RowPreparer:
     def __post_init__(self) -> None:
         tokenizer = self.tokenizer
         if self.overflow not in ("error", "drop", "truncate"):
-            raise DataError(f"data.overflow is error, drop or truncate, got {self.overflow!r}")
+            raise DataError(f"data.overflow={self.overflow!r}: use error, drop or truncate")
         if tokenizer.eos_token_id is None:
             raise DataError(
-                "the tokenizer has no end token, so no target could end; give eos_token in the tokenizer_config.json "
+                "the tokenizer has no end token, so no answer could end; give eos_token in the tokenizer_config.json "
                 "of pilot.path"
             )
         self._special = tuple(tokenizer.all_special_tokens)
@@ -91,19 +91,19 @@ class RowPreparer:
     ) -> Iterator[dict[str, Any]]:
         """Yield prepared rows.
 
-        Their keys are ``source_ids``, ``target_ids``, ``id``, ``benchmark`` and ``length`` (source and target tokens);
-        for evaluation those of :class:`Example` too and, where it has options, ``option_ids``: the token ids of each
-        option, made like ``target_ids``, so that a scorer need not tokenise.
+        Their keys are ``source_ids``, ``target_ids``, ``id``, ``benchmark`` and ``length`` (source and target tokens).
+        Evaluation rows also have the fields of :class:`Example` and, if there are options, ``option_ids``: the token
+        ids of each option, made like ``target_ids``, so that scoring needs no tokenizer.
 
         Args:
             rows: (number in the split from 0, raw row) pairs.
-            benchmark: What the rows are of.
-            index: Its place among the benchmarks.
+            benchmark: The benchmark of the rows.
+            index: The index of the benchmark among all.
             stride: Number of benchmarks; ``number * stride + index`` is a row's id.
-            training: Whether overlong rows may be dropped, and texts are left out.
-            report: Called with each complaint; if it returns, the row is left out.
-            skip: Called in its place where a row cannot be rendered or tokenised or gives an empty text. Overlong rows
-                are not among these: ``overflow`` decides on those.
+            training: Whether these are train rows: overlong ones may be dropped, and texts are left out.
+            report: Called with each problem; if it returns, the row is left out.
+            skip: Called in place of ``report`` if a row cannot be rendered or tokenised, or gives an empty text.
+                Overlong rows are still reported, since ``overflow`` decides on those.
             note: Called with the question of each row that is yielded.
         """
         rows, skip = iter(rows), skip or report
@@ -131,15 +131,15 @@ class RowPreparer:
     def solved(
         self, rows: Sequence[tuple[int, dict[str, Any]]], benchmark: Benchmark, report: Report
     ) -> tuple[list[list[int]], list[str]]:
-        """Return the token ids and the question of each shot; a row that cannot be one is reported.
+        """Return the token ids and the question of each shot; a row that cannot serve as a shot is reported.
 
-        Prompt and target are tokenised apart, as they are in a row that is trained on. A decoder-only Pilot sees each
-        target end as its own answer is to end.
+        Prompt and target are tokenised separately, as in training. For a decoder-only Pilot each target ends in the
+        end token, so that it sees how its own answer should end.
         """
         if rows and benchmark.templated:
-            raise DataError(f"{benchmark.name}: data.shots are no turns of a conversation; use data.shots=0")
+            raise DataError(f"{benchmark.name}: data.shots are not supported for conversations; use data.shots=0")
         (separator,) = self._ids([SEPARATOR])
-        end = [] if self._end else [self.tokenizer.eos_token_id]  # with an encoder an end token ends the whole prompt
+        end = [] if self._end else [self.tokenizer.eos_token_id]  # an encoder would take it as the prompt's end
         ids, questions = [], []
         for _, example, source, _ in self._tokenised(list(rows), benchmark, report):
             ids.append([*source, *self._ids([example.target])[0], *end, *separator])
@@ -156,10 +156,10 @@ class RowPreparer:
                 for what in ("prompt", "target"):
                     if not getattr(example, what).strip():
                         raise _Empty(f"the {what} is empty")
-                (example.prompt + example.target).encode()  # half a surrogate pair would stop the whole chunk
+                (example.prompt + example.target).encode()  # a lone surrogate would stop the whole chunk
             except DataError as error:
                 skip(f"row {number + 1}: {error}")
-            except Exception as error:  # a template or a kind that did not expect such a value
+            except Exception as error:  # a template or a benchmark class met a value that it did not expect
                 skip(f"row {number + 1}: could not be rendered ({type(error).__name__}: {error}); mend or remove it")
             else:
                 examples[number] = example
@@ -192,13 +192,13 @@ class RowPreparer:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
 
     def _unframed(self, ids: list[int]) -> list[int]:
-        """Leave out the special tokens that the prompt's text brings itself."""
+        """Remove special tokens that the prompt's text already spells out, since they are added later."""
         if self._start and ids[: len(self._start)] == self._start:
             ids = ids[len(self._start) :]
         return ids[: -len(self._end)] if self._end and ids[-len(self._end) :] == self._end else ids
 
     def _texts(self, example: Example) -> dict[str, Any]:
-        """Return what only evaluation needs of a row."""
+        """Return the fields of a row that only evaluation needs."""
         texts = {name: value for name, value in example._asdict().items() if name not in ("ending", "twin")}
         if not example.options:
             return texts
@@ -211,7 +211,7 @@ class RowPreparer:
     def _fit(
         self, example: Example, start: list[int], source: list[int], target: list[int], training: bool
     ) -> tuple[list[int], list[int]] | None:
-        """Add the special tokens and apply the limits; None if the row is left out."""
+        """Add special tokens and apply the limits; return None if the row is left out."""
         if training and self.reserved and example.question in self.reserved:
             self.counts["asked_in_validation_or_shots"] += 1
             return None
@@ -224,7 +224,7 @@ class RowPreparer:
             ("prompt", len(source) + sum(map(len, shots)) + frame, "max_source_length", self.max_source_length),
             ("target", len(target) + 1, "max_target_length", self.max_target_length),
         )
-        closed = bool(example.options)  # cutting such a target would cut the answer
+        closed = bool(example.options)  # an option must not be cut, since it would no longer be that option
         over = [item for item in lengths if item[3] is not None and item[1] > item[3]]
         if over and self.overflow == "drop" and training:
             self.counts["dropped"] += 1
@@ -255,21 +255,21 @@ class RowPreparer:
         ending = len(self._ids([example.prompt[-example.ending :]])[0]) if example.ending else 0
         if ending > room:
             self.counts["cut_options"] += 1
-        first = max(0, room - ending) // 4  # the larger part of what fits is the later one, which is nearer the answer
+        first = max(0, room - ending) // 4  # keep more of the end, which is nearer to the answer
         return source[:first] + source[len(source) - room + first :]
 
     def _advice(self, closed: bool, training: bool, what: str, length: int, key: str, limit: int) -> str:
         ways = ["drop"] * training + ["truncate"] * (not closed or what == "prompt")
-        mend = f"raise it or set data.overflow={'|'.join(ways)}" if ways else "raise it: an option is never cut"
+        mend = f"raise it or set data.overflow={'|'.join(ways)}" if ways else "raise it, since options are never cut"
         return f"the {what} has {length} tokens, data.{key} is {limit}; {mend}"
 
 
 @dataclass
 class StreamedRows:
-    """Prepare the rows of a streamed split, as often as called, and log the number of those that a pass leaves out.
+    """Prepare the rows of a streamed split anew at each call, and log how many rows each pass left out.
 
     Attributes:
-        tally: Rows read, skipped and of each kind in `COUNTED`, over all passes; a loader process counts here too.
+        tally: Rows read, skipped and of each kind in `COUNTED`, over all passes; in memory shared with loader workers.
     """
 
     preparer: RowPreparer
@@ -280,7 +280,7 @@ class StreamedRows:
 
     @property
     def figures(self) -> Figures:
-        """What a summary says of the rows read so far; nothing before the first."""
+        """The counts of the rows read so far, for the summary; empty before the first row."""
         return dict(zip(("rows", "skipped", *COUNTED), self.tally.tolist(), strict=True)) if self.tally.any() else {}
 
     def __call__(self) -> Iterator[dict[str, Any]]:
@@ -306,7 +306,7 @@ class StreamedRows:
 
 
 def shortened(complaints: list[str], skipped: list[str], rows: list[dict[str, Any]]) -> list[str]:
-    """Return the first complaints and the number of the others; one if no row is left without any."""
+    """Return the first complaints and the number of the others; if no row is left without a complaint, say why."""
     if len(complaints) > SHOWN:
         return [*complaints[:SHOWN], f"and {len(complaints) - SHOWN} more such problems"]
     if complaints or rows:
@@ -321,22 +321,22 @@ def _complain(where: str, text: str) -> None:
 
 
 class _Empty(DataError):
-    """Say that a row gives no text."""
+    """Raised if a row has an empty prompt or target."""
 
 
 class _TooLong(DataError):
-    """Say, in one argument for each text, that a row does not fit the limits."""
+    """Raised if texts of a row exceed the length limits; one argument for each text."""
 
 
 def _behind(source: list[int], whole: list[int], target: list[int]) -> list[int]:
-    """Return what follows a prompt in the tokens of the whole text; the target's own if a token spans their border."""
+    """Return the tokens that follow the prompt in the whole text, or the target's own if one spans the boundary."""
     return whole[len(source) :] if whole[: len(source)] == source else target
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the special tokens that the tokenizer itself puts before and after a text."""
+    """Return the special tokens that the tokenizer adds before and after a text."""
     bare, full = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return full[:start], full[start + len(bare) :]
-    raise DataError(f"the tokenizer writes 'a' as {bare} without and as {full} with special tokens; expected a frame")
+    raise DataError(f"tokenizer: 'a' is {bare}, but with special tokens {full}, which lacks it; use another tokenizer")

@@ -1,7 +1,7 @@
 """The types of question that reasoning benchmarks ask: named options, true or false, a number, a lettered option.
 
-All of them are judged twice, see :class:`TwoReadings`. A benchmark of one of these types is one YAML. Its settings
-called ``…_column`` name a column of the rows or a path into one, such as ``question.stem``.
+All of them are judged twice, see :class:`TwoReadings`. A benchmark of one of these types needs only a YAML. Settings
+named ``…_column`` hold the name of a column or a path into one, such as ``question.stem``.
 """
 
 import re
@@ -18,10 +18,10 @@ from tcopilot.data.metrics import Answer, LenientAccuracy, Metric, NoAnswer
 
 @dataclass(kw_only=True)
 class TwoReadings(Benchmark):
-    """Judge a text twice: strictly, by the asked form of an answer, and as leniently as LLM-Adapters does.
+    """Judge a text twice: strictly, in the form that the prompt asks for, and leniently, as LLM-Adapters does.
 
-    The strict reading is the metric. The lenient one stands beside it, since published figures are made with it, and
-    so does the share of texts without any strict answer: a model that never learned the form is not one that errs.
+    The strict reading is the metric. The lenient one is reported too, because published figures use it, and so is the
+    share of texts without a strict answer, which tells a model that has not learned the form from one that errs.
     """
 
     def _usual_metrics(self, name: str) -> Sequence[Metric]:
@@ -34,7 +34,7 @@ class TwoReadings(Benchmark):
 
     @abstractmethod
     def extract_lenient(self, text: str) -> str | None:
-        """Return the answer that LLM-Adapters' evaluation finds in a text, None if it finds none."""
+        """Return the answer that the evaluation of LLM-Adapters finds in a text, or None."""
 
     def _require(self, text: str, why: str) -> None:
         if not text or text not in self.target:
@@ -45,9 +45,9 @@ class TwoReadings(Benchmark):
 class NamedAnswer(TwoReadings):
     """Ask for one of a few names, so that every possible target is known.
 
-    Template words of all such types: ``question``; ``names``, all of them with slashes between; ``answer``, the gold
-    name. The text of the target template in front of ``{answer}`` is the answer sentence, and a name counts in the
-    strict reading if it stands directly behind that; see :func:`tcopilot.data.answers.name_after`.
+    Template words: ``question``; ``names``, all names separated by slashes; ``answer``, the gold name. The text in
+    front of ``{answer}`` in the target template is the answer sentence. The strict reading accepts a name only
+    directly behind it; see :func:`tcopilot.data.answers.name_after`.
     """
 
     words: ClassVar[frozenset[str]] = frozenset({"question", "options", "names", "answer"})
@@ -56,7 +56,7 @@ class NamedAnswer(TwoReadings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("{answer}", "all answers would be the same text")
+        self._require("{answer}", "without it all answers would be the same text")
 
     def extract(self, text: str) -> str | None:
         """Return the one name behind the answer sentence."""
@@ -70,10 +70,10 @@ class NamedAnswer(TwoReadings):
     @property
     @abstractmethod
     def _pattern(self) -> str:
-        """Give a regular expression of the names."""
+        """Regular expression that matches any of the names."""
 
     def _closed(self, row: Row, gold: int, names: Sequence[str], /, **words: str) -> Example:
-        """Render a row and, beside its target, those of all other names."""
+        """Render a row with its own target, and with the targets of all names as options."""
         words["names"] = "/".join(names)
         every = [self._example(row, names[gold], **words, answer=name) for name in names]
         return every[gold]._replace(options=tuple(example.target for example in every))
@@ -88,11 +88,11 @@ class MultipleChoice(NamedAnswer):
     Attributes:
         heading_column: A heading that is put before the question with a colon; left out where it is empty.
         option_columns: Each holds one option or a list of them, in order.
-        option_labels_column: The list of the options' own labels, one of which the gold label is. None, or a row
-            without the last key of the path, counts the options as ``label`` says.
+        option_labels_column: List of the options' own labels, to which the gold label belongs. If None, or if a row
+            lacks the last key of the path, options are numbered as ``label`` says.
         option_name: Name of an option without its number.
-        option_count: Options that each row must have; None takes what the row has.
-        label: How the label counts: ``zero_based`` or ``one_based`` (int or digits), or ``letter`` (A is the first).
+        option_count: Number of options that each row must have; None allows any number.
+        label: How the label denotes an option: ``zero_based`` or ``one_based`` number, or ``letter`` (A is the first).
     """
 
     prompt: str = "Question: {question}\n{options}\nReply with one of {names}.\nReply:"
@@ -115,7 +115,7 @@ class MultipleChoice(NamedAnswer):
             raise self._error("option_count", "a choice needs at least 2, or null for any number")
 
     def render(self, row: Row) -> Example:
-        """Name the options and the gold one."""
+        """Name each option, and the gold one as the answer."""
         options = _options(row, self.option_columns, self.option_count)
         names = self._names(options)
         question = text_at(row, self.question_column).strip()
@@ -132,7 +132,7 @@ class MultipleChoice(NamedAnswer):
         return example._replace(twin=_has_twin(options, gold))
 
     def _names(self, options: Sequence[str]) -> list[str]:
-        """What the answer calls each option."""
+        """Return the name by which the answer refers to each option."""
         return [f"{self.option_name}{number}" for number in range(1, len(options) + 1)]
 
     @property
@@ -143,7 +143,7 @@ class MultipleChoice(NamedAnswer):
         return "|".join(f"{name}{number}" for number in range(self.option_count, 0, -1))  # 12 before 1
 
     def _gold(self, row: Row, options: int) -> int:
-        """Return the place of the gold option."""
+        """Return the index of the gold option."""
         label = lookup(row, self.label_column)
         *path, key = (self.option_labels_column or "").split(".")
         held = lookup(row, ".".join(path)) if path else row
@@ -167,21 +167,21 @@ class MultipleChoice(NamedAnswer):
 
 @dataclass(kw_only=True)
 class Cloze(MultipleChoice):
-    """Ask a question and show no options; the answer is the text of one of them, as a pretrained model would go on.
+    """Ask a question without showing the options; the answer is the text of one, as a pretrained model might continue.
 
-    Made for `evaluation=likelihood`, which chooses the likeliest option; a generated text must be all of the gold one.
+    Meant for `evaluation=likelihood`, which chooses the likeliest option; a generated text must equal the gold option.
     """
 
     prompt: str = "Question: {question}\nAnswer:"
     target: str = " {answer}"
 
     def extract(self, text: str) -> str | None:
-        """Return the text itself, without the answer sentence if the target has one."""
+        """Return the text itself, without the answer sentence if the target template has one."""
         found = answers.tidy(text)
         return found and (found.removeprefix(" ".join(self.target.partition("{answer}")[0].split())).strip() or None)
 
     def extract_lenient(self, text: str) -> str | None:
-        """Return the same."""
+        """Return the same as the strict reading."""
         return self.extract(text)
 
     def _names(self, options: Sequence[str]) -> list[str]:
@@ -212,13 +212,13 @@ class YesNo(NamedAnswer):
 class NumberAnswer(TwoReadings):
     """Ask for a number behind a marker, after free reasoning if the data has it.
 
-    Template words: ``reasoning`` (may be empty) and ``number``. Reasoning in a column of its own goes into the target
-    template by that column's name. Numbers are equal if they differ by at most 0.001.
+    Template words: ``reasoning`` (may be empty) and ``number``. If the reasoning has its own column, use that column's
+    name in the target template. Numbers count as equal if they differ by at most 0.001.
 
     Attributes:
-        split_on: Text between reasoning and number in the answer column; None if the column is the number alone.
-        remove: Regular expression of what is taken out of the reasoning, such as a calculator's notes.
-        marker: Text that stands before the number in targets and predictions.
+        split_on: Text between reasoning and number in the answer column; None if the column holds only the number.
+        remove: Regular expression of what is removed from the reasoning, such as calculator annotations.
+        marker: Text in front of the number in targets and predictions.
     """
 
     words: ClassVar[frozenset[str]] = frozenset({"reasoning", "number"})
@@ -230,15 +230,15 @@ class NumberAnswer(TwoReadings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("{number}", "the answer would not be written")
-        self._require(self.marker, "the number is read behind it")
+        self._require("{number}", "without it the target has no answer")
+        self._require(self.marker, "predictions are read behind this marker")
         try:
             re.compile(self.remove or "")
         except re.error as error:
-            raise self._error("remove", f"no regular expression: {error}", says=" is ") from error
+            raise self._error("remove", f"not a valid regular expression: {error}; mend it", says=" is ") from error
 
     def render(self, row: Row) -> Example:
-        """Divide the answer column into reasoning and number."""
+        """Split the answer column into reasoning and number."""
         text = text_at(row, self.answer_column)
         reasoning, found, tail = text.rpartition(self.split_on) if self.split_on else ("", True, text)
         if not found:
@@ -271,13 +271,13 @@ class LetteredOptions(TwoReadings):
     """Ask for the letter of an option behind a marker, after free reasoning if the data has it.
 
     Template words: ``question``; ``options``, a line ``A) …`` for each; ``reasoning`` (may be empty); ``answer``, the
-    gold letter. ``Example.options`` stays empty: a target holds its row's own reasoning, so those of the other letters
-    are not known, and a letter without reasoning is no text that the model was trained to write.
+    gold letter. ``Example.options`` stays empty: a target contains the reasoning of its gold answer, so the targets of
+    the other letters are not known, and the model was not trained to write a letter without reasoning.
 
     Attributes:
         options_column: The list of options, each of which begins with its letter, as in "A)12".
         option_count: Options that each row must have.
-        marker: Text that stands before the letter in targets and predictions.
+        marker: Text in front of the letter in targets and predictions.
     """
 
     words: ClassVar[frozenset[str]] = frozenset({"question", "options", "reasoning", "answer"})
@@ -293,13 +293,13 @@ class LetteredOptions(TwoReadings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require("{answer}", "the answer would not be written")
-        self._require(self.marker, "the letter is read behind it")
+        self._require("{answer}", "without it the target has no answer")
+        self._require(self.marker, "predictions are read behind this marker")
         if not 2 <= self.option_count <= len(ascii_uppercase):
             raise self._error("option_count", f"there are letters for 2 to {len(ascii_uppercase)} options")
 
     def render(self, row: Row) -> Example:
-        """Set the options apart from their letters."""
+        """Separate the options from their letters."""
         options = _options(row, [self.options_column], self.option_count)
         for letter, option in zip(self._letters, options, strict=True):
             if not option.startswith(f"{letter})"):
@@ -323,7 +323,7 @@ class LetteredOptions(TwoReadings):
         return answers.letter_after(text, self.marker, self._letters)
 
     def extract_lenient(self, text: str) -> str | None:
-        """Return the first capital that is an option's letter, even inside a word."""
+        """Return the first capital letter that denotes an option, even inside a word."""
         return answers.first_name(text, f"[{self._letters}]")
 
     @property
@@ -332,13 +332,13 @@ class LetteredOptions(TwoReadings):
 
 
 def _has_twin(options: Sequence[str], gold: int) -> bool:
-    """Tell whether the gold option stands there a second time, white space and forms of accents apart."""
+    """Tell whether another option equals the gold one, up to white space and the encoding of accents."""
     texts = [answers.tidy(option) for option in options]
     return texts.count(texts[gold]) > 1
 
 
 def _options(row: Row, paths: Sequence[str], count: int | None) -> list[str]:
-    """Return a row's options, stripped; refuse what is no text, is empty, or has fewer than two or not ``count``."""
+    """Return a row's stripped options; refuse options that are empty or no text, and a number other than ``count``."""
     options: list[str] = []
     for path in paths:
         value = lookup(row, path)

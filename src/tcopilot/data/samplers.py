@@ -1,6 +1,6 @@
-"""The order of training rows: a budget of rounds, cut from endless reshuffled passes, that can be resumed anywhere.
+"""The order of training rows: a fixed number of rounds from repeated, reshuffled passes, resumable at any round.
 
-Every rank draws the same global batches and takes its own slice, so ranks together see what one process sees.
+Every rank draws the same global batches and takes its own slice, so all ranks together see what one process sees.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +14,11 @@ from torch.utils.data import IterableDataset, Sampler
 from tcopilot.data.benchmarks import DataError
 
 Item = TypeVar("Item")
-MEGABATCH = 50  # batches whose rows are sorted by length together: similar lengths, still well mixed
+MEGABATCH = 50  # batches whose rows are sorted by length together, a compromise between little padding and good mixing
 
 
 class ResumableIterator(Iterator[Item]):
-    """Iterate with a state of one number: how many items were handed out; ``begin`` starts at the given item."""
+    """Iterator whose state is the number of items returned; ``begin`` makes an iterator from a given item on."""
 
     def __init__(self, begin: Callable[[int], Iterator[Item]]) -> None:
         self._begin = begin
@@ -30,16 +30,16 @@ class ResumableIterator(Iterator[Item]):
         return item
 
     def state_dict(self) -> dict[str, int]:
-        """Return the number of items handed out."""
+        """Return the number of items returned so far."""
         return {"done": self._done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at the item after those."""
+        """Continue behind the items that were already returned."""
         self._done, self._items = state["done"], self._begin(state["done"])
 
 
 class Resumable:
-    """Iterate over ``rounds`` items, resumed at any of them; ``_from`` starts at the given one."""
+    """Iterate over ``rounds`` items and resume at any of them; ``_from`` makes an iterator from a given item on."""
 
     rounds: int
     _from: Callable[[int], Iterator[Any]]
@@ -54,16 +54,16 @@ class Resumable:
 class RoundSampler(Resumable, Sampler[list[int]]):
     """Yield the row indices of this rank's part of each round.
 
-    A pass is a permutation of all rows by seed and pass, filled up from its own start to whole batches. With
-    ``lengths`` each run of 50 batches is sorted by length and cut into batches, which are then shuffled.
+    A pass is a permutation of all rows that depends on seed and pass; rows from its start fill up the last batch. With
+    ``lengths`` each run of 50 batches is sorted by length and cut into batches, and then all batches are shuffled.
 
     Args:
         rows: Number of rows, at least 1.
-        batch_size: Rows of a global batch.
+        batch_size: Number of rows in a global batch, over all ranks.
         rounds: Number of batches to yield.
         seed: Seed of the order; equal on all ranks.
         lengths: Length of each row in tokens, [rows]; None leaves the order purely random.
-        rank: This process.
+        rank: Rank of this process.
         world_size: Number of processes; divides ``batch_size``.
     """
 
@@ -89,7 +89,7 @@ class RoundSampler(Resumable, Sampler[list[int]]):
 
     def _pass(self, number: int) -> np.ndarray:
         """Return the global batches of a pass, [batches, batch_size]."""
-        random = np.random.default_rng([self.seed, number])  # their sum would make seed 0's pass 1 seed 1's pass 0
+        random = np.random.default_rng([self.seed, number])  # by the sum, 0 + 1 and 1 + 0 would coincide
         batches = -(-self.rows // self.batch_size)
         order = np.resize(random.permutation(self.rows), batches * self.batch_size)
         if self.lengths is None:
@@ -100,10 +100,10 @@ class RoundSampler(Resumable, Sampler[list[int]]):
 
 
 class HeldOutSampler(Resumable, Sampler[list[int]]):
-    """Yield, for each round, the rows to train on and as many that are held out from training.
+    """Yield, for each round, the rows to train on and equally many rows that are held out from training.
 
     Args:
-        parts: For both: the numbers of their rows, [rows], and the sampler of places among these.
+        parts: For training and for held-out rows: their row indices, [rows], and a sampler of positions in these.
     """
 
     def __init__(self, *parts: tuple[np.ndarray, RoundSampler]) -> None:
@@ -116,10 +116,10 @@ class HeldOutSampler(Resumable, Sampler[list[int]]):
 
 
 class StreamRounds(Resumable, IterableDataset):
-    """Yield this rank's rows of each round from a stream that is started again, reshuffled, when it ends.
+    """Yield this rank's rows of each round from a stream, which restarts with a new shuffle when it ends.
 
-    Resuming reads the stream again up to the round, which is exact; the shuffle buffer's own state is not.
-    Every rank reads the whole stream and a single reader keeps its order. ``batch_size`` is that of all ranks.
+    Resuming reads the stream again up to the round, which is exact; restoring the shuffle buffer's state is not.
+    Every rank reads the whole stream, by one reader, so that the order is kept. ``batch_size`` is the global batch.
 
     Raises while iterating:
         DataError: If a whole pass gives no row.
@@ -143,14 +143,14 @@ class StreamRounds(Resumable, IterableDataset):
             for row in self.stream:
                 yield row
             if row is None:
-                raise DataError("the train stream gave no row; if all were dropped, raise the length limits")
+                raise DataError("the train stream gave no row; if all were dropped as too long, raise the limits")
 
 
 def rank_batches(rows: int, size: int, rank: int, world_size: int) -> list[range]:
-    """Return batches of every ``world_size``-th row, equally many for all ranks.
+    """Return the batches of one rank, which takes every ``world_size``-th row; all ranks get equally many batches.
 
-    A rank whose rows fill one batch fewer than another's halves its last one, unless that is a single row. All ranks
-    then run the Pilot equally often, as they must where it is divided among them.
+    A rank with one batch fewer than the others splits its last one in two, unless that is a single row. All ranks must
+    run the Pilot equally often if it is sharded among them.
 
     >>> [[*batch] for rank in (0, 1) for batch in rank_batches(9, size=4, rank=rank, world_size=2)]
     [[0, 2, 4, 6], [8], [1, 3], [5, 7]]
@@ -164,7 +164,7 @@ def rank_batches(rows: int, size: int, rank: int, world_size: int) -> list[range
 
 
 def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
-    """Return which rows of a global batch belong to a rank.
+    """Return the slice of a global batch that belongs to a rank.
 
     >>> rank_slice(64, rank=1, world_size=2)
     slice(32, 64, None)
@@ -174,7 +174,7 @@ def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
     """
     if batch_size % world_size:
         raise DataError(
-            f"data.batch_size={batch_size} is the global batch and does not divide by {world_size} processes; "
+            f"data.batch_size={batch_size} is the global batch, which cannot be divided by {world_size} processes; "
             f"use {batch_size // world_size * world_size or world_size} or another multiple of {world_size}."
         )
     share = batch_size // world_size

@@ -1,4 +1,4 @@
-"""Shots: solved training rows that stand before each prompt of a benchmark, the same ones before all of them."""
+"""Shots: solved training rows that precede every prompt of a benchmark, the same ones each time."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,18 +17,18 @@ SEPARATOR = "\n\n"  # behind each shot
 def draw_shots(
     rows: Sequence[NumberedRow], groups: Sequence[Sequence[int]], count: int, seed: int
 ) -> tuple[list[NumberedRow], list[NumberedRow]]:
-    """Draw shots that ask different questions; returns them and the rows that are left to train on.
+    """Draw shots with different questions; return them and the rows that are left to train on.
 
-    Rows that ask what a shot asks go with it: in training their answers would stand in their own prompts.
+    Rows with the same question as a shot are not trained on, because their prompts would contain their answers.
 
     Args:
         rows: (number, row) pairs.
-        groups: Numbers of the rows that may be shots, those that ask the same question together.
+        groups: Numbers of the rows that may become shots, grouped by question.
         count: Shots to draw.
-        seed: Of the draw.
+        seed: Seed of the draw.
 
     Raises:
-        DataError: If no question would be left.
+        DataError: If no question would be left to train on.
     """
     if len(groups) <= count:
         raise DataError(
@@ -41,7 +41,7 @@ def draw_shots(
 
 
 def write_shots(shots: Mapping[str, Sequence[NumberedRow]], file: Path) -> None:
-    """Keep the shots of each benchmark, as raw rows, so that an evaluation needs no training rows."""
+    """Store the shots of each benchmark as raw rows, so that an evaluation does not need the training rows."""
     write_whole(file, json.dumps(shots, ensure_ascii=False, indent=1, default=str) + "\n")
 
 

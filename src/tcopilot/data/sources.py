@@ -1,4 +1,4 @@
-"""Where rows come from: a built-in task, files, or the Hugging Face Hub; and their mixture."""
+"""The sources of rows (a built-in task, files, or the Hugging Face Hub) and the mixture of several benchmarks."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,21 +15,21 @@ Stream = TypeVar("Stream", datasets.Dataset, datasets.IterableDataset)
 
 
 class HubError(DataError):
-    """Say that the Hub could not be read, or has no copy; other splits would fail likewise."""
+    """Raised if the Hub cannot be read or has no copy; all other splits would fail in the same way."""
 
 
 @dataclass(frozen=True)
 class RowSource:
-    """Iterate over the raw rows of one split, as often as wanted, and check each row on its way.
+    """Iterate over the raw rows of one split and check each of them; each iteration starts anew.
 
     Raises while iterating:
-        DataError: If there is no row, or a row lacks a column that the benchmark reads.
+        DataError: If there are no rows, or a row lacks a column that the benchmark reads.
 
     Attributes:
         where: File, Hub id or task, for messages.
-        benchmark: Whose columns are checked.
-        rows: What is iterated.
-        check: False hands on a row without a column, which is refused when it is rendered, unless all rows lack one.
+        benchmark: The benchmark whose columns every row must have.
+        rows: The rows to iterate over.
+        check: If False, a row that lacks a column is passed on, to be refused on rendering, unless all rows lack one.
     """
 
     where: str
@@ -44,7 +44,7 @@ class RowSource:
             if missing and not problem:
                 problem = DataError(
                     f"{self.where}: row {number} has no column {', '.join(map(repr, missing))}; it has "
-                    f"{', '.join(map(repr, row))}. Rename it there, or name the right columns in "
+                    f"{', '.join(map(repr, row))}. Rename it in the data, or name the right columns in "
                     f"data.benchmarks.{self.benchmark.name}."
                 )
             if missing and self.check:
@@ -64,13 +64,13 @@ def open_split(
     check: bool = True,
     training: bool = True,
 ) -> RowSource | None:
-    """Find the rows of a split; None for a validation split that does not exist or a test split that is not asked for.
+    """Find the rows of a split; None if it is a missing validation split, or a test split that ``splits`` leaves out.
 
-    Local train rows may be missing too if ``training`` is false. A built-in task brings its own. A split that
-    ``splits`` gives file names to has them in ``path``, or in the working directory. Otherwise, with ``path``, they
-    come from ``<path>/<folder>/<file>`` if that folder exists, else from ``<path>/<file>``. Without it the Hub's copy
-    is loaded; ``streaming`` reads its files while they are used. The file is the benchmark's for that split, or has
-    the name that ``splits`` gives it, where that is not one of ours; its ending may be that of any format.
+    Local train rows may also be missing if ``training`` is false. A built-in task generates its rows. If ``splits``
+    names files, they are looked up in ``path``, or in the working directory without it. Otherwise, with ``path``, rows
+    come from ``<path>/<folder>/<file>`` if that folder exists, else from ``<path>/<file>``; without it they come from
+    the Hub, and ``streaming`` downloads them while they are used. The file name is ``benchmark.file(split)``, or the
+    Hub's name of the split if that is not one of ours and such a file exists; its ending may be that of any format.
 
     Raises:
         DataError: If a required file is missing.
@@ -98,8 +98,8 @@ def open_split(
 def mixture(parts: Sequence[Stream], weights: Sequence[float] | None = None, seed: int = 0) -> Stream:
     """Join data sets, all map-style or all streaming, into one.
 
-    ``weights`` are the relative frequencies of the parts on any positive scale: rows are drawn until each part was
-    used up at least once, so small parts repeat. None keeps every row exactly once.
+    ``weights`` are the relative frequencies of the parts on any positive scale: rows are drawn until every part was
+    exhausted at least once, so small parts are repeated. None takes every row exactly once.
 
     Raises:
         DataError: If a weight is not positive, or so small that a pass over all parts would never end.
@@ -122,7 +122,7 @@ def mixture(parts: Sequence[Stream], weights: Sequence[float] | None = None, see
 
 
 def as_stream(rows: Callable[[], Iterator[dict[str, Any]]]) -> datasets.IterableDataset:
-    """Make a streaming data set of a function that starts a new pass over its rows whenever it is called."""
+    """Make a streaming data set from a function that starts a new pass over its rows at each call."""
     return datasets.IterableDataset.from_generator(rows)
 
 
@@ -137,7 +137,7 @@ def _named_rows(benchmark: Benchmark, split: str, place: Path, training: bool) -
 
 def _local_rows(benchmark: Benchmark, split: str, place: Path, training: bool) -> FileRows | Part | None:
     name, part = name_and_part(benchmark.splits.get(split, split))
-    own = files_called(place / name)  # the Hub calls its splits otherwise too; then the file has our name
+    own = files_called(place / name)  # the Hub may use other split names than we do; a file may have either name
     file = place / benchmark.file(split)
     files = own if own and name not in SPLITS else files_called(file.with_name(file.name.removesuffix(".jsonl")))
     if split == "validation" and name not in SPLITS and benchmark.hub is None and not own:
@@ -160,7 +160,7 @@ def _local_rows(benchmark: Benchmark, split: str, place: Path, training: bool) -
     if split == "validation" and (others := [path.name for path in sorted(place.glob("*")) if _is_validation(path)]):
         raise DataError(
             f"{benchmark.name}: {', '.join(others)} in {place} is not read, and validation rows would be taken from "
-            f"train. Call it {file.name}, or move it elsewhere."
+            f"train. Rename it to {file.name}, or move it elsewhere."
         )
     if split == "validation" or split not in benchmark.splits or (split == "train" and not training):
         return None
@@ -171,13 +171,13 @@ def _local_rows(benchmark: Benchmark, split: str, place: Path, training: bool) -
 
 
 def _is_validation(file: Path) -> bool:
-    """Tell whether a file seems to be meant as the validation split, under a name that is not read."""
+    """Tell whether a file looks like a validation split under a name that is not read."""
     name = file.name.lower().split(".")[0]
     return name in ("val", "valid", "validation", "dev", "development") and not file.is_dir()
 
 
 def _files(benchmark: Benchmark) -> str:
-    """Say which files data.path must hold."""
+    """Describe the files that data.path must contain."""
     files = dict.fromkeys(benchmark.file(split) for split in benchmark.splits if split != "validation")
     return f"{' and '.join(files)}, or a folder {benchmark.folder or benchmark.name!r} with them"
 

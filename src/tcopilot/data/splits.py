@@ -1,4 +1,4 @@
-"""From a benchmark to its three splits of raw rows: read, carved where validation is missing, subsampled."""
+"""Read the three splits of a benchmark as raw rows, carve validation from train if it is missing, and subsample."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from tcopilot.data.sources import HubError, RowSource, open_split
 
 @dataclass(frozen=True)
 class NumberedRows:
-    """Iterate, as often as wanted, over (number from 0, row) pairs of a source from ``start`` up to ``stop``."""
+    """Iterate over the (number from 0, row) pairs of a source from ``start`` up to ``stop``; repeatable."""
 
     source: RowSource
     start: int = 0
@@ -28,11 +28,11 @@ class NumberedRows:
 
 @dataclass(frozen=True)
 class Split:
-    """Hold the raw rows of a split (a list; for a streamed train split ``NumberedRows``) and their place in words."""
+    """Hold the raw rows of a split (a list, or ``NumberedRows`` if train is streamed) and a name of their source."""
 
     where: str
     rows: list[NumberedRow] | NumberedRows
-    carved: bool = False  # whether they were taken from train
+    carved: bool = False  # whether the rows were taken from train
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class SplitReader:
     shots: int = 0
 
     def __call__(self, benchmark: Benchmark, training: bool = True) -> tuple[dict[str, Split], list[str]]:
-        """Return the splits and the problems found on the way; train rows must be there if ``training``.
+        """Return the splits and the problems found; train rows are required if ``training``.
 
-        What is taken out of train as shots is a split of its own, ``shots``.
+        Rows that are taken out of train as shots form a split of their own, ``shots``.
         """
         splits: dict[str, Split] = {}
         problems = self._without_folder(benchmark)
@@ -80,28 +80,28 @@ class SplitReader:
         return splits, [text if text.startswith(name) else f"{name}: {text}" for text in problems]
 
     def _without_folder(self, benchmark: Benchmark) -> list[str]:
-        """Refuse one of several benchmarks without a folder of its own, as the root would be that of all of them."""
+        """Refuse a benchmark without its own folder if there are several: all would read the files of the root."""
         if self.alone or self.path is None or benchmark.builtin_rows("train") is not None:
             return []
         if all(map(names_files, benchmark.splits.values())):
             return []
         folder = Path(self.path) / (benchmark.folder or benchmark.name)
-        if os.path.isdir(folder):  # Path's own asks too much of a root that may not be entered
+        if os.path.isdir(folder):  # unlike Path.is_dir, it is false for a root without permission
             return []
         mend = f"give it one, or name it in data.benchmarks.{benchmark.name}.folder"
         return [f"there is no folder {folder}, and one of several benchmarks needs its own; {mend}"]
 
     def _carve(self, train: Split, benchmark: Benchmark) -> dict[str, Split]:
-        """Divide train: seeded draws of it become validation; of a stream, its first rows.
+        """Take validation rows out of train: by seeded draws, or the first rows of a stream.
 
-        All rows that ask the same question, whatever the options, go to the same side.
+        All rows with the same question, whatever their options, go to the same split.
         """
         if isinstance(train.rows, NumberedRows):
             head = self._carved_rows(None)
             held, kept = list(NumberedRows(train.rows.source, 0, head)), NumberedRows(train.rows.source, head)
         else:
             groups = _by_question(benchmark, train.rows)
-            if len(groups) == 1:  # nothing else is possible
+            if len(groups) == 1:  # with one question only, its rows must be divided
                 groups = {number: [number] for number, _ in train.rows}
             wanted, chosen = self._carved_rows(len(train.rows)), set[int]()
             for group in Random(self.seed).sample(list(groups.values()), min(wanted, len(groups) - 1)):
@@ -112,7 +112,7 @@ class SplitReader:
         return {"train": Split(train.where, kept), "validation": Split(train.where, held, carved=True)}
 
     def _take_shots(self, train: Split, benchmark: Benchmark) -> dict[str, Split]:
-        """Draw shots from train, before it is subsampled; of a stream, its first rows."""
+        """Take shots out of train before it is subsampled: by seeded draws, or the first rows of a stream."""
         if isinstance(rows := train.rows, NumberedRows):
             first, after = rows.start, rows.start + self.shots
             shots, kept = list(NumberedRows(rows.source, first, after)), NumberedRows(rows.source, after)
@@ -123,7 +123,7 @@ class SplitReader:
         return {"train": Split(train.where, kept), "shots": Split(train.where, shots)}
 
     def _carved_rows(self, rows: int | None) -> int:
-        """Return how many of ``rows`` train rows (None: unknown) become validation."""
+        """Return how many of ``rows`` train rows become validation; ``rows`` is None if their number is unknown."""
         size = self.validation_size
         if isinstance(size, float) and rows is None:
             raise DataError(f"data.validation_size={size} is a share, and a stream's length is unknown; give a number")
@@ -146,12 +146,12 @@ class SplitReader:
 
 
 def _by_question(benchmark: Benchmark, rows: list[NumberedRow]) -> dict[str | int, list[int]]:
-    """Group the numbers of rows by what they ask."""
+    """Group the numbers of rows by their question."""
     groups: dict[str | int, list[int]] = {}
     for number, row in rows:
         try:
             asked: str | int = benchmark.group_of(row)
-        except Exception:  # a row that cannot be rendered is told of later, and stands by itself
+        except Exception:  # a row that cannot be rendered is reported later; here it is a group of its own
             asked = number
         groups.setdefault(asked, []).append(number)
     return groups

@@ -1,4 +1,4 @@
-"""What is said of the prepared rows before training: how many, how long, and what spoils their use."""
+"""Statistics of the prepared rows before training: counts, lengths, and problems that would distort the figures."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,18 +11,18 @@ from transformers import PreTrainedTokenizerBase
 from tcopilot.data.answers import until_end
 from tcopilot.data.benchmarks import Benchmark
 
-MUCH = 0.01  # share of rows above which cutting them is a warning
+MUCH = 0.01  # share of cut rows above which a warning is given
 Figures = dict[str, float]
 COUNTED = ("dropped", "lost_shots", "cut_prompts", "cut_options", "cut_targets", "end_tokens", "twin_options")
-"""What is counted of the rows of a split."""
+"""The kinds of rows that are counted in each split."""
 REMARKS = {
     "lost_shots": "{count} of {rows} prompts lost shots; raise data.max_source_length, or lower data.shots",
     "cut_options": "{count} prompts lost part of their options; raise data.max_source_length",
-    "end_tokens": "{count} of {rows} targets bring an end token of their own, which is not doubled",
-    "twin_options": "{count} of {rows} rows offer the right option twice, of which one counts as wrong",
-    "trained_on": "{count} of {rows} rows ask a question that is trained on; remove them from one side",
+    "end_tokens": "{count} of {rows} targets already end in an end token, so no second one is added",
+    "twin_options": "{count} of {rows} rows offer the right option twice, and one of the two counts as wrong",
+    "trained_on": "{count} of {rows} rows ask a question that is also trained on; remove them from one of the splits",
 }
-"""What is said of each kind of row, if there is any."""
+"""The remark about each kind of row, made if there are such rows."""
 
 
 def measure(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int], skipped: int) -> Figures:
@@ -39,13 +39,13 @@ def measure(rows: Sequence[Mapping[str, Any]], counts: Mapping[str, int], skippe
 def unreachable(
     rows: Sequence[Mapping[str, Any]], benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> Counter[str]:
-    """Judge the gold targets as if they had been generated, and count those that count as wrong by the reason.
+    """Judge the gold targets as if they had been generated, and count by reason those that would be judged wrong.
 
     Args:
         rows: Evaluation rows.
-        benchmark: What they are of; one that ranks a catalogue reads no text, so none of its rows fails.
+        benchmark: Their benchmark; one that ranks a catalogue reads no text, so none of its rows can fail.
         tokenizer: The Pilot's.
-        longest: Tokens that decoding waits for.
+        longest: Most tokens that decoding generates.
     """
     why: Counter[str] = Counter()
     if benchmark.catalogue is not None:
@@ -57,19 +57,19 @@ def unreachable(
         if row["target_ids"][-1] != tokenizer.eos_token_id:
             why["cut by data.max_target_length"] += 1
         elif len(row["target_ids"]) > longest:
-            why[f"longer than the {longest} tokens that decoding waits for"] += 1
+            why[f"longer than the {longest} tokens that decoding generates at most"] += 1
         else:
-            why["read back otherwise by the tokenizer"] += 1
+            why["changed by tokenising and decoding"] += 1
             why.setdefault(f"such as {row['answer']!r:.60} as {text!r:.60}", 0)
     return why
 
 
 def remarks(part: str, figures: Mapping[str, float], why: Mapping[str, int]) -> list[str]:
-    """Say what somebody who reads the figures of a split must know, each in a sentence with its mend."""
+    """Return sentences that a reader of a split's figures must know, each with a remedy where there is one."""
     rows, found = figures["rows"], []
     for kind, key in (("prompt", "max_source_length"), ("target", "max_target_length")):
         if (count := figures[f"cut_{kind}s"]) > MUCH * rows:
-            end = "; a target that is cut has no end token and mostly no answer" if kind == "target" else ""
+            end = "; a cut target lacks its end token and usually its answer" if kind == "target" else ""
             found.append(f"{part}: {count} of {rows} {kind}s were cut{end}; raise data.{key}")
     for kind, text in REMARKS.items():
         if count := figures.get(kind):
@@ -88,15 +88,15 @@ def judge(
     tokenizer: PreTrainedTokenizerBase,
     longest: Mapping[str, int],
 ) -> list[str]:
-    """Complete the figures by what needs all splits; returns what is odd about the rows, a sentence each.
+    """Add the figures that depend on all splits, and return remarks about the rows, one sentence each.
 
     Args:
-        summary: ``<benchmark>/<split>`` to its figures, which get ``trained_on`` and ``unreachable``.
-        questions: What the rows of each part ask, ``<benchmark>/shots`` among them.
-        evaluation: Split and benchmark to the rows that are scored.
-        benchmarks: By name.
+        summary: Figures by ``<benchmark>/<split>``; ``trained_on`` and ``unreachable`` are added to them.
+        questions: Questions of the rows by ``<benchmark>/<split>``, including ``<benchmark>/shots``.
+        evaluation: Rows to be scored by split and benchmark.
+        benchmarks: Benchmarks by name.
         tokenizer: The Pilot's.
-        longest: Benchmark to the tokens that decoding waits for.
+        longest: Most tokens that decoding generates, by benchmark.
     """
     trained, shown = (
         {asked for part, all_asked in questions.items() if part.endswith(end) for asked in all_asked}
@@ -133,7 +133,7 @@ def summary_table(summary: Mapping[str, Figures]) -> Table:
             column.justify = "right"
     for part, figures in summary.items():
         if "source_median" not in figures:
-            continue  # of a stream that has begun
+            continue  # a stream has counts but no lengths
         lengths = (
             " / ".join(f"{figures[f'{what}_{name}']:.0f}" for name in ("median", "p95", "max"))
             for what in ("source", "target")

@@ -1,4 +1,4 @@
-"""Two tokenizers that need no download: a closed vocabulary of words, and bytes."""
+"""Two tokenizers that need no download: one over a closed vocabulary of words, one over bytes."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,8 @@ PAD, EOS, UNK, BOS = "<pad>", "<eos>", "<unk>", "<bos>"
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
     """Build a tokenizer whose tokens are ``words``, split at white space.
 
-    Ids 0, 1, 2 are pad, end and unknown; then the words in the given order, repeats left out. Decoding joins
-    the words with single spaces.
+    Ids 0, 1, 2 are pad, end and unknown; the distinct words follow in the given order. Decoding joins the words with
+    single spaces.
 
     Raises:
         ValueError: If a word is empty, holds white space (it could never be matched) or is one of the special tokens.
