@@ -251,6 +251,20 @@ def test_rows_without_options_need_none(pilot, first, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_catalogue_is_ranked_by_the_pilot_itself(tmp_path):
+    users = [{"user": user, "items": [1 + (user + step) % 20 for step in range(6)]} for user in range(1, 31)]
+    (tmp_path / "interactions.jsonl").write_text("".join(json.dumps(user) + "\n" for user in users))
+    given = ["pilot=tiny_llama", "data=lastfm", f"data.path={tmp_path}", "debug=limit", "fusion.weight=[0,1]"]
+    given += ["data.benchmarks.lastfm.items=20", "data.benchmarks.lastfm.cutoffs=[5,10]", "data.max_eval_rows=8"]
+    given += ["evaluation.ranking_beams=10", "data.benchmarks.lastfm.history=3"]
+    before = composed.train(tmp_path / "pilot", *given, "copilot=none", "evaluation=targets", "rounds=1")
+    given = ["experiment=frozen", *given[1:], f"pilot.path={before}/export", "copilot.passes=1"]
+    first = composed.train(tmp_path / "first", *given, "evaluation=targets")
+    folder = composed.train(tmp_path / "run", *given, "evaluation=likelihood", f"mistake_log.from={first}")
+    assert "ndcg@10" in {gain["metric"] for gain in composed.results(folder)["gain"]}
+
+
+@pytest.mark.slow
 def test_the_controls_of_a_frozen_pilot_train_it_with_lora(pilot, first, tmp_path):
     given = frozen(pilot, f"mistake_log.from={first}", "control=[equal_time,equal_flops]", "copilot.passes=1")
     found = composed.results(composed.train(tmp_path, *given))

@@ -51,7 +51,7 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
         recording = _recording(cfg, prepared, run_dir, read)
     except RecordingError as error:
         raise ConfigError([f"mistake_log.from={given}: {error}" if given else str(error)]) from error
-    judged = evaluates_recording(cfg)
+    judged = evaluates_recording(cfg, prepared.data)
     # What is recorded anew holds the rows reported as well, so that further fits can be judged by it.
     reported = [cfg.evaluation.report_on] if judged or given is None else []
     parts = {split: prepared.data.rows_of(split) for split in ("train", "validation", *reported)}

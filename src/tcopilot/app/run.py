@@ -82,7 +82,7 @@ def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, 
     if model.copilot is not None and not model.copilot.learns:
         Evaluator(model, prepared.tokenizer, prepared.data, run_dir.predictions).calibrate()
     build.export(model, prepared.tokenizer, run_dir.export)
-    recording = trained.recording if evaluates_recording(cfg) else None
+    recording = trained.recording if evaluates_recording(cfg, prepared.data) else None
     weights = build.evaluation_weights(cfg.fusion.weight)
     results = _run_evaluator(cfg, model, prepared, run_dir, weights, recording=recording)
     if is_first():

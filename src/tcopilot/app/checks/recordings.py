@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from omegaconf import DictConfig
 
+from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.modes import LIKELIHOOD, TARGETS
 from tcopilot.models.kinds import KINDS
 
@@ -20,9 +21,14 @@ def fits_from_recording(cfg: DictConfig) -> bool:
     return bool(cfg.pilot.frozen and kind and kind.fits_recordings)
 
 
-def evaluates_recording(cfg: DictConfig) -> bool:
-    """Whether a run only scores texts that it recorded, so that it does without the Pilot's layers."""
-    return fits_from_recording(cfg) and set(cfg.evaluation.modes) <= {LIKELIHOOD, TARGETS}
+def evaluates_recording(cfg: DictConfig, data: TCopilotDataModule | None = None) -> bool:
+    """Whether a run only scores texts that it recorded, so that it does without the Pilot's layers.
+
+    A catalogue in its data is ranked in place of whatever is asked for but `targets` alone.
+    """
+    tasks = () if data is None else data.benchmarks.values()
+    ranks = list(cfg.evaluation.modes) != [TARGETS] and any(task.catalogue is not None for task in tasks)
+    return fits_from_recording(cfg) and set(cfg.evaluation.modes) <= {LIKELIHOOD, TARGETS} and not ranks
 
 
 def recording_problems(cfg: DictConfig) -> Iterator[str]:
