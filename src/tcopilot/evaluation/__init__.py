@@ -1,1 +1,1 @@
-"""From predictions to evidence: metrics, what their differences are worth, and the `results.json` that keeps both."""
+"""Evaluation of fused models: predictions, metrics with significance tests, and the `results.json` that holds them."""

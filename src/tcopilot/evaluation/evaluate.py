@@ -1,6 +1,6 @@
 """Evaluation: answer every row at every λ, choose λ on validation, compare with the Pilot on test.
 
-How a row is answered is a mode: as generated text, as the likeliest option, or as a ranking of all items.
+A mode defines how rows are answered: by generated text, by the likeliest option, or by a ranking of all items.
 """
 
 import logging
@@ -49,14 +49,14 @@ from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
 
 log = logging.getLogger(__name__)
 SPECIAL = re.compile(r"(pad|bos|eos|decoder_start)_token_id|_|transformers_version|output_|return_dict|use_cache")
-"""Keys of a generation config that say nothing about how to decode."""
+"""Keys of a generation config that do not affect how text is decoded."""
 PER = ("all", "benchmark", *GATES)
-"""What has a λ of its own."""
+"""Values of `Evaluator.per`: what gets a λ of its own."""
 
 
 @dataclass
 class Evaluation:
-    """What an evaluation found, in the terms of `results.json`."""
+    """The outcome of an evaluation, in the fields of `results.json`."""
 
     rows: list[Row] = field(default_factory=list)
     gain: list[Gain] = field(default_factory=list)
@@ -81,21 +81,20 @@ class Evaluator:
     """Runs a fused model over the rows of a data module.
 
     Every process of a job takes its share of the rows; each row is answered once, and all processes return the same
-    figures. A stopped evaluation goes on where it was if it is started again with the same folder.
+    figures. An interrupted evaluation continues where it stopped if it is started again with the same folder.
 
     Attributes:
         model: the fused model; its λ is changed while it runs and left at the selected one.
         tokenizer: the Pilot's.
-        data: prepared rows.
-        folder: where predictions go, one JSON line per row as soon as it is answered.
+        data: the data module, with prepared rows.
+        folder: where predictions are written, one JSON line per row as soon as it is answered.
         decoding: how answers are generated or scored.
-        per: what has a λ of its own, fitted on the split that λ is chosen on: `all` for one λ; `benchmark`; or
-            a gate of `tcopilot.models.gates`, which λ then scales.
-        select_by: what decides on λ: `nll`, which then needs no answers to the rows it is chosen on and answers the
-            others at 0 and this λ alone; `metric`; or `auto` for the one that the number of rows suits, see
-            `tcopilot.evaluation.selection`.
-        recording: of the frozen Pilot, with the rows; then targets are scored without its layers, which may be
-            missing.
+        per: what gets a λ of its own: `all` for one common λ; `benchmark`; or a gate of `tcopilot.models.gates`,
+            which is fitted on the split that λ is chosen on, and which λ then scales.
+        select_by: what decides on λ: `metric`; `nll`, which needs no answers on the split that λ is chosen on, so that
+            the other split is answered only at 0 and at the chosen λ; or `auto`, which picks one of the two by the
+            number of rows, see `tcopilot.evaluation.selection`.
+        recording: states of the frozen Pilot on these rows; with it targets are scored without the Pilot's layers.
     """
 
     SETTINGS: ClassVar = {
@@ -117,11 +116,11 @@ class Evaluator:
         self.model.eval()
         side = "right" if self.model.config.is_encoder_decoder else "left"
         self.collate = PromptTargetCollator(self.tokenizer.pad_token_id, side)
-        self._fingerprint: str | None = None  # while weights cannot change
+        self._fingerprint: str | None = None  # cached while weights cannot change
 
     @property
     def device(self) -> torch.device:
-        """Where the Pilot's head is; its layers may be missing."""
+        """The device of the Pilot's head, because the Pilot's layers may be missing."""
         return self.model.pilot.get_output_embeddings().weight.device
 
     def run(
@@ -133,13 +132,13 @@ class Evaluator:
         """Evaluate at every λ, choose λ on validation, and compare with the Pilot on test.
 
         Args:
-            weights: the λ to choose from; 0 is always evaluated, and those that could make p̃ no distribution are left
-                out. A single one is taken as it is, and if there is none the `known` one. None takes λ* in closed
-                form on validation.
-            splits: `validation` to choose on, then the split to report. Without rows to choose on λ is a constant
-                (`FusionRule.usual_weight`).
-            known: λ that an earlier run chose, one or one for each benchmark with `all`. Where there are too few rows
-                to choose on, it is kept, and the gate with it.
+            weights: the λ to choose from. 0 is always evaluated, and λ at which p̃ might not be a distribution are
+                left out. A single λ is used as given; an empty list means `known`; None means λ* in closed form on
+                validation.
+            splits: the split on which λ is chosen, then the split to report. If the first has no rows, λ is a
+                constant (`FusionRule.usual_weight`).
+            known: λ that an earlier run chose: one value, or a mapping from each benchmark and `all`. It is kept, with
+                the gate, if there are too few rows to choose on.
         """
         found, names = Evaluation(), self.data.benchmark_names
         (chosen_on, reported), largest, constant = splits, math.inf, 0.0
@@ -194,7 +193,7 @@ class Evaluator:
             for name, members in groups.items():
                 nll = ErrorStatistics.joined(by_name[member] for member in members).nll()
                 seen.setdefault(name, {})[split] = {member: outcomes[member] for member in members}, nll
-                if name not in chosen:  # on the first split
+                if name not in chosen:  # true for the first split only
                     rule = rules[name] if rules[name] != "closed_form" else rule_for(self.select_by, rows[name])
                     best = by_metric(*seen[name][split]) if rule == "metric" else by_likelihood(nll)
                     best = closed_form.get(name, best) if rules[name] == "closed_form" else best
@@ -205,7 +204,7 @@ class Evaluator:
         for name, rule in rules.items() if weights is None or len(weights) > 1 else ():
             found.selection += selections(name, rule, chosen[name], seen[name], chosen_on, reported)
         found.verdicts += self._settings_of_the_pilot()
-        self.model.weight, self.model.static_decoder = chosen["all"], None  # its caches are no longer needed
+        self.model.weight, self.model.static_decoder = chosen["all"], None  # frees its caches
         self._fingerprint = None
         return found
 
@@ -213,20 +212,20 @@ class Evaluator:
         self, rules: Mapping[str, str], rows: Mapping[str, int], chosen: Mapping[str, float],
         weights: Sequence[float] | None, chosen_on: str, largest: float,
     ) -> Iterator[str]:  # fmt: skip
-        """Say what a reader must know of how λ came about."""
+        """Say what a reader must know about how λ was chosen."""
         by_choice = [chosen[name] for name, rule in rules.items() if rule in ("nll", "metric")]
         if weights and max(weights) in by_choice and max(weights) < largest:
-            yield f"λ = {max(weights):g} is the largest one tried: a larger one may be better still"
+            yield f"λ = {max(weights):g} is the largest one tried, so a larger one may be even better"
         for name, rule in rules.items() if weights is None or len(weights) > 1 else ():
             if rows[name] < (wanted := enough(self.select_by, weights)) and weights != []:
                 log.warning(few := too_few(name, rule, chosen[name], f"{rows[name]} {chosen_on}", wanted))
                 yield few
         if self.per == "benchmark":
             each = ", ".join(f"{name} {chosen[name]:g}" for name in self.data.benchmark_names)
-            yield f"λ of each benchmark: {each}; the model keeps the best for all, {chosen['all']:g}"
+            yield f"λ of each benchmark: {each}; the model keeps the best for all together, {chosen['all']:g}"
 
     def _settings_of_the_pilot(self) -> Iterator[str]:
-        """Say what a checkpoint brings for generation: further end tokens, which act, and settings, which do not."""
+        """Report what the checkpoint defines for generation: further end tokens, which apply, and unused settings."""
         if len(ends := end_ids(self.tokenizer, self.model)) > 1:
             yield f"answers end at any of {', '.join(map(str, self.tokenizer.convert_ids_to_tokens(ends)))}"
         settings = self.model.generation_config.to_diff_dict().items()
@@ -235,7 +234,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _fit_gate(self, split: str) -> None:
-        """Fit the gate, if one is asked for, by a teacher-forced pass over a split."""
+        """Fit the gate, if the settings ask for one, by a teacher-forced pass over a split."""
         self.model.set_gate(None)
         if self.per not in GATES:
             return
@@ -250,7 +249,7 @@ class Evaluator:
     def calibrate(self) -> None:
         """Fit temperature and biases of the model, whose Copilot is a `Calibration`, to the validation rows.
 
-        Tokens that train targets use get a bias. Every process observes its share of the rows, and all fit the same.
+        Tokens that occur in train targets get a bias. Each process observes a share of rows; all fit the same values.
 
         Raises:
             DataError: if a benchmark has no validation rows.
@@ -264,10 +263,10 @@ class Evaluator:
         self.model.copilot.fit(Observed.joined(gather(seen)))
 
     def scores(self, split: str, benchmark: str, weights: Sequence[float]) -> dict[float, Scores]:
-        """Answer every row of a benchmark's split in every mode; returns λ to metric to values in the rows' order.
+        """Answer every row of a benchmark's split in every mode; return, by λ and metric, values in order of the rows.
 
-        Predictions go to `<folder>/<split>-<benchmark>-weight=<λ>.jsonl` batch by batch (likelihoods to a file of
-        their own), so that whatever is done stays, should the run be stopped, and is not done again.
+        Predictions are appended to `<folder>/<split>-<benchmark>-weight=<λ>.jsonl` batch by batch (other modes have
+        files of their own), so that an interrupted run keeps them and does not repeat the work.
         """
         rows = self.data.evaluation_rows(split, benchmark)
         found: dict[float, Scores] = {weight: {} for weight in weights}
@@ -283,16 +282,16 @@ class Evaluator:
         return found
 
     def _answer(self, mode: Mode, files: PredictionFiles, rows, weights: Sequence[float], title: str) -> None:
-        """Answer this process's share of what is not answered yet; rows of similar length together."""
+        """Answer this process's share of the unanswered rows, sorted by length to save padding."""
         done = files.done()
         unanswered = [row["id"] for row in rows if any(row["id"] not in done[weight] for weight in weights)]
-        unanswered = set(agree_on(unanswered))  # no process may see what a faster one has answered meanwhile
+        unanswered = set(agree_on(unanswered))  # else slow processes skip what fast ones just answered
         open_rows = [row for row in rows if row["id"] in unanswered]
         ordered = sorted(open_rows, key=lambda row: len(row["source_ids"]))[rank() :: world_size()]
         size = mode.rows_at_once(len(weights))
         metric = next(metric for metric in mode.metrics if not isinstance(metric, CorpusMetric))
         if len(open_rows) < len(rows):
-            log.info("%s: %d of %d rows are answered already", title, len(rows) - len(open_rows), len(rows))
+            log.info("%s: %d of %d rows were already answered", title, len(rows) - len(open_rows), len(rows))
         sums, asked = dict.fromkeys(weights, 0.0), 0
         with progress(title, len(ordered)) as bar:
             for first in range(0, len(ordered), size):
@@ -307,7 +306,7 @@ class Evaluator:
                 bar(len(members), f"{metric.name} {means}")
 
     def modes(self, benchmark: str) -> list[Mode]:
-        """How the rows of a benchmark are answered, the mode that decides first."""
+        """Return the modes in which a benchmark is answered; the first one decides on λ and gain."""
         task, decoding = self.data.benchmarks[benchmark], self.decoding
         shared = (self.model, self.tokenizer, self.collate, task, decoding)
         if task.catalogue is not None and list(decoding.modes) != [TARGETS]:
@@ -323,7 +322,7 @@ class Evaluator:
         return [made[name]() for name in decoding.modes if name != LIKELIHOOD or has_options]
 
     def _statistics(self, split: str, weights: Sequence[float]) -> dict[str, ErrorStatistics]:
-        """Teacher-forced pass over a split: each benchmark's fused likelihood at every λ at once, and λ*."""
+        """Score a split in one teacher-forced pass: each benchmark's fused likelihood at every λ, and its λ*."""
         found = {}
         for name in self.data.benchmark_names:
             found[name] = ErrorStatistics(weights, self.model.fusion)
@@ -333,11 +332,11 @@ class Evaluator:
         return found
 
     def likelihood(self, split: str, weight: float = 0.0) -> float:
-        """Mean −log p̃ per target token of a split's benchmarks together, in nats."""
+        """Return the mean −log p̃ per target token over all benchmarks of a split, in nats."""
         return ErrorStatistics.joined(self._statistics(split, [weight]).values()).nll()[weight]
 
     def scored(self, rows: Sequence[dict[str, Any]]) -> Scored:
-        """The batch of some rows with log p̂ and f^C at its targets, see `correct_targets`; as recorded, if it is."""
+        """Return rows as a batch with log p̂ and f^C at its targets (`correct_targets`), from the recording if any."""
         batch, copilot = self.collate(rows).to(self.device), self.model.copilot
         if self.recording is None:
             return batch, *correct_targets(self.model, batch)
@@ -345,7 +344,7 @@ class Evaluator:
         return batch, *correct_targets(self.model, batch, states)
 
     def scored_batches(self, split: str, benchmark: str) -> Iterator[Scored]:
-        """This process's share of a benchmark's rows, `scored`; rows of similar length together."""
+        """Yield this process's share of a benchmark's rows in `scored` batches, sorted by length to save padding."""
         rows = sorted(self.data.evaluation_rows(split, benchmark), key=lambda row: len(row["source_ids"]))
         for part in parts_to_score(self.model, rows[rank() :: world_size()], self.decoding.batch_size):
             yield self.scored(part)
@@ -353,7 +352,7 @@ class Evaluator:
     def _report(
         self, found: Evaluation, split: str, outcomes: Outcomes, statistics: dict[str, ErrorStatistics]
     ) -> None:
-        """Add a split's figures at every λ."""
+        """Add the figures of a split at every λ to the evaluation."""
         for name, by_weight in outcomes.items():
             for weight, scores in by_weight.items():
                 figures = {metric.name: metric.value(values) for metric, values in scores.items()}
@@ -372,16 +371,16 @@ class Evaluator:
 
     @staticmethod
     def _compare(found: Evaluation, outcomes: Outcomes) -> None:
-        """Hold each benchmark's answers at its λ against the Pilot's."""
+        """Compare each benchmark's answers at its λ with the Pilot's."""
         for name, by_weight in outcomes.items():
             for place, metric in enumerate(metric for metric in by_weight[0.0] if metric.compared):
                 comparison = compare_by(metric, by_weight[0.0][metric], by_weight[found.weight_of(name)][metric])
                 found.gain.append(Gain.of(name, metric, comparison))
-                if not place:  # the table has the others'
+                if not place:  # the table shows the verdicts on the other metrics
                     found.verdicts.append(f"{name}, {metric.name}: {comparison.verdict}")
 
     def _key(self, mode: Mode, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Everything that an answer depends on, in contents, not in names."""
+        """Return everything that an answer depends on, by contents and not by name, so that it is reused correctly."""
         return {
             "model": self._fingerprint or fingerprint(self.model),
             "recording": self.recording and self.recording.pilot.digest,

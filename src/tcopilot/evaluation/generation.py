@@ -1,4 +1,4 @@
-"""Answers as generated text: the first way to evaluate; and as the fused model's choice among the Pilot's beams."""
+"""Answers as generated text, decoded by the fused model or chosen by it among the Pilot's beams."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tcopilot.models.pilot import end_ids
 
 @dataclass
 class Generation(Mode):
-    """Decode each prompt at every λ and judge the texts, each of at most `max_new_tokens` tokens."""
+    """Decode at most `max_new_tokens` tokens for each prompt at every λ, and judge the texts."""
 
     max_new_tokens: int
 
@@ -25,15 +25,15 @@ class Generation(Mode):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Beams, longest answer and end tokens."""
+        """Number of beams, limit on new tokens and end tokens, on which the answers depend."""
         return {"beams": self.decoding.num_beams, "max_new_tokens": self.max_new_tokens, "ends": self.ends}
 
     def rows_at_once(self, weights: int) -> int:
-        """Prompts of a batch at that many λ."""
+        """Return the number of prompts in a batch, each of which is decoded at so many λ."""
         return max(1, self.decoding.batch_size // weights)
 
     def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
-        """Return one prediction per λ and row, with the text, what was read out of it, and its scores."""
+        """Return one prediction per λ and row, with the text, the extracted answer and the scores."""
 
         def prediction(row: dict[str, Any], tokens: list[int]) -> Prediction:
             text = self.tokenizer.decode(until_end(tokens, *self.ends), skip_special_tokens=True)
@@ -43,14 +43,14 @@ class Generation(Mode):
         return {weight: list(map(prediction, rows, answers)) for weight, answers in found.items()}
 
     def emit(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[list[int]]]:
-        """Return the tokens of each answer, for each λ and row; what follows an end token is padding."""
+        """Return the tokens of each answer, for each λ and row; tokens behind an end token are padding."""
         return dict(zip(weights, self.decode(rows, weights), strict=True))
 
     @torch.no_grad()
     def decode(
         self, rows: Sequence[dict[str, Any]], weights: Sequence[float], **options: Any
     ) -> list[list[list[int]]]:
-        """Decode at each λ; further options are those of `generate`."""
+        """Decode at each λ; further options are passed to `generate`."""
         batch = self.collate(rows).to(self.model.device)
         start = 1 if self.model.config.is_encoder_decoder else batch.source_ids_BM.shape[1]
         found = self.model.generate_at_weights(
@@ -62,21 +62,21 @@ class Generation(Mode):
         return [tokens[:, start:].tolist() for tokens in found]
 
     def read(self, prediction: Prediction) -> Answer:
-        """Read the answer in a predicted text."""
+        """Extract the answer from a stored text."""
         return self.benchmark.read(prediction["prediction"], prediction["answer"])
 
     def judged(self, prediction: Prediction) -> Prediction:
-        """Return a prediction with what is read in its text, and its scores."""
+        """Add the extracted answer and the scores to a prediction."""
         answer = self.read(prediction)
         return prediction | {"extracted": answer.extracted, "scores": self.benchmark.judge(answer)}
 
 
 @dataclass
 class Reranking(Generation):
-    """Decode beams from the Pilot alone, and answer with the one of the largest Σ log p̃, the end token included.
+    """Decode beams with the Pilot alone, and answer with the beam of the largest Σ log p̃, including the end token.
 
-    This tells what a Copilot knows of whole answers. All λ choose among the same beams, so at λ = 0 the answer is the
-    Pilot's likeliest beam. Beams are scored by `Evaluator.scored`.
+    This tests how well the Copilot judges whole answers. All λ choose among the same beams, so at λ = 0 the answer is
+    the Pilot's likeliest beam. `Evaluator.scored` scores the beams.
     """
 
     suffix: ClassVar[str] = "-reranking"
@@ -84,7 +84,7 @@ class Reranking(Generation):
     score: Callable[[Sequence[dict[str, Any]]], Scored]
 
     def rows_at_once(self, weights: int) -> int:
-        """Prompts of a batch; all λ share it."""
+        """Return the number of prompts in a batch, which all λ share."""
         return max(1, self.decoding.batch_size // self.decoding.num_beams)
 
     @torch.no_grad()
@@ -102,6 +102,6 @@ class Reranking(Generation):
         }
 
     def _with_end(self, tokens: list[int]) -> list[int]:
-        """An answer up to its end token, which one that was cut off lacks."""
+        """Cut an answer behind its end token; an answer without one, cut off by the limit, is returned as it is."""
         end = next((place for place, token in enumerate(tokens) if token in self.ends), len(tokens) - 1)
         return tokens[: end + 1]

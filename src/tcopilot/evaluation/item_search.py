@@ -1,10 +1,10 @@
-"""Full ranking: every item of a catalogue scored by the probability of its text, for each user, without sampling.
+"""Full ranking: for each user every item of a catalogue is scored by the probability of its text, without sampling.
 
 An item's score is Σ log p̃ over its tokens and the end token. It is neither normalised by length nor renormalised over
-what the catalogue allows. Items that a user already has are left out.
+the tokens that the catalogue allows. Items that a user already has are excluded.
 
-Shapes: B users, M prompt length, R rows of a step (a user and a node each), W values of λ, I items, T nodes of the
-trie, V vocabulary, K kept items.
+Shapes: B users, M prompt length, R rows of a step (pairs of a user and a trie node), W values of λ, I items, T nodes
+of the trie, V vocabulary, K kept items.
 """
 
 import copy
@@ -23,22 +23,22 @@ from tcopilot.evaluation.item_trie import ItemTrie
 from tcopilot.models.caches import CopilotState, TCopilotCache
 from tcopilot.models.fused_model import TCopilotModel
 
-IMPOSSIBLE = -5e8  # beam search of transformers marks empty places by −1e9; sums of log-probabilities stay far above
+IMPOSSIBLE = -5e8  # transformers' beam search scores empty beams −1e9; sums of log-probabilities are far larger
 
 
 class Ranking(NamedTuple):
     """The best items of each user, best first.
 
     Attributes:
-        items_BK: places in the catalogue, int64; −1 where nothing was found.
-        scores_BK: Σ log p̃ in nats, float32; −inf where nothing was found.
+        items_BK: indices in the catalogue, int64; −1 where no item was found.
+        scores_BK: Σ log p̃ in nats, float32; −inf where no item was found.
     """
 
     items_BK: np.ndarray
     scores_BK: np.ndarray
 
     def ranks(self, gold: Sequence[int]) -> list[int]:
-        """Return the place of each user's gold item, from 1; 0 where it is not among those kept."""
+        """Return the rank of each user's gold item, from 1; 0 where it is not among the kept items."""
         found_BK = self.items_BK == np.asarray(gold)[:, None]
         return np.where(found_BK.any(axis=1), found_BK.argmax(axis=1) + 1, 0).tolist()
 
@@ -53,30 +53,30 @@ def rank_exhaustively(
     weights: Sequence[float],
     rows_at_once: int = 256,
 ) -> dict[float, Ranking]:
-    """Score every item exactly, at several λ in one pass: neither p̂ nor f^C depends on λ once the text is given.
+    """Score every item exactly, at several λ in one pass, since for a given text neither p̂ nor f^C depends on λ.
 
-    Each prompt is read once. Then the trie is walked depth first with cached steps of one token, at most
-    `rows_at_once` of them together; an end token costs no step. So caches of that many rows are held for each level,
-    and a pass takes about (inner nodes of the trie × users / rows_at_once) steps.
+    Each prompt is encoded once. Then the trie is traversed depth first with cached one-token steps, in batches of at
+    most `rows_at_once` rows; an end token needs no step. Hence each level holds caches of that many rows, and a pass
+    takes about (inner nodes of the trie × users / rows_at_once) steps.
 
     Args:
         model: the fused model; it may lack a Copilot.
-        batch: prompts; targets are not read.
+        batch: the prompts; its targets are ignored.
         trie: the catalogue.
-        seen: places in the catalogue of what each user has, which is left out.
+        seen: for each user, the indices in the catalogue of the items to exclude.
         keep: K, the largest cutoff.
-        weights: the λ.
-        rows_at_once: rows of a step.
+        weights: the values of λ.
+        rows_at_once: largest number of rows in a step.
 
     Returns:
-        The ranking at each λ; equal scores are in the catalogue's order.
+        The ranking at each λ; items of equal score are in catalogue order.
 
     Raises:
         ValueError: if a user has fewer than `keep` unseen items.
     """
     unseen_BT = trie.unseen_below(seen)
     _check_keep(keep, unseen_BT[:, 0])
-    before, model.weight = model.weight, 0.0  # it would only cost time
+    before, model.weight = model.weight, 0.0  # saves fusing inside the model
     try:
         scores_WBI = _Walk(model, batch, trie, unseen_BT, weights, rows_at_once).run().cpu().numpy()
     finally:
@@ -97,14 +97,14 @@ def rank_by_beams(
     num_beams: int,
     end_id: int,
 ) -> dict[float, Ranking]:
-    """Search the best items by fused beam search that can leave neither the catalogue nor what is unseen.
+    """Search the best items by fused beam search, restricted to items of the catalogue that the user has not seen.
 
-    This is `model.generate` with a mask, set up such that its scores are plain sums: no length penalty, and no stop
-    while an open beam is better than the worst finished one. It is exact once `num_beams` reaches the number of unseen
-    items; below that, an item is lost if its beginning falls behind, as in any beam search.
+    This is `model.generate` with a mask. There is no length penalty, so scores are plain sums, and the search goes on
+    while an open beam is better than the worst finished one. It is exact if `num_beams` is at least the number of
+    unseen items; otherwise items whose first tokens score low are lost, as in any beam search.
 
-    Arguments and what is returned are those of `rank_exhaustively`; `num_beams` are those of each user at each λ, and
-    `end_id` is the token with which every item ends. All λ are searched side by side.
+    Arguments and return value are as in `rank_exhaustively`. `num_beams` is the number of beams of each user at each
+    λ, and `end_id` is the token with which every item ends. All λ are searched side by side.
 
     Raises:
         ValueError: if `keep` exceeds `num_beams` or a user's unseen items.
@@ -139,7 +139,7 @@ class _Walk:
         self.scores_WBI = torch.full((len(weights), len(batch), trie.items), -torch.inf, device=self.device)
 
     def run(self) -> Tensor:
-        """Return the scores [W, B, I] of all items; −inf for those that were seen."""
+        """Return the scores [W, B, I] of all items; seen items have −inf."""
         users_B, is_pair = np.arange(len(self.batch)), self.model.config.is_encoder_decoder
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if is_pair else DynamicCache()
         scores_WB = torch.zeros(len(self.weights), len(self.batch), device=self.device)
@@ -147,14 +147,14 @@ class _Walk:
         return self.scores_WBI
 
     def _visit(self, users_R, nodes_R, depth: int, cache: TCopilotCache, scores_WR: Tensor) -> None:
-        """Read R nodes, score their children, then visit those that are no leaves."""
+        """Feed the tokens of R nodes to the model, score their children, then visit those that are not leaves."""
         rows, children = self.trie.open_children(users_R, nodes_R, self.unseen_BT)
         rows_at, tokens = self._tensor(rows), self._tensor(self.trie.token_T[children])
         out = self._read(users_R, nodes_R, depth, cache)
         log_probs_R1V = out.pilot_log_probs[:, -1:]
         fused = (self.model.fuse(log_probs_R1V, out.corrections, weight) for weight in self.weights)
         scores = scores_WR[:, rows_at] + torch.stack([log_probs[rows_at, -1, tokens] for log_probs in fused])
-        del out, log_probs_R1V, fused  # [R, V], not needed on the way down
+        del out, log_probs_R1V, fused  # frees [R, V] tensors before the recursion
         users, items = users_R[rows], self.trie.item_T[children]
         ended = np.flatnonzero(items >= 0)
         self.scores_WBI[:, self._tensor(users[ended]), self._tensor(items[ended])] = scores[:, self._tensor(ended)]
@@ -162,12 +162,12 @@ class _Walk:
         for start in range(0, len(inner), self.rows_at_once):
             part = inner[start : start + self.rows_at_once]
             at = self._tensor(part)
-            chosen = _share(cache)  # the given one stays as it is
+            chosen = _share(cache)  # leaves the given cache unchanged
             chosen.batch_select_indices(rows_at[at])
             self._visit(users[part], children[part], depth + 1, chosen, scores[:, at])
 
     def _read(self, users_R, nodes_R, depth: int, cache: TCopilotCache):
-        """Run the model on the prompts (depth 0), or on the token of one node in every row."""
+        """Run the model on the prompts (depth 0), or on the token of each row's node."""
         users = self._tensor(users_R)
         tokens_R1, mask_RM = self._tensor(self.trie.token_T[nodes_R])[:, None], self.batch.source_mask_BM[users].long()
         shared = {"past_key_values": cache, "use_cache": True, "output_corrections": True}
@@ -189,7 +189,7 @@ class _Walk:
 
 
 class _OnlyUnseen(LogitsProcessor):
-    """Allows the tokens that lead to an item that the user has not seen, and nothing after an item's end."""
+    """Allow only tokens that lead to an item that the user has not seen, and none after the end of an item."""
 
     def __init__(self, trie: ItemTrie, unseen_BT: np.ndarray, num_beams: int, start: int) -> None:
         self.trie, self.unseen_BT, self.start, self.num_beams = trie, unseen_BT, start, num_beams
@@ -199,7 +199,7 @@ class _OnlyUnseen(LogitsProcessor):
         for tokens_R in input_ids[:, self.start :].T.cpu().numpy():
             nodes_R = self.trie.step(nodes_R, tokens_R)
         alive = np.flatnonzero(nodes_R >= 0)
-        if input_ids.shape[1] == self.start:  # all beams of a user are equal now: one is enough
+        if input_ids.shape[1] == self.start:  # beams of a user start equal, so keep one
             alive = alive[:: self.num_beams]
         users_R = np.repeat(np.arange(len(self.unseen_BT)), len(input_ids) // len(self.unseen_BT))  # λ and beams
         rows, children = self.trie.open_children(users_R[alive], nodes_R[alive], self.unseen_BT)
@@ -211,7 +211,7 @@ class _OnlyUnseen(LogitsProcessor):
 
 
 def _found(trie: ItemTrie, sequences_RN: Tensor, scores_R: Tensor, users: int, keep: int) -> Ranking:
-    """Read items out of what beam search returned, best first, and drop its empty places."""
+    """Convert the sequences of a beam search into items, best first, and drop its empty beams."""
     nodes = np.zeros(len(sequences_RN), dtype=np.int64)
     for tokens in sequences_RN.T.cpu().numpy():
         nodes = np.where(trie.item_T[nodes] >= 0, nodes, trie.step(nodes, tokens))
@@ -228,13 +228,13 @@ def _check_keep(keep: int, unseen_B: np.ndarray) -> None:
     if keep > unseen_B.min():
         user = int(unseen_B.argmin())
         raise ValueError(
-            f"cutoffs go up to {keep}, and the user in row {user} of the batch has {unseen_B[user]} unseen items to "
-            f"rank; lower the cutoffs to at most {unseen_B[user]}"
+            f"cutoffs go up to {keep}, but the user in row {user} of the batch has only {unseen_B[user]} unseen items "
+            f"to rank; lower the cutoffs to at most {unseen_B[user]}"
         )
 
 
 def _share(value: Any) -> Any:
-    """Copy a cache but not its tensors; the selection of rows that follows takes tensors of its own."""
+    """Copy a cache but not its tensors, because the selection of rows that follows creates new ones."""
     if isinstance(value, dict):
         return {key: _share(item) for key, item in value.items()}
     if isinstance(value, list):

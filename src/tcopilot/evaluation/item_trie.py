@@ -1,6 +1,6 @@
-"""The token ids of a catalogue's items as a tree: what may follow what, and what a user has not seen below a node.
+"""A trie of the token ids of a catalogue's items: which tokens may follow, and which unseen items lie below a node.
 
-Shapes: B users, R rows of a step (a user and a node each), I items, T nodes of the trie.
+Shapes: B users, R rows of a step (pairs of a user and a trie node), I items, T nodes of the trie.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 class ItemTrie:
-    """The token ids of all items as a tree, held in arrays so that many nodes are looked at in one go.
+    """The token ids of all items as a trie, held in arrays so that many nodes can be looked up at once.
 
     Nodes are numbered level by level, so that the children of a node have consecutive numbers; node 0 is the root.
     Every item ends in a leaf.
@@ -19,16 +19,16 @@ class ItemTrie:
         sequences: token ids of each item, end token included.
 
     Raises:
-        ValueError: if there is no item, one has no tokens, or one equals another or its beginning.
+        ValueError: if there is no item, or an item has no tokens or is equal to another item or a prefix of one.
 
     Attributes:
-        depth: tokens of the longest item.
+        depth: number of tokens of the longest item.
         token_T: the token that leads to a node; −1 for the root.
-        parent_T: the node above; −1 for the root.
-        first_child_T: the first node below, if there is one.
-        children_T: number of nodes directly below.
-        items_below_T: number of items in or below a node.
-        item_T: place of the item that ends in a node; −1 inside the tree.
+        parent_T: the parent of a node; −1 for the root.
+        first_child_T: the first child of a node, if it has any.
+        children_T: number of children of a node.
+        items_below_T: number of items that end in a node or below it.
+        item_T: index of the item that ends in a node; −1 for inner nodes.
         leaf_I: the node in which each item ends.
     """
 
@@ -39,7 +39,7 @@ class ItemTrie:
             raise ValueError(f"{what}; every item to be ranked needs a text")
         spans = [(0, len(order), 0)]  # of every node: from, to (in `order`) and depth
         tokens, parents, first_child, children, item_at = [-1], [-1], [], [], []
-        for node, (start, stop, depth) in enumerate(spans):  # grows on the way
+        for node, (start, stop, depth) in enumerate(spans):  # the loop appends to spans
             first_child.append(len(spans))
             item = order[start]
             ends = len(sequences[item]) == depth
@@ -76,14 +76,14 @@ class ItemTrie:
         return cls([[*ids, tokenizer.eos_token_id] for ids in sequences])
 
     def step(self, nodes_R: np.ndarray, tokens_R: np.ndarray) -> np.ndarray:
-        """Return the node that each token leads to [R]; −1 where it leads nowhere, and from −1."""
+        """Return the node to which each token leads [R]; −1 if there is none, or if the given node is −1."""
         keys_R = nodes_R * self._stride + tokens_R
         places_R = np.searchsorted(self._keys, keys_R).clip(max=len(self._keys) - 1)
         known_R = (self._keys[places_R] == keys_R) & (nodes_R >= 0) & (tokens_R >= 0) & (tokens_R < self._stride)
         return np.where(known_R, places_R + 1, -1)
 
     def unseen_below(self, seen: Sequence[Sequence[int]]) -> np.ndarray:
-        """Count the items in or below each node that a user has not seen, [B, T]; repeats in `seen` count once."""
+        """Count, [B, T], the unseen items of each user that end in or below each node; `seen` may hold repeats."""
         unseen_BT = np.tile(self.items_below_T.astype(np.int32), (len(seen), 1))
         for unseen_T, items in zip(unseen_BT, seen, strict=True):
             nodes = self.leaf_I[np.unique(np.asarray(items, dtype=np.int64))]
@@ -96,7 +96,7 @@ class ItemTrie:
     def open_children(
         self, users_R: np.ndarray, nodes_R: np.ndarray, unseen_BT: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """List the children of nodes below which the row's user has an unseen item: rows, ascending, and children."""
+        """List the children that lead to an unseen item of the row's user, as row indices, ascending, and nodes."""
         counts_R = self.children_T[nodes_R]
         rows = np.repeat(np.arange(len(nodes_R)), counts_R)
         within = np.arange(len(rows)) - np.repeat(counts_R.cumsum() - counts_R, counts_R)

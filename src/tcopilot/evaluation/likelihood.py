@@ -1,5 +1,5 @@
-"""Given texts scored by teacher forcing, and no text generated: of options the likeliest is the answer, or the targets
-alone are scored, which is the cheapest way to evaluate.
+"""Modes that score given texts by teacher forcing and generate nothing: the likeliest option is the answer, or only
+the targets are scored, which is the cheapest evaluation.
 
 Shapes: B batch, N target length, V vocabulary.
 """
@@ -17,16 +17,16 @@ from tcopilot.evaluation.predictions import Prediction
 from tcopilot.models.fused_model import TCopilotModel
 
 EXACT = Metric("exact")
-"""Whether each target token is the likeliest after those before it, the end token included: then, and only then, does
-greedy decoding give precisely the target."""
+"""Whether every target token, including the end token, is the likeliest one given the tokens before it, i.e. whether
+greedy decoding would give exactly the target."""
 NOT_DECODED = "(another text, not decoded)"
-"""What stands in tables for an answer that is only known to differ from the target."""
+"""The text shown for an answer of which only is known that it differs from the target."""
 
 
 def log_likelihoods(model: TCopilotModel, scored: Scored, weights: Sequence[float]) -> Tensor:
-    """Return Σ log p̃ of a batch's targets at each λ, end token included: [λ, B] in nats, float64.
+    """Return Σ log p̃ of a batch's targets, including the end token, at each λ: [λ, B] in nats, float64.
 
-    One pass serves all λ: neither p̂ nor f^C depends on it.
+    One forward pass serves all λ, because neither p̂ nor f^C depends on λ.
     """
     batch, log_probs_BNV, corrections_BNV = scored
     index_BN1 = batch.target_ids_BN.unsqueeze(-1)
@@ -38,14 +38,14 @@ def log_likelihoods(model: TCopilotModel, scored: Scored, weights: Sequence[floa
 
 
 def option_rows(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a row once for each of its options, if it has any, with the option as its target."""
+    """Return a copy of a row for each of its options, if it has any, with the option as the target."""
     return [{**row, "target_ids": ids} for ids in row.get("option_ids", ())]
 
 
 class Likelihood(TeacherForced):
-    """Choose the option with the largest log-likelihood: of the whole text, and per token.
+    """Choose the option with the largest log-likelihood, by the sum over its tokens and by the mean per token.
 
-    The sum favours short options, the mean per token long ones; both are common, so both are reported, as
+    The sum favours short options and the mean long ones; both are in common use, so both are reported, as
     `accuracy_sum` and `accuracy_mean`.
     """
 
@@ -64,7 +64,7 @@ class Likelihood(TeacherForced):
         }
 
     def read(self, prediction: Prediction) -> Answer:
-        """Take the option that is likeliest as a whole for the answer."""
+        """Return the option with the largest sum as the answer."""
         option, target = prediction["prediction_sum"], prediction["target"]
         return Answer(option, option, target, option == target)
 
@@ -86,7 +86,7 @@ class Likelihood(TeacherForced):
 
 
 class Targets(TeacherForced):
-    """Score each row's target: `exact`, and its mean `nll` per token."""
+    """Score each row's target by `exact` and by its mean `nll` per token."""
 
     suffix: ClassVar[str] = "-targets"
     metrics: ClassVar[tuple[Metric, ...]] = (EXACT, NLL)
@@ -115,5 +115,5 @@ class Targets(TeacherForced):
         return found
 
     def read(self, prediction: Prediction) -> Answer:
-        """Only whether the answer would have been the target is known."""
+        """Return an answer that is right if `exact` is 1; its text is known only in that case."""
         return Answer(prediction["prediction"], None, prediction["target"], prediction["scores"][EXACT.name] == 1.0)

@@ -1,14 +1,15 @@
 """Fused models in EleutherAI's lm-evaluation-harness, as its model `tcopilot`.
 
-The harness has no plugins: its own command knows only the models inside its package. So ours registers the model and
-then runs that command, with the same arguments and sub-commands (needs `pip install 'tcopilot[eval]'`):
+The harness has no plugin mechanism: its command knows only the models of its own package. The command below therefore
+registers our model and then runs the harness's, with the same arguments (needs `pip install 'tcopilot[eval]'`):
 
     tcopilot-lm-eval --model tcopilot --model_args pretrained=<export>,weight=0.3 --tasks arc_easy --batch_size 8
     python -m tcopilot.evaluation.lm_eval --model tcopilot …
 
 In Python, importing this module makes `lm_eval.simple_evaluate(model="tcopilot", …)` work.
 
-The harness's `--use_cache` keys answers by request, not by model: give each export, λ and feedback a file of its own.
+The harness's `--use_cache` stores answers by request, not by model, so use a separate file for each export, λ and
+feedback.
 
 Shapes: B batch, N targets, K = N − 1 known targets, V vocabulary.
 """
@@ -42,7 +43,7 @@ from tcopilot.models.fusion import check_weight
 from tcopilot.models.states import position_ids
 from tcopilot.settings import one_of, require
 
-# They change or wrap the weights in ways that know nothing of two models in one.
+# These options change or wrap the weights of a single model, and do not work for a Pilot and Copilot in one.
 _PILOT_ONLY_OPTIONS = ("peft", "delta", "autogptq", "gptqmodel", "gguf_file")
 
 Request = tuple[tuple[str, str] | None, Sequence[int], Sequence[int]]  # text, context, continuation
@@ -52,21 +53,21 @@ _logger = logging.getLogger(__name__)
 
 @register_model("tcopilot")
 class TCopilotLM(HFLM):
-    """A fused model under test: scores and generates from p̃.
+    """A fused model in the harness, which scores and generates by p̃.
 
-    The Copilot corrects targets only, and which tokens are targets changes what it says. So every continuation is
-    scored as the target of its own context: contexts padded left, continuations right, one column between them.
-    Rolling likelihoods take each window's text as the target of the tokens before it.
+    The Copilot corrects targets only, so its output depends on where the target begins. Hence every continuation is
+    scored as the target of its own context; contexts are padded left and continuations right, so that all targets of
+    a batch begin in the same column. In rolling likelihoods a window's text is the target of the tokens before it.
 
     Args:
-        pretrained: the `export` folder of a run, or what `save_pretrained` wrote; or a loaded fused model, whose
-            `weight` and `feedback` then change.
-        weight: λ ≥ 0; 0 is the Pilot. Default: the export's.
-        feedback: `observed` or `own`. Default: the export's.
-        **options: those of the harness's `hf` model, such as `batch_size`, `dtype` and `max_length`.
+        pretrained: the `export` folder of a run, or a folder that `save_pretrained` wrote; or a loaded fused model,
+            whose `weight` and `feedback` are then changed.
+        weight: λ ≥ 0; 0 is the Pilot. Default: as in the export.
+        feedback: `observed` or `own`. Default: as in the export.
+        **options: options of the harness's `hf` model, such as `batch_size`, `dtype` and `max_length`.
 
     Raises:
-        ValueError: if `pretrained` is no export, or an option is out of range or not for fused models.
+        ValueError: if `pretrained` is not an export, or an option is out of range or unsupported for fused models.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class TCopilotLM(HFLM):
 
     @property
     def max_length(self) -> int:
-        """Longest text: as given, else the Pilot's."""
+        """Maximum number of tokens of a text: as given, else the Pilot's."""
         if self._max_length:
             return self._max_length
         return resolve_max_length(self.config.pilot, self.tokenizer, default=self._DEFAULT_MAX_LENGTH)
@@ -110,7 +111,7 @@ class TCopilotLM(HFLM):
         super()._get_backend(config, backend="seq2seq" if config.is_encoder_decoder else "causal")
 
     def tok_batch_encode(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """Tokenise prompts and pad them where the model was trained to find padding: encoders on the right."""
+        """Tokenise prompts and pad them on the side used in training, which is the right for encoders."""
         ids, mask = super().tok_batch_encode(*args, **options)
         if self.backend == "causal":
             return ids, mask
@@ -120,7 +121,7 @@ class TCopilotLM(HFLM):
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         if self.backend == "seq2seq":
             return super()._model_call(inps, attn_mask, labels)
-        # The harness calls this to see how many rows fit (batch_size=auto); a text that is all target needs most.
+        # The harness calls this to find how many rows fit (batch_size=auto); a text that is all target needs most.
         return self._logits(input_ids=inps, target_start=1)
 
     def _logits(self, **inputs: Any) -> Tensor:
@@ -133,7 +134,7 @@ class TCopilotLM(HFLM):
     ) -> list[tuple[float, bool]]:
         if self.backend == "seq2seq":
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        same_row = defaultdict(list)  # requests that differ in the last token only, which the model need not read
+        same_row = defaultdict(list)  # requests that differ only in the last token: one pass
         cut = 0
         for index, (_, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
@@ -145,7 +146,7 @@ class TCopilotLM(HFLM):
             cut += len(context) > room
             same_row[tuple(context[-room:]), tuple(continuation[:-1])].append(index)
         if cut:
-            _logger.warning("%d contexts lose their start: texts are longer than max_length=%d", cut, self.max_length)
+            _logger.warning("%d contexts were cut at their start, as texts exceed max_length=%d", cut, self.max_length)
         rows = [(None, context, (*known, requests[same[0]][2][-1])) for (context, known), same in same_row.items()]
 
         batch_size, batch_fn = self.batch_size, None
@@ -173,7 +174,7 @@ class TCopilotLM(HFLM):
         return answers
 
     def _score(self, rows: list[Request]) -> Tensor:
-        """Log p̃ [B, N, V] of the N targets of each row, of which the last is not read."""
+        """Return log p̃ [B, N, V] at the N targets of each row; the last target is predicted but never an input."""
         collate = PromptTargetCollator(self.tokenizer.pad_token_id, "left")
         batch = collate([{"source_ids": row[1], "target_ids": row[2][:-1], "id": 0, "benchmark": 0} for row in rows])
         ids = torch.cat([batch.source_ids_BM, batch.target_ids_BN], dim=1).to(self.device)
@@ -189,12 +190,12 @@ class TCopilotLM(HFLM):
 
 
 def _check_options(weight: Any, feedback: Any, options: dict[str, Any]) -> None:
-    """Refuse before weights load what cannot work."""
+    """Refuse unsupported options before the weights are loaded."""
     if weight is not None:
         check_weight(weight)
     require({"feedback": one_of(FEEDBACKS).or_null()}, {"feedback": feedback})
     if unfit := [name for name in _PILOT_ONLY_OPTIONS if options.get(name)]:
-        raise ValueError(f"{', '.join(unfit)}: not for fused models; merge or convert before the export")
+        raise ValueError(f"{', '.join(unfit)}: not for fused models; merge or convert the weights before the export")
 
 
 main = cli_evaluate

@@ -1,4 +1,4 @@
-"""How rows are answered: the settings of decoding, and what the ways to answer have in common."""
+"""Modes of answering rows: the decoding settings, and the base classes of all modes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +16,16 @@ from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.settings import FLAG, list_of, one_of, whole
 
 LIKELIHOOD, TARGETS = "likelihood", "targets"
-"""Modes that score given texts by teacher forcing, of which a frozen Pilot may be recorded."""
+"""Modes that score given texts by teacher forcing, and hence also work from a recording of a frozen Pilot."""
 AT_ONCE = 2**28
-"""Numbers of log p̂ that one pass over given texts may have, 1 GB; several tensors of its size are in memory."""
+"""Most values of log p̂ in one pass over given texts, i.e. 1 GB; several tensors of this size are held at once."""
 Scored = tuple[Batch, Tensor, Tensor | None]
-"""A batch, with log p̂ [B, N, V] and f^C [B, N, V] at its targets; None for the latter without a Copilot."""
+"""A batch, with log p̂ [B, N, V] and f^C [B, N, V] at its targets; f^C is None if there is no Copilot."""
 
 
 @dataclass
 class Decoding:
-    """How answers are generated or scored: the keys of `configs/evaluation`, which explain themselves there."""
+    """How answers are generated or scored; the configs in `configs/evaluation` explain these keys."""
 
     SETTINGS: ClassVar = {
         "num_beams": whole(),
@@ -53,7 +53,7 @@ class Mode(ABC):
     """A way to answer rows.
 
     Attributes:
-        suffix: what its prediction files are told apart by.
+        suffix: distinguishes the prediction files of the mode.
         model: the fused model.
         tokenizer: the Pilot's.
         collate: makes batches of rows.
@@ -71,17 +71,17 @@ class Mode(ABC):
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """What is measured, the deciding metric first."""
+        """The metrics of the mode; the first one decides on λ."""
         return self.benchmark.metrics
 
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What an answer depends on beside model, row and benchmark; plain values."""
+        """Plain values of the settings that an answer depends on, besides model, row and benchmark."""
 
     @abstractmethod
     def rows_at_once(self, weights: int) -> int:
-        """Rows of a batch at that many λ."""
+        """Return the number of rows in a batch at so many λ."""
 
     @abstractmethod
     def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
@@ -92,16 +92,16 @@ class Mode(ABC):
         """Return the answer in a stored prediction."""
 
     def judged(self, prediction: Prediction) -> Prediction:
-        """Return a stored prediction with its scores, one for each metric that is a mean over rows."""
+        """Add scores to a stored prediction, one for each metric that is a mean over rows."""
         return prediction | {"scores": self.benchmark.judge(self.read(prediction))}
 
 
 @dataclass
 class TeacherForced(Mode):
-    """A way that scores given texts in place of answering.
+    """A mode that scores given texts and does not generate answers.
 
     Attributes:
-        score: some rows, see `Evaluator.scored`.
+        score: scores a batch of rows, see `Evaluator.scored`.
     """
 
     settings: ClassVar[dict[str, Any]] = {}
@@ -109,16 +109,16 @@ class TeacherForced(Mode):
     score: Callable[[Sequence[dict[str, Any]]], Scored]
 
     def rows_at_once(self, weights: int) -> int:
-        """Rows of a batch; all λ share it."""
+        """Return the number of rows in a batch, which all λ share."""
         return self.decoding.batch_size
 
     def judged(self, prediction: Prediction) -> Prediction:
-        """Return the prediction: its scores depend on no setting."""
+        """Return the prediction unchanged, because its scores depend on no setting."""
         return prediction
 
 
 def parts_to_score(model: TCopilotModel, rows: Sequence[dict[str, Any]], most: int) -> Iterator[list[dict[str, Any]]]:
-    """Cut rows, in their order, into parts of at most `most` rows whose padded targets keep to `AT_ONCE`."""
+    """Split rows, in order, into parts of at most `most` rows whose padded log p̂ stay within `AT_ONCE` values."""
     vocab_size, longest = model.pilot.get_output_embeddings().weight.shape[0], 0
     part: list[dict[str, Any]] = []
     for row in rows:
@@ -132,5 +132,5 @@ def parts_to_score(model: TCopilotModel, rows: Sequence[dict[str, Any]], most: i
 
 
 def about(row: dict[str, Any]) -> Prediction:
-    """Return what a prediction repeats of its row."""
+    """Return the fields of a row that are copied to its prediction."""
     return {key: row[key] for key in ("id", "prompt", "target", "answer")}

@@ -1,4 +1,4 @@
-"""What became of a row: the answers of Pilot and fused model side by side, and which of the two was right."""
+"""Outcomes of rows: the answers of Pilot and fused model side by side, and which of the two was right."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ OUTCOMES = ("fixed", "broken", "both right", "both wrong")
 
 
 def read_predictions(results: Results, folder: Path, benchmark: str, weight: float) -> dict[int, Prediction]:
-    """Row id to prediction on the reported split at one λ, of the mode that decided; empty if there is no file."""
+    """Return predictions of the deciding mode on the reported split at one λ, by row id; empty if there is no file."""
     gain = results.row_wise().get(benchmark)
     for suffix in (mode.suffix for mode in (Generation, Reranking, Likelihood, Targets)):
         found = PredictionFiles(folder, f"{results.reported_on}-{benchmark}{suffix}", [weight]).done()[weight]
@@ -36,7 +36,7 @@ class Answers(NamedTuple):
 
 
 def answers_of_both(results: Results, folder: Path, benchmark: str) -> list[Answers]:
-    """Return the rows of the reported split that both models answered, the fused one at its selected λ."""
+    """Return the rows of the reported split that both models answered; the fused model uses the selected λ."""
     gain = results.row_wise().get(benchmark)
     pilot, fused = _predictions_of_both(results, folder, benchmark)
     return [
@@ -50,7 +50,7 @@ def answers_of_both(results: Results, folder: Path, benchmark: str) -> list[Answ
 
 
 def answers_table(results: Results, folder: Path) -> pd.DataFrame:
-    """Return both models' answers to all rows reported, and behind them their scores, `pilot_<metric>` and so on."""
+    """Return both models' answers to all reported rows, with their scores in columns `pilot_<metric>` and so on."""
     rows = []
     for benchmark in results.benchmarks:
         both = dict(zip(("pilot", "fused"), _predictions_of_both(results, folder, benchmark), strict=True))
@@ -68,15 +68,15 @@ def _predictions_of_both(results: Results, folder: Path, benchmark: str) -> list
 
 
 def answer_text(prediction: Prediction) -> str:
-    """What was said: a text, the likeliest option, or the best items."""
+    """Return the answer as text: the generated one, the likeliest option, or the best items."""
     said = prediction["prediction_sum" if "prediction_sum" in prediction else "prediction"]
     return said if isinstance(said, str) else ", ".join(map(str, said))
 
 
 def outcome(pilot: Prediction, fused: Prediction, gain: Gain | None = None) -> str:
-    """One of `OUTCOMES`, from the scores of both models' predictions of a row.
+    """Classify a row as one of `OUTCOMES` by the scores of both models' predictions.
 
-    `gain` is of the metric that counts, see `Results.row_wise`; without it the first score does, and higher is better.
+    `gain` names the metric to compare by, see `Results.row_wise`; by default the first score, and higher is better.
     """
     metric = gain.metric if gain else next(iter(pilot["scores"]))
     higher_is_better = gain is None or gain.higher_is_better

@@ -1,4 +1,4 @@
-"""The predictions file: written as answers come, read back after a stop, divided among processes."""
+"""Prediction files: written as rows are answered, read again after an interruption, shared by several processes."""
 
 import hashlib
 import json
@@ -22,24 +22,24 @@ NOT_ESSENTIAL = (
     "dtype",
     "use_cache",
 )
-"""Keys of a model's config on which its distribution does not depend; types are those of the weights themselves."""
+"""Keys of a model's config that do not affect its distribution; the dtype is taken from the weights themselves."""
 
 Prediction = dict[str, Any]
-"""One row at one λ: its `id`, what was said, and `scores`, a value for each metric."""
+"""The answer to one row at one λ: the row's `id`, the answer, and `scores`, a value for each metric."""
 
 
 class PredictionFiles:
     """The files of one benchmark and split, `<stem>-weight=<λ>.jsonl`, one JSON line per row.
 
-    Process 0 writes to the file itself, the others beside it; `finish` joins them. A line that a stop has cut short
-    is left out and its row asked again.
+    Process 0 writes to this file and each other process to its own beside it; `finish` joins them. A line that was cut
+    short by an interruption is ignored, and its row is answered again.
     """
 
     def __init__(self, folder: Path, stem: str, weights: Sequence[float]) -> None:
         self._files = {weight: folder / f"{stem}-weight={weight:g}.jsonl" for weight in weights}
 
     def done(self) -> dict[float, dict[int, Prediction]]:
-        """Return what is there, of all processes: λ to row id to prediction."""
+        """Return the stored predictions of all processes, by λ and row id."""
         found: dict[float, dict[int, Prediction]] = {}
         for weight, file in self._files.items():
             lines = [line for path in (file, *_parts(file)) if path.exists() for line in _whole_lines(path)]
@@ -47,7 +47,7 @@ class PredictionFiles:
         return found
 
     def append(self, predictions: Mapping[float, Iterable[Prediction]]) -> None:
-        """Add the predictions of a batch and hand them to the operating system at once."""
+        """Append the predictions of a batch to the files, so that an interruption loses at most the current batch."""
         for weight, some in predictions.items():
             path = self._files[weight]
             path = path if is_first() else path.with_name(f"{path.name}.rank{rank()}")
@@ -58,10 +58,10 @@ class PredictionFiles:
     def finish(
         self, ids: Sequence[int], judged: Callable[[Prediction], Prediction] = lambda prediction: prediction
     ) -> dict[float, list[Prediction]]:
-        """Join the files of all processes, each row once and in the order of `ids`; every process calls this.
+        """Join the files of all processes, each row once and in the order of `ids`, and return the predictions by λ.
 
-        `judged` scores a prediction, in case it was stored before its metrics were changed. Returned are the
-        predictions at each λ.
+        Every process must call this. `judged` scores the predictions anew, because metrics may have changed since they
+        were stored.
         """
         barrier()
         ordered = {weight: [judged(by_id[number]) for number in ids] for weight, by_id in self.done().items()}
@@ -79,7 +79,7 @@ class PredictionFiles:
 def claim(folder: Path, stem: str, key: Mapping[str, Any]) -> None:
     """Keep the predictions of a stem (see `PredictionFiles`) if they were made under the same key, else remove them.
 
-    The key is everything that an answer depends on, in plain JSON values; `key.json` has those of all stems.
+    The key holds everything that an answer depends on, as plain JSON values; `key.json` stores the keys of all stems.
     """
     if is_first():
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,16 +98,16 @@ def claim(folder: Path, stem: str, key: Mapping[str, Any]) -> None:
 
 
 def digest_of(value: Any) -> str:
-    """Return 16 hex digits of plain values, whatever the order of keys."""
+    """Return a hash of plain values as 16 hex digits, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Return 16 hex digits of all that a model's distribution depends on: its config but for λ, and every weight."""
+    """Return a hash (16 hex digits) of what defines a model's distribution: its config without λ and its weights."""
     digest = hashlib.sha256(digest_of(_essential(model.config.to_dict())).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        if tensor.is_meta:  # the layers of a Pilot that was recorded, which has a digest of its own
+        if tensor.is_meta:  # a layer of a recorded Pilot; the recording has its own digest
             continue
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

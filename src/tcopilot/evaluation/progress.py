@@ -1,4 +1,4 @@
-"""The bar that a terminal shows while rows are answered or recorded."""
+"""The progress bar shown in a terminal while rows are answered or recorded."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +11,9 @@ from tcopilot.processes import is_first
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar with rows per second; silent where the output is no terminal.
+    """Show a progress bar with rows per second; silent if the output is not a terminal.
 
-    It yields a function that takes the number of further rows done and, if there is one, a remark to be shown.
+    Yields a function that takes the number of newly finished rows and optionally a remark to show.
     """
     console = Console(stderr=True)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[state]}", TimeRemainingColumn())

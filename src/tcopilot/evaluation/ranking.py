@@ -1,4 +1,4 @@
-"""Answers as a ranking of all items: how recommendation sets are evaluated."""
+"""Answers as a ranking of all items, which is how recommendation data sets are evaluated."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from tcopilot.evaluation.item_trie import ItemTrie
 from tcopilot.evaluation.modes import Mode, about
 from tcopilot.evaluation.predictions import Prediction, digest_of
 
-SHOWN = 10  # best items that a prediction lists
-NODES_OF_A_USER = 32  # of the trie, in a pass; a pass that has room for more nodes takes further users
+SHOWN = 10  # number of best items stored in a prediction
+NODES_OF_A_USER = 32  # trie nodes per user in a batch, by which the number of users in it is chosen
 
 
 @dataclass
 class ItemRanking(Mode):
-    """Rank a catalogue for each user at every λ, and look up where the item that was taken stands."""
+    """Rank a catalogue for each user at every λ, and look up the rank of the gold item."""
 
     benchmark: NextItem
 
@@ -27,18 +27,18 @@ class ItemRanking(Mode):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How the catalogue is searched, and what is in it."""
+        """The way of searching the catalogue, and a hash of its contents."""
         beams = self.decoding.ranking_beams if self.decoding.ranking == "beam" else None
         return {"ranking": self.decoding.ranking, "beams": beams, "catalogue": digest_of(self.benchmark.catalogue)}
 
     def rows_at_once(self, weights: int) -> int:
-        """Users of a batch at that many λ."""
+        """Return the number of users in a batch at so many λ."""
         by_beams = self.decoding.ranking == "beam"
         per_user = weights * self.decoding.ranking_beams if by_beams else NODES_OF_A_USER
         return max(1, self.decoding.batch_size // per_user)
 
     def answer(self, rows: Sequence[dict[str, Any]], weights: Sequence[float]) -> dict[float, list[Prediction]]:
-        """Return one prediction per λ and user, with the best items, the place of the gold one, and the scores."""
+        """Return one prediction per λ and user, with the best items, the rank of the gold item and the scores."""
         seen, keep = [row["seen"] for row in rows], max(self.benchmark.cutoffs)
         shared = (self.model, self.collate(rows).to(self.model.device), self._trie, seen, keep, weights)
         if self.decoding.ranking == "beam":
@@ -49,7 +49,7 @@ class ItemRanking(Mode):
         return {weight: self._predictions(rows, gold, ranking) for weight, ranking in found.items()}
 
     def read(self, prediction: Prediction) -> Answer:
-        """Hold the best item and the place of the gold one against the gold answer."""
+        """Make an answer from the best item and the rank of the gold item."""
         first = next(iter(prediction["prediction"]), "")
         return self.benchmark.read_ranking(prediction["rank"], first, prediction["answer"])
 
@@ -63,7 +63,7 @@ class ItemRanking(Mode):
 
 
 def ranking_problems(name: str, benchmark: NextItem, ranking: str, num_beams: int, most_seen: int) -> list[str]:
-    """Cutoffs that a ranking cannot reach: more than the beams, or than what the user who has most has not seen."""
+    """Report cutoffs above the number of beams, or above the fewest items that any user has left to rank."""
     problems, largest = [], max(benchmark.cutoffs)
     if ranking == "beam" and largest > num_beams:
         problems.append(

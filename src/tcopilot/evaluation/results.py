@@ -1,7 +1,7 @@
-"""`results.json`: what a run found, in the one form that tables, tests and dashboards read.
+"""`results.json`: the results of a run, in the one format that tables, tests and dashboards read.
 
-Values are in the unit of their metric, fractions for accuracy and its like; only the tables speak of percent and
-points. Every figure carries unit and direction of its metric, so that no reader has to know metrics by name.
+Values are in the unit of their metric, such as fractions for accuracy; only tables show percent and points. Every
+figure carries the unit and direction of its metric, so that readers of the file need not know metrics by name.
 """
 
 import json
@@ -40,9 +40,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Gain:
-    """Pilot against Pilot + Copilot at the selected λ, paired over the rows of the reported split.
+    """Comparison of the Pilot with Pilot + Copilot at the selected λ, paired over the rows of the reported split.
 
-    `fixed` and `broken` count the rows that improved and worsened; None for a metric of all rows together.
+    `fixed` and `broken` count rows that improved and worsened; None for a metric that does not score single rows.
     """
 
     benchmark: str
@@ -59,13 +59,13 @@ class Gain:
 
     @classmethod
     def of(cls, benchmark: str, metric: Metric, comparison: Comparison) -> Self:
-        """Name a comparison by what was compared."""
+        """Make a gain from a comparison, the benchmark and the metric."""
         found = {k: v for k, v in comparison._asdict().items() if k in cls.__dataclass_fields__}
         return cls(benchmark, metric.name, **found, unit=metric.unit)
 
     @property
     def verdict(self) -> Direction:
-        """Whether the fused model is better, worse, or not distinguishable from the Pilot."""
+        """Whether the fused model is better or worse than the Pilot, or not distinguishable from it."""
         return direction(self.difference, self.ci95, self.p_value, higher_is_better=self.higher_is_better)
 
 
@@ -73,8 +73,8 @@ class Gain:
 class Control(Row):
     """A figure of another model on the same rows, such as the Pilot trained for the wall time of the joint run.
 
-    `rounds` are Pilot updates, `train_seconds` wall time and `train_flops` operations: what the model cost to train.
-    `weight` is the λ at which it answers, above 0 if it is a fused model itself.
+    The cost of training it is given by `rounds` (Pilot updates), `train_seconds` (wall time) and `train_flops`.
+    `weight` is the λ at which it answers, which is above 0 if the control is itself a fused model.
     """
 
     weight: float = 0.0
@@ -87,16 +87,16 @@ class Control(Row):
 
 @dataclass(frozen=True)
 class Selection:
-    """What a rule chooses as λ on validation rows, and what that λ gives there and on the reported rows.
+    """The λ that a rule chooses on validation rows, and the figures at this λ there and on the reported rows.
 
     Attributes:
-        rule: `nll`, `metric`, `closed_form`, `kept` (the λ of an earlier run), `constant`, or `shared` (of a benchmark
-            with too few rows: the λ of all).
-        benchmark: Whose λ it is; `all` for all of them together.
-        taken: Whether this rule decided.
-        metric: First metric of the benchmark, of `all` its mean over benchmarks; None where these have different ones.
-        validation: Value of the metric on the rows to choose on; None where there are none.
-        reported, reported_nll: None where the rows reported were not answered at this λ.
+        rule: `nll`, `metric`, `closed_form`, `kept` (the λ of an earlier run), `constant`, or `shared` (a benchmark
+            with too few rows takes the λ of `all`).
+        benchmark: The benchmark that the λ is for, or `all`.
+        taken: Whether the λ of this rule was used.
+        metric: First metric of the benchmark; for `all` the mean over benchmarks, or None if their metrics differ.
+        validation: Value of the metric on the rows that λ is chosen on; None if there are none.
+        reported, reported_nll: Figures on the reported rows; None if these were not answered at this λ.
     """
 
     rule: str
@@ -113,7 +113,7 @@ class Selection:
 
 
 def direction_and_unit(metric: Metric) -> dict[str, Any]:
-    """Return what a row, a gain and a control keep of a metric beside its name."""
+    """Return the fields of a metric that rows, gains and controls store besides its name."""
     return {"higher_is_better": metric.higher_is_better, "unit": metric.unit}
 
 
@@ -125,14 +125,14 @@ class Results:
         version: Version of this layout.
         config: Path of the resolved config, relative to the run directory.
         rounds: Pilot updates made.
-        train_seconds: Seconds inside training steps, of both models.
-        train_flops: Operations of those steps; None if they were not counted.
-        selected_weight: λ of `gain`; if it was chosen for each benchmark a mapping, with the best one for `all`.
+        train_seconds: Seconds spent in training steps, for both models.
+        train_flops: Floating-point operations of these steps; None if they were not counted.
+        selected_weight: The λ of `gain`; if each benchmark has its own, a mapping that also has the best for `all`.
         selected_on: Split on which λ was chosen, never the test split.
         reported_on: Split of `gain` and `controls`, and of every table.
-        selection: What each rule would have chosen as λ, and given; empty where λ was not chosen.
-        best_weight: λ* in closed form on `selected_on`; None for a fusion rule that has none.
-        notes: Remarks a reader of the figures needs, one sentence each.
+        selection: The λ that each rule would choose, and its figures; empty if λ was given.
+        best_weight: λ* in closed form on `selected_on`; None for a fusion rule without a closed form.
+        notes: Remarks that a reader of the figures needs to know, one sentence each.
         data: Counts and lengths of the rows of each `<benchmark>/<split>`, as the data module's `summary` gives them.
     """
 
@@ -157,7 +157,7 @@ class Results:
 
     @property
     def benchmarks(self) -> list[str]:
-        """List the benchmarks that the gain was computed for."""
+        """List the benchmarks for which a gain was computed."""
         return list(dict.fromkeys(gain.benchmark for gain in self.gain))
 
     def weight_of(self, benchmark: str) -> float | None:
@@ -180,7 +180,7 @@ class Results:
         return {gain.benchmark: gain for gain in reversed(self.gain) if gain.fixed is not None}
 
     def save(self, path: str | Path) -> None:
-        """Write the file so that a reader sees the old one or the new one, never half of it.
+        """Write the file atomically, so that a reader sees either the old or the new one.
 
         Raises:
             TypeError: If a figure is not a plain Python value.
@@ -193,10 +193,10 @@ class Results:
     def load(cls, path: str | Path) -> Self:
         """Read a file written by `save`.
 
-        Keys this version does not know are ignored, so that others may add theirs.
+        Keys that this version does not know are ignored, so that other programs may add their own.
 
         Raises:
-            ValueError: If it is not JSON, is of another version, or lacks a key; the message names file and key.
+            ValueError: If the file is not JSON, has another version, or lacks a key; the message names file and key.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -231,7 +231,7 @@ def _build(kind: type[T], data: Mapping[str, Any], where: str) -> T:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value out of JSON is what a field of these classes holds; numbers must be finite."""
+    """Tell whether a value from JSON has the type of a dataclass field; numbers must be finite."""
     if kind in (int, float):
         return isinstance(value, int | kind) and not isinstance(value, bool) and isfinite(value)
     parts = get_args(kind)

@@ -1,8 +1,8 @@
-"""Which λ: by the likelihood of the rows to choose on or by their metric, and what stands where these are too few.
+"""Selection of λ by the likelihood or the metric of the validation rows, and the fallback if these are too few.
 
-Two λ that change the answers of a tenth of the rows differ in accuracy with a standard error of √(0.1 / n): three
-points for 100 rows, as much as a Copilot gains, and one for 1,000. The likelihood of the same rows tells them apart
-long before that, since every target token counts and by how much.
+If two λ give different answers on a tenth of the rows, their difference in accuracy has a standard error of
+√(0.1 / n), which is three points for 100 rows, as much as a Copilot gains, and one point for 1,000. The
+likelihood separates them on far fewer rows, because every target token contributes, and does so by degree.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,26 +14,26 @@ from tcopilot.data.metrics import Metric
 from tcopilot.evaluation.results import Selection, direction_and_unit
 
 Scores = dict[Metric, list[Any]]
-"""Metric to what each row gave: its score, or the answer itself for a metric of all rows together."""
+"""By metric, the score of each row, or the answer itself for a metric of all rows together."""
 Outcomes = dict[str, dict[float, Scores]]
-"""Benchmark to λ to scores."""
+"""Scores by benchmark and λ."""
 Seen = Mapping[str, tuple[Outcomes, Mapping[float, float]]]
-"""Split to the outcomes of some benchmarks, and to λ → their likelihood together."""
+"""By split, the outcomes of some benchmarks, and by λ the NLL of all of them together."""
 
 SELECT_BY = ("auto", "nll", "metric")
-"""What decides on λ: the likelihood, the metric, or (`auto`) the one that the number of rows suits."""
+"""What decides on λ: the likelihood, the metric, or (`auto`) one of the two by the number of rows."""
 ENOUGH = {"nll": 20, "metric": 50, "closed_form": 50}
-"""Rows for a rule to choose λ on; the best of several on fewer is mostly luck."""
+"""Number of rows that a rule needs; with fewer, the best of several λ is mostly chance."""
 METRIC_ROWS = 1_000
-"""Rows from which `auto` takes the metric."""
+"""Number of rows from which on `auto` uses the metric."""
 
 
 def rule_for(select_by: str, rows: int) -> str:
-    """The rule that chooses λ on so many rows; `constant` chooses nothing.
+    """Return the rule that chooses λ for this number of rows; `constant` means that none does.
 
     >>> [rule_for("auto", rows) for rows in (0, 19, 20, 999, 1000)]
     ['constant', 'constant', 'nll', 'nll', 'metric']
-    >>> [rule_for("metric", rows) for rows in (0, 12)]  # who names a rule gets it
+    >>> [rule_for("metric", rows) for rows in (0, 12)]  # an explicit rule is used on any number of rows
     ['constant', 'metric']
     """
     if select_by == "auto":
@@ -43,7 +43,7 @@ def rule_for(select_by: str, rows: int) -> str:
 
 
 def enough(select_by: str, weights: Sequence[float] | None) -> int:
-    """How many rows λ should be chosen on; without a list of λ the closed form chooses."""
+    """Return the number of rows that λ should be chosen on; without a list of λ the closed form is used."""
     return ENOUGH[("nll" if select_by == "auto" else select_by) if weights else "closed_form"]
 
 
@@ -55,16 +55,16 @@ def settle(
     own: Mapping[str, float],
     constant: float,
 ) -> tuple[str, float | None]:
-    """The rule for the λ of a benchmark or of `all`, and λ itself where nothing is left to choose.
+    """Return the rule for the λ of a benchmark or of `all`, and λ itself if it need not be chosen on rows.
 
     Args:
         name: the benchmark, or `all`.
-        weights: the λ to choose from, a single one that is taken as it is, or none for the run's own; None stands for
-            λ* in closed form.
-        rows: to choose on.
+        weights: the λ to choose from; a single one is used as given, an empty list means the run's own λ, and None
+            means λ* in closed form.
+        rows: number of rows to choose on.
         select_by: one of `SELECT_BY`.
-        own: λ that an earlier run chose, kept where the rows are too few.
-        constant: λ where the rows are too few and there is no earlier run.
+        own: λ that an earlier run chose, by benchmark or `all`; kept if there are too few rows.
+        constant: λ if there are too few rows and no earlier run.
     """
     if weights is not None and len(weights) == 1:
         return "given", float(weights[0])
@@ -77,15 +77,15 @@ def settle(
 
 
 def by_likelihood(likelihood: Mapping[float, float]) -> float:
-    """The λ with the smallest NLL; ties go to the smaller λ."""
+    """Return the λ with the smallest NLL; ties go to the smaller λ."""
     return min(likelihood, key=lambda weight: (likelihood[weight], weight))
 
 
 def by_metric(outcomes: Outcomes, likelihood: Mapping[float, float]) -> float:
-    """The λ with the best mean over benchmarks of each one's first metric; ties go to the better likelihood, then to
+    """Return the λ with the best mean over benchmarks of their first metric; ties go to the better likelihood, then to
     the smaller λ.
 
-    Metrics of different units have no mean: then each λ's place among all of them counts.
+    Metrics of different units cannot be averaged; in that case the ranks of the λ on each benchmark are averaged.
     """
     merits, units = [], set()
     for by_weight in outcomes.values():
@@ -101,10 +101,10 @@ def by_metric(outcomes: Outcomes, likelihood: Mapping[float, float]) -> float:
 
 
 def selections(name: str, rule: str, weight: float, seen: Seen, chosen_on: str, reported: str) -> Iterator[Selection]:
-    """What each rule chooses as λ of a benchmark or of `all`, and what this gives; `rule` is the one that decided.
+    """Yield the λ that each rule chooses for a benchmark or `all`, with its figures; `rule` is the one that decided.
 
-    Rows to choose on that were not answered have no outcomes, and the metric chooses nothing on them. Rows that are
-    reported may not have been answered at the λ of a rule that did not decide.
+    If the validation rows were not answered, the metric cannot choose. The reported rows may not have been answered at
+    the λ of a rule that did not decide.
     """
     chosen = {}
     if chosen_on in seen:
@@ -125,11 +125,11 @@ def selections(name: str, rule: str, weight: float, seen: Seen, chosen_on: str, 
 
 
 def too_few(name: str, rule: str, weight: float, rows: str, wanted: int) -> str:
-    """Say that λ was not chosen, or by luck; `rows` tells how many there are, `wanted` how many there should be."""
+    """Say that there are too few rows to choose λ; `rows` says how many, `wanted` is the number that is advised."""
     then = {
         "kept": "the run's own is kept",
-        "constant": f"λ = {weight:g} is a constant that no row was asked about",
-        "shared": f"λ = {weight:g} is that of all",
+        "constant": f"λ = {weight:g} is a constant that was not chosen on any rows",
+        "shared": f"λ = {weight:g} is the one of all benchmarks together",
     }.get(rule, "it may be luck")
     of = "" if name == "all" else f"{name}: "
     return f"{of}{rows} rows are too few to choose λ on, and {then}; {wanted} or more are advised"
@@ -140,7 +140,7 @@ def _first(by_weight: Mapping[float, Scores]) -> Metric:
 
 
 def _mean(outcomes: Outcomes, weight: float) -> tuple[Metric, float] | tuple[None, None]:
-    """The first metric of some benchmarks and its mean over them; None without answers, or where they differ."""
+    """Return the common first metric of some benchmarks and its mean; None without answers, or if metrics differ."""
     metrics = {_first(by_weight) for by_weight in outcomes.values()}
     if len(metrics) != 1:
         return None, None

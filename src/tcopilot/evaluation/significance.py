@@ -1,7 +1,7 @@
-"""How much of a score, and of a gain, is chance.
+"""Confidence intervals of scores, and significance tests of gains.
 
-Pilot and Pilot + Copilot answer the same rows, so every comparison here is paired: rows on which both agree carry no
-information about the difference. Everything is in the unit of the metric (a fraction for accuracy), never in percent.
+Pilot and Pilot + Copilot answer the same rows, so every comparison is paired: rows on which both agree carry no
+information about the difference. All values are in the unit of the metric (a fraction for accuracy), not in percent.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -16,17 +16,17 @@ Interval = tuple[float, float]
 Direction = Literal["better", "worse", "not distinguishable"]
 
 ALPHA = 0.05  # two-sided, the level that belongs to the 95 % intervals
-RESAMPLES = 10_000  # of a bootstrap over rows or groups
-CORPUS_RESAMPLES = 1000  # of figures that are computed anew from all rows each time
-MOST_EXACT = 50_000  # sum of whole differences up to which their signs are enumerated
+RESAMPLES = 10_000  # samples of a bootstrap over rows or groups
+CORPUS_RESAMPLES = 1000  # samples for metrics that must be recomputed from all rows each time
+MOST_EXACT = 50_000  # sum of whole-number differences up to which the sign-flip test is exact
 BATCH_VALUES = 10_000_000  # float64 values drawn at once when resampling: 80 MB, whatever the number of rows
 
 
 def wilson_interval(correct: int, n: int) -> Interval:
     """Bound the true rate behind `correct` hits in `n` independent rows.
 
-    Wilson's interval, because the usual normal one collapses to zero width at 0 % and 100 % and leaves [0, 1] near
-    them, which is where small models score.
+    Wilson's interval is used because the normal approximation collapses to zero width at 0 % and 100 % and leaves
+    [0, 1] near them, which is where small models score.
 
     >>> low, high = wilson_interval(8, 10)
     >>> print(f"{low:.4f} {high:.4f}")
@@ -42,10 +42,10 @@ def wilson_interval(correct: int, n: int) -> Interval:
 
 
 def token_share_interval(hits: Sequence[int], tokens: Sequence[int]) -> Interval:
-    """Bound a share of tokens, given hits and tokens of each row, by Wilson's interval at their effective number.
+    """Bound a share of tokens, given hits and tokens of each row, by Wilson's interval at an effective sample size.
 
-    Tokens of a row hang together. Their effective number is the one whose binomial variance is the variance over
-    rows; where no token is a hit, or all are, it is the number of rows.
+    Tokens of a row are correlated. The effective sample size is the one at which the binomial variance equals the
+    variance over rows; if no token or every token is a hit, it is the number of rows.
 
     >>> low, high = token_share_interval([5] * 8 + [0] * 2, [5] * 10)  # as 8 of 10 rows
     >>> print(f"{low:.4f} {high:.4f}")
@@ -61,11 +61,11 @@ def token_share_interval(hits: Sequence[int], tokens: Sequence[int]) -> Interval
     middle = share + squared / (2 * effective)
     half = np.sqrt(squared * (share * (1 - share) + squared / (4 * effective)) / effective)
     low, high = ((middle + sign * half) / (1 + squared / effective) for sign in (-1, 1))
-    return max(0.0, float(min(low, share))), min(1.0, float(max(high, share)))  # rounding must not lose the share
+    return max(0.0, float(min(low, share))), min(1.0, float(max(high, share)))  # rounding must not exclude the share
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Bound the mean of one score per row: Wilson's interval for right/wrong answers, the bootstrap for graded ones.
+    """Bound the mean of one score per row, by Wilson's interval for scores of 0 or 1 and by the bootstrap otherwise.
 
     >>> mean_interval([1.0] * 8 + [0.0] * 2) == wilson_interval(8, 10)
     True
@@ -80,10 +80,10 @@ def mean_interval(values: Sequence[float]) -> Interval:
 def paired_bootstrap(
     before: Sequence[float], after: Sequence[float], level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """Bound the mean of `after - before` by resampling rows, the percentile bootstrap.
+    """Bound the mean of `after - before` by the percentile bootstrap over rows.
 
-    If every difference is -1, 0 or 1, the counts of the three are drawn directly, since they are multinomial: the same
-    distribution as drawing rows, at a cost that does not grow with their number.
+    If every difference is -1, 0 or 1, their counts are drawn from a multinomial distribution, which is equivalent to
+    drawing rows but costs the same for any number of rows.
 
     >>> paired_bootstrap([0, 0, 1, 1], [0, 0, 1, 1])
     (0.0, 0.0)
@@ -107,10 +107,10 @@ def paired_bootstrap(
 
 
 def mcnemar(fixed: int, broken: int) -> float:
-    """Return the two-sided p-value of as many rows being fixed as broken, by McNemar's exact test.
+    """Return the two-sided p-value of McNemar's exact test that rows are fixed as often as broken.
 
-    Given the rows on which the two models disagree, either direction is a fair coin under the null hypothesis. The
-    exact binomial form, not the chi-square approximation, because a small Copilot often changes fewer than 25 answers.
+    Under the null hypothesis each row on which the models disagree is fixed or broken with probability ½. The exact
+    binomial form is used, because a Copilot often changes fewer than 25 answers, too few for the chi-square form.
 
     >>> mcnemar(0, 0)
     1.0
@@ -126,9 +126,9 @@ def mcnemar(fixed: int, broken: int) -> float:
 
 
 def direction(difference: float, ci95: Interval, p_value: float, *, higher_is_better: bool = True) -> Direction:
-    """Judge a paired difference, demanding that test and interval agree.
+    """Judge a paired difference; it counts as significant only if both test and interval say so.
 
-    The bootstrap is optimistic on few changed rows, and a p-value alone says nothing about size.
+    The bootstrap is too optimistic if few rows changed, and a p-value alone says nothing about the size of the effect.
 
     >>> direction(0.02, (0.01, 0.03), 0.001), direction(0.02, (0.01, 0.03), 0.001, higher_is_better=False)
     ('better', 'worse')
@@ -142,7 +142,7 @@ def direction(difference: float, ci95: Interval, p_value: float, *, higher_is_be
 
 
 class Comparison(NamedTuple):
-    """Two models on the same rows; `fixed` and `broken` are None for a metric of all rows together."""
+    """Paired comparison of two models; `fixed` and `broken` are None for a metric that does not score single rows."""
 
     pilot: float
     fused: float
@@ -156,7 +156,7 @@ class Comparison(NamedTuple):
 
     @property
     def direction(self) -> Direction:
-        """Which model is better, see `direction`."""
+        """Whether the fused model is better or worse, see `direction`."""
         return direction(self.difference, self.ci95, self.p_value, higher_is_better=self.higher_is_better)
 
     @property
@@ -168,7 +168,7 @@ class Comparison(NamedTuple):
 
 
 def p_text(p_value: float, equals: str = "") -> str:
-    """Write a p-value for a table; one that underflows is no zero.
+    """Write a p-value for a table; a value that underflows is not shown as zero.
 
     >>> p_text(0.0312), p_text(0.0)
     ('0.031', '< 1e-300')
@@ -185,13 +185,13 @@ def compare(
 ) -> Comparison:
     """Compare the Pilot (`before`) with Pilot + Copilot (`after`) on the same rows.
 
-    The p-value is that of the sign-flip test of the mean: had the Copilot no effect, each row's difference could as
-    well have had the other sign. For right/wrong answers that test has a closed form, McNemar's; for graded values
-    (NDCG, nats) it is enumerated up to 13 changed rows and sampled beyond, where its p-value is never below 2e-4.
+    The p-value is from the sign-flip test of the mean: if the Copilot had no effect, each row's difference would have
+    either sign with equal probability. For right/wrong answers this is McNemar's test, in closed form; for graded
+    values (NDCG, nats) all signs are enumerated up to 13 changed rows and sampled beyond, with p of at least 2e-4.
 
-    `higher_is_better` says that a rising value is the improvement, and so decides what counts as fixed. Values with
-    equal `groups` are not independent, such as those of one row under several seeds: they are resampled, and exchanged
-    between the two models, together.
+    `higher_is_better` says whether a larger value is an improvement, and thus which rows count as fixed. Values with
+    equal `groups` are not independent, such as the values of one row under several seeds; they are resampled, and
+    exchanged between the two models, together.
 
     >>> result = compare([0, 0, 1, 0], [1, 1, 0, 0])
     >>> result.difference, result.fixed, result.broken, result.p_value, result.verdict
@@ -236,10 +236,10 @@ def compare_corpus(
     *,
     higher_is_better: bool = True,
 ) -> Comparison:
-    """Compare two models in a figure of all rows together, such as macro-F1.
+    """Compare two models by a metric of all rows together, such as macro-F1.
 
-    `value` computes the figure from an answer per row. The interval comes from resampling rows, the p-value from
-    exchanging the two models' answers on random rows. With 1,000 samples each, the p-value is never below 0.001.
+    `value` computes the metric from the answers to all rows. The interval comes from resampling rows, the p-value from
+    exchanging the two models' answers on random rows. Both use 1,000 samples, so the p-value is at least 0.001.
 
     >>> share = lambda answers: sum(answers) / len(answers)
     >>> result = compare_corpus(share, [0] * 20, [1] * 20)
@@ -260,7 +260,7 @@ def compare_corpus(
         step([pair[::-1] if swap else pair for pair, swap in zip(pairs, rng.random(n) < 0.5, strict=True)])
         for _ in range(CORPUS_RESAMPLES)
     ]
-    extreme = np.abs(exchanged) >= abs(fused - pilot) * (1 - 1e-9)  # rounding must not hide a tie
+    extreme = np.abs(exchanged) >= abs(fused - pilot) * (1 - 1e-9)  # tolerate rounding, so that ties count as extreme
     return Comparison(
         pilot=pilot,
         fused=fused,
@@ -275,7 +275,7 @@ def compare_corpus(
 
 
 def corpus_bootstrap(value: Callable[[Sequence[Any]], float], rows: Sequence[Any]) -> Interval:
-    """Bound a figure of all rows together by resampling `rows`, from which `value` computes it.
+    """Bound a metric of all rows together, which `value` computes from `rows`, by resampling these.
 
     Raises:
         ValueError: If a figure is not finite.
@@ -289,21 +289,21 @@ def corpus_bootstrap(value: Callable[[Sequence[Any]], float], rows: Sequence[Any
 
 
 def compare_by(metric: Metric, before: Sequence[Any], after: Sequence[Any]) -> Comparison:
-    """Compare Pilot (`before`) and fused model (`after`) by what the metric's `score` gave for each row."""
+    """Compare Pilot (`before`) and fused model (`after`) by the metric's scores of each row."""
     if isinstance(metric, CorpusMetric):
         return compare_corpus(metric.value, before, after, higher_is_better=metric.higher_is_better)
     return compare(before, after, higher_is_better=metric.higher_is_better)
 
 
 def interval_of(metric: Metric, scores: Sequence[Any]) -> Interval:
-    """Bound a metric's value by what its `score` gave for each row."""
+    """Bound a metric's value, given its scores of each row."""
     return corpus_bootstrap(metric.value, scores) if isinstance(metric, CorpusMetric) else mean_interval(scores)
 
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float]:
     """Return mean and sample standard deviation (n - 1) of one figure over the seeds of an experiment.
 
-    The deviation of a single seed is 0.0, so that tables stay free of nan: read it as "unknown", not as "none".
+    For a single seed the deviation is unknown; 0.0 is returned so that tables contain no nan.
 
     >>> over_seeds([1.0, 2.0, 3.0]), over_seeds([0.5])
     ((2.0, 1.0), (0.5, 0.0))
@@ -332,7 +332,7 @@ def _is_ternary(difference: np.ndarray) -> bool:
 
 
 def _group_bootstrap(sums: np.ndarray, sizes: np.ndarray) -> Interval:
-    """Bound Σ sums / Σ sizes by resampling groups; how often each kind of group is drawn is multinomial."""
+    """Bound Σ sums / Σ sizes by resampling groups; the counts of equal groups are drawn from a multinomial."""
     kinds, counts = np.unique(np.stack([sums, sizes]), axis=1, return_counts=True)
     rng, size, means = np.random.default_rng(0), max(1, BATCH_VALUES // len(counts)), []
     for start in range(0, RESAMPLES, size):
@@ -343,9 +343,9 @@ def _group_bootstrap(sums: np.ndarray, sizes: np.ndarray) -> Interval:
 
 
 def _sign_flip(difference: np.ndarray) -> float:
-    """Two-sided p-value of the mean difference over random signs of the rows; rows that did not change are skipped.
+    """Return the two-sided p-value of the mean difference under random signs of the rows that changed.
 
-    It is exact for whole numbers: the sums over the signs of m rows that changed by k are k (2 Bin(m, ½) − m).
+    It is exact for whole numbers: under random signs the sum of m rows that changed by k is k (2 Bin(m, ½) − m).
     """
     changed = difference[difference != 0]
     if (changed == np.round(changed)).all() and np.abs(changed).sum() <= MOST_EXACT:

@@ -1,7 +1,7 @@
-"""Traces: what both models saw at every target position of evaluated rows, written once for the report to read.
+"""Traces: the distributions of both models at every target position of evaluated rows, written for the report.
 
-`eval.py trace=true` writes `<run dir>/trace/meta.json` and `<run dir>/trace/<benchmark>.jsonl.gz`, a line per row. Of
-each position there is p̂, f^C, p̃, and what each layer would have predicted.
+`eval.py trace=true` writes `<run dir>/trace/meta.json` and `<run dir>/trace/<benchmark>.jsonl.gz`, one line per row,
+which holds p̂, f^C, p̃ and the prediction of each layer for every position.
 
 Shapes: B batch, N target length, V vocabulary, C Copilot width, K candidates shown.
 """
@@ -36,8 +36,8 @@ from tcopilot.settings import FLAG, problems, whole
 
 log = logging.getLogger(__name__)
 VERSION = 2
-CANDIDATES = 5  # of a distribution
-ROWS_AT_ONCE = 16  # several [B, N, V] are held at once
+CANDIDATES = 5  # number of likeliest tokens stored of each distribution
+ROWS_AT_ONCE = 16  # small, because several [B, N, V] tensors are held at once
 VISIBLE = str.maketrans({"▁": "␣", "Ġ": "␣", "Ċ": "↵", "ĉ": "⇥"})  # white space in SentencePiece and byte-level BPE
 SETTINGS = {
     "trace": FLAG,
@@ -46,7 +46,7 @@ SETTINGS = {
 
 Row = dict[str, Any]
 Position = dict[str, Any]
-"""What `positions` says of one target token; docs/report.md names its keys."""
+"""The entry that `positions` makes for one target token; docs/report.md lists its keys."""
 
 
 def write_trace(
@@ -57,10 +57,10 @@ def write_trace(
     trained: str | Path,
     weights: Mapping[str, float],
 ) -> None:
-    """Trace rows of every benchmark at its λ of `weights`, and time decoding with and without the Copilot.
+    """Trace rows of every benchmark at its λ in `weights`, and time decoding with and without the Copilot.
 
     At most `limit` rows of each benchmark are traced, spread evenly over the split; None traces all. Older traces in
-    `run` are replaced. The report finds the curves of training in the directory `trained`.
+    `run` are replaced. `trained` is the directory of the training run, whose curves the report shows.
     """
     model = evaluator.model
     run.trace.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def write_trace(
 
 
 def trace_problems(cfg: DictConfig, trained: DictConfig) -> list[str]:
-    """What keeps a trace of the run that was `trained` from being written as `eval.yaml` asks, one message each."""
+    """Return a message for each reason why the trace that `cfg` asks for cannot be made of the run `trained`."""
     found = problems(SETTINGS, cfg)
     if cfg.trace is True and not trained.copilot.enabled:
         found.append("trace=true: this run has no Copilot (copilot=none), so there is nothing to compare")
@@ -95,7 +95,7 @@ def trace_problems(cfg: DictConfig, trained: DictConfig) -> list[str]:
 
 
 def spread(rows: Sequence[Row], limit: int | None) -> list[Row]:
-    """So many rows, evenly spaced; all of them if there are no more.
+    """Return at most `limit` rows, evenly spaced; all of them if `limit` is None.
 
     >>> spread([10, 11, 12, 13, 14, 15], 3)
     [10, 12, 14]
@@ -105,9 +105,9 @@ def spread(rows: Sequence[Row], limit: int | None) -> list[Row]:
 
 
 def step_parameters(model: TCopilotModel) -> dict[str, int]:
-    """Count the weights that a prompt (`encoder`) and a target token (`decoder`, `copilot`) go through.
+    """Count the weights used to process a prompt token (`encoder`) and a target token (`decoder`, `copilot`).
 
-    The Pilot's decoder counts with its head; an input embedding is looked up and does not count.
+    The Pilot's decoder includes its head; input embeddings are table look-ups and are not counted.
     """
     pilot, embedding = model.pilot, model.pilot.get_input_embeddings().weight
 
@@ -123,13 +123,13 @@ def step_parameters(model: TCopilotModel) -> dict[str, int]:
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """Spell a token with its white space made visible; a padding row of the vocabulary has only its number."""
+    """Write a token with visible white space; an id without text, padding of the vocabulary, as its number."""
     text = tokenizer.convert_ids_to_tokens(token)
     return f"#{token}" if text is None else text.translate(VISIBLE)
 
 
 class _Tracer:
-    """Traces the rows of one benchmark: along the right answer, and along the answer that was decoded."""
+    """Trace the rows of one benchmark, along the right answer and along the decoded one."""
 
     def __init__(self, evaluator: Evaluator, benchmark: str) -> None:
         self._model, self._collate = evaluator.model, evaluator.collate
@@ -140,15 +140,15 @@ class _Tracer:
 
     @property
     def timings(self) -> dict[str, float] | None:
-        """Seconds of decoding a row, of Pilot and fused model; None where answers are not generated."""
+        """Decoding time per row in seconds, of Pilot and fused model; None if answers are not generated."""
         if not self._rows:
             return None
         return {"rows_at_once": ROWS_AT_ONCE} | {name: total / self._rows for name, total in self._seconds.items()}
 
     def lines(self, rows: Sequence[Row]) -> Iterator[Row]:
-        """Trace the rows, those of similar length together."""
+        """Trace the rows, sorted by length to save padding."""
         ordered = sorted(rows, key=lambda row: len(row["source_ids"]))
-        if self._generation is not None:  # the first call of a model is slower than all others
+        if self._generation is not None:  # warm up, because the first call of a model is slower
             self._emit(ordered[:ROWS_AT_ONCE])
             self._seconds, self._rows = {"pilot": 0.0, "fused": 0.0}, 0
         for first in range(0, len(ordered), ROWS_AT_ONCE):
@@ -168,7 +168,7 @@ class _Tracer:
         return positions(trace_targets(self._model, batch, others), batch, self._text)
 
     def _emit(self, rows: Sequence[Row]) -> dict[str, list[list[int]]]:
-        """Tokens of each answer up to its end token, that included."""
+        """Decode the rows with both models, timed, and return the tokens of each answer including its end token."""
         found = {}
         for name, weight in (("pilot", 0.0), ("fused", self._model.weight)):
             began = time.perf_counter()
@@ -181,14 +181,14 @@ class _Tracer:
 
 @dataclass
 class TargetTrace:
-    """Both models along given targets.
+    """The outputs of both models along given targets.
 
     Attributes:
         log_probs_BNV: log p̂.
         fused_BNV: log p̃ at the λ and the feedback of decoding.
-        corrections: f^C [B, N, V] by feedback; that of decoding comes first.
-        pilot_lens: for each Pilot layer log-probabilities [B, N] and ids [B, N] of the likeliest token.
-        copilot_lens: for each Copilot layer the largest entry of f^C [B, N] and its ids [B, N].
+        corrections: f^C [B, N, V] by feedback; the feedback used in decoding comes first.
+        pilot_lens: for each Pilot layer, log-probability [B, N] and id [B, N] of the likeliest token.
+        copilot_lens: for each Copilot layer, the largest entry of f^C [B, N] and its id [B, N].
     """
 
     log_probs_BNV: Tensor
@@ -202,8 +202,8 @@ class TargetTrace:
 def trace_targets(model: TCopilotModel, batch: Batch, others: Sequence[str] = ()) -> TargetTrace:
     """Run both models along the targets of a batch, at the model's own λ, fusion and feedback.
 
-    A layer's lens is what the model would have predicted if the layer had been its last (logit lens). `others` are
-    further kinds of feedback under which f^C is wanted.
+    The lens of a layer is what the model would predict if this layer were its last (logit lens). `others` are further
+    kinds of feedback for which f^C is computed.
     """
     copilot, decoder = model.copilot, model.pilot.get_decoder()
     with families.layer_outputs(decoder) as pilot_layers:
@@ -221,7 +221,7 @@ def trace_targets(model: TCopilotModel, batch: Batch, others: Sequence[str] = ()
     length = batch.target_ids_BN.shape[1]
     first = 0 if model.config.is_encoder_decoder else batch.source_ids_BM.shape[1] - 1
     used_BNV = next(iter(corrections.values()))
-    copilot_lens = [used_BNV.max(-1)]  # all there is of a Copilot without layers
+    copilot_lens = [used_BNV.max(-1)]  # a Copilot without layers has only its output
     if copilot.body is not None:
         norm = families.final_norm(copilot.body)
         copilot_lens = [
@@ -238,7 +238,7 @@ def trace_targets(model: TCopilotModel, batch: Batch, others: Sequence[str] = ()
 
 
 def positions(trace: TargetTrace, batch: Batch, spell: Callable[[int], str]) -> list[list[Position]]:
-    """Lay out the trace of a batch as plain values: a `Position` for each target position of each row."""
+    """Convert the trace of a batch to plain values: a `Position` for each target position of each row."""
     used_BNV, kept = next(iter(trace.corrections.values())), min(CANDIDATES, trace.log_probs_BNV.shape[-1])
     errors_BNV = token_errors(trace.log_probs_BNV.exp(), batch.target_ids_BN)
     before, after = trace.log_probs_BNV.topk(kept, -1), trace.fused_BNV.topk(kept, -1)
@@ -255,7 +255,7 @@ def positions(trace: TargetTrace, batch: Batch, spell: Callable[[int], str]) -> 
         "error_norm": errors_BNV.norm(dim=-1),
         "shift": (0.5 * (trace.log_probs_BNV.exp() + trace.fused_BNV.exp()) * moved_BNV.abs()).sum(-1),
         "range": trace.log_probs_BNV.amax(-1) - trace.log_probs_BNV.amin(-1),
-        **{  # the cosine is 0 where f^C is
+        **{  # the cosine is 0 where f^C is 0
             f"feedback {name}": torch.stack([f_BNV.norm(dim=-1), torch.cosine_similarity(f_BNV, errors_BNV, -1)], -1)
             for name, f_BNV in trace.corrections.items()
         },
@@ -289,13 +289,13 @@ def _likeliest(logits_BNV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _stacked(lens: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Ids and values of all layers, [B, N, layers] each."""
+    """Return the ids and the values of all layers, each [B, N, layers]."""
     values, ids = zip(*lens, strict=True)
     return torch.stack(ids, -1), torch.stack(values, -1)
 
 
 def _short(value: Any) -> Any:
-    """Six significant digits are more than any plot shows."""
+    """Round numbers to six significant digits, which suffice for any plot, to keep the file small."""
     if isinstance(value, list):
         return [_short(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
