@@ -103,7 +103,7 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint, if there is one, in such a way that a crash meanwhile does not leave half of it."""
+    """Remove a checkpoint, if there is one, so that a crash in between does not leave half of it."""
     if path.exists():
         names = (path.with_name(f".{path.name}.old{number}.tmp") for number in itertools.count())
         trash = next(name for name in names if not name.exists())
@@ -112,13 +112,13 @@ def discard(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what crashed saves have left in a folder, as far as the file system lets go of it."""
+    """Remove what crashed saves have left in a folder, as far as the file system allows."""
     for path in folder.glob(".round=*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _together(action: Callable[[], Any]) -> list[Any]:
-    """What this part gives on every process. If one fails all raise, for none may go on alone."""
+    """Return what the action gives on every process. If one fails, all raise, since none may go on alone."""
     problem, result = None, None
     try:
         result = action()
@@ -145,7 +145,7 @@ def _write(folder: Path, part: str, value: Any) -> dict[str, Any]:
 
 
 def _flush(path: Path) -> None:
-    """Force a file or a folder's entries to the disk; not all file systems can do the latter."""
+    """Force a file or a folder's entries to the disk; not all file systems can flush a folder."""
     number = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
@@ -221,7 +221,7 @@ class SafeCheckpointIO(CheckpointIO):
     """Gives Lightning this module's checkpoints. Several processes save together, through `RoundCheckpoint` only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint of a single process; of several, Lightning would ask the first only."""
+        """Write the checkpoint of a single process; with several, Lightning would call this in the first one only."""
         if processes.world_size() > 1:
             raise CheckpointError(f"{path}: with several processes, states are saved by callbacks.checkpoint only")
         save(checkpoint, Path(path))
@@ -242,7 +242,7 @@ class SafeCheckpointIO(CheckpointIO):
 
 
 def _manifest(path: Path, world_size: int | None = None) -> dict[str, Any]:
-    """The manifest of a checkpoint, if it is its own and describes one, for this number of processes if given."""
+    """Return a checkpoint's manifest if it is intact and, if given, for this number of processes; else raise."""
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder, and so no checkpoint")
     try:
@@ -257,7 +257,7 @@ def _manifest(path: Path, world_size: int | None = None) -> dict[str, Any]:
     if manifest.get("version") != VERSION:
         raise CheckpointError(f"{path} has format version {manifest.get('version')}; this program reads {VERSION}")
     if text != _sealed({key: value for key, value in manifest.items() if key != "sha256"}):
-        raise CheckpointError(f"{path / MANIFEST} has been changed: its own checksum does not fit")
+        raise CheckpointError(f"{path / MANIFEST} has been changed: its checksum does not match")
     saved = _files_described(path, manifest)
     if world_size not in (None, saved):
         raise CheckpointError(
@@ -302,7 +302,7 @@ def _check_files(path: Path, manifest: dict[str, Any], parts: list[str]) -> None
 
 
 def _read(path: Path, part: str, owned: bool) -> Any:
-    """Read a part. Unless they shall be `owned`, tensors stay in the file, for a log may be larger than the memory."""
+    """Read a part. Tensors stay in the file unless `owned`, since a log may be larger than the memory."""
     try:
         structure = json.loads((path / f"{part}.json").read_text(encoding="utf-8"))
         tensors = load_file(path / f"{part}.safetensors")

@@ -19,7 +19,7 @@ def chunked_sum(
     """Return Σ_r row_losses(hidden)[r] in float32, with gradients computed in the forward pass, chunk by chunk.
 
     Args:
-        row_losses: maps a chunk of rows [r, C] and the slice of R that it is to losses [r]. It must be a function of
+        row_losses: maps a chunk of rows [r, C] and its slice of R to losses [r]. It must be a function of
             its rows and of `parameters` only.
         hidden_RC: the rows.
         parameters: tensors that `row_losses` closes over and that may need a gradient.

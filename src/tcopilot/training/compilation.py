@@ -10,7 +10,7 @@ SECONDS_TO_LINK = 10  # a library of another process may be empty for a moment
 
 
 def clear_empty_libraries() -> None:
-    """Remove what a kill during compilation leaves in the compiler's cache and every later run would fail to load."""
+    """Remove the empty libraries of a killed run from the compiler's cache, which later runs would fail to load."""
     for library in Path(cache_dir()).rglob("*.so"):
         with suppress(FileNotFoundError):  # another process clears up too
             if not library.stat().st_size and time.time() - library.stat().st_mtime > SECONDS_TO_LINK:

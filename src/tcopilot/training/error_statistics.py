@@ -28,11 +28,11 @@ def correct_targets(
 
     Args:
         model: the fused model.
-        batch: with the targets.
-        states: what the Pilot's pass over the batch left, where that is known; then it makes none.
+        batch: rows with their targets.
+        states: result of the Pilot's pass over the batch, if known; the Pilot then does not run again.
 
     Returns:
-        log p̂ [B, N, V] in float32 and f^C [B, N, V]; None for the latter without a Copilot.
+        log p̂ [B, N, V] in float32 and f^C [B, N, V]; f^C is None without a Copilot.
     """
     if states is None:
         states = trace_pilot(model.pilot, batch, StatePooler() if model.copilot is None else model.copilot.pooler)
@@ -84,7 +84,7 @@ class ErrorStatistics:
         self._sums = self._sums.to(sums.device) + sums
 
     def reduce(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
-        """Add up the sums of all ranks; one without rows takes part too."""
+        """Add up the sums of all ranks; a rank without rows must call this too."""
         self._sums = sum_over_ranks(self._sums)
 
     @classmethod
@@ -108,7 +108,7 @@ class ErrorStatistics:
         return dict(zip(self.weights, means.tolist(), strict=True))
 
     def nll_intervals(self) -> dict[float, tuple[float, float]]:
-        """95 % intervals of `nll`, by the normal approximation over rows, whose tokens are no independent draws."""
+        """95 % intervals of `nll`, by the normal approximation over rows, since a row's tokens are dependent."""
         count, tokens = len(self.weights), self._sums[0]
         mean, (rows, squares) = self._sums[5 : 5 + count] / tokens, self._sums[5 + count : 7 + count]
         of_rows, with_tokens = self._sums[7 + count :].split(count)

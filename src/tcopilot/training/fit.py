@@ -1,8 +1,8 @@
 """Fit a Copilot to a recording: the Copilot's half of Algorithm 1, for a Pilot that is frozen and was recorded once.
 
-Most of a loss over the vocabulary is spent on tokens that neither the Pilot nor the target means. A fit therefore
-compares, for all target tokens of a batch, the likeliest tokens of any of them and some random ones; all others stand
-as one more entry, the tail, which has their exact mass under p̂ and is shifted as the random tokens are on average.
+Most of the cost of a loss over the vocabulary goes to tokens that are neither targets nor likely under p̂. A fit
+therefore compares only the targets and likeliest tokens of a batch and some random tokens. All others form one more
+entry, the tail, which has their exact mass under p̂ and is shifted as the random tokens are on average.
 
 Shapes: B records, N target length, Q = D · P states read, T target tokens, U tokens compared, V vocabulary.
 """
@@ -85,10 +85,10 @@ class RecordedData(LightningDataModule):
         train: prepared rows to fit.
         validation: rows to judge a Copilot by; there may be none.
         recorded: all rows that are to be in the recording.
-        depths: of the states that the Copilot reads.
+        depths: depths of the states that the Copilot reads.
         batch_size: records of an update, over all processes.
-        passes: over the rows to fit.
-        seed: of their order.
+        passes: number of passes over the rows to fit.
+        seed: seed of the rows' order.
         record: writes the records of some rows, computed on a device.
     """
 
@@ -132,12 +132,12 @@ class CopilotFit(LightningModule):
     """Trains a head-only Copilot on records; the Pilot takes part by its frozen head alone.
 
     Args:
-        copilot: to be fitted.
-        pilot: whose head rebuilds p̂; its layers may be absent.
+        copilot: the Copilot to fit.
+        pilot: the Pilot, whose head rebuilds p̂; its layers may be absent.
         learner: how the Copilot is updated.
-        updates: of the whole fit, for the schedule.
+        updates: updates of the whole fit, for the schedule.
         objective: what it learns, by default the likelihood of the fused distribution.
-        own_mistakes: whether a token counts by how likely the Pilot's own answer comes to it, see `reached`.
+        own_mistakes: whether tokens are weighted by how likely the Pilot's own answers reach them, see `reached`.
     """
 
     SETTINGS: ClassVar[dict[str, Rule]] = {"passes": whole(), "patience": whole(), "own_mistakes": FLAG}
@@ -149,12 +149,12 @@ class CopilotFit(LightningModule):
         super().__init__()
         self.copilot, self.learner, self.rounds, self.own_mistakes = copilot, learner, updates, own_mistakes
         self.objective = CrossEntropy() if objective is None else objective
-        self.__dict__["_pilot"] = pilot  # past `nn.Module`: layers without weights cannot be moved
+        self.__dict__["_pilot"] = pilot  # hidden from `nn.Module`: layers without weights cannot be moved
         self.seconds, self._began = 0.0, 0.0
 
     @property
     def head(self) -> nn.Module:
-        """The Pilot's."""
+        """The Pilot's output head."""
         return self._pilot.get_output_embeddings()
 
     @property
@@ -174,12 +174,12 @@ class CopilotFit(LightningModule):
             nn.utils.clip_grad_norm_(self.copilot.parameters(), self.learner.clip)
 
     def on_train_start(self) -> None:
-        """Start the clock, with the Pilot's head beside the Copilot."""
+        """Move the Pilot's head to the Copilot's device, and start the clock."""
         self.head.to(self.device)
         self._began = time.perf_counter()
 
     def on_train_end(self) -> None:
-        """Stop it."""
+        """Stop the clock."""
         self.seconds = time.perf_counter() - self._began
 
     def training_step(self, batch: RecordBatch, batch_idx: int) -> Tensor:
@@ -198,10 +198,10 @@ class CopilotFit(LightningModule):
         others = sum_over_processes(total.detach()) - total.detach()
         loss = self.objective.reduce(total + others, tokens)
         self.log("train/copilot_loss", loss.detach(), prog_bar=True, rank_zero_only=True)
-        return loss * self.trainer.world_size  # over which DDP averages
+        return loss * self.trainer.world_size  # DDP averages over processes
 
     def on_validation_epoch_start(self) -> None:
-        """Start the sums."""
+        """Start the validation's sums."""
         self._sums = torch.zeros(3, dtype=torch.float64)
 
     def validation_step(self, batch: RecordBatch, batch_idx: int) -> None:
@@ -217,7 +217,7 @@ class CopilotFit(LightningModule):
         self.log_dict(figures, prog_bar=True)  # alike on all processes, which all stop by them
 
     def _right(self, batch: RecordBatch, hidden_TC: Tensor, compared: tuple[Tensor, Tensor]) -> Tensor:
-        """What p̂ and p̃ at λ = 1, of a soft head a distribution, give each target token, [2, T]."""
+        """Probability of each target token under p̂ and under p̃ at λ = 1, which a soft head makes sum to 1; [2, T]."""
         rows, found = rows_at_once(len(compared[0])), []
         for first in range(0, len(hidden_TC), rows):
             chunk = slice(first, first + rows)
@@ -259,7 +259,7 @@ class CopilotFit(LightningModule):
         return corrections_TU, probs_TU, torch.searchsorted(tokens_U, batch.targets_T[rows])
 
     def _tokens(self, batch: RecordBatch) -> tuple[Tensor, Tensor]:
-        """The tokens to compare, in order, and which of them are only there by chance; all of them if none is."""
+        """The tokens to compare, sorted, and a mask of those drawn at random; it covers all tokens if none is."""
         vocab_size, device = self.head.weight.shape[0], batch.targets_T.device
         if vocab_size <= SMALL_VOCABULARY:
             return torch.arange(vocab_size, device=device), torch.ones(vocab_size, dtype=torch.bool, device=device)
@@ -271,11 +271,11 @@ class CopilotFit(LightningModule):
 
 
 def reached(right_T: Tensor, mask_BN: Tensor) -> Tensor:
-    """How likely an answer that the Pilot samples is still right when it comes to each target token, [T].
+    """Return the probability that an answer sampled from the Pilot is right before each target token, [T].
 
-    That is Π_{j<i} p̂(y_j), given p̂(y_i) of all tokens. From a single right answer, the Pilot's own ones part at token
-    i with probability Π_{j<i} p̂(y_j) · (1 − p̂(y_i)), in the very states that were recorded. Weighing records by it is
-    what training on any number of sampled answers, up to their first mistake, comes to on average.
+    This is Π_{j<i} p̂(y_j), computed from p̂(y_i) of all tokens. A sampled answer first differs from the right one at
+    token i with probability Π_{j<i} p̂(y_j) · (1 − p̂(y_i)), and up to there its states are those recorded. Weights of
+    this kind therefore equal, on average, training on sampled answers up to their first mistake.
     """
     log_BN = torch.zeros(mask_BN.shape, device=right_T.device).masked_scatter(mask_BN, right_T.clamp_min(1e-12).log())
     return (log_BN.cumsum(1) - log_BN).exp()[mask_BN]
@@ -293,11 +293,11 @@ class KeepBest(Callback):
         self._weights: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: CopilotFit) -> None:
-        """Keep the new Copilot, in case that none is better."""
+        """Keep the new Copilot, in case no later one is better."""
         self._weights = copy.deepcopy(pl_module.copilot.state_dict())
 
     def on_validation_end(self, trainer: Trainer, pl_module: CopilotFit) -> None:
-        """Judge the Copilot of this pass."""
+        """Compare the Copilot of this pass with the best so far."""
         figures = trainer.callback_metrics
         if trainer.sanity_checking or "val/fused_nll" not in figures:
             return
@@ -310,6 +310,6 @@ class KeepBest(Callback):
         trainer.should_stop |= self.waited >= self.patience
 
     def on_train_end(self, trainer: Trainer, pl_module: CopilotFit) -> None:
-        """Put the best one back, if there were rows to judge by."""
+        """Put the best one back, if there were validation rows."""
         if self.passes:
             pl_module.copilot.load_state_dict(self._weights)

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from tcopilot.run_directory import RunDirectory, write_whole
 
-STEPS_PER_ROUND = 4  # no more lines than that go to wandb in a round
+STEPS_PER_ROUND = 4  # the most lines that go to wandb in a round
 CREDENTIALS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
 
 
@@ -47,7 +47,7 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Log a line at the round that it names, or else at that of the line before."""
+        """Log a line at the round that it names, else at the round of the previous line."""
         run = self.experiment
         self._round = int(metrics.get("round", self._round))
         # wandb's own step must only grow, also from one offline part of a resumed run to the next

@@ -55,8 +55,8 @@ class TCopilotModule(LightningModule):
 
     The log is detached, so the sum of both losses gives each model exactly its own gradient. With several processes
     the Pilot's update and the Copilot's first update of a round share one backward pass, for DDP reduces gradients
-    once; one process runs the Pilot's first, which frees its activations and hides the log's copies.
-    `MistakeLogCallback` puts the log into `mistake_log`.
+    once. A single process runs the Pilot's backward pass first, which frees activations and overlaps with the log's
+    copies. `MistakeLogCallback` puts the log into `mistake_log`.
 
     Args:
         model: the fused model. Without a Copilot this is plain fine-tuning.
@@ -106,7 +106,7 @@ class TCopilotModule(LightningModule):
         self.own_feedback = (own_feedback,) * 2 if isinstance(own_feedback, float | int) else tuple(own_feedback)
         self.compile_backend = compile
         self.mistake_log: MistakeLog | None = None
-        self.sharded: ShardedPilot | None = None  # while `ShardingStrategy` trains
+        self.sharded: ShardedPilot | None = None  # set while `ShardingStrategy` trains
         self.copilot_stopped = False  # `CopilotStop` sets it: no more records and updates, while the Pilot goes on
         self.seconds = {"pilot": 0.0, "copilot": 0.0}
         self.gradient_norms: dict[str, list[Tensor]] = {}  # of this round's updates
@@ -150,7 +150,7 @@ class TCopilotModule(LightningModule):
             part.forward = torch.compile(part.forward, backend=self.compile_backend, dynamic=True)
 
     def on_train_end(self) -> None:
-        """Leave the models as they were: decoding runs them in other ways."""
+        """Undo compilation, since decoding calls the models in other ways."""
         for part in self._compiled_parts():
             del part.forward
 
@@ -193,12 +193,12 @@ class TCopilotModule(LightningModule):
         self._log_round(pilot_loss, copilot_loss, tokens)
 
     def _run_pilot(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Steps 2 to 6, in micro-batches, and gradients of the cross-entropy (step 7) on the way.
+        """Run steps 2 to 6 in micro-batches, and compute gradients of the cross-entropy (step 7) on the way.
 
-        Those of the last micro-batch stay to be computed where several processes reduce them, with the Copilot's.
+        With several processes, the caller runs the last backward pass, so that DDP reduces all gradients at once.
 
         Returns:
-            This rank's share of the Pilot's loss, times the number of ranks, over which DDP averages; the loss whose
+            This rank's share of the Pilot's loss, times the number of ranks (DDP averages over them); the loss whose
             backward pass is still to come; the round's target tokens.
         """
         alone = self.trainer.world_size == 1
@@ -247,7 +247,7 @@ class TCopilotModule(LightningModule):
             checkpoint["state_dict"] = {n: value for n, value in checkpoint["state_dict"].items() if n in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting seconds and, if the budget is larger by now, rounds; refuse a checkpoint of another model."""
+        """Restore the seconds, extend the rounds if the budget has grown, and refuse a checkpoint of another model."""
         trained = (name for name, parameter in self.named_parameters() if parameter.requires_grad)
         if missing := [name for name in trained if name not in checkpoint["state_dict"]]:
             raise ValueError(
@@ -294,7 +294,7 @@ class TCopilotModule(LightningModule):
 
     @torch.no_grad()
     def _trace_without_dropout(self, batch: Batch) -> PilotStates:
-        """A further forward pass, in which the Pilot errs as it does when it answers."""
+        """Run a further forward pass without dropout, so that the errors are those of inference."""
         training = self.model.pilot.training
         self.model.pilot.eval()
         states = self._trace(batch)
@@ -391,7 +391,7 @@ class TCopilotModule(LightningModule):
 def _take_settings(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
     """Let the config's settings win over those in a checkpoint, as when a diverged run goes on at a lower rate."""
     if len(optimizer.param_groups) != 1 or not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-        return  # of somebody else's making
+        return  # a user's own optimiser or scheduler
     (group,), rate = optimizer.param_groups, optimizer.defaults["lr"]
     group.update({name: value for name, value in optimizer.defaults.items() if name in group})
     scheduler.base_lrs = [rate]

@@ -25,7 +25,7 @@ def pack(value: Any) -> tuple[Any, dict[str, Tensor]]:
     {'dict': [[3, {'tuple': [1, None]}]]}
 
     Raises:
-        CheckpointError: if anything else is in it, with its place.
+        CheckpointError: if it holds anything else; the message names the place.
     """
     packer = _Packer()
     return packer.pack(value, "checkpoint"), packer.tensors

@@ -1,6 +1,6 @@
 """FSDP2: weights, gradients and optimiser state of a Pilot, divided among the processes of a job.
 
-A layer is gathered for its own forward and backward pass and given up behind it. The Copilot, which is small beside
+A layer is gathered for its own forward and backward pass and freed after it. The Copilot, which is small beside
 the Pilot and is read outside of forward passes, stays whole in every process.
 """
 
@@ -31,7 +31,7 @@ class ShardedPilot:
     """Divides a Pilot in place, layer by layer, and can make a plain Pilot of its weights again.
 
     Args:
-        pilot: with the same weights in all processes.
+        pilot: a Pilot with the same weights in all processes.
         mesh: the processes, in one dimension.
     """
 
@@ -47,7 +47,7 @@ class ShardedPilot:
         for part in (*reversed([layer for stack in stacks for layer in stack]), pilot):  # inner parts come first
             divided = [p for p in part.parameters() if not isinstance(p, DTensor) and p not in kept]
             fully_shard(part, mesh=mesh, ignored_params=kept)
-            for parameter in divided:  # of the plain Pilot, whose memory is given up
+            for parameter in divided:  # frees the memory of the plain Pilot
                 parameter.data = parameter.data.new_empty(0)
 
     def gathered(self) -> PreTrainedModel:
@@ -62,9 +62,9 @@ class ShardedPilot:
 
 
 class ShardingStrategy(ModelParallelStrategy):
-    """Lightning's strategy for modules that divide themselves, with states as those of any other run.
+    """Lightning's strategy for modules that divide themselves, with the same states as any other run.
 
-    They are whole, so that the program's own checkpoints hold them, and a run goes on with or without sharding.
+    States hold whole tensors, so the program's own checkpoints fit, and a run can resume with or without sharding.
     """
 
     restore_checkpoint_after_setup = False  # as other strategies do: by then the module has divided itself
@@ -117,7 +117,7 @@ class ShardingStrategy(ModelParallelStrategy):
 
 
 def _divided_as(like: Any, value: Any) -> Any:
-    """A whole tensor in the parts that a tensor of the same shape is divided into; anything else as it is."""
+    """Divide a whole tensor as `like`, of the same shape, is divided; anything else stays as it is."""
     if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -56,7 +56,7 @@ class CopilotAlarms(Callback):
             self._raise("stale", f"records in the Mistake Log are {log['age_rounds']:.0f} rounds old on average")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hold the last validation's likelihoods against each other; a run that was stopped midway is not judged."""
+        """Compare the likelihoods of the last validation, unless the run was stopped midway."""
         if pl_module.learners["copilot"] is None or pl_module.round < pl_module.rounds or self.raised & NO_GAIN:
             return
         pilot, fused = (trainer.callback_metrics.get(f"val/{name}_nll") for name in ("pilot", "fused"))
@@ -64,8 +64,8 @@ class CopilotAlarms(Callback):
             self._raise(
                 "no gain",
                 f"at λ = {pl_module.model.weight:g} the fused model's NLL on validation ({fused:.4f}) is not below "
-                f"the Pilot's ({pilot:.4f}): the log teaches nothing about new rows, as that of a converged Pilot, "
-                f"or the Copilot has memorised it",
+                f"the Pilot's ({pilot:.4f}): either the log teaches nothing about new rows, as once a Pilot has "
+                f"converged, or the Copilot has memorised the log",
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class CopilotAlarms(Callback):
         return {"raised": sorted(self.raised)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember them."""
+        """Restore the causes warned of."""
         self.raised = set(state_dict["raised"])
 
     def _raise(self, cause: str, message: str) -> None:

@@ -54,10 +54,10 @@ class RoundCheckpoint(Callback):
         stopping = trainer.should_stop or rounds == pl_module.rounds
         if not stopping and self.every_n_rounds and rounds % self.every_n_rounds == 0:
             state = _state(trainer)
-            self._due = rounds, state | {"loops": copy.deepcopy(state["loops"])}  # the loader reads ahead
+            self._due = rounds, state | {"loops": copy.deepcopy(state["loops"])}  # the loader reads on
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Write it before the next round changes anything."""
+        """Write a due state before the next round changes anything."""
         self._write_due(trainer)
         # Lightning counts a step twice when it resumes from a clean stop, and loggers name their lines by it.
         trainer.fit_loop.epoch_loop._batches_that_stepped = pl_module.round
@@ -76,7 +76,7 @@ class RoundCheckpoint(Callback):
         self._write(trainer, pl_module.round, _state(trainer))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put aside what belongs to one process; Lightning would save the first one's and give it to all."""
+        """Set each process's own state apart, since Lightning would save the first one's and restore it in all."""
         states = checkpoint["callbacks"]
         own = [callback.state_key for callback in trainer.callbacks if getattr(callback, "per_rank", False)]
         checkpoint[PER_RANK] = {"callbacks": {key: states.pop(key) for key in own if key in states}}
@@ -101,7 +101,7 @@ class RoundCheckpoint(Callback):
             self._drop_others(rounds)
 
     def _drop_others(self, rounds: int) -> None:
-        """Drop the oldest, and those of later rounds: a resumed run has passed them over as damaged."""
+        """Remove the oldest checkpoints, and those of later rounds, which a resumed run skipped as damaged."""
         saved = checkpoints(self.folder)
         past = [path for path in saved if round_of(path) <= rounds]
         for path in [*past[: -self.keep], *saved[len(past) :]]:
@@ -112,4 +112,4 @@ class RoundCheckpoint(Callback):
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:
-    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)  # all processes; only one saves
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)  # all processes call this; only one saves

@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 class CopilotStop(Callback):
     """Stops updating the Copilot once validation finds no better one; the Pilot is trained on.
 
-    A Copilot is judged by E‖f^C − ℓ‖² / E‖ℓ‖² on validation rows, with the Pilot of that moment. The Pilot moves on,
-    so that a Copilot that was best then need not be best for the Pilot that is kept: when training ends both the best
-    and the last one are judged with the final Pilot, and the better one stays.
+    A Copilot is judged by E‖f^C − ℓ‖² / E‖ℓ‖² on validation rows, with the Pilot of that moment. Since the Pilot is
+    trained further, the best Copilot so far need not be the best for the final Pilot. When training ends, the best and
+    the last Copilot are both judged with the final Pilot, and the better one is kept.
 
     `patience` counts the validations without a better ratio after which it stops.
     """
@@ -34,7 +34,7 @@ class CopilotStop(Callback):
         self._state: dict[str, Any] = {"best": math.inf, "round": 0, "waited": 0, "weights": {}}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A resumed run goes on as it was."""
+        """In a resumed run, stop the Copilot again if it had been stopped."""
         pl_module.copilot_stopped = self._state["waited"] >= self.patience
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -66,16 +66,16 @@ class CopilotStop(Callback):
             _put(copilot, last)
             kept = "the last round"
         log.info(
-            "With the final Pilot, the Copilot of round %d has error ratio %.3f, the last one's %.3f. That of %s is "
-            "kept", best_round, ratio_of_best, ratio_of_last, kept,
+            "With the final Pilot, the Copilot of round %d has error ratio %.3f, the last one's %.3f. The Copilot of "
+            "%s is kept", best_round, ratio_of_best, ratio_of_last, kept,
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """The state itself, no copy: a checkpoint is written after its round's validation, which belongs in it."""
+        """Return the state uncopied: a checkpoint is written after its round's validation, and must include it."""
         return self._state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with it."""
+        """Restore the state."""
         self._state = dict(state_dict)
 
 

@@ -23,7 +23,7 @@ def _attention_backward(gradient: Shape, query: Shape, key: Shape, value: Shape,
 
 
 def _for_all_heads(shape: Shape, query: Shape) -> Shape:
-    """The shape of keys or values that query heads share, as if each had its own: so they are computed with."""
+    """Give keys or values that heads share the shape of one copy per query head, since as much is computed."""
     return shape[0], query[1], *shape[2:]
 
 
@@ -38,7 +38,7 @@ FORMULAS = (  # from the shapes of arguments and result
     | dict.fromkeys(ATTENTION, shape_wrapper(_attention))
     | dict.fromkeys(ATTENTION.values(), shape_wrapper(_attention_backward))
 )
-QUANTISED = {  # of bitsandbytes, by name, since it need not be there; gradients pass through torch's own products
+QUANTISED = {  # bitsandbytes' operations by name, as it may be absent; gradients use torch's own products
     "bitsandbytes::gemm_4bit": lambda inputs, weight, shape, *_, **__: 2 * inputs.numel() * shape[0],
     "bitsandbytes::int8_scaled_mm": lambda inputs, weight, *_, **__: 2 * inputs.numel() * len(weight),
     "bitsandbytes::int8_mixed_scaled_mm": lambda inputs, packed, weight, *_, **__: 2 * inputs.numel() * len(weight),
@@ -57,7 +57,7 @@ class FlopCounter(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Let torch compile inside, and look at what compiled code does."""
+        """Let torch compile in this mode, and count the operations of compiled code."""
         return True
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -100,7 +100,7 @@ class FlopCount(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Add the round up."""
+        """Add the round to the sums."""
         tokens = batch.padded_tokens
         self._sums["tokens"] += tokens
         if self._counter is not None:
@@ -117,7 +117,7 @@ class FlopCount(Callback):
         return dict(self._sums)
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on with them."""
+        """Restore the sums."""
         self._sums = dict(state_dict)
 
     def _stop(self) -> None:

@@ -8,11 +8,11 @@ from lightning.pytorch.utilities import rank_zero_only
 class ErrorHistograms(Callback):
     """Shows how large errors and corrections are, token by token: a mean hides a Copilot that corrects rarely.
 
-    They are of the first process's rows, and go to the loggers that have histograms.
+    Histograms cover the rows of the first process, and go to the loggers that support them.
     """
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the round into validation's line, as dashboards draw everything over it."""
+        """Add the round to the line of validation, since dashboards plot everything over rounds."""
         pl_module.log("round", float(pl_module.round), rank_zero_only=True)
 
     @rank_zero_only

@@ -42,7 +42,7 @@ class MistakeLogCallback(Callback):
             pl_module.log_dict({f"log/{name}": value for name, value in figures.items()})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log error energy over that of validation: well below 1, the log no longer shows present errors."""
+        """Log the log's error energy over validation's; well below 1, the log no longer shows present errors."""
         held_out = trainer.callback_metrics.get("val/error_energy")
         if trainer.sanity_checking or held_out is None or not (trainer.loggers and len(self.mistake_log)):
             return

@@ -1,4 +1,4 @@
-"""How fast rounds are, whose time they take, how much of it goes to padding, and how much memory."""
+"""Speed of the rounds, each model's share of the time, the share of padding, and peak memory."""
 
 import resource
 import sys
@@ -24,7 +24,7 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count a round, and log when a line is due."""
-        self._tokens = self._tokens + trainer.callback_metrics["train/target_tokens"]  # tensors: nothing waits
+        self._tokens = self._tokens + trainer.callback_metrics["train/target_tokens"]  # on the GPU: nothing waits
         self._rows += len(batch) * trainer.world_size
         self._read = self._read + batch.source_mask_BM.sum() + batch.target_mask_BN.sum()
         self._positions += batch.source_mask_BM.numel() + batch.target_mask_BN.numel()
