@@ -146,7 +146,7 @@ def load_export(run: RunDirectory, config: TCopilotConfig) -> TCopilotModel:
 
 
 def saved_config(cfg: DictConfig) -> str:
-    """The text of a run's `config.yaml`: resolved, but good in any folder that the run directory is moved to.
+    """The text of a run's `config.yaml`: resolved, and valid wherever the run directory is moved.
 
     Paths in the run directory refer to `paths.run_dir`, which `read_config` sets; other local paths become absolute.
     """
@@ -171,12 +171,12 @@ def read_config(file: Path, key: str, trusted: Collection[str] = (), run_dir: Pa
 
     Args:
         file: its `config.yaml`.
-        key: what the user gave, for messages.
+        key: the user's setting, for error messages.
         trusted: modules whose classes it may name, see `target_problems`.
         run_dir: where to write; by default the folder that the file lies in now.
 
     Raises:
-        ConfigError: if the file is no mapping in YAML, of a run that another version made, or names a class that a
+        ConfigError: if the file is not a YAML mapping, if another version made the run, or if it names a class that a
             config from disk may not name.
     """
     try:
@@ -199,12 +199,12 @@ def read_config(file: Path, key: str, trusted: Collection[str] = (), run_dir: Pa
 
 
 def split_seed_remarks(data: TCopilotDataModule, *sources: ModelSource | None) -> list[str]:
-    """Say which exports were trained on another division of the rows than the one they are now judged by."""
+    """Return a warning for each export that was trained on another split of the rows than the one used here."""
     exports = {source.path: source.stored_config for source in sources if source is not None and source.path}
     seeds = {path: getattr(config, "split_seed", data.split_seed) for path, config in exports.items()}
     return [
-        f"{path} was trained with data.split_seed={seed}, and here it is {data.split_seed}: it may know the rows that "
-        f"it is judged on; use data.split_seed={seed}"
+        f"{path} was trained with data.split_seed={seed}, and here it is {data.split_seed}: it may have seen the "
+        f"rows that it is evaluated on; use data.split_seed={seed}"
         for path, seed in seeds.items()
         if seed != data.split_seed
     ]
@@ -234,7 +234,7 @@ def fuse(cfg: DictConfig, prepared: Prepared, pilot: PreTrainedModel, copilot: B
     fusion: dict[str, Any] = {}
     if copilot is not None:
         fusion = {"fusion": fusion_rule(cfg.fusion), "feedback": cfg.fusion.feedback, "weight": training_weight(cfg)}
-    rows = {"split_seed": prepared.data.split_seed}  # for whoever goes on with the export
+    rows = {"split_seed": prepared.data.split_seed}  # so that later runs on the export use the same split
     config = TCopilotConfig(pilot.config, None if copilot is None else copilot.config, **fusion, **rows)
     return fused_class(prepared.pilot.is_encoder_decoder)(config, pilot, copilot)
 
@@ -325,9 +325,9 @@ def parameter_counts(model: TCopilotModel) -> dict[str, int]:
 
 
 def export(model: TCopilotModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write the fused model and its tokenizer as a folder that `from_pretrained` loads; the first process does.
+    """Write the fused model and its tokenizer, in the first process, as a folder that `from_pretrained` loads.
 
-    Of a Pilot whose layers are not in memory only the config is written, and the Copilot's weights beside it.
+    If the Pilot's layers are not in memory, only its config is written, and the Copilot's weights beside it.
     """
     if not is_first():
         return
@@ -336,7 +336,7 @@ def export(model: TCopilotModel, tokenizer: PreTrainedTokenizerBase, folder: str
         save_file(model.copilot.state_dict(), RunDirectory(Path(folder).parent).copilot_alone)
     else:
         model.save_pretrained(folder)
-    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # or it is not written, and the default is right
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # else it is not saved, and loads as right
     tokenizer.save_pretrained(folder)
 
 

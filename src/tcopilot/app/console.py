@@ -1,4 +1,4 @@
-"""What a run prints: three lines before training, the tables at the end, and nothing of libraries in between."""
+"""What a run prints: three lines before training, the tables at the end, and no messages of libraries in between."""
 
 import logging
 import sys
@@ -32,7 +32,7 @@ def show_summary(
     params: dict[str, int],
     memory: Budget | None,
 ) -> None:
-    """Say before training what is trained, what the log keeps and how large it grows, memory, budget and idle keys.
+    """Say before training what is trained, what the log keeps and how large it grows, memory, budget and unused keys.
 
     Raises:
         ConfigError: if the log's storage cannot keep this Pilot's p̂.
@@ -60,7 +60,7 @@ def show_summary(
 
 
 def show_fit(cfg: DictConfig, prepared: Prepared, params: dict[str, int], data: RecordedData) -> None:
-    """Say before a fit what a record holds and takes, what is still to be recorded, the budget and idle keys."""
+    """Say before a fit what a record holds, its size, what is still to be recorded, the budget and unused keys."""
     about, rows = data.recording.pilot, len(data.train) + len(data.validation)
     size = about.bytes_per_token * (sum(data.train.lengths) + sum(data.validation.lengths)) / rows
     depths = ", ".join(f"{depth:g}" for depth in about.depths)
@@ -102,7 +102,7 @@ def _console() -> Console:
 
 
 def quiet_libraries() -> None:
-    """Silence what a user of this program can do nothing about; warnings of our own and of torch stay."""
+    """Silence messages that a user of this program can do nothing about; its own warnings and torch's stay."""
     accept_any_sign()
     transformers_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # hardware list, tips

@@ -1,4 +1,4 @@
-"""What a program says when it cannot go on: the reason, and how to go on all the same."""
+"""What a program says when it cannot go on: the reason, and how to continue."""
 
 import errno
 import os

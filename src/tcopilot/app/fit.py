@@ -44,15 +44,15 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     Raises:
         ConfigError: if the recording given is of another Pilot, or lacks some of the rows.
     """
-    own, given = prepared.config, cfg.mistake_log["from"]  # the first notes what is read of it
-    donor = prepared.donor  # of which the trained head is all that gets here
+    own, given = prepared.config, cfg.mistake_log["from"]  # `own` notes which keys are read
+    donor = prepared.donor  # if given, an export with a trained head
     read = own.copilot.depths if donor is None else donor.trained_copilot["depths"]
     try:
         recording = _recording(cfg, prepared, run_dir, read)
     except RecordingError as error:
         raise ConfigError([f"mistake_log.from={given}: {error}" if given else str(error)]) from error
     judged = evaluates_recording(cfg, prepared.data)
-    # What is recorded anew holds the rows reported as well, so that further fits can be judged by it.
+    # A new recording holds the reported rows as well, so that later fits can be evaluated from it.
     reported = [cfg.evaluation.report_on] if judged or given is None else []
     parts = {split: prepared.data.rows_of(split) for split in ("train", "validation", *reported)}
     if LIKELIHOOD in cfg.evaluation.modes and reported:
@@ -68,7 +68,7 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     if data.missing and given is not None:
         total = sum(map(len, parts.values()))
         alike = "data, template, shots and tokenizer must be those of the recording"
-        if (limit := cfg.data.max_train_rows) is not None:  # of any two limits the rows need not be nested
+        if (limit := cfg.data.max_train_rows) is not None:  # another limit may choose other rows
             alike += f", and so must data.max_train_rows={limit}, unless all training rows were recorded"
         missing = f"{len(data.missing)} of {total} rows are not in it"
         raise ConfigError([f"mistake_log.from={given}: {missing}; {alike}. To record these rows, leave it out"])
@@ -91,7 +91,7 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     device = trainer.strategy.root_device
     for part in (copilot, model.pilot.get_output_embeddings()) if judged else (model,):
         part.to(device)
-    kept = f"after pass {best.best_pass} of {best.passes}" if best.best_pass else "as it was new, for none was better"
+    kept = f"after pass {best.best_pass} of {best.passes}" if best.best_pass else "untrained, as no pass improved it"
     needed = [*parts["train"], *parts["validation"]]
     recorded_seconds, recorded_flops = recording.cost_of(needed)
     rate = len(needed) / max(recorded_seconds, 1e-9)
@@ -119,7 +119,7 @@ def _recording(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory, read:
 
 
 def _recorded_at(folder: Path) -> Path:
-    """The recording that a folder names: itself, its own as a run, or the one that the run was fitted to."""
+    """The recording at a folder: the folder itself, a run's own, or the one that the run was fitted to."""
     run = RunDirectory(folder)
     if (folder / Recording.HEADER).exists():
         return folder
@@ -132,7 +132,7 @@ def _recorded_at(folder: Path) -> Path:
 def _record(
     recording: Recording, prepared: Prepared, pilot: Any, rows: Sequence[Any], device: torch.device, cfg: DictConfig
 ) -> None:
-    """Record this process's share of the rows, benchmark by benchmark, whose rows have their shots in common."""
+    """Record this process's share of the rows by benchmark, since the rows of a benchmark share their shots."""
     pilot.to(device)
     size = cfg.pilot.micro_batch_size or cfg.data.eval_batch_size
     with progress("Recording", len(rows)) as bar:
@@ -163,7 +163,7 @@ def _bars(cfg: DictConfig) -> list[Any]:
 
 @contextmanager
 def _stopping(run_dir: RunDirectory) -> Iterator[None]:
-    """Let a signal end a recording after what it has done; started again it goes on from there."""
+    """Let a signal stop a recording; records made so far are kept, and the same run continues from them."""
 
     def stop(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -173,7 +173,7 @@ def _stopping(run_dir: RunDirectory) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
-        log.info("Stopped; what is recorded stays. Go on with: %s", run_dir.go_on)
+        log.info("Stopped; the records made so far are kept. Go on with: %s", run_dir.go_on)
         sys.exit(STOPPED)
     finally:
         for number, handler in before.items():

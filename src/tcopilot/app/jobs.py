@@ -1,7 +1,7 @@
 """Jobs: runs that are done once, go on from where they were left, and fail without stopping the others.
 
 The folder of a job says what it is to do, that it is done, or why it failed. `tcopilot.app.sweep` runs the jobs of a
-Hydra sweep, whose launcher has started the process already; `run_jobs` a list of commands, each in its own process.
+Hydra sweep, whose launcher has started the process already; `run_jobs` runs a list of commands, in a process each.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ SHOWN = 8  # keys that differ, in a message
 
 
 class JobFolder:
-    """The folder of a job, which is also its run directory; `settings` are all that decides what the job finds."""
+    """The folder of a job, which is also its run directory; `settings` hold all that its results depend on."""
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
         self.run, self.settings = RunDirectory(folder), settings
@@ -89,11 +89,11 @@ class Job:
 
     @property
     def notes(self) -> JobFolder:
-        """What its folder says of it."""
+        """The notes in its folder."""
         return JobFolder(self.folder, {"program": self.program, "overrides": list(self.overrides)})
 
     def given(self, state: Literal["new", "started"]) -> list[str]:
-        """The program's arguments, which let a job that was started go on."""
+        """The program's arguments; those of a job that was started before resume it."""
         if state == "started":
             return [override("resume", self.folder)]
         return [*self.overrides, override("paths.run_dir", self.folder)]
@@ -102,8 +102,8 @@ class Job:
         """Run the program, from its newest checkpoint if there is one; nothing is run if it was done before.
 
         Args:
-            deadline: on the clock of `time.monotonic`. A run that goes on then is told to stop, none is begun later.
-            options: of `subprocess.Popen`, such as `cwd` and `env`.
+            deadline: a time of `time.monotonic`. A run still going then is told to stop, and none starts later.
+            options: arguments of `subprocess.Popen`, such as `cwd` and `env`.
         """
         notes, state = self.notes, self.notes.state()
         if state == "done":
@@ -137,7 +137,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, deadline: float = FOREVER, cwd: 
 
     Args:
         jobs: in the order in which they are started.
-        at_once: they share the machine's cores.
+        at_once: number of jobs that run together and share the machine's cores.
         deadline: see `Job.run`.
         cwd: the folder that holds the programs.
     """

@@ -48,7 +48,7 @@ class Trained:
 
     @property
     def costs(self) -> dict[str, Any]:
-        """What an evaluation cannot know."""
+        """The figures of training that an evaluation cannot know."""
         return {name: getattr(self, name) for name in ("rounds", "train_seconds", "train_flops")}
 
 

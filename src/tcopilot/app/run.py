@@ -181,7 +181,7 @@ def _override(trained: DictConfig, cfg: DictConfig, source: RunDirectory) -> flo
     """Put what an evaluation asks for in place of the training run's own settings.
 
     Returns:
-        The run's λ; None if there is none, or none that fits: for another fusion rule or another Pilot.
+        The run's λ; None if it has none, or if another fusion rule or another Pilot makes it invalid.
     """
     if "_target_" in cfg.data:
         trained.data = cfg.data
@@ -194,7 +194,7 @@ def _override(trained: DictConfig, cfg: DictConfig, source: RunDirectory) -> flo
             if (value is not None or whole) and (key, value) != ("weight", "run"):
                 OmegaConf.update(trained, f"{group}.{key}", value, merge=False, force_add=True)
     if cfg.evaluation.modes is None and evaluates_recording(trained):
-        trained.evaluation.modes = ["generation"]  # here is the Pilot
+        trained.evaluation.modes = ["generation"]  # the Pilot is loaded here
     trained.paths.run_dir, trained.control = cfg.paths.run_dir, None
     if is_other_rule and cfg.fusion.weight == "run":
         raise ConfigError(["fusion.weight=run: that λ suits the run's own fusion rule only; leave fusion=… out"])
@@ -217,7 +217,7 @@ def _run_to_evaluate(cfg: DictConfig) -> RunDirectory:
 
 
 def _add_training(results: Results, cfg: DictConfig, source: RunDirectory) -> None:
-    """Add what the training run noted of its cost, and its controls if they answered these rows in this way."""
+    """Add the training run's costs, and its controls if they were scored on the same rows in the same way."""
     if not source.results.exists():
         return
     before = _results_of(source)

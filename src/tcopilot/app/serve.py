@@ -1,6 +1,6 @@
 """`tcopilot-serve`: an OpenAI-compatible endpoint for a fused model, by the request handlers of `transformers serve`.
 
-Ours is that the model is an export of this package, and that each request may choose its λ (docs/serving.md).
+The model is an export of this package, and each request may choose its λ (docs/serving.md).
 """
 
 import argparse
@@ -74,7 +74,7 @@ class RequestModel:
 
 
 class ExportHandler:
-    """In front of a handler of transformers: serves one export, and reads λ in a request's field `weight`."""
+    """Extends a handler of transformers: serves one export, and reads λ from a request's field `weight`."""
 
     export: Export
 
@@ -99,7 +99,7 @@ class ExportHandler:
 
 
 def check_weight_for(model: TCopilotModel, weight: Any) -> None:
-    """Raise a ValueError at what is no λ of this model; None is the model's own."""
+    """Raise a ValueError if a value is no valid λ for this model; None stands for the model's own λ."""
     if weight is not None and check_weight(weight) and model.copilot is None:
         raise ValueError(f"weight={weight}: this export is a Pilot without a Copilot; leave it out, or give 0")
 

@@ -40,7 +40,7 @@ LONGEST = 100  # characters of a job's folder before it is cut; file systems all
 
 
 def job_folder(overrides: str) -> str:
-    """Turn overrides into a folder name that needs no quotes; if changed for that, it ends with a hash of its own.
+    """Turn overrides into a folder name that needs no quotes; a name that had to be changed ends with a hash.
 
     >>> job_folder("copilot-half__seed-1")
     'copilot-half__seed-1'
@@ -54,7 +54,7 @@ def job_folder(overrides: str) -> str:
 
 
 def new_folder(path: str) -> str:
-    """Make a folder that nobody else has made, under this name or with a number behind it, and return its path."""
+    """Make a folder that nobody else has made, under this name or with a number appended, and return its path."""
     for name in itertools.chain([path], (f"{path}_{number}" for number in itertools.count(2))):
         try:
             Path(name).mkdir(parents=True)
@@ -62,7 +62,7 @@ def new_folder(path: str) -> str:
         except FileExistsError:
             continue
         except OSError:
-            return name  # whoever writes there says what is wrong with it
+            return name  # the first write there reports the problem
 
 
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
@@ -102,9 +102,9 @@ def job(cfg: DictConfig, run: Callable[[DictConfig], float]) -> float:
 def validation_gain(results: Results) -> float:
     """The gain in the first benchmark's metric on the rows that λ was chosen on, which sweepers maximise.
 
-    Where these rows were not answered, the gain is that in likelihood.
+    If these rows were not answered, it is the gain in likelihood.
 
-    The reported gain would make a sweep select on test rows. The sign is turned where lower is better.
+    With the reported gain, a sweep would select on test rows. The sign is reversed for metrics where lower is better.
     """
     if not results.gain:
         return 0.0
@@ -234,7 +234,7 @@ def _isolated() -> Iterator[None]:
 
 
 def _make_own(node: DictConfig) -> None:
-    """Make the folder of a run or sweep that is named by the time, a name that another one may have as well."""
+    """Make the folder of a run or sweep that is named by the time; the name changes if another one has it."""
     if "${now:" in OmegaConf.to_container(node)["dir"]:
         with read_write(node):
             node.dir = new_folder(node.dir)

@@ -52,7 +52,7 @@ class TrainedRun(NamedTuple):
         config = build.read_config(run.config, str(folder), trusted)
         export, tokenizer = build.read_export(run)
         if export.copilot is None:
-            raise ConfigError([f"{folder}: this run has no Copilot (copilot=none); the theorem is about one"])
+            raise ConfigError([f"{folder}: this run has no Copilot (copilot=none); give a run with one"])
         data = build.prepare_data(config, tokenizer, export.pilot, shots=read_shots(run.shots))
         model = build.load_export(run, export).to(device)
         return cls(folder, Evaluator(model, tokenizer, data, run.predictions, build.decoding(config.evaluation)))
@@ -93,10 +93,10 @@ def estimate(runs: Sequence[TrainedRun], split: str, passes: int = 0) -> dict[st
     Args:
         runs: the run to estimate, then runs of other seeds, for ε_P² and σ_P² only.
         split: `validation` or `test`.
-        passes: passes with dropout, instead of other seeds; a ConfigError says that the Pilot has no dropout.
+        passes: number of passes with dropout, instead of other seeds; a Pilot without dropout is a ConfigError.
     """
     (first, scorer), model = runs[0], runs[0].scorer.model
-    torch.manual_seed(0)  # of the dropout
+    torch.manual_seed(0)  # seeds dropout
     distances, spread = DistanceSums(model.pilot.get_input_embeddings().num_embeddings), None
     if passes or len(runs) > 1:
         kind, names = ("dropout", range(passes)) if passes else ("seeds", [run.folder for run in runs])

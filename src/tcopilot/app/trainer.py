@@ -101,14 +101,14 @@ def process_count(cfg: DictConfig) -> int:
 
 
 def fixed(cfg: DictConfig) -> dict[str, Any]:
-    """What stands in place of the config's values; by `fsdp` Lightning understands the first FSDP."""
+    """Arguments that replace the config's values, since Lightning's `fsdp` is FSDP1 and not FSDP2."""
     sharding = {"strategy": ShardingStrategy(process_count(cfg))} if cfg.trainer.strategy == "fsdp" else {}
     return FIXED | sharding
 
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Let Lightning say nothing of a trainer that is built on trial, or of a training that is none."""
+    """Silence Lightning about a trainer that is built only to check a config or to measure memory."""
     names = ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")
     levels = {name: logging.getLogger(name).level for name in names}
     try:

@@ -1,1 +1,1 @@
-"""Controls: models without a Copilot that a gain is held against, trained beside the run."""
+"""Controls: models without a Copilot, trained beside the run, that a gain is compared with."""

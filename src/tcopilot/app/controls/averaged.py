@@ -1,4 +1,4 @@
-"""Two Pilots as one model whose distribution is the mean of theirs.
+"""Two Pilots as one model, whose distribution is the mean of the two.
 
 Shapes: B batch, M source length, P Pilot width.
 """
@@ -64,7 +64,7 @@ class _Encoders(nn.Module):
 
 
 def _split(cache: Cache | None, depth: int) -> list[Cache | None]:
-    """Two caches over the layers of one, for each Pilot its own; a new one is given the second Pilot's layers here."""
+    """Split one cache into a cache for each Pilot; a new cache gets the second Pilot's layers here."""
     if cache is None:
         return [None, None]
     if isinstance(cache, EncoderDecoderCache):

@@ -1,4 +1,4 @@
-"""Train the controls of a run, score them as the run itself was scored, and hold the fused model against them.
+"""Train the controls of a run, score them as the run itself was scored, and compare the fused model with them.
 
 A further control is a function here, listed in `TRAINED_BY`, and a title for tables under the function's name in
 `tcopilot.app.checks.controls.CONTROLS`.
@@ -38,17 +38,17 @@ from tcopilot.run_directory import RunDirectory
 from tcopilot.training.callbacks import FlopCount
 
 log = logging.getLogger(__name__)
-WARM_UP_ROUNDS, TRIAL_ROUNDS = 5, 30  # at most
+WARM_UP_ROUNDS, TRIAL_ROUNDS = 5, 30  # upper limits
 GRID = ((0.5, 1), (1, 1), (2, 1), (4, 1), (2, 0.5))
-"""Of the control `tuned`: factors of the run's own learning rate and batch size."""
+"""Factors of the run's own learning rate and batch size that the control `tuned` tries."""
 MODEL_WIDTHS = ("d_model", "hidden_size")
 WIDTHS = (*MODEL_WIDTHS, "d_kv", "head_dim", "d_ff", "intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim")
-MOST_TIMES = 16  # as wide as the Pilot given
+MOST_TIMES = 16  # the given Pilot's width
 
 
 @dataclass(frozen=True)
 class JointRun:
-    """The finished run that a control is held against."""
+    """The finished run that a control is compared with."""
 
     cfg: DictConfig
     prepared: Prepared
@@ -58,15 +58,15 @@ class JointRun:
 
     @property
     def trial_rounds(self) -> int:
-        """A run of few rounds has long ones, which need less of a trial."""
+        """Rounds of a trial: fewer where the run has few, and therefore long, rounds."""
         return 3 if self.cfg.pilot.frozen else min(TRIAL_ROUNDS, max(5, self.results.rounds // 10))
 
 
 def equal_time(joint: JointRun) -> Trained:
     """The Pilot alone, for as many rounds as fit into the joint run's training time; a short trial measures them.
 
-    Never fewer than the joint run had, which did in each round all that a Pilot-only round does; a run whose Pilot was
-    frozen had none.
+    They are at least the joint run's, each of which did all that a Pilot-only round does. There is no such minimum if
+    the run's Pilot was frozen, since it was not trained at all.
     """
     train_pilot(joint, WARM_UP_ROUNDS)
     trial = train_pilot(joint, joint.trial_rounds)
@@ -132,9 +132,9 @@ def output_head(joint: JointRun) -> Trained:
 
 
 def tuned(joint: JointRun) -> Trained:
-    """The Pilot of the best validation likelihood over `GRID`, each for the FLOPs of one; its cost is that of all.
+    """The Pilot with the best validation likelihood over `GRID`; its cost is that of all trials together.
 
-    A Pilot that was frozen has the FLOPs of the run to train with, any other those of the joint run's rounds.
+    Each trial has the run's FLOPs if the run's Pilot was frozen, else as many rows as the joint run's rounds had.
     """
     rounds = _rounds_for_equal_flops(joint) if joint.cfg.pilot.frozen else joint.results.rounds
     found, processes = [], world_size()
@@ -185,12 +185,12 @@ def train_pilot(
     joint: JointRun, rounds: int, seed: int | None = None, count_every: int = 100, rate: float = 1.0,
     batch_size: int | None = None, free: Callable[[TCopilotModel], None] = lambda model: None,
 ) -> Trained:  # fmt: skip
-    """Train the Pilot without a Copilot, one that was frozen with LoRA; on all training rows.
+    """Train the Pilot without a Copilot on all training rows; with LoRA if the run keeps it frozen.
 
     Args:
         joint: the run, whose settings it is trained with.
-        rounds: to train for.
-        seed: of weights and order; the run's own unless given.
+        rounds: how many to train for.
+        seed: of weights and of the rows' order; by default the run's own.
         count_every: rounds from one count of FLOPs to the next.
         rate: factor of the learning rate.
         batch_size: rows of a round; the run's own unless given.
@@ -199,7 +199,7 @@ def train_pilot(
     prepared, data = joint.prepared, copy.copy(joint.prepared.data)
     cfg = OmegaConf.merge(joint.cfg, {"copilot": {"enabled": False}, "seed": joint.cfg.seed if seed is None else seed})
     if rate != 1.0:
-        cfg.pilot.optimizer.lr *= rate  # which an optimiser of one's own may not have
+        cfg.pilot.optimizer.lr *= rate  # a user's own optimiser may lack it
     data.batch_size = cfg.data.batch_size = batch_size or data.batch_size
     if cfg.pilot.frozen:
         for key, value in _on_a_budget(prepared).items():
@@ -231,7 +231,7 @@ def _on_a_budget(prepared: Prepared) -> dict[str, Any]:
 
 
 def against_controls(results: Results, run: RunDirectory) -> list[str]:
-    """Hold the fused model against every control, on the rows that both answered: a sentence for each benchmark."""
+    """Compare the fused model with every control on the rows that both answered: a sentence for each benchmark."""
     sentences = []
     titles = {control.name: control.weight for control in results.controls}
     for name, title in CONTROLS.items():
@@ -251,8 +251,8 @@ def _scored(name: str, trained: Trained, joint: JointRun, folder: Path) -> list[
     cfg, prepared = joint.cfg, joint.prepared
     decoding = build.decoding(cfg.evaluation)
     if isinstance(trained.model.pilot, AveragedPilots):
-        decoding = replace(decoding, compile=False)  # its caches are put together anew in each step
-    recording = joint.recording if trained.model.pilot is joint.model.pilot else None  # of no other Pilot
+        decoding = replace(decoding, compile=False)  # its caches are joined anew in each step
+    recording = joint.recording if trained.model.pilot is joint.model.pilot else None  # valid for this Pilot only
     evaluator = Evaluator(trained.model, prepared.tokenizer, prepared.data, folder, decoding, recording=recording)
     parameters = sum(map(parameter_count, trained.model.parameters()))
     split, weight = cfg.evaluation.report_on, 0.0 if trained.model.copilot is None else 1.0

@@ -98,7 +98,7 @@ def measure(
         optimizer = _state_bytes(trainer.optimizers)
         decoding, caches = _decoding(module.model, load, memory) if load.answer else (0, 0)
         weights, trained, states = _of_others(module, trainer, shards)
-    # At the peak gradients count in full, for how many of them there are by then is not known.
+    # Gradients count in full at the peak, since it is not known how many of them exist by then.
     return Footprint(
         parameters - weights, gradients - trained, optimizer - states, logits, training - weights - states, caches,
         parameters + decoding,
@@ -121,9 +121,9 @@ def _state_bytes(optimizers: Sequence[torch.optim.Optimizer]) -> int:
 
 
 def _take_off_meta(module: nn.Module) -> None:
-    """Give parameters and buffers the CPU as their place, so that operations choose the kernels that they would there.
+    """Mark parameters and buffers as CPU tensors, so that operations choose the kernels that they use on a CPU.
 
-    Models are built on the meta device first, since adapters move what they wrap, which `FakeTensorMode` cannot.
+    Models are built on the meta device first, since adapters move what they wrap, which `FakeTensorMode` refuses.
     """
     made: dict[Tensor, Tensor] = {}
     for tensors in (tensors for part in module.modules() for tensors in (part._parameters, part._buffers)):
@@ -135,7 +135,7 @@ def _take_off_meta(module: nn.Module) -> None:
 
 
 class _ShapesOnly(LiveMemory):
-    """Counts tensors without values, and answers the questions about values that code asks on its way."""
+    """Counts tensors without values, and returns fixed answers where code asks for a tensor's values."""
 
     def __init__(self, tied: bool, vocab: int = -1) -> None:
         super().__init__(lambda tensor: "logits" if tensor.shape[-1:] == (vocab,) else "others")
@@ -175,7 +175,7 @@ def _fit(
     module.micro_batch_size = load.rows
 
     def give_optimizers_state(trainer: Trainer, _: Any) -> None:
-        """Later rounds have it from their start."""
+        """Create this state first, since all later rounds have it from their start."""
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 if on_gpu and group.get("foreach", False) is None:
@@ -196,7 +196,7 @@ def _fit(
             limit_val_batches=int(load.validation_rows > 0), num_sanity_val_steps=0, enable_model_summary=False,
             enable_progress_bar=False,
         )  # fmt: skip
-        # A third part of a round would be like the second, which is read while gradients of the first are held.
+        # A third micro-batch would take what the second does, which is read while gradients of the first are held.
         rows = load.rows * min(2, load.parts)
         trainer.fit(
             module,
@@ -214,10 +214,10 @@ def _batch(rows: int, load: Load) -> Batch:
 
 @torch.no_grad()
 def _decoding(model: TCopilotModel, load: Load, memory: LiveMemory) -> tuple[int, int]:
-    """The peak of reading the prompts and of one step, beyond what is held now, and the caches after it.
+    """Return the peak of reading the prompts and of one step, beyond what is held now, and the caches after it.
 
-    The step makes room for the columns to come. Where an answer is longer than that room, what is read is longer by
-    as much.
+    The step allocates room for later columns. If an answer is longer than that room, the rest of it is read with the
+    prompts.
     """
     model.eval()
     held = memory.live
@@ -242,9 +242,9 @@ def _decoding(model: TCopilotModel, load: Load, memory: LiveMemory) -> tuple[int
 
 
 def pack_layers(pilot: nn.Module, config: PreTrainedConfig, bits: str, dtype: torch.dtype) -> None:
-    """Put stand-ins where transformers would quantise a Pilot of this config, beneath adapters too.
+    """Replace the layers that transformers would quantise for this config, beneath adapters too, by stand-ins.
 
-    bitsandbytes computes on real numbers only.
+    This is needed since bitsandbytes cannot compute on tensors without values.
     """
     plain = skeleton(config)
     AutoHfQuantizer.from_config(settings_of(bits, dtype), pre_quantized=False).preprocess_model(plain, device_map=None)
@@ -255,7 +255,7 @@ def pack_layers(pilot: nn.Module, config: PreTrainedConfig, bits: str, dtype: to
 
 
 class _PackedLinear(nn.Module):
-    """Holds as many bytes as a quantised layer does, and takes as many while it computes."""
+    """Holds as many bytes as a quantised layer, and needs as many more while it computes."""
 
     def __init__(self, layer: nn.Linear, bits: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -269,7 +269,7 @@ class _PackedLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """A product with a matrix that is unpacked for the time of it, in both passes."""
+    """A product with a matrix that is unpacked only during the product, in both passes."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, shape: tuple[int, int], dtype: torch.dtype, keeps_inputs: bool) -> Tensor:

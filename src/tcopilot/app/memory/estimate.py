@@ -80,7 +80,7 @@ def _listed(parts: dict[str, int]) -> str:
 
 
 def budget(cfg: DictConfig, prepared: Prepared) -> Budget | None:
-    """Estimate what a run needs without its weights; None, with a warning, where its parts cannot run without."""
+    """Estimate what a run needs before weights load; None, with a warning, if its parts cannot run without them."""
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
     needed = None
     try:

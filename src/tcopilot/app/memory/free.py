@@ -19,7 +19,7 @@ def _limits() -> list[tuple[int, int]]:
     """Limit and use of each group, in bytes; pages of files count as use, but the kernel gives them back."""
     try:
         lines = [line.split(":", 2) for line in OWN.read_text().splitlines()]
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return []
     found = []
     for _, controllers, path in lines:

@@ -20,8 +20,8 @@ class LiveMemory(TorchDispatchMode):
     returns, nor memory that the allocator keeps for later. Tensors of `FakeTensorMode` count with the bytes that they
     stand for.
 
-    `live` are the bytes now, `peak` the most since the last `reset_peak`, `at_peak` those by kind at that moment; a
-    tensor's kind is the `label` of it when its storage is first seen.
+    `live` is the number of bytes now, `peak` the largest since the last `reset_peak`, and `at_peak` gives the bytes of
+    each kind at that peak. A tensor's kind is its `label` when its storage is first seen.
     """
 
     def __init__(self, label: Callable[[Tensor], str] = lambda tensor: "tensors") -> None:
@@ -34,7 +34,7 @@ class LiveMemory(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Let torch compile inside, and look at what compiled code does."""
+        """Let torch compile in this mode, and count the tensors of compiled code."""
         return True
 
     def reset_peak(self) -> None:
