@@ -99,7 +99,7 @@ class Observed:
         return cls(parts[0].tokens_A, *(torch.cat(column) for column in columns))
 
     def parts(self) -> list[Self]:
-        """The same in parts of some rows, as views, whose likelihood is computed at once."""
+        """Split into views of a few rows each, so that the likelihood of a part fits into memory."""
         rows = max(1, AT_ONCE // (self.log_probs_RA.shape[1] + BINS))
         columns = (column.split(rows) for column in tuple(vars(self).values())[1:])
         return [type(self)(self.tokens_A, *part) for part in zip(*columns, strict=True)]

@@ -199,8 +199,8 @@ def _check_rows(mask: Tensor | None, positions_BT: Tensor | None, labels_BT: Ten
         is_packed = bool(begins_anew.any())
     if is_packed:
         raise ValueError(
-            "rows hold several texts, by a mask of more than two dimensions or positions that begin anew in a row: "
-            "a fused model reads one text a row; use a collator that pads"
+            "rows hold several texts (a mask has more than two dimensions, or positions begin anew in a row): a fused "
+            "model reads one text a row; use a collator that pads"
         )
 
 

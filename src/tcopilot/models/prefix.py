@@ -19,10 +19,10 @@ from transformers.modeling_outputs import ModelOutput
 def can_share(pilot: PreTrainedModel, columns: int, cache: Cache | None = None) -> bool:
     """Whether reading a prefix first gives, in texts of that many columns, the results of a single pass.
 
-    This is refused if activations are recomputed, since transformers then keeps no keys and values; if it is compiled,
-    since both parts would be compiled; if texts are as long as a sliding window, which counts padding
-    between prefix and text too; if the cache is static, or a backward pass will read it; and if the Pilot is sharded
-    among processes, which must all run it equally often.
+    This is refused if activations are recomputed, since transformers then keeps no keys and values; if the Pilot
+    is compiled, since both parts would be; if texts are as long as a sliding window, which counts padding between
+    prefix and text too; if the cache is static, or a backward pass will read it; and if the Pilot is sharded among
+    processes, which must all run it equally often.
     """
     window = getattr(pilot.config.get_text_config(), "sliding_window", None)
     recomputes, is_compiled = pilot.training and pilot.is_gradient_checkpointing, "forward" in vars(pilot)

@@ -274,8 +274,8 @@ def reached(right_T: Tensor, mask_BN: Tensor) -> Tensor:
     """Return the probability that an answer sampled from the Pilot is right before each target token, [T].
 
     This is Π_{j<i} p̂(y_j), computed from p̂(y_i) of all tokens. A sampled answer first differs from the right one at
-    token i with probability Π_{j<i} p̂(y_j) · (1 − p̂(y_i)), and up to there its states are those recorded. Weights of
-    this kind therefore equal, on average, training on sampled answers up to their first mistake.
+    token i with probability Π_{j<i} p̂(y_j) · (1 − p̂(y_i)), and up to there its states are those recorded. Weighting
+    tokens in this way equals, on average, training on sampled answers up to their first mistake.
     """
     log_BN = torch.zeros(mask_BN.shape, device=right_T.device).masked_scatter(mask_BN, right_T.clamp_min(1e-12).log())
     return (log_BN.cumsum(1) - log_BN).exp()[mask_BN]

@@ -54,7 +54,7 @@ class RoundCheckpoint(Callback):
         stopping = trainer.should_stop or rounds == pl_module.rounds
         if not stopping and self.every_n_rounds and rounds % self.every_n_rounds == 0:
             state = _state(trainer)
-            self._due = rounds, state | {"loops": copy.deepcopy(state["loops"])}  # the loader reads on
+            self._due = rounds, state | {"loops": copy.deepcopy(state["loops"])}  # a copy: the loader reads on
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Write a due state before the next round changes anything."""
