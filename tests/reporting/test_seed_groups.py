@@ -47,7 +47,7 @@ def test_the_same_seed_twice_counts_once_and_is_named(tmp_path):
     second = write_run(tmp_path / "b", {("gsm8k", "accuracy"): (0.10, 0.15)}, name="second")
     (group,) = groups_of(tmp_path)
     assert [run.folder for run in group.runs] == [first]
-    assert group.notes == [f"seed 0 is there twice: {first} counts, {second} does not"]
+    assert group.notes == [f"seed 0 was found twice: {first} counts, {second} does not"]
 
 
 def test_a_sweep_is_labelled_by_the_keys_that_differ(tmp_path):

@@ -256,7 +256,7 @@ def test_figures_on_the_rows_that_chose_the_weight_are_noted(tmp_path):
     run = write_run(tmp_path, {("gsm8k", "accuracy"): (0.4, 0.5)}, evaluation__report_on="validation")
     (summary,) = summaries_of(run)
     assert summary.line("gsm8k", "accuracy").pilot.mean == pytest.approx(65.0)
-    assert summary.notes == ["λ was chosen on the very rows reported (validation): the gain is optimistic"]
+    assert summary.notes == ["λ was chosen on the same rows that are reported (validation): the gain is optimistic"]
 
 
 def test_errors_name_the_thing_and_the_mend(tmp_path, three_seeds, capsys):

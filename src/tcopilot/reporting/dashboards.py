@@ -1,4 +1,4 @@
-"""What dashboards show of the final evaluation: gains, the curve over λ, and answers side by side.
+"""Logging of the final evaluation to dashboards: gains, the curve over λ, and answers side by side.
 
 `docs/metrics.md` names every figure with its unit and reduction.
 """
@@ -16,16 +16,16 @@ from tcopilot.evaluation.results import Results
 from tcopilot.reporting.tables import markdown_table, without_formulas
 from tcopilot.run_directory import RunDirectory, write_whole
 
-SHOWN = 200  # rows of the table of generations
+SHOWN = 200  # rows in the table of generations
 WEIGHT_COLUMNS = ["benchmark", "split", "metric", "weight", "value", "ci95_low", "ci95_high", "n", "selected"]
 
 
 @rank_zero_only
 def log_evaluation(loggers: Sequence[Logger], results: Results, run_dir: str | Path, most: int = SHOWN) -> None:
-    """Show the final evaluation on every logger, and write its tables.
+    """Log the final evaluation to every logger, and write its tables.
 
-    `weights.csv` and `generations.csv`, which has at most so many rows, are what loggers show; all answers of both
-    models are beside the predictions.
+    Loggers show `weights.csv` and `generations.csv`, the latter with at most `most` rows; the files beside the
+    predictions hold all answers of both models.
     """
     run = RunDirectory(run_dir)
     figures: dict[str, float] = {"round": float(results.rounds)}
@@ -57,10 +57,10 @@ def log_evaluation(loggers: Sequence[Logger], results: Results, run_dir: str | P
 
 
 def side_by_side(results: Results, predictions: Path, most: int = SHOWN) -> list[Answers]:
-    """Answers of Pilot and fused model to the same rows, at most so many; what the Copilot changed comes first.
+    """Select at most `most` rows with the answers of Pilot and fused model; rows that the Copilot changed come first.
 
-    They are shared out evenly among benchmarks and then among outcomes as far as there are rows, so shares in this
-    table are not those of the split.
+    They are drawn evenly from benchmarks and, within each, from outcomes, as far as there are rows, so that shares of
+    outcomes in this table are not representative of the split.
     """
     benchmarks, shown = results.benchmarks, list[Answers]()
     for place, name in enumerate(benchmarks):

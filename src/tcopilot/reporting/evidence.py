@@ -1,7 +1,7 @@
-"""One table for each task from the runs of `scripts/evidence.py`: arms and controls beside each other, paired.
+"""One table for each task from the runs of `scripts/evidence.py`, which compares arms and controls in pairs.
 
-An arm is a way to train; its runs differ in their seed only. Every comparison is over the rows that both sides
-answered, paired by seed and row. Where seeds share a row, its scores under all of them are resampled together.
+An arm is a way to train; its runs differ only in the seed. Every comparison is over the rows that both sides answered,
+paired by seed and row. If seeds share a row, its scores under all of them are resampled together.
 """
 
 import re
@@ -32,7 +32,7 @@ HEAD = (
 )
 
 Scores = dict[tuple[int, int], tuple[float, str]]
-"""(seed, row id) to the score, and to the text that shows whether seeds share the row."""
+"""By (seed, row id), the score and the text of the row, by which rows that seeds share are recognised."""
 
 
 @dataclass
@@ -41,9 +41,9 @@ class Line:
 
     name: str
     seeds: list[int]
-    scores: Scores  # at the selected λ; of a control, its own
-    pilot: Scores  # λ = 0 of the same runs
-    nll: tuple[float, float]  # λ = 0, and at the selected λ or the control's own
+    scores: Scores  # at the selected λ, or those of the control
+    pilot: Scores  # at λ = 0 of the same runs
+    nll: tuple[float, float]  # at λ = 0, and at the selected λ or that of the control
     error_ratio: float | None
     best_weight: float | None
     weights: list[float]
@@ -53,7 +53,7 @@ class Line:
     control: bool = False
     gain: Comparison | None = None
     against: Comparison | None = None
-    ahead: list[int] | None = None  # seeds on which it is better than the default arm
+    ahead: list[int] | None = None  # seeds on which this line is better than the default arm
 
 
 @dataclass
@@ -67,27 +67,27 @@ class TaskEvidence:
 
     @property
     def part(self) -> str:
-        """What its name begins with: preset and part."""
+        """The beginning of the name, which holds preset and part."""
         return self.name.partition(": ")[0]
 
     def line(self, name: str) -> Line | None:
-        """The line of an arm or control, or None."""
+        """Return the line of an arm or control, or None."""
         return next((line for line in self.lines if line.name == name), None)
 
 
 def gather(
     name: str, arms: Mapping[str, Sequence[FinishedRun]], controls: Mapping[str, str], hidden: Container[str] = ()
 ) -> list[TaskEvidence]:
-    """Read the runs of a task; each of its benchmarks is a table of its own.
+    """Read the runs of a task and make a table for each of its benchmarks.
 
     Args:
-        name: of the task.
-        arms: finished runs by arm, one for each seed; `default` among them.
-        controls: folder of a control to its name in `results.json`, of the default arm's runs or a hidden one's.
-        hidden: arms without a line of their own, which are there for their controls.
+        name: name of the task.
+        arms: finished runs by arm, one for each seed; `default` must be among them.
+        controls: by folder of a control its name in `results.json`; they belong to the default arm or a hidden one.
+        hidden: arms that are not shown and only provide their controls.
 
     Raises:
-        ValueError: if a run has no comparison of a benchmark, or answered other rows than the default arm's.
+        ValueError: if a run has no comparison of a benchmark, or answered none of the default arm's rows.
     """
     first = arms[DEFAULT][0].results
     if not first.gain:
@@ -112,7 +112,7 @@ def gather(
 
 
 def as_markdown(tasks: Sequence[TaskEvidence], missing: Sequence[str] = ()) -> str:
-    """Lay the tasks out as tables, with an overview, the conclusions that follow, and what was not run."""
+    """Write the tasks as Markdown tables, with an overview, conclusions, and a list of runs that are missing."""
     if not tasks:
         return "Nothing was run yet."
     parts = [f"### At a glance\n\n{_overview(tasks)}\n\n{conclusions(tasks)}"]
@@ -125,7 +125,7 @@ def as_markdown(tasks: Sequence[TaskEvidence], missing: Sequence[str] = ()) -> s
 
 
 def conclusions(tasks: Sequence[TaskEvidence]) -> str:
-    """One paragraph: where the default arm helps its Pilot, what costs as much and gives more, and what beats it."""
+    """Write a paragraph: where the default arm helps its Pilot, how controls of equal cost compare, which arms win."""
     short = _short_names(tasks)
     gains = [(short[task.name], task.lines[0].gain) for task in tasks]
     sentences = [f"Over its own Pilot, `{DEFAULT}` is {_counted(gains)} of {len(tasks)} tables."]
@@ -146,7 +146,7 @@ def conclusions(tasks: Sequence[TaskEvidence]) -> str:
 
 
 def _overview(tasks: Sequence[TaskEvidence]) -> str:
-    """What each arm and control adds to the default arm in points, by task; bold where it is beyond chance."""
+    """Tabulate, by task, the difference of each arm and control to the default arm, in bold if it is significant."""
 
     def glance(found: Comparison, unit: str) -> str:
         shown = show_difference(found.difference, unit, digits=_digits(unit))
@@ -160,20 +160,20 @@ def _overview(tasks: Sequence[TaskEvidence]) -> str:
 
 
 def _others(tasks: Sequence[TaskEvidence]) -> dict[str, bool]:
-    """Arms, then controls, each once, and whether it is a control."""
+    """Return the names of the other arms, then of the controls, each mapped to whether it is a control."""
     found = {line.name: line.control for task in tasks for line in task.lines if line.name != DEFAULT}
     return dict(sorted(found.items(), key=lambda one: one[1]))
 
 
 def _short_names(tasks: Sequence[TaskEvidence]) -> dict[str, str]:
-    """Names of tasks without preset and part, where that tells them apart."""
+    """Shorten the names of tasks by preset and part, unless they would then be ambiguous."""
     short = {task.name: task.name.rpartition(": ")[2] for task in tasks}
     values = list(short.values())
     return {name: one if values.count(one) == 1 else name for name, one in short.items()}
 
 
 def _counted(comparisons: Sequence[tuple[str, Comparison]]) -> str:
-    """Say on how many tasks a comparison came out which way, and name the tasks of all but the most frequent way."""
+    """Count the tasks by verdict of their comparison, and name the tasks of all but the most frequent verdict."""
     found = {verdict: [name for name, one in comparisons if one.direction == verdict] for verdict in VERDICTS}
     most = max(found, key=lambda verdict: len(found[verdict]))
     return ", ".join(
@@ -184,14 +184,14 @@ def _counted(comparisons: Sequence[tuple[str, Comparison]]) -> str:
 
 
 def put_between_markers(page: str, tasks: Sequence[TaskEvidence], missing: Sequence[str] = ()) -> str:
-    """Put tasks into a page: the brief table at its top, and a section for each part of a preset that has tasks.
+    """Insert tasks into a page: a brief table at its top, and a section for each part of a preset that has tasks.
 
-    What the page has of other parts stays, so that each may be run on a machine of its own.
+    Sections of other parts are kept, so that each part may be run on another machine.
 
     Args:
-        page: with two pairs of markers.
-        tasks: of any parts, which their names begin with.
-        missing: runs that are not finished, as paths that begin with preset and part.
+        page: text of the page, with two pairs of markers.
+        tasks: tasks of any parts; their names begin with the part.
+        missing: unfinished runs, as paths that begin with preset and part.
 
     Raises:
         ValueError: if a marker is missing.
@@ -222,7 +222,7 @@ def _cells_of(line: str) -> tuple[str, ...]:
 
 
 def _brief(task: TaskEvidence) -> tuple[str, ...]:
-    """A task in a line: its gain, and how far it is ahead of controls for the same cost; bold beyond chance."""
+    """Summarise a task in a line: its gain, and its lead over controls of equal cost, in bold if significant."""
 
     def shown(found: Comparison | None, sign: int) -> str:
         if found is None:
@@ -239,7 +239,7 @@ def _brief(task: TaskEvidence) -> tuple[str, ...]:
 
 
 def _line(name: str, runs: Sequence[FinishedRun], benchmark: str, metric: str, control: str | None = None) -> Line:
-    """Read the line of an arm, or that of the control `name`, whose predictions lie in the folder `control`."""
+    """Read the line of an arm, or of the control `name` if `control` gives the folder of its predictions."""
     pilot, scores, likelihoods, weights, costs = {}, {}, [], [], []
     for run in runs:
         results, weight, folder = run.results, run.results.weight_of(benchmark), run.directory
@@ -257,7 +257,7 @@ def _line(name: str, runs: Sequence[FinishedRun], benchmark: str, metric: str, c
         weights.append(weight)
         costs.append(cost)
     measured = [run.metrics.reindex(columns=["val/error_ratio"]).dropna() for run in runs]
-    ratios = [None if table.empty else float(table.iloc[-1, 0]) for table in measured]  # of the last validation
+    ratios = [None if table.empty else float(table.iloc[-1, 0]) for table in measured]  # from the last validation
     return Line(
         name, [run.results.seed for run in runs], scores, pilot,
         nll=tuple(_mean(column) for column in zip(*likelihoods, strict=True)),
@@ -272,10 +272,10 @@ def _line(name: str, runs: Sequence[FinishedRun], benchmark: str, metric: str, c
 
 
 def _scores(run: FinishedRun, folder: RunDirectory, benchmark: str, metric: str, weight: float) -> Scores:
-    """Read a score for each reported row out of the predictions, which `results.json` was made from."""
+    """Read the score of each reported row from the predictions, from which `results.json` was also made."""
     found = read_predictions(run.results, folder.predictions, benchmark, weight)
     if not found:
-        raise ValueError(f"{folder}: no predictions of {benchmark} at λ = {weight:g}; run it anew")
+        raise ValueError(f"{folder}: no predictions of {benchmark} at λ = {weight:g}; run it again")
     return {
         (run.results.seed, row): (prediction["scores"][metric], f"{prediction['prompt']}\n{prediction['target']}")
         for row, prediction in found.items()
@@ -283,7 +283,7 @@ def _scores(run: FinishedRun, folder: RunDirectory, benchmark: str, metric: str,
 
 
 def _compared(before: Scores, after: Scores, higher_is_better: bool) -> tuple[Comparison, list[int]]:
-    """Compare the rows that both have; and the seeds on whose rows `after` is better in sum."""
+    """Compare the rows that both have, and list the seeds on whose rows the sum of scores is better in `after`."""
     common = sorted(before.keys() & after.keys())
     if not common:
         raise ValueError("two arms have no row in common: they were run on other data or other seeds")

@@ -1,4 +1,4 @@
-"""Finished runs: reading what a run directory holds, and finding all runs below a folder."""
+"""Finished runs: reading a run directory, and finding all run directories below a folder."""
 
 import gzip
 import json
@@ -19,12 +19,12 @@ from tcopilot.version import version_problem
 
 
 class RunError(ValueError):
-    """A run directory cannot be used; the message says what is missing and how to get it."""
+    """Raised if a run directory cannot be used; the message says what is missing and how to get it."""
 
 
 @dataclass
 class Trace:
-    """What `eval.py trace=true` has written: settings, and by benchmark one entry for each traced row."""
+    """The output of `eval.py trace=true`: its settings, and by benchmark one entry for each traced row."""
 
     meta: dict[str, Any]
     rows: dict[str, list[dict[str, Any]]]
@@ -32,7 +32,7 @@ class Trace:
 
 @dataclass
 class FinishedRun:
-    """A finished run: its directory, its figures, and its resolved config by dotted keys."""
+    """A finished run: its directory, its results, and its resolved config with dotted keys."""
 
     directory: RunDirectory
     results: Results
@@ -53,13 +53,13 @@ class FinishedRun:
         try:
             config = OmegaConf.to_container(OmegaConf.load(run.config))
             if not config or not isinstance(config, dict):
-                raise ValueError(f"{run.config.name}: holds no keys; copy it anew from where the run was made")
+                raise ValueError(f"{run.config.name}: holds no keys; copy it again from where the run was made")
             if problem := version_problem(config):
                 raise ValueError(problem)
             results = Results.load(run.results)
             if not results.rows:
                 raise ValueError(f"{run.results.name}: 'rows' is empty; evaluate the run again with eval.py")
-        except Exception as error:  # YAML's errors are many; whatever is wrong with one run, others can be shown
+        except Exception as error:  # many types; one bad run must not hide the others
             raise RunError(" ".join(str(error).replace(f"{folder}/", "").split())) from error
         return cls(run, results, flatten(config))
 
@@ -70,7 +70,7 @@ class FinishedRun:
 
     @cached_property
     def trace(self) -> Trace | None:
-        """What was traced, or None; raises a RunError if it cannot be read."""
+        """The trace of the run, or None if there is none; raises a RunError if it cannot be read."""
         if not self.directory.trace_meta.exists():
             return None
         try:
@@ -82,37 +82,37 @@ class FinishedRun:
                 with gzip.open(self.directory.trace_rows(name), "rt", encoding="utf-8") as file:
                     rows[name] = [json.loads(line) for line in file]
         except (ValueError, OSError, EOFError, KeyError) as error:
-            raise RunError(f"{self.directory.trace.name}: {error}; write it anew with eval.py trace=true") from error
+            raise RunError(f"{self.directory.trace.name}: {error}; write it again with eval.py trace=true") from error
         return Trace(meta, rows)
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """The lines of `metrics.csv`, empty without one; of the training run where this is an evaluation of it."""
+        """The table of `metrics.csv`, for an evaluation that of its training run; empty if there is no such file."""
         path = self.here_or_in_training("metrics")
         return pd.read_csv(path, float_precision="round_trip") if path else pd.DataFrame()
 
     def here_or_in_training(self, entry: str) -> Path | None:
-        """A file of this run, or else of the training run that the trace names; None if neither has it."""
+        """Return the path of a file in this run, else in the training run named by the trace; None if in neither."""
         folders = [self.folder, *([self.trace.meta["trained"]] if self.trace else [])]
         return next((path for folder in folders if (path := getattr(RunDirectory(folder), entry)).exists()), None)
 
 
 @dataclass
 class Found:
-    """What lies below the folders asked for: finished runs, unfinished ones, and unreadable ones with the reason."""
+    """The runs found below some folders: finished ones, unfinished ones, and unreadable ones with the reason."""
 
     runs: list[FinishedRun] = field(default_factory=list)
     unfinished: list[Path] = field(default_factory=list)
     unreadable: list[tuple[Path, str]] = field(default_factory=list)
 
     def problems(self) -> list[str]:
-        """Say what is missing from the tables, a line each."""
+        """List the runs that are missing from the tables, one per line."""
         lines = [f"unfinished: {folder}" for folder in self.unfinished]
         return lines + [f"unreadable: {folder}: {reason}" for folder, reason in self.unreadable]
 
 
 def find_runs(folders: Iterable[str | Path]) -> Found:
-    """Read every run directory at or below the folders, each once; a FileNotFoundError names a folder that is none."""
+    """Read every run directory at or below the folders once; a missing folder raises a FileNotFoundError."""
     found, seen = Found(), set()
     for top in map(Path, folders):
         if not top.is_dir():

@@ -1,4 +1,4 @@
-"""The model card of an export: package, Pilot, data, λ, the gain and the controls that it is to be held against."""
+"""The model card of an export: package, Pilot, data, λ, the gain, and the controls to compare the gain with."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +13,8 @@ from tcopilot.reporting.tables import markdown_table
 from tcopilot.version import __version__
 
 NO_CONTROL = (
-    "No control was run. A gain over the Pilot of the same run does not show that a Copilot is worth more than the "
-    "time it takes, had that gone into the Pilot."
+    "No control was run. A gain over the Pilot of the same run does not show that training a Copilot is better than "
+    "spending the same time on training the Pilot."
 )
 
 
@@ -22,10 +22,10 @@ def model_card(results: Results, pilot_path: str | None, pilot_config: PreTraine
     """Write the card in Markdown, with the header that model hubs read.
 
     Args:
-        results: of the run that made the export.
-        pilot_path: where the Pilot came from: a Hub id, a folder, of which only the name is told, or None for a model
-            built from a config.
-        pilot_config: the Pilot's.
+        results: the results of the run that made the export.
+        pilot_path: the origin of the Pilot: a Hub id, a folder, of which only the name is written, or None for a
+            model built from a config.
+        pilot_config: the Pilot's config.
     """
     is_pair = pilot_config.is_encoder_decoder
     header = {"library_name": "tcopilot", "tags": ["transformer-copilot"]}

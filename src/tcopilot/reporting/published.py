@@ -1,6 +1,6 @@
-"""The figures of the paper (arXiv 2505.16270), so that tables can put them beside ours.
+"""The figures of the paper (arXiv 2505.16270), for comparison with ours in tables.
 
-Figures are in percent, as printed, and rounded to 0.1. The paper gives means of three runs without a spread.
+Figures are in percent and rounded to 0.1, as printed. The paper gives means of three runs without a deviation.
 """
 
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ import pandas as pd
 from tcopilot.data.metrics import RankingStep, impossible_steps
 
 REASONING = ("commonsense", "arithmetic")  # suites that the paper averages
-ROUNDING = 0.05  # points by which a published figure may be off
+ROUNDING = 0.05  # largest rounding error of a published figure, in points
 
 
 class Benchmark(NamedTuple):
-    """One column of the paper: `label` is its head there, `rows` the size of its test set."""
+    """One column of the paper's tables: `label` is its heading there, `rows` the size of the test set."""
 
     name: str
     label: str
@@ -27,7 +27,7 @@ class Benchmark(NamedTuple):
 
 @cache
 def benchmarks() -> dict[str, Benchmark]:
-    """Return the paper's benchmarks by our name of them, in the order of its tables."""
+    """Return the paper's benchmarks by our names, in the order of the paper's tables."""
     return {row[0]: Benchmark(*row) for row in _read("benchmarks").itertuples(index=False, name=None)}
 
 
@@ -43,7 +43,7 @@ def members(suite: str) -> list[str]:
 def pilot_name(path: str | None) -> str | None:
     """Return the paper's name of a Pilot, or None if the paper has no such model.
 
-    Only the last part of the path counts, so that a local copy of a checkpoint is known too.
+    Only the last part of the path is compared, so that local copies of a checkpoint are recognised.
 
     >>> pilot_name("meta-llama/Llama-3.2-1B"), pilot_name("/models/FLAN-t5-small/"), pilot_name(None)
     ('LLaMA-3.2-1B', 'FLAN-T5-small', None)
@@ -53,10 +53,10 @@ def pilot_name(path: str | None) -> str | None:
 
 
 def copilot_name(pilot_path: str | None, copilot_path: str | None, layers: float | None) -> str | None:
-    """Return the paper's name of a Copilot, or None if the paper has none like it.
+    """Return the paper's name of a Copilot, or None if the paper has no such Copilot.
 
-    Without a path the Pilot's decoder is copied. `layers` is a number or a share of them; the paper's Copilots are as
-    deep as their checkpoint.
+    Without `copilot_path` the Copilot is a copy of the Pilot's decoder. `layers` is their number or share; the paper's
+    Copilots have all layers of their checkpoint.
 
     >>> copilot_name("google/flan-t5-small", None, None), copilot_name("google/flan-t5-small", None, 0.5)
     ('T-Copilot-small', None)
@@ -67,10 +67,10 @@ def copilot_name(pilot_path: str | None, copilot_path: str | None, layers: float
 
 
 def figures(pilot: str | None, copilot: str | None = None) -> dict[tuple[str, str], float]:
-    """Return what the paper prints for a Pilot alone, or with a Copilot, by its names of both.
+    """Return the paper's figures for a Pilot alone or with a Copilot, both given by their names in the paper.
 
     Returns:
-        Percent by benchmark and metric. The averages are there as benchmarks `commonsense_avg` and `arithmetic_avg`.
+        Percent by benchmark and metric. Averages are listed as benchmarks `commonsense_avg` and `arithmetic_avg`.
         Empty if nothing was published.
     """
     found = {}
@@ -84,9 +84,9 @@ def figures(pilot: str | None, copilot: str | None = None) -> dict[tuple[str, st
 
 
 def impossible_ndcg(found: Mapping[str, float]) -> list[RankingStep]:
-    """Return the steps of a published NDCG that contradict the hits published beside it, whatever was rounded.
+    """Return the steps of a published NDCG that contradict the published hits by more than rounding errors.
 
-    `found` are figures in points by metric: `hit@5`, `ndcg@5` and so on.
+    `found` holds figures in percent by metric: `hit@5`, `ndcg@5` and so on.
     """
     return impossible_steps(found, ROUNDING + 1e-9)
 
@@ -99,7 +99,7 @@ def _model(path: str | None) -> pd.Series | None:
 
 @cache
 def _read(name: str) -> pd.DataFrame:
-    """A table of the package; lines with # are remarks, and empty cells are empty texts."""
+    """Read a table of the package, in which # starts a comment and empty cells are empty texts."""
     with (files("tcopilot.reporting") / "paper_tables" / f"{name}.csv").open(encoding="utf-8") as file:
         options = {"keep_default_na": False, "dtype": {"layers": str}, "float_precision": "round_trip"}
         return pd.read_csv(file, comment="#", **options)

@@ -1,4 +1,4 @@
-"""The tables that a run prints at its end: every metric over λ, how λ was chosen, and the gain beside the controls."""
+"""The tables that a run prints at its end: every metric over λ, the choice of λ, and the gain beside the controls."""
 
 from collections.abc import Mapping
 
@@ -10,9 +10,9 @@ from tcopilot.evaluation.significance import p_text
 
 
 def gain_table(results: Results) -> Table:
-    """Lay out what the Copilot gained on the reported rows, and beneath it what each control reached.
+    """Make a table of the Copilot's gain on the reported rows, followed by the figures of each control.
 
-    A control's difference to the Pilot comes without an interval, as its rows are not paired here.
+    The difference of a control to the Pilot has no interval, because its rows are not paired here.
     """
     known = {
         gain.benchmark: f"\n{gain.benchmark}: {part['trained_on']} of {part['rows']} rows ask what was trained on"
@@ -41,7 +41,7 @@ def gain_table(results: Results) -> Table:
             gain.verdict,
         )
     likelihoods = (results.find("all", NLL.name, results.reported_on, w) for w in (0.0, results.weight_of("all")))
-    if all(pair := list(likelihoods)):  # whose gain a calibrated Pilot may have as well
+    if all(pair := list(likelihoods)):  # a calibrated Pilot may gain as much in NLL
         values, weight = [row.value for row in pair], f"{pair[1].weight:g}"
         difference = show_difference(values[1] - values[0], NLL.unit)
         shown = (*(show(value, NLL.unit) for value in values), difference)
@@ -64,7 +64,7 @@ def gain_table(results: Results) -> Table:
 
 
 def weight_table(results: Results) -> Table:
-    """Lay out every metric over λ, one line per benchmark, split and metric; the selected λ is marked."""
+    """Make a table of every metric over λ, with a line per benchmark, split and metric; the selected λ is marked."""
     curves: dict[tuple[str, str, str], dict[float, Row]] = {}
     for row in results.rows:
         curves.setdefault((row.benchmark, row.split, row.metric), {})[row.weight] = row
@@ -79,7 +79,7 @@ def weight_table(results: Results) -> Table:
         table.add_column(f"λ = {weight:g}" + (f"\n({names})" if names else ""), justify="right")
     for (benchmark, split, metric), curve in curves.items():
         unit = next(iter(curve.values())).unit
-        # The unit stands once in the line, since a table of many λ has no room for it in every cell.
+        # The unit is written once per line, because with many λ there is no room for it in every cell.
         named, of_cells = (metric, unit) if unit in ("", SHARE) else (f"{metric}, {unit}", "")
         cells = [show(curve[weight].value, of_cells) if weight in curve else "" for weight in weights]
         table.add_row(benchmark, split, named, *cells)
@@ -87,7 +87,7 @@ def weight_table(results: Results) -> Table:
 
 
 def selection_table(results: Results) -> Table:
-    """Lay out what each rule chooses as λ and what this gives; the rule that decided is marked."""
+    """Make a table of the λ that each rule chooses, with its figures; the rule that decided is marked."""
     table = Table(
         *("λ of", "rule", "λ", "metric", results.selected_on, results.reported_on),
         *(f"NLL, {results.selected_on}", f"NLL, {results.reported_on}", "taken"),

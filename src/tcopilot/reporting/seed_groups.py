@@ -1,4 +1,4 @@
-"""Groups of finished runs that differ only in their seed, named by what sets each group apart."""
+"""Groups of finished runs that differ only in their seed, named by the settings in which the groups differ."""
 
 import json
 import re
@@ -11,12 +11,12 @@ from typing import Any
 from tcopilot.reporting import published
 from tcopilot.reporting.finished_runs import FinishedRun
 
-IRRELEVANT = (  # these keys, and what lies under them, change no figure; callbacks.copilot_stop alone does
+IRRELEVANT = (  # keys that, with all below them, affect no figure, except for callbacks.copilot_stop
     *("callbacks", "compile", "control", "evaluation.batch_size", "evaluation.compile", "evaluation.decoding"),
     *("hydra", "logger", "mistake_log.from", "name", "paths", "resume", "run", "seed", "traceback", "version"),
 )
-SHORT = {"mistake_log.log.policy": "mistake_log", "mistake_log.log.storage": "log_storage"}  # as one types them
-MOST_KEYS = 4  # of a label
+SHORT = {"mistake_log.log.policy": "mistake_log", "mistake_log.log.storage": "log_storage"}  # as on the command line
+MOST_KEYS = 4  # number of keys in a label
 
 
 @dataclass
@@ -24,11 +24,11 @@ class Group:
     """Runs that differ only in their seed, one for each seed."""
 
     runs: list[FinishedRun]
-    config: dict[str, Any]  # what they share, as far as it may change a figure
-    pilot: str  # the paper's name of it where it has one
-    copilot: str | None  # the paper's name of it, else "Copilot"; None without one
+    config: dict[str, Any]  # the settings that they share, as far as these may affect a figure
+    pilot: str  # the paper's name of the Pilot, if it has one
+    copilot: str | None  # the paper's name of the Copilot, else "Copilot"; None without a Copilot
     notes: list[str]  # what a reader of the figures needs to know
-    keys: str = ""  # what sets the group apart from others of its models
+    keys: str = ""  # settings that distinguish the group from others with the same models
     label: str = ""  # models and keys in one line
 
     @property
@@ -38,10 +38,10 @@ class Group:
 
 
 def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
-    """Join runs that differ only in their seed, and name each group by what sets it apart from the others.
+    """Join runs that differ only in their seed, and name each group by the settings that distinguish it from others.
 
-    A seed further down (`data.seed`) either follows the run's or has a value of its own. Which of the two cannot be
-    told from one run, so of several runs that are equal otherwise the reading with fewer groups is taken.
+    A nested seed such as `data.seed` either follows the run's seed or is set separately. A single run does not show
+    which, so among runs that are otherwise equal the interpretation that gives fewer groups is used.
     """
     groups = []
     for members in _parted(runs, _figures_of):
@@ -57,7 +57,7 @@ def group_runs(runs: Sequence[FinishedRun]) -> list[Group]:
 
 
 def _parted(runs: Sequence[FinishedRun], by: Callable[[FinishedRun], dict[str, Any]]) -> list[list[FinishedRun]]:
-    """Part the runs into those of which a function gives the same."""
+    """Partition the runs by the value of a function."""
     parts: dict[str, list[FinishedRun]] = {}
     for run in runs:
         parts.setdefault(json.dumps(by(run), sort_keys=True, default=str), []).append(run)
@@ -69,7 +69,7 @@ def _seeds_of(run: FinishedRun) -> dict[str, Any]:
 
 
 def _figures_of(run: FinishedRun) -> dict[str, Any]:
-    """The config without seeds and without what changes no figure; the run's own folder goes by one name."""
+    """Return the settings that may affect figures, without seeds; the run's own folder is replaced by a fixed name."""
     own = re.compile(rf"\A{re.escape(str(run.config.get('paths.run_dir') or run.folder))}(?=/|\Z)")
     return {
         key: own.sub("<run>", value) if isinstance(value, str) else value
@@ -80,17 +80,17 @@ def _figures_of(run: FinishedRun) -> dict[str, Any]:
 
 
 def _group(runs: list[FinishedRun]) -> Group:
-    """Take one run for each seed, the first found, and name the models."""
+    """Make a group of the first run found for each seed, and name the models."""
     kept: dict[int, FinishedRun] = {}
     notes = []
     for run in runs:
         first = kept.setdefault(run.results.seed, run)
         if first is not run:
-            notes.append(f"seed {run.results.seed} is there twice: {first.folder} counts, {run.folder} does not")
+            notes.append(f"seed {run.results.seed} was found twice: {first.folder} counts, {run.folder} does not")
     members = [kept[seed] for seed in sorted(kept)]
     config, chosen_on = members[0].config, members[0].results.selected_on
     if members[0].results.reported_on == chosen_on:
-        notes.append(f"λ was chosen on the very rows reported ({chosen_on}): the gain is optimistic")
+        notes.append(f"λ was chosen on the same rows that are reported ({chosen_on}): the gain is optimistic")
     if config.get("pilot.frozen"):
         notes.append("pilot.frozen=true: this Pilot was finished before; the published Pilots were fine-tuned jointly")
     path, copilot = config.get("pilot.path"), None
@@ -102,7 +102,7 @@ def _group(runs: list[FinishedRun]) -> Group:
 
 
 def _label(groups: Sequence[Group]) -> None:
-    """Name each group: models, benchmarks if these differ, and the keys that differ among groups of one name."""
+    """Name each group by its models, by benchmarks if these differ, and by keys that differ among equal names."""
     benchmarks = [_names({row.benchmark for row in group.runs[0].results.rows} - {"all"}) for group in groups]
     for group, names in zip(groups, benchmarks, strict=True):
         group.label = f"{group.models} on {names}" if len(set(benchmarks)) > 1 else group.models
@@ -121,7 +121,7 @@ def _label(groups: Sequence[Group]) -> None:
 
 
 def _names(benchmarks: set[str]) -> str:
-    """Name a set of benchmarks; a whole suite goes by its own name.
+    """Name a set of benchmarks; a complete suite is given by the name of the suite.
 
     >>> _names({"gsm8k", "aqua", "svamp", "mawps", "piqa"})
     'arithmetic, piqa'
@@ -131,7 +131,7 @@ def _names(benchmarks: set[str]) -> str:
 
 
 def _differing(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the keys whose values differ, without those that only repeat or belong to another one."""
+    """Return the keys whose values differ, without keys that vary exactly as, or lie below, another such key."""
     seen: dict[str, list[str]] = {}
     for key in sorted({key for config in configs for key in config}, key=lambda key: (key.count("."), key)):
         values = [json.dumps(config.get(key, "<none>"), sort_keys=True, default=str) for config in configs]
@@ -143,7 +143,7 @@ def _differing(configs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _value(config: dict[str, Any], key: str) -> str:
-    """Shorten the value of a key, which this config may lack; a class goes by its name in snake case.
+    """Shorten the value of a key, which the config may lack; a class is given by its name in snake case.
 
     >>> config = {"log": "tcopilot.mistake_log.policies.Fifo", "fusion.weight": [0, 0.3], "path": None}
     >>> [_value(config, key) for key in (*config, "fusion", "rounds")]

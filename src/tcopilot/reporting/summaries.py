@@ -1,6 +1,6 @@
-"""What groups of runs found: mean ± sd over seeds, tests, and the paper's figures beside them.
+"""Summaries of groups of runs: mean ± sd over seeds, tests, and the paper's figures for comparison.
 
-Shares are in percent here and differences in points, as the paper has them; other metrics keep their own unit.
+Shares are in percent and their differences in points, as in the paper; other metrics keep their own unit.
 """
 
 import re
@@ -18,7 +18,7 @@ from tcopilot.reporting import published
 from tcopilot.reporting.seed_groups import Group
 
 NONE, IMPOSSIBLE = "–", "†"
-ACCURACIES = ("accuracy", "accuracy_lenient")  # the paper's accuracy is either
+ACCURACIES = ("accuracy", "accuracy_lenient")  # the paper's accuracy may correspond to either
 
 
 class Spread(NamedTuple):
@@ -29,7 +29,7 @@ class Spread(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """One metric in one run, in the printed unit; `fused` and what belongs to it is None without a Copilot."""
+    """One metric in one run, in the printed unit; without a Copilot the fields from `fused` to `verdict` are None."""
 
     seed: int
     n: int | None
@@ -48,39 +48,39 @@ class Line:
 
     benchmark: str  # or `commonsense_avg` and `arithmetic_avg`
     metric: str
-    unit: str  # of every figure here, as printed: `%` for shares, `nats`, …
-    n: str  # rows; text since they may differ between seeds, empty for an average
+    unit: str  # printed unit of every figure here: `%` for shares, `nats`, …
+    n: str  # number of rows, as text because it may differ between seeds; empty for an average
     seeds: list[int]
     weights: list[float]  # the λ selected, one for each seed
     pilot: Spread  # λ = 0
     fused: Spread | None  # at the selected λ
     gain: Spread | None
     relative: float | None  # the gain in percent of the Pilot's mean
-    p_value: float | None  # of the run's own paired test over rows, or of a paired t test over seeds
-    verdict: str  # the same in words
+    p_value: float | None  # from the run's own paired test over rows, or from a paired t test over seeds
+    verdict: str  # the outcome of that test in words
     published_pilot: float | None = None
     published_fused: float | None = None
-    impossible: set[str] = field(default_factory=set)  # sides whose published figure contradicts the hits beside it
+    impossible: set[str] = field(default_factory=set)  # sides whose published NDCG contradicts the published hits
 
     def beyond(self, side: str) -> float | None:
-        """Return our mean minus the published figure in points, if there is one that is possible."""
+        """Return our mean minus the published figure in points; None if that is missing or impossible."""
         ours, theirs = getattr(self, side), getattr(self, f"published_{side}")
         return None if ours is None or theirs is None or side in self.impossible else ours.mean - theirs
 
 
 @dataclass
 class Summary:
-    """What a group of runs found, and what the paper did."""
+    """Results of a group of runs beside the paper's."""
 
     group: Group
-    published_metric: str  # the one of our metrics that stands beside the paper's accuracies
+    published_metric: str  # our metric that is compared with the paper's accuracies
     notes: list[str]
-    lines: list[Line] = field(default_factory=list)  # benchmarks in the paper's order, averages behind their suite
-    missing: dict[str, list[str]] = field(default_factory=dict)  # by average: the members that it lacks
+    lines: list[Line] = field(default_factory=list)  # in the paper's order; averages follow their suite
+    missing: dict[str, list[str]] = field(default_factory=dict)  # by average: the benchmarks that it lacks
 
     @property
     def split(self) -> str:
-        """The split whose figures these are."""
+        """The split that the figures are from."""
         return self.group.runs[0].results.reported_on
 
     def line(self, benchmark: str, metric: str) -> Line | None:
@@ -91,7 +91,7 @@ class Summary:
 def summarise(group: Group, metric: str | None = None) -> Summary:
     """Summarise a group over its seeds, beside the paper's figures.
 
-    Without a metric, accuracy is shown and the lenient one if it is there, or hits and NDCG, or all there are.
+    If no metric is given, accuracy and, if available, its lenient variant are shown; else hits and NDCG; else all.
     """
     seen, known = _observations(group), published.benchmarks()
     shown: dict[str, list[str]] = {}
@@ -115,9 +115,9 @@ def summarise(group: Group, metric: str | None = None) -> Summary:
 
 
 def join_benchmarks(summaries: Sequence[Summary]) -> list[Summary]:
-    """Put groups that differ only in their data, such as one run for each set, into one summary.
+    """Join groups that differ only in their data, such as one run for each benchmark, into one summary.
 
-    Averages over a suite stay away: its members come from models that were trained apart.
+    Averages over a suite are left out, because its benchmarks come from separately trained models.
     """
     joined: dict[tuple[str, str], list[list[Summary]]] = {}
     for summary in summaries:
@@ -143,10 +143,10 @@ def join_benchmarks(summaries: Sequence[Summary]) -> list[Summary]:
 
 
 def line_over_seeds(benchmark: str, metric: str, seen: Sequence[Seen]) -> Line:
-    """Make one line of one metric's figures, one for each seed.
+    """Summarise the figures of one metric over seeds in one line.
 
-    One seed keeps its own paired test over the rows. Several are compared with a paired t test over the seeds, and
-    the verdict also counts how each seed judged alone.
+    A single seed keeps its paired test over rows. Several seeds are compared by a paired t test over seeds, and the
+    verdict also counts the verdicts of the single seeds.
     """
     both = [one for one in seen if one.fused is not None]
     gains = [one.fused - one.pilot for one in both]
@@ -163,13 +163,13 @@ def line_over_seeds(benchmark: str, metric: str, seen: Sequence[Seen]) -> Line:
 
 
 def _place(benchmark: str) -> int:
-    """Where a benchmark stands in the paper's order; others come last."""
+    """Return the position of a benchmark in the paper's order; benchmarks that are not in the paper come last."""
     order = list(published.benchmarks())
     return order.index(benchmark) if benchmark in order else len(order)
 
 
 def _observations(group: Group) -> dict[tuple[str, str], dict[int, Seen]]:
-    """Collect every benchmark's metrics on the reported split by seed."""
+    """Collect the metrics of every benchmark on the reported split, by seed."""
     seen: dict[tuple[str, str], dict[int, Seen]] = {}
     for run in group.runs:
         results, split = run.results, run.results.reported_on
@@ -189,7 +189,7 @@ def _observations(group: Group) -> dict[tuple[str, str], dict[int, Seen]]:
 
 
 def _average(summary: Summary, suite: str, metric: str, seen: dict[tuple[str, str], dict[int, Seen]]) -> None:
-    """Add the average over a suite for the seeds that have all its members, or note which are missing."""
+    """Add the average over a suite for the seeds that have all its benchmarks, or note which ones are missing."""
     members = {name: seen.get((name, metric), {}) for name in published.members(suite)}
     everyone = [run.results.seed for run in summary.group.runs]
     averages = []
@@ -209,7 +209,7 @@ def _average(summary: Summary, suite: str, metric: str, seen: dict[tuple[str, st
 
 
 def _controls(summary: Summary) -> list[str]:
-    """Say what each control gave on the metrics shown, and by how much the fused model differs from it."""
+    """Give each control's value of the metrics shown, and the difference of the fused model to it."""
     found: dict[tuple[str, str, str, str], list[tuple[float, float]]] = {}
     for run in summary.group.runs:
         for control in run.results.controls:
@@ -228,7 +228,7 @@ def _controls(summary: Summary) -> list[str]:
 
 
 def _publish(summary: Summary) -> None:
-    """Put the paper's figures beside ours, and note where they do not compare."""
+    """Add the paper's figures to ours, and note where they are not comparable."""
     pilot, copilot = summary.group.pilot, summary.group.copilot
     alone, fused = published.figures(pilot), published.figures(pilot, copilot) if copilot else {}
     for line in summary.lines:
@@ -283,7 +283,7 @@ def _judge(both: Sequence[Seen], gains: Sequence[float]) -> tuple[float | None, 
 
 
 def rank(metric: str) -> tuple[str, int]:
-    """Order hits before NDCG and both by K; anything else comes first, with an empty name.
+    """Return a sort key that orders hits before NDCG and both by K; other metrics come first, with an empty name.
 
     >>> rank("ndcg@10"), rank("accuracy")
     (('ndcg', 10), ('', 0))
@@ -293,7 +293,7 @@ def rank(metric: str) -> tuple[str, int]:
 
 
 def figure(spread: Spread | None, unit: str, sign: str = "") -> str:
-    """Write a mean with its deviation: one decimal if in per cent, else four; `sign` is `+` for differences."""
+    """Write a mean and standard deviation, with one decimal for percent, else four; `sign` is `+` for differences."""
     if spread is None:
         return NONE
     digits = 1 if unit == "%" else 4

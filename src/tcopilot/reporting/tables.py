@@ -1,6 +1,6 @@
 """`tcopilot-table`: one table from many run directories, beside the paper's figures.
 
-The same tables go to the terminal and to Markdown as text; CSV and JSON hold their figures unrounded.
+The terminal and Markdown show the same tables as text; CSV and JSON hold their figures without rounding.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from tcopilot.reporting.seed_groups import group_runs
 from tcopilot.reporting.summaries import IMPOSSIBLE, NONE, Line, Summary, figure, join_benchmarks, rank, summarise
 
 FORMULA = re.compile(r"(?![-+]?[\d.,]+ ?%?$)[=+\-@\t\r]")
-WIDTH = 200  # characters, where the output is no terminal
-LEFT = {"", "benchmark", "metric", "verdict"}  # heads of columns of words
+WIDTH = 200  # characters, if the output is not a terminal
+LEFT = {"", "benchmark", "metric", "verdict"}  # headings of left-aligned text columns
 
 
 @dataclass
 class Sheet:
-    """A table as text, for the terminal and Markdown; `None` among the rows is a horizontal rule."""
+    """A table as text, for the terminal and Markdown; a row of `None` is a horizontal rule."""
 
     title: str
     head: list[str]
@@ -40,7 +40,7 @@ class Sheet:
 
 
 def lay_out(summaries: Sequence[Summary]) -> list[Sheet]:
-    """Lay out the gains of each group, and then all groups in the paper's columns."""
+    """Make a sheet of the gains of each group, and sheets of all groups in the paper's columns."""
     laid = [_gain_sheet(summary) for summary in summaries if summary.lines]
     lines, labels = (
         [line for s in summaries for line in s.lines],
@@ -60,7 +60,7 @@ def lay_out(summaries: Sequence[Summary]) -> list[Sheet]:
 
 
 def as_markdown(summaries: Sequence[Summary], found: Found) -> str:
-    """Write the sheets as Markdown tables with their notes beneath."""
+    """Write the sheets as Markdown tables, each followed by its notes."""
     parts = []
     for sheet in lay_out(summaries):
         numbers = {head for head in sheet.head if head not in LEFT}
@@ -73,7 +73,7 @@ def as_markdown(summaries: Sequence[Summary], found: Found) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Container[str] = ()) -> str:
-    """Write a Markdown table; `numbers` are the heads of columns that are aligned on the right."""
+    """Write a Markdown table; `numbers` are the headings of right-aligned columns."""
     rule = ["---:" if name in numbers else "---" for name in head]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, rule, *rows))
 
@@ -90,7 +90,7 @@ def as_csv(summaries: Sequence[Summary], _: Found) -> str:
 
 
 def without_formulas(table: pd.DataFrame) -> pd.DataFrame:
-    """Put an apostrophe before texts that a spreadsheet would run as formulas; numbers are left as they are.
+    """Put an apostrophe before texts that a spreadsheet would execute as formulas; numbers stay as they are.
 
     >>> without_formulas(pd.DataFrame({"said": ["=1+1", "-5", "-5 apples", "5", "@a"]})).said.tolist()
     ["'=1+1", '-5', "'-5 apples", '5', "'@a"]
@@ -99,7 +99,7 @@ def without_formulas(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def accept_any_sign(encoding: str | None = None) -> None:
-    """Let signs that stdout's encoding lacks, such as λ, be printed as escapes; a file on it has its own encoding."""
+    """Print characters that stdout's encoding lacks, such as λ, as escapes; `encoding` sets another one for files."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
 
@@ -121,7 +121,7 @@ FORMATS = {"markdown": as_markdown, "csv": as_csv, "json": as_json}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `tcopilot-table`; 1 with a message on stderr if there is nothing to show or a file cannot be written."""
+    """Run `tcopilot-table`; return 1, with a message on stderr, if nothing can be shown or a file not written."""
     parser = argparse.ArgumentParser(
         "tcopilot-table", description="One table of many runs, beside the paper's figures."
     )
@@ -179,7 +179,7 @@ def _usable(found: Found, where: str, metric: str | None) -> list[FinishedRun]:
 
 
 def _records(summary: Summary) -> list[dict[str, Any]]:
-    """Return the lines as flat records; figures are not rounded."""
+    """Return the lines as flat records of unrounded figures."""
     records = []
     for line in summary.lines:
         record = {"benchmark": line.benchmark, "metric": line.metric, "split": summary.split}
@@ -220,9 +220,10 @@ def _gain_sheet(summary: Summary) -> Sheet:
 
 
 def _paper_sheet(title: str, summaries: Sequence[Summary], columns: Sequence[tuple[str, str, str | None]]) -> Sheet:
-    """Lay out groups in the paper's columns: ours, the published figure, and how far ours lies above it.
+    """Make a sheet of groups in the paper's columns: our figure, the published one, and their difference.
 
-    A column is its head, the benchmark and the metric; None is the one that the paper's accuracy compares with.
+    A column is given by heading, benchmark and metric; None stands for the metric that compares with the paper's
+    accuracy.
     """
     rows, metrics, notes = [], {}, []
     for summary in summaries:
@@ -253,6 +254,6 @@ def _paper_sheet(title: str, summaries: Sequence[Summary], columns: Sequence[tup
 
 
 def _theirs(line: Line | None, side: str) -> str:
-    """Write the published figure; † marks an impossible one."""
+    """Write the published figure; an impossible one is marked with †."""
     theirs = getattr(line, f"published_{side}", None)
     return NONE if theirs is None else f"{theirs:.1f}{IMPOSSIBLE if side in line.impossible else ''}"

@@ -269,7 +269,7 @@ def test_a_folder_that_cannot_be_reported_on_is_answered_with_the_mend(run, tmp_
     shutil.copytree(run, tmp_path / "eval")
     (tmp_path / "eval" / "trace" / "word_problems.jsonl.gz").write_bytes(b"no gzip")
     assert main([str(tmp_path / "eval")]) == 1
-    assert "write it anew with eval.py trace=true" in capsys.readouterr().err
+    assert "write it again with eval.py trace=true" in capsys.readouterr().err
 
 
 @pytest.mark.slow

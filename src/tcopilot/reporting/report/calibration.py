@@ -1,4 +1,4 @@
-"""How far a model's confidence can be believed: reliability over bins, and the expected calibration error."""
+"""Calibration of a model's confidence: reliability over bins, and the expected calibration error."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from tcopilot.evaluation.significance import Interval, token_share_interval
 
 
 class Bin(NamedTuple):
-    """Tokens whose confidence lies in (low, high]; `accuracy` and its 95 % interval are the share that is right."""
+    """Tokens with a confidence in (low, high]; `accuracy` is the share of right ones, `ci95` its interval."""
 
     low: float
     high: float
@@ -24,7 +24,8 @@ def reliability(
 ) -> list[Bin]:
     """Sort tokens by confidence, the largest probability, into bins of equal width; empty bins are left out.
 
-    The intervals take the tokens of a row together; `rows` has each token's row, without it each is its own.
+    `rows` gives the row of each token, because intervals treat tokens of a row as correlated; without it they are
+    independent.
 
     >>> [(b.low, b.tokens, b.accuracy) for b in reliability([0.2, 0.9, 0.8, 1.0], [False, True, False, True], 2)]
     [(0.0, 1, 0.0), (0.5, 3, 0.6666666666666666)]
@@ -45,8 +46,8 @@ def reliability(
 def calibration_error(bins: Sequence[Bin]) -> float:
     """Return the expected calibration error Σ_b n_b/n · |accuracy_b − confidence_b|.
 
-    torchmetrics puts tokens of confidence 1, of which a trained model has many, into a bin of their own and so gives
-    another figure; these bins hold their upper edge.
+    The bins here include their upper edge. torchmetrics gives another value, because it puts tokens of confidence 1,
+    of which a trained model has many, into a separate bin.
 
     >>> calibration_error([Bin(0.5, 1.0, 4, 0.9, 0.5, (0, 1)), Bin(0.0, 0.5, 4, 0.3, 0.3, (0, 1))])
     0.2

@@ -1,6 +1,5 @@
-"""What the corrections of a trace look like: their size beside the Pilot's logits, their drift, the mistakes met.
-
-All functions read target positions along right answers, as `tcopilot.evaluation.trace.positions` lays them out.
+"""Statistics of the corrections in a trace: their size relative to the Pilot's logits, their drift over positions, and
+the mistakes that they mend. All functions read positions along right answers, see `tcopilot.evaluation.trace`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,8 +11,8 @@ import pandas as pd
 from tcopilot.evaluation.significance import Interval, mean_interval
 from tcopilot.reporting import published
 
-FEWEST = 10  # tokens at a position, below which its mean is not shown
-SHARES = [place / 20 for place in range(1, 20)]  # of tokens
+FEWEST = 10  # a position with fewer tokens is not shown
+SHARES = [place / 20 for place in range(1, 20)]  # shares of tokens, for quantiles
 
 Row = dict[str, Any]
 
@@ -21,15 +20,15 @@ Row = dict[str, Any]
 def share(rows: Sequence[Row]) -> tuple[float, Interval]:
     """Return the correction's mean share of the Pilot's logit range, with its 95 % interval over rows.
 
-    A position's share is its logit shift over max − min of the Pilot's logits; tokens of one row hang together, so
-    the interval resamples rows.
+    The share at a position is the logit shift divided by max − min of the Pilot's logits. The interval resamples rows,
+    because tokens of one row are correlated.
     """
     per_row = [float(np.mean([p["shift"] / p["range"] for p in row["gold"]])) for row in rows]
     return float(np.mean(per_row)), mean_interval(per_row)
 
 
 def domain(benchmark: str) -> str:
-    """The paper's suite of a benchmark, or its own name.
+    """Return the suite of a benchmark in the paper, or the benchmark's own name.
 
     >>> domain("gsm8k"), domain("word_problems")
     ('arithmetic', 'word_problems')
@@ -38,17 +37,17 @@ def domain(benchmark: str) -> str:
 
 
 def magnitudes(shifts: pd.DataFrame) -> pd.DataFrame:
-    """Return `domain`, `share_of_tokens` and the `shift` below which such a share lies, in steps of 5 %."""
+    """Return quantiles of the shift by domain: `share_of_tokens`, in steps of 5 %, have a shift below `shift`."""
     points = shifts.groupby("domain", sort=False)["shift"].quantile(SHARES)
     return points.rename_axis(["domain", "share_of_tokens"]).reset_index()
 
 
 def drift(rows: Iterable[Row]) -> pd.DataFrame:
-    """Mean ‖f^C‖ and cosine with ℓ at each target position, under each kind of feedback.
+    """Average ‖f^C‖ and its cosine with ℓ at each target position, for each kind of feedback.
 
     Returns:
-        For each feedback and position its `tokens`, `norm` and `cosine`, and `norm_half` and `cosine_half`, the half
-        widths of 95 % intervals. Positions that fewer than `FEWEST` rows reach are left out.
+        For each feedback and position `tokens`, `norm` and `cosine`, with the half widths of their 95 % intervals in
+        `norm_half` and `cosine_half`. Positions that fewer than `FEWEST` rows reach are left out.
     """
     columns = ["feedback", "position", "norm", "cosine"]
     seen = [
@@ -65,11 +64,11 @@ def drift(rows: Iterable[Row]) -> pd.DataFrame:
 
 
 def frequent_mistakes(rows: Mapping[str, Sequence[Row]], most: int) -> list[Any]:
-    """The Pilot's most frequent wrong tokens along right answers, and how many of each the correction mends.
+    """Count the Pilot's most frequent wrong tokens along right answers, and how many of each the correction mends.
 
     Returns:
-        `benchmark`, `position` (from 1), the right `token`, the one that the Pilot `said`, how often (`count`), and
-        how many of these p̃ has `mended`.
+        `benchmark`, `position` (from 1), the right `token`, the token that the Pilot `said`, how often (`count`), and
+        for how many of these p̃ has the right token (`mended`).
     """
     columns = ["benchmark", "position", "token", "said", "mended"]
     wrong = [

@@ -1,6 +1,6 @@
-"""Plots of the report: one style, drawn without pyplot's global state, as PNG for papers and SVG for the page.
+"""Drawing of the report's plots in one style, without pyplot's global state, as PNG for papers and SVG for the page.
 
-Models are told apart by colour (Okabe and Ito's, which colour-blind readers can tell apart), marker and line style.
+Series differ in colour (Okabe and Ito's palette, which colour-blind readers can distinguish), marker and line style.
 """
 
 import io
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-SIZE = (4.5, 3.1)  # inches: read on a phone without zooming
+SIZE = (4.5, 3.1)  # inches; legible on a phone without zooming
 DPI = 200
 INK, RULE = "#010203", "#c4c8cc"
 STYLE = {
@@ -23,21 +23,21 @@ STYLE = {
     "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK, "lines.linewidth": 1.6,
     "lines.markersize": 5, "legend.frameon": False, "legend.fontsize": 8.5, "svg.hashsalt": "tcopilot",
 }  # fmt: skip
-PAINTS = {  # to CSS, so that the page's dark scheme can brighten them
+PAINTS = {  # colours to CSS, so that the page's dark scheme can brighten them
     INK: "currentColor", RULE: "var(--rule)", "#0072b2": "var(--blue)", "#d55e00": "var(--red)",
     "#009e73": "var(--green)", "#cc79a7": "var(--pink)", "#e69f00": "var(--orange)", "#56b4e9": "var(--sky)",
 }  # fmt: skip
-LOOKS = [  # colour, marker and line of a series
+LOOKS = [  # colour, marker and line style of each series
     ("#0072b2", "o", "-"), ("#d55e00", "s", "--"), ("#009e73", "^", "-."), ("#cc79a7", "D", ":"),
     ("#e69f00", "v", (0, (5, 1))), ("#56b4e9", "P", (0, (3, 1, 1, 1))),
 ]  # fmt: skip
 Draw = Callable[[Axes], None]
-"""Puts a plot on axes."""
+"""A function that draws a plot on axes."""
 
 
 @dataclass
 class Series:
-    """A line: points, and half widths or (below, above) of their 95 % intervals where there are any."""
+    """A line of points, optionally with their 95 % intervals as half widths or as (below, above)."""
 
     label: str
     x: Sequence[float]
@@ -57,14 +57,14 @@ def lines(
     series: Sequence[Series], x_label: str, y_label: str, marks: Sequence[Mark] = (), *,
     whole_x: bool = False, diagonal: bool = False, log_x: bool = False,
 ) -> Draw:  # fmt: skip
-    """Lines over a common axis, which may be logarithmic or show whole numbers only; `diagonal` adds y = x."""
+    """Draw lines over a common x axis, which may be logarithmic or limited to whole numbers; `diagonal` adds y = x."""
 
     def draw(axes: Axes) -> None:
         if diagonal:
             axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":", label="as often right as sure")
         for place, one in enumerate(series):
             colour, marker, line = LOOKS[place % len(LOOKS)]
-            every = len(one.x) // 12 if len(one.x) > 25 else 1  # a crowded line has a marker on some points only
+            every = len(one.x) // 12 if len(one.x) > 25 else 1  # crowded lines have markers on some points only
             axes.errorbar(
                 one.x, one.y, yerr=one.errors, label=one.label, color=colour, linestyle=line, marker=marker,
                 markevery=every, errorevery=every, capsize=2.5, elinewidth=0.9,
@@ -76,18 +76,18 @@ def lines(
                 axes.axvline(mark.x, color=INK, linewidth=1, linestyle=mark.line, label=mark.label)
         axes.set(xlabel=x_label, ylabel=y_label)
         places = [x for one in series for x in one.x]
-        if log_x and max(places) >= 10 * min(places):  # within a decade its labels would cover each other
+        if log_x and max(places) >= 10 * min(places):  # within one decade the labels would overlap
             axes.set_xscale("log")
         if whole_x:
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
         if not any(value for one in series for value in one.y):
-            axes.set_ylim(0, 1)  # a flat 0 has no scale of its own
+            axes.set_ylim(0, 1)  # a line that is 0 everywhere defines no scale
 
     return draw
 
 
 def bars(labels: Sequence[str], groups: Sequence[Series], y_label: str, base: float | None = None) -> Draw:
-    """Bars side by side for each label, hatched differently; `groups` hold a height (and error) for each label."""
+    """Draw bars side by side for each label, hatched by group; `groups` hold a height (and error) for each label."""
 
     def draw(axes: Axes) -> None:
         width = 0.8 / len(groups)
@@ -110,7 +110,7 @@ def bars(labels: Sequence[str], groups: Sequence[Series], y_label: str, base: fl
 
 
 def render(draw: Draw) -> tuple[bytes, str]:
-    """Draw a plot once and return it as PNG and as SVG whose colours follow the page's scheme."""
+    """Draw a plot once, and return it as PNG and as SVG; `inline_svg` adapts the latter to the page."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
@@ -125,9 +125,9 @@ def render(draw: Draw) -> tuple[bytes, str]:
 
 
 def inline_svg(svg: str, name: str, title: str) -> str:
-    """Make matplotlib's SVG fit to stand in a page with others: no prolog, ids of its own, colours by CSS, a title.
+    """Adapt matplotlib's SVG for a page with several: without prolog, with unique ids, CSS colours and a title.
 
-    `name` distinguishes its ids; `title`, without markup, is what screen readers read out.
+    `name` makes the ids unique; `title`, without markup, is the text for screen readers.
     """
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'\bid="|href="#|url\(#', rf"\g<0>{name}-", svg)

@@ -1,4 +1,4 @@
-"""What the Copilot costs in a run's own timings (the paper's Figure 5), beside what it must cost at least."""
+"""The Copilot's cost in time, as measured in a run (the paper's Figure 5), beside a lower bound on this cost."""
 
 from collections.abc import Mapping, Sequence
 from statistics import mean
@@ -10,17 +10,17 @@ TIMES = ["time/pilot_seconds", "time/copilot_seconds"]
 
 
 class Cost(NamedTuple):
-    """Time with the Copilot over time of the Pilot alone, and the floor of that ratio."""
+    """Time with the Copilot relative to the Pilot alone, and `floor`, the lower bound of this ratio."""
 
     what: str  # `training`, or `decoding` with the benchmark
-    pilot: float  # seconds of the Pilot alone: of all training steps, or of a decoded row
+    pilot: float  # seconds of the Pilot alone: for all training steps, or per decoded row
     both: float  # seconds with the Copilot
     ratio: float
-    floor: float | None  # what arithmetic or reading weights demand, were there no other cost; None if unknown
+    floor: float | None  # the ratio if only arithmetic or reading weights took time; None if unknown
 
 
 def training_cost(metrics: pd.DataFrame, floor: float | None) -> Cost | None:
-    """The whole training's cost from the last line of `metrics.csv` that has times; None without one."""
+    """Return the cost of the whole training, from the last line of `metrics.csv` with times; None if there is none."""
     timed = metrics.reindex(columns=TIMES).dropna()
     if timed.empty or not timed.iloc[-1].iloc[0]:
         return None
@@ -29,18 +29,18 @@ def training_cost(metrics: pd.DataFrame, floor: float | None) -> Cost | None:
 
 
 def lengths(rows: Sequence[Mapping[str, Any]], view: str) -> tuple[float, float]:
-    """Return mean tokens of prompts, and of a view's targets."""
+    """Return the mean number of tokens of prompts, and of a view's targets."""
     return mean(row["source_tokens"] for row in rows), mean(len(row[view]) for row in rows)
 
 
 def training_floor(parameters: Mapping[str, int], source: float, target: float, updates: int) -> float:
-    """Return the ratio of multiplications: each weight meets each token of its model once in a pass.
+    """Return the ratio of multiplications, as in one pass each weight is multiplied once for each token of its model.
 
     Args:
         parameters: counts of the Pilot's `encoder` (0 without one) and `decoder`, and of the `copilot`.
         source: mean tokens of a prompt.
-        target: mean tokens of an answer; the Copilot works on these only.
-        updates: of the Copilot in a round.
+        target: mean tokens of an answer; the Copilot processes only these.
+        updates: the Copilot's updates in a round.
 
     >>> training_floor({"encoder": 0, "decoder": 100, "copilot": 50}, source=9, target=1, updates=1)
     1.05
@@ -51,7 +51,7 @@ def training_floor(parameters: Mapping[str, int], source: float, target: float, 
 
 
 def decoding_floor(parameters: Mapping[str, int], source: float, target: float) -> float:
-    """Return the smaller one of two ratios: of multiplications, and of weights read when each step reads all.
+    """Return the smaller of two ratios: of multiplications, and of weights read if each step reads all weights.
 
     >>> decoding_floor({"encoder": 600, "decoder": 100, "copilot": 50}, source=1, target=4)
     1.2
@@ -61,7 +61,7 @@ def decoding_floor(parameters: Mapping[str, int], source: float, target: float) 
 
 
 def decoding_costs(meta: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Cost]:
-    """Seconds per decoded row with and without the Copilot, of each benchmark that generates its answers."""
+    """Return the cost per decoded row with and without the Copilot, for each benchmark with generated answers."""
     found = []
     for name, benchmark in meta["benchmarks"].items():
         if took := benchmark["decoding"]:

@@ -1,7 +1,7 @@
 """`tcopilot-report <run dir>`: a run as one HTML page that opens from disk, its plots as PNG and their numbers as CSV.
 
-The page holds its data, styles and script; it loads nothing. What a run has not recorded is left out, and the page
-says which command records it.
+The page contains its data, styles and script, and loads nothing. Parts that the run has not recorded are left out, and
+the page names the command that records them.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from tcopilot.reporting.tables import accept_any_sign, without_formulas
 from tcopilot.run_directory import RunDirectory, override
 
 MOST_MISTAKES = 20
-MOST_POSITIONS = 60_000  # in the explorer, about 15 MB
-MOST_NUMBERS = 60  # lines of a table beneath a plot; longer ones are in the CSV only
+MOST_POSITIONS = 60_000  # target positions in the explorer, about 15 MB
+MOST_NUMBERS = 60  # lines of a table beneath a plot; longer tables are only written to CSV
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `tcopilot-report`; 1 with a message on stderr if the run cannot be read or the page not be written."""
+    """Run `tcopilot-report`; return 1, with a message on stderr, if the run cannot be read or the page not written."""
     parser = argparse.ArgumentParser("tcopilot-report", description="A run as one HTML page, with its plots.")
     parser.add_argument("run", metavar="RUN", help="directory of a train.py run, or better of an eval.py trace=true")
     parser.add_argument("--out", metavar="FOLDER", help="where to write; by default <RUN>/report")
@@ -67,12 +67,12 @@ def write_report(run: FinishedRun, folder: Path, evidence: Markup | None = None)
     """Write `index.html`, `figures/*.png` and `figures/*.csv`, and return the page's path.
 
     Args:
-        run: the run, read.
-        folder: where to write.
-        evidence: tables of many runs, as HTML, that stand at the end of the page.
+        run: the finished run.
+        folder: the folder to write to.
+        evidence: tables of many runs, as HTML, for the end of the page.
 
     Raises:
-        RunError: if the run compared nothing, or its trace cannot be read.
+        RunError: if the run has no gain, or its trace cannot be read.
     """
     if not run.results.gain:
         raise RunError("results.json holds no gain; evaluate the run again with eval.py")
@@ -100,9 +100,9 @@ def write_report(run: FinishedRun, folder: Path, evidence: Markup | None = None)
 
 
 def evidence_tables(file: Path) -> Markup | None:
-    """Render the tables that `scripts/evidence.py` writes into a page; None without the file, or without a table.
+    """Render the tables that `scripts/evidence.py` writes into a page as HTML; None if there is no file or no table.
 
-    Headings go one level down, beneath those of the report. Markup in the file stays text.
+    Headings move down one level, below those of the report. HTML in the file is escaped.
     """
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
@@ -116,7 +116,7 @@ def evidence_tables(file: Path) -> Markup | None:
 
 
 def gain_lines(run: FinishedRun) -> list[dict[str, Any]]:
-    """The gain table: `results.json` as it is, and whether fixed − broken over n is the difference."""
+    """Return the gains of `results.json`, with a check that (fixed − broken) / n equals the difference."""
     lines = []
     for gain in run.results.gain:
         weight = run.results.weight_of(gain.benchmark)
@@ -129,7 +129,7 @@ def gain_lines(run: FinishedRun) -> list[dict[str, Any]]:
 
 
 def adds_up(gain: Gain, n: int) -> bool | None:
-    """Whether fixed − broken over n equals the improvement; None where it need not, as for graded metrics.
+    """Tell whether (fixed − broken) / n equals the improvement; None if it need not, as for graded metrics.
 
     >>> adds_up(Gain("a", "accuracy", 0.5, 0.75, 0.25, (0, 1), fixed=2, broken=1, p_value=1.0), 4)
     True
@@ -142,7 +142,7 @@ def adds_up(gain: Gain, n: int) -> bool | None:
 
 
 def likelihood_lines(run: FinishedRun) -> list[dict[str, Any]]:
-    """Negative log-likelihood of right answers per target token, of Pilot and fused model, by split."""
+    """Return, by split, the NLL per target token of right answers under Pilot and fused model."""
     weight, found = run.results.weight_of("all"), []
     for split in dict.fromkeys(row.split for row in run.results.rows):
         pilot, fused = (run.results.find("all", NLL.name, split, w) for w in (0.0, weight))
@@ -155,12 +155,12 @@ def likelihood_lines(run: FinishedRun) -> list[dict[str, Any]]:
 
 
 def examples(run: FinishedRun) -> dict[str, Any]:
-    """Return what the explorer shows: every answer, and the traced positions in a form small enough to embed.
+    """Return the data of the explorer: every answer, and the traced positions in a form small enough to embed.
 
-    Texts of tokens stand in one list; positions refer to them by number. `templates/report.js` reads this layout.
+    The texts of tokens are in one list, to which positions refer by number. `templates/report.js` reads this layout.
     `examples` are [benchmark, id, outcome, prompt, right answer, Pilot's, fused model's, view or null]. A view holds
-    `gold`, `emitted` and `pilot_emitted`. Answers that the Copilot changed get their views first, should the page
-    hold no more than `MOST_POSITIONS` positions.
+    `gold`, `emitted` and `pilot_emitted`. The page holds at most `MOST_POSITIONS` positions; answers that the Copilot
+    changed get their views first.
     """
     found, numbers, views, room = [], defaultdict(count().__next__), {}, MOST_POSITIONS
     for benchmark in run.results.benchmarks:
@@ -176,16 +176,16 @@ def examples(run: FinishedRun) -> dict[str, Any]:
             view = {name: [_position(p, numbers) for p in row[name]] for name in ("gold", "emitted") if name in row}
             said = {"pilot_emitted": [numbers[text] for text in row["pilot_emitted"]]} if "emitted" in row else {}
             views[place] = view | said
-    order = sorted(range(len(found)), key=lambda place: place not in views)  # what can be looked into comes first
+    order = sorted(range(len(found)), key=lambda place: place not in views)  # examples with a view come first
     shown = [[*found[place], views.get(place)] for place in order]
     counts = {"traced": len(traced), "shown": len(views)}
     return {"benchmarks": run.results.benchmarks, "examples": shown, "tokens": list(numbers), **counts}
 
 
 def _position(position: dict[str, Any], numbers: dict[str, int]) -> list[Any]:
-    """[token, top-5 before, corrections, top-5 after, ‖f^C‖, cosine, Pilot's lens, Copilot's lens]."""
+    """Encode as [token, top-5 before, corrections, top-5 after, ‖f^C‖, cosine, Pilot's lens, Copilot's lens]."""
 
-    def pairs(name: str) -> list[Any]:  # [text, score] pairs as number, score, and so on
+    def pairs(name: str) -> list[Any]:  # flattens [text, score] pairs to number, score, …
         return [part for text, s in position[name] for part in (numbers[text], float(f"{s:.3g}"))]
 
     token = numbers[position["token"]]
@@ -209,15 +209,15 @@ def _page(run: FinishedRun, *, gain: list[dict[str, Any]], **parts: Any) -> str:
         again=again, explorer=shown, gain=gain, **parts,
         style=Markup((templates / "report.css").read_text(encoding="utf-8")),
         script=Markup((templates / "report.js").read_text(encoding="utf-8")),
-        data=Markup(data.replace("<", "\\u003c")),  # may stand inside a script element
+        data=Markup(data.replace("<", "\\u003c")),  # safe inside a script element
     )  # fmt: skip
 
 
 def _number(value: Any) -> str:
-    """A number as a table shows it: whole numbers whole, others with four significant digits; of a mapping, each."""
+    """Format a number, or each of a mapping: whole numbers as they are, others with four significant digits."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_number(one)}" for name, one in value.items())
-    if value is None or value != value:  # pandas has nan where there is no number
+    if value is None or value != value:  # pandas writes missing numbers as nan
         return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)

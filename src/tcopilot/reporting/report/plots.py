@@ -1,4 +1,4 @@
-"""The plots of the report: for each its numbers, how it is drawn, and what to read in it."""
+"""The plots of the report, each with its numbers, its drawing function and a note on how to read it."""
 
 import json
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ MODELS = ("Pilot", "Pilot + Copilot")
 
 @dataclass
 class Plot:
-    """One plot."""
+    """One plot of the report."""
 
-    name: str  # of its files
-    section: str  # of the page
-    title: str  # what it shows, with the unit
+    name: str  # stem of its file names
+    section: str  # section of the page
+    title: str  # what the plot shows, with the unit
     note: str  # one or two sentences on how to read it
     numbers: pd.DataFrame = field(repr=False)
     draw: Draw = field(repr=False)
@@ -37,7 +37,7 @@ def all_plots(run: FinishedRun) -> list[Plot]:
 
 
 def weight_curves(run: FinishedRun) -> Iterator[Plot]:
-    """The deciding metric of each benchmark, and the likelihood, over λ."""
+    """Plot the deciding metric of each benchmark, and the likelihood, over λ."""
     results, table = run.results, run.results.table()
     first = {gain.benchmark: gain.metric for gain in reversed(results.gain)}
     for benchmark, metric in [*((name, first[name]) for name in results.benchmarks), ("all", NLL.name)]:
@@ -51,7 +51,7 @@ def weight_curves(run: FinishedRun) -> Iterator[Plot]:
             errors = [(factor * (some.value - some[end]).abs()).tolist() for end in ("ci95_low", "ci95_high")]
             series.append(Series(split, some.weight.tolist(), (factor * some.value).tolist(), errors))
         marks = [Mark("selected λ = {:g}", results.weight_of(benchmark), "-")]
-        if not isinstance(results.selected_weight, dict):  # λ* and λ0 are of all benchmarks together
+        if not isinstance(results.selected_weight, dict):  # λ* and λ0 hold for all benchmarks together
             marks += [Mark("λ* = {:.3g}", results.best_weight, "--")]
             marks += [Mark("theorem's λ₀ = {:.3g}", theorem_bound(run), None)]
         marks = [mark._replace(label=mark.label.format(mark.x)) for mark in marks if mark.x is not None]
@@ -66,16 +66,16 @@ def weight_curves(run: FinishedRun) -> Iterator[Plot]:
 
 
 def theorem_bound(run: FinishedRun) -> float | None:
-    """λ0 of Theorem 4.1 as `tcopilot-theorem` has estimated it for this run; None without it, or if it is unknown."""
+    """Return λ0 of Theorem 4.1 as estimated by `tcopilot-theorem` for this run; None without an estimate."""
     file = run.here_or_in_training("theorem")
     gated = run.config.get("fusion.per") in GATES
-    if file is None or (gated and file != run.directory.theorem):  # the training run's knows no gate
+    if file is None or (gated and file != run.directory.theorem):  # the training run had no gate
         return None
     return json.loads(file.read_text(encoding="utf-8"))["lambda_0"]
 
 
 def calibration_plots(trace: Trace) -> Iterator[Plot]:
-    """Reliability of both models on right answers' tokens, over all benchmarks and for each."""
+    """Plot the reliability of both models on tokens of right answers, for all benchmarks together and for each."""
     groups = dict(trace.rows)
     if len(groups) > 1:
         groups = {"all benchmarks": [row for rows in groups.values() for row in rows], **groups}
@@ -101,7 +101,7 @@ def calibration_plots(trace: Trace) -> Iterator[Plot]:
 
 
 def correction_plots(trace: Trace) -> Iterator[Plot]:
-    """Figure 3: the correction's share of the Pilot's logit range, and how its size is distributed."""
+    """Plot, as in Figure 3, the correction's share of the Pilot's logit range, and the distribution of its size."""
     shares = [(name, *corrections.share(rows)) for name, rows in trace.rows.items()]
     errors = [[100 * abs(mean - ends[end]) for _, mean, ends in shares] for end in (0, 1)]
     bars = Series("share", [], [100 * mean for _, mean, _ in shares], errors)
@@ -131,7 +131,7 @@ def correction_plots(trace: Trace) -> Iterator[Plot]:
 
 
 def drift_plots(trace: Trace) -> Iterator[Plot]:
-    """‖f^C‖ and its cosine with ℓ over the target position, under observed and own feedback."""
+    """Plot ‖f^C‖ and its cosine with ℓ over the target position, under observed and own feedback."""
     for name, rows in trace.rows.items():
         found = corrections.drift(rows)
         if found.position.nunique() < 2:
@@ -167,16 +167,16 @@ CURVES = (  # name, title, y label, note, {label: metric}
      {"mean age": "log/age_rounds", "rounds held": "log/rounds"}),
     ("log_repeats", "Composition of the log: repeated rows (share)", "share of records", "Records of rows that had "
      "been logged before.", {"repeated": "log/repeated_share"}),
-    ("log_energy", "Error energy ‖ℓ‖² in the log", "‖ℓ‖²", "Mean over records. Far below validation's: the log no "
-     "longer shows the errors to come.",
+    ("log_energy", "Error energy ‖ℓ‖² in the log", "‖ℓ‖²", "Mean over records. If far below validation, the log no "
+     "longer represents the errors that lie ahead.",
      {"log": "log/error_energy", "validation": "val/error_energy"}),
 )  # fmt: skip
 
 
 def training_curves(run: FinishedRun) -> Iterator[Plot]:
-    """Losses, corrections and the log over rounds.
+    """Plot losses, corrections and figures of the Mistake Log over rounds.
 
-    Where a line repeats a value that was measured earlier, the first and the last of them are shown.
+    Lines of `metrics.csv` that only repeat an earlier value are left out, except for the last one.
     """
     for name, title, y_label, note, wanted in CURVES:
         series, lines = [], []
@@ -194,7 +194,7 @@ def training_curves(run: FinishedRun) -> Iterator[Plot]:
 
 
 def overhead_plots(run: FinishedRun) -> Iterator[Plot]:
-    """Figure 5: time with the Copilot over time of the Pilot alone, beside its floor."""
+    """Plot, as in Figure 5, time with the Copilot relative to the Pilot alone, beside its lower bound."""
     floor, decoding = None, []
     if run.trace:
         lengths = overhead.lengths([row for rows in run.trace.rows.values() for row in rows], "gold")

@@ -1,4 +1,4 @@
-"""The sums over held-out target tokens that the theorem's figures follow from, and the figures themselves.
+"""Sums over held-out target tokens, and the figures of Theorem 4.1 that are computed from them.
 
 Shapes: B batch, N target length, R target tokens, V vocabulary, L weights of the curve.
 """
@@ -16,28 +16,28 @@ from tcopilot.models.error_input import CHUNK_ELEMENTS
 from tcopilot.reporting.theorem import parabola
 from tcopilot.reporting.theorem.parabola import EntrySums, Floats
 
-WEIGHTS = (0.0, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0)  # λ of the measured curve: those of configs/fusion/probability.yaml
-WORST = 5  # entries that are named
+WEIGHTS = (0.0, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0)  # λ of the measured curve, as in configs/fusion/probability.yaml
+WORST = 5  # number of entries named in the verdict
 
 
 class DistanceSums:
-    """Sums over held-out target tokens from which D(λ) follows at every λ, and D itself at some.
+    """Sums over held-out target tokens that determine D(λ) at every λ, and D itself, measured at some λ.
 
-    No token is kept: what remains of a batch are sums for each entry, by benchmark and position, and four for each
-    example.
+    Tokens are not stored: a batch contributes sums for each vocabulary entry, by benchmark and position, and four sums
+    for each example.
     """
 
     def __init__(self, vocabulary: int) -> None:
-        self.cells: dict[tuple[int, int], EntrySums] = {}  # by benchmark and power of two of the position
-        self.halves = (EntrySums(vocabulary), EntrySums(vocabulary))  # of the rows, drawn within each benchmark
+        self.cells: dict[tuple[int, int], EntrySums] = {}  # by benchmark and the position's power of two
+        self.halves = (EntrySums(vocabulary), EntrySums(vocabulary))  # halves of each benchmark's rows
         self._random, self._second_of_pair = np.random.default_rng(0), {}
         self.direct_LV: Floats = np.zeros((len(WEIGHTS), vocabulary))
         self.fused_L: Floats = np.zeros(len(WEIGHTS))
-        self.rows_B4: list[Floats] = []  # of each example Σℓ², Σℓf, Σf² and its target tokens
+        self.rows_B4: list[Floats] = []  # for each example: Σℓ², Σℓf, Σf², number of target tokens
 
     @torch.no_grad()
     def update(self, batch: Batch, log_probs_BNV: Tensor, corrections_BNV: Tensor) -> None:
-        """Add a batch."""
+        """Add the target tokens of a batch to the sums."""
         sums_B4 = torch.zeros(len(batch), 4, dtype=torch.float64, device=log_probs_BNV.device)
         half_B = torch.tensor(
             [self._half_of(name) for name in batch.benchmark_B.tolist()], device=log_probs_BNV.device
@@ -67,19 +67,19 @@ class DistanceSums:
         self.rows_B4.append(sums_B4.cpu().numpy())
 
     def _half_of(self, benchmark: int) -> int:
-        """Draw a row's half. Of every two rows of a benchmark, which are of similar length, each half gets one."""
+        """Assign a row to a half at random. Of two successive rows, which are similarly long, each half gets one."""
         if benchmark not in self._second_of_pair:
             self._second_of_pair[benchmark] = int(self._random.integers(2))
             return 1 - self._second_of_pair[benchmark]
         return self._second_of_pair.pop(benchmark)
 
     def estimates(self, benchmarks: Sequence[str]) -> dict[str, Any]:
-        """What `theorem.json` says of this Pilot and its Copilot; see docs/theorem.md."""
+        """Return the figures of this Pilot and Copilot for `theorem.json`; see docs/theorem.md."""
         sums = EntrySums.of(self.halves)
         total, rows_R4 = sums.total, np.concatenate(self.rows_B4)
         epsilon, sigma = total.split_copilot_error()
         weight, energy = total.best_weight, total.error * sums.tokens
-        pairs = (self.halves, self.halves[::-1])  # λ_v is chosen on one half of the rows, and removes on the other
+        pairs = (self.halves, self.halves[::-1])  # λ_v is chosen on one half, measured on the other
         removed = sum(there.removed(here.best_weights_V()) * there.sums_KV[2].sum() for here, there in pairs)
         held_out = {"removed_per_entry_held_out": float(removed / energy) if energy else 0.0}
         predicted_LV = np.stack([sums.distances_V(weight) for weight in WEIGHTS])
@@ -87,7 +87,7 @@ class DistanceSums:
         curve = np.stack([WEIGHTS, predicted_LV.sum(1), direct_LV.sum(1), self.fused_L / sums.tokens], axis=1)
 
         def by(place: int, names: dict[int, str]) -> dict[str, Any]:
-            """The figures of some of the tokens, at the λ of all, by benchmark (0) or by span of positions (1)."""
+            """Return figures for parts of the tokens, by benchmark (0) or span of positions (1), at the common λ."""
             found = {}
             for part, name in names.items():
                 some = EntrySums.of([cell_sums for cell, cell_sums in self.cells.items() if cell[place] == part])
@@ -109,7 +109,7 @@ class DistanceSums:
         }  # fmt: skip
 
     def worst_entries(self, weight: float) -> list[tuple[int, float]]:
-        """The entries whose distance λ raises most, with the rise per target token."""
+        """Return the entries whose distance λ increases most, with the increase per target token."""
         sums = EntrySums.of(self.halves)
         added_V = sums.distances_V(weight) - sums.distances_V(0.0)
         return [(int(v), float(added_V[v])) for v in np.argsort(-added_V)[:WORST] if added_V[v] > 0]

@@ -1,7 +1,7 @@
 """E‖p − p̂ − λ f^C‖² as a function of λ: a parabola for every vocabulary entry, and one for their sum.
 
-For one entry D(λ) = A − 2λB + λ²C with A = E ℓ², B = E ℓ f, C = E f². So three sums say everything about every λ:
-D is least at λ* = B / C and returns to the Pilot's A at the zero crossing 2B / C. Theorem 4.1 is about A, B and C.
+For one entry D(λ) = A − 2λB + λ²C with A = E ℓ², B = E ℓ f, C = E f², so three sums determine D at every λ. It is
+least at λ* = B / C and returns to the Pilot's A at the zero crossing 2B / C. Theorem 4.1 is about A, B and C.
 
 Shapes: R target tokens, V vocabulary, K kinds of sums.
 """
@@ -40,13 +40,13 @@ class Parabola(NamedTuple):
 
     @property
     def zero_crossing(self) -> float | None:
-        """2B / C: every λ between 0 and it brings D below D(0). At or below 0 no λ > 0 does; None if f^C is 0."""
+        """2B / C: any λ between 0 and this has D(λ) < D(0). If it is not positive, no λ > 0 has; None if f^C is 0."""
         return 2 * self.inner / self.correction if self.correction > 0 else None
 
     def split_copilot_error(self) -> tuple[float, float]:
-        """Part E‖f^C − ℓ‖² = D(1) into ε_C², what is a multiple of ℓ, and σ_C², what is uncorrelated with ℓ.
+        """Split E‖f^C − ℓ‖² = D(1) into ε_C², the part along ℓ, and σ_C², the part that is uncorrelated with ℓ.
 
-        Of all splits that the proof allows, this one turns its inequalities into equalities, so it promises most.
+        Of all splits that the proof allows, this one makes its inequalities equalities and so gives the largest λ0.
         """
         if self.error == 0:
             return 0.0, self.correction
@@ -55,11 +55,11 @@ class Parabola(NamedTuple):
 
     @property
     def promised_weight(self) -> float | None:
-        """λ0 of Theorem 4.1 with the split of `split_copilot_error`."""
+        """The λ0 of Theorem 4.1 under the split of `split_copilot_error`."""
         return promised_weight(self.error, *self.split_copilot_error())
 
     def figures(self) -> dict[str, float | None]:
-        """Return what `theorem.json` says of a parabola."""
+        """Return the figures of a parabola for `theorem.json`."""
         return {
             "pilot_error_sq": self.error, "copilot_error_sq": self.distance(1.0), "lambda_star": self.best_weight,
             "lambda_0": self.promised_weight, "zero_crossing": self.zero_crossing,
@@ -89,8 +89,8 @@ class EntrySums:
     """Sums over target tokens, for each vocabulary entry, in float64.
 
     Attributes:
-        tokens: target tokens summed over.
-        sums_KV: how often an entry is the target, Σℓ, Σℓ², Σℓf, Σf².
+        tokens: number of target tokens in the sums.
+        sums_KV: for each entry how often it is the target, Σℓ, Σℓ², Σℓf and Σf².
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -98,7 +98,7 @@ class EntrySums:
         self.sums_KV: Floats = np.zeros((5, vocabulary))
 
     def add(self, errors_RV: Tensor, corrections_RV: Tensor, targets_R: Tensor) -> None:
-        """Add target tokens; errors and corrections in float64."""
+        """Add target tokens, with errors and corrections in float64."""
         count_V = bincount(targets_R, minlength=errors_RV.shape[1]).double()
         kinds = (errors_RV, *products(errors_RV, corrections_RV))
         self.sums_KV += stack([count_V, *(kind_RV.sum(0) for kind_RV in kinds)]).cpu().numpy()
@@ -106,7 +106,7 @@ class EntrySums:
 
     @classmethod
     def of(cls, parts: "Sequence[EntrySums]") -> "EntrySums":
-        """Add up parts over different tokens."""
+        """Add up sums over disjoint sets of tokens."""
         whole = cls(parts[0].sums_KV.shape[1])
         whole.tokens = sum(part.tokens for part in parts)
         whole.sums_KV = sum(part.sums_KV for part in parts)
@@ -114,11 +114,11 @@ class EntrySums:
 
     @property
     def total(self) -> Parabola:
-        """The parabola of the distance summed over entries, per target token."""
+        """The parabola of the distance per target token, summed over entries."""
         return Parabola(*(self.sums_KV[2:].sum(1) / self.tokens).tolist())
 
     def distances_V(self, weight: float) -> Floats:
-        """D_v(λ), per target token; they add up to `total.distance(λ)`."""
+        """D_v(λ) per target token; over all entries it adds up to `total.distance(λ)`."""
         _, _, error_V, inner_V, correction_V = self.sums_KV
         return (error_V - 2 * weight * inner_V + weight**2 * correction_V) / self.tokens
 
@@ -128,21 +128,21 @@ class EntrySums:
         return np.divide(inner_V.clip(0), correction_V, out=np.zeros_like(inner_V), where=correction_V > 0)
 
     def removed(self, weights: float | Floats) -> float:
-        """Share of the error energy that λ, or one λ for each entry, removes; below 0 it adds."""
+        """Share of the error energy that is removed by λ, or by one λ for each entry; negative if the error grows."""
         error, inner_V, correction_V = self.sums_KV[2].sum(), *self.sums_KV[3:]
         return float((2 * weights * inner_V - weights**2 * correction_V).sum() / error) if error else 0.0
 
 
 def served_entries(sums: EntrySums, weight: float) -> dict[str, Any]:
-    """Say for which vocabulary entries one λ, usually λ* of all tokens, is too large, and what one each would bring.
+    """Measure which vocabulary entries a common λ, usually λ*, harms, and what a separate λ for each would bring.
 
     Returns:
         `harmed`: entries with D_v(λ) > D_v(0), as shares of all `entries`, of target `occurrences` and of the error
-        `energy`, and the `increase` of their distance as a share of all error energy. `never`: entries whose zero
-        crossing is at or below 0, so that no λ > 0 helps them, likewise. `common_zero_crossing`: the smallest of all
-        entries; every λ in (0, it) helps each of them, none does if it is not above 0. `best_weight_quantiles`: of
-        λ*_v, weighted by error energy. `removed_single` and `removed_per_entry`: shares of the error energy that λ and
-        the best λ_v ≥ 0 remove; the latter is chosen on the tokens that it is measured on, so it is an upper bound.
+        `energy`, and the `increase` of their distance as a share of all error energy. `never`: the same shares for
+        entries that no λ > 0 helps, because their zero crossing is not positive. `common_zero_crossing`: the smallest
+        of all entries, below which every λ > 0 helps each entry. `best_weight_quantiles`: quantiles of λ*_v, weighted
+        by error energy. `removed_single` and `removed_per_entry`: shares of the error energy that λ and the best
+        λ_v ≥ 0 remove; the second is an upper bound, because λ_v is chosen on the same tokens.
     """
     count_V, _, error_V, inner_V, correction_V = sums.sums_KV
     added_V = sums.tokens * (sums.distances_V(weight) - sums.distances_V(0.0))
@@ -166,7 +166,7 @@ def served_entries(sums: EntrySums, weight: float) -> dict[str, Any]:
 
 
 def weighted_quantiles(values: Floats, weights: Floats) -> dict[str, float]:
-    """Quantiles of a distribution that gives each value its weight, by percent.
+    """Return weighted quantiles of some values, by percent.
 
     >>> weighted_quantiles(np.array([3.0, 1.0]), np.array([1.0, 9.0]))
     {'5': 1.0, '25': 1.0, '50': 1.0, '75': 1.0, '95': 3.0}
@@ -177,10 +177,10 @@ def weighted_quantiles(values: Floats, weights: Floats) -> dict[str, float]:
 
 
 def row_intervals(rows_R4: Floats) -> dict[str, tuple[float, float]]:
-    """95 % intervals by the percentile bootstrap over examples, whose tokens belong together.
+    """Return 95 % intervals by the percentile bootstrap over examples, because tokens of an example are correlated.
 
     Args:
-        rows_R4: of each example Σℓ², Σℓf, Σf² and its target tokens.
+        rows_R4: for each example Σℓ², Σℓf, Σf² and its number of target tokens.
 
     Returns:
         Intervals of `pilot_error_sq`, `copilot_error_sq`, `lambda_star` and `zero_crossing`; empty if f^C is 0

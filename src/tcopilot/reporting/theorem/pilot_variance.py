@@ -1,4 +1,4 @@
-"""Several Pilots of one kind, from other seeds or from dropout: ε_P² and σ_P², which one Pilot cannot tell apart.
+"""Estimates of ε_P² and σ_P², which need several draws of a Pilot: runs with other seeds, or passes with dropout.
 
 Shapes: B batch, N target length, R target tokens, V vocabulary, D draws.
 """
@@ -21,18 +21,18 @@ Scored = tuple[Tensor, Tensor]  # log p̂ [B, N, V] and f^C [B, N, V]
 class PilotSpread:
     """Bias and variance of p̂ over draws of a Pilot, on the same target tokens.
 
-    With p̂ of a token as the random variable, S² = E(p − p̂)² = (p − E p̂)² + Var p̂ = ε_P² + σ_P². The variance is the
-    unbiased one (divided by draws − 1) and ε_P² is S² minus it, so neither depends on the number of draws.
+    With p̂ of a token as the random variable, S² = E(p − p̂)² = (p − E p̂)² + Var p̂ = ε_P² + σ_P². The variance estimate
+    is unbiased (divided by draws − 1) and ε_P² is S² minus it, so neither depends on the number of draws.
     """
 
     def __init__(self, kind: Literal["seeds", "dropout"], names: Sequence[str]) -> None:
         self.kind, self.names = kind, list(names)
-        self._sums_D3 = torch.zeros(len(self.names), 3, dtype=torch.float64)  # Σℓ², Σℓf, Σf² of each draw
+        self._sums_D3 = torch.zeros(len(self.names), 3, dtype=torch.float64)  # for each draw: Σℓ², Σℓf, Σf²
         self._variance, self._tokens = 0.0, 0
 
     @torch.no_grad()
     def update(self, batch: Batch, draws: Iterable[Scored]) -> None:
-        """Add a batch, scored by every draw in order; one draw is held at a time."""
+        """Add a batch that every draw has scored, in order; only one draw is held in memory at a time."""
         mask_BN = batch.target_mask_BN
         targets_R, mean_RV, squares = batch.target_ids_BN[mask_BN], 0.0, 0.0
         for place, (log_probs_BNV, corrections_BNV) in enumerate(draws):
@@ -40,7 +40,7 @@ class PilotSpread:
             errors_RV = token_errors(probs_RV, targets_R)
             sums = [kind_RV.sum() for kind_RV in products(errors_RV, corrections_RV)]
             self._sums_D3[place] += torch.stack(sums).cpu()
-            away_RV = probs_RV - mean_RV  # Welford: equal draws have a variance of exactly 0
+            away_RV = probs_RV - mean_RV  # by Welford's method equal draws have a variance of exactly 0
             mean_RV = mean_RV + away_RV / (place + 1)
             squares += (away_RV * (probs_RV - mean_RV)).sum().item()
         self._variance += squares / (len(self.names) - 1)
@@ -52,7 +52,7 @@ class PilotSpread:
         return self._variance / self._tokens
 
     def summary(self) -> dict[str, Any]:
-        """ε_P², σ_P² and their sum S², and the parabola of each draw."""
+        """Return ε_P², σ_P² and their sum S², and the parabola of each draw."""
         parabolas = [Parabola(*(row / self._tokens).tolist()) for row in self._sums_D3]
         error = sum(parabola.error for parabola in parabolas) / len(parabolas)
         each = [{"name": name} | one.figures() for name, one in zip(self.names, parabolas, strict=True)]
@@ -61,7 +61,7 @@ class PilotSpread:
 
 
 def dropout_draws(model: TCopilotModel, batch: Batch, passes: int) -> Iterator[Scored]:
-    """Score a batch with the Pilot's dropout on; the Copilot, without dropout, reads each pass's states."""
+    """Score a batch with dropout active in the Pilot only; the Copilot reads the states of each pass."""
     model.pilot.train()
     try:
         for _ in range(passes):

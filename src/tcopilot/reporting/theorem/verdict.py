@@ -1,4 +1,4 @@
-"""What `tcopilot-theorem` prints: the estimates, the curve, which entries one λ suits, and the verdict."""
+"""The output of `tcopilot-theorem`: estimates, the curve over λ, the entries that a single λ helps, and a verdict."""
 
 import sys
 from typing import Any
@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-WIDTH = 140  # characters of a table that is no terminal's
+WIDTH = 140  # characters of a table, if the output is not a terminal
 NONE = "–"
-TOLERANCE = 1e-9  # of sums in float64, per target token
+TOLERANCE = 1e-9  # numerical error of sums in float64, per target token
 ESTIMATES = {
     "S² = E‖p − p̂‖²": "pilot_error_sq",
     "  of it removable by constants": "constant_error_sq",
@@ -52,7 +52,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def verdict(found: dict[str, Any]) -> list[str]:
-    """Say in plain words what the figures say, and what they do not."""
+    """Explain in words what the figures show and what they do not."""
     said, entries = [_range(found), _condition(found)], found["entries"]
     if found["lambda_star"] > 0:
         smallest = entries["common_zero_crossing"]
@@ -78,10 +78,10 @@ def verdict(found: dict[str, Any]) -> list[str]:
         f"The measured curve {on_it} the parabola (largest difference {found['curve_error']:.1e}). "
         f"As decoded, floored and renormalised, the distance is least at λ = {weight:g} of those tried, {least:.4f}.",
         _pilots(found["pilots"]),
-        "p is the one-hot target: S², ε_P² and ε_C² hold its noise too; σ_P², λ* and the zero crossing do not.",
+        "p is the one-hot target, so S², ε_P² and ε_C² include its noise; σ_P², λ* and the zero crossing do not.",
     ]
     if not found["is_eq_8"]:
-        said.append(f"This run decodes with the rule {found['fusion']}; all of this is about p̂ + λ f^C (Eq. 8).")
+        said.append(f"This run decodes with the rule {found['fusion']}; these figures are about p̂ + λ f^C (Eq. 8).")
     return said
 
 
@@ -101,9 +101,9 @@ def _condition(found: dict[str, Any]) -> str:
         return "Theorem 4.1 promises nothing here: ε_C < S does not hold."
     whole = f"E‖f^C − ℓ‖² is {ratio:.3g} S²"
     if ratio < 1:
-        return f"Theorem 4.1 promises (0, {promised:.3g}), the most it can; {whole}: below S² just where λ = 1 helps."
-    alone = "so it promises nothing if all of that is called ε_C"
-    return f"Theorem 4.1 promises (0, {promised:.3g}) with σ_C² set apart; {whole}, {alone}."
+        return f"Theorem 4.1 promises (0, {promised:.3g}), its largest range; {whole}, so λ = 1 helps too."
+    alone = "so it promises nothing if all of that counts as ε_C²"
+    return f"Theorem 4.1 promises (0, {promised:.3g}) with σ_C² split off; {whole}, {alone}."
 
 
 def _served(entries: dict[str, Any]) -> str:
@@ -115,7 +115,7 @@ def _served(entries: dict[str, Any]) -> str:
     lost = f"{_percent(harmed['entries'])} of the entries ({_percent(harmed['occurrences'])} of target occurrences)"
     increase = _percent(harmed["increase"])
     unhelped = f" For {_percent(never['energy'])} of the energy no λ > 0 helps." if never["entries"] else ""
-    return f"{served}; for {lost} it makes matters worse, by {increase} of S² in all, most for {worst}.{unhelped}"
+    return f"{served}; for {lost} it raises the error, by {increase} of S² in all, most for {worst}.{unhelped}"
 
 
 def _pilots(pilots: dict[str, Any] | None) -> str:
