@@ -204,7 +204,7 @@ class Benchmark(ABC):
         return scores
 
     def impossible(self, figures: Mapping[str, float]) -> list[str]:
-        """Say which figures of the benchmark's metrics contradict each other; those of most metrics never do."""
+        """Say which figures of the benchmark's metrics contradict each other; by default none can."""
         return []
 
     @abstractmethod

@@ -16,7 +16,7 @@ COLUMNS = ("messages", "conversations")
 PAIRS = (("prompt", "completion"), ("instruction", "output"))
 """Columns of a question and its answer, read if a row has none of `COLUMNS`; each is a text or a list of messages."""
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
-"""ShareGPT's names of roles to those of chat templates."""
+"""Maps ShareGPT's names of roles to the names that chat templates use."""
 TURN = "_turn"
 """Row key of a pair: the number of the conversation (from 1) and of the message that is the target (from 0)."""
 PROBE = "answer42"

@@ -142,7 +142,7 @@ def files_called(stem: Path) -> list[Path]:
 
 
 def format_of(file: str | Path) -> str:
-    """Return the ending of a file's name, ignoring that of the compression.
+    """Return the ending of a file's name without the ending of its compression.
 
     >>> format_of("rows.csv.gz"), format_of("v1.5")
     ('.csv', '.5')

@@ -87,7 +87,7 @@ class FinishedRun:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """The table of `metrics.csv`, for an evaluation that of its training run; empty if there is no such file."""
+        """The table of `metrics.csv`, which an evaluation takes from its training run; empty if there is no file."""
         path = self.here_or_in_training("metrics")
         return pd.read_csv(path, float_precision="round_trip") if path else pd.DataFrame()
 
