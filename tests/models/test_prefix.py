@@ -7,6 +7,7 @@ import pytest
 import torch
 from family_models import VOCAB, perturb, tiny_pilot
 from peft import LoraConfig, inject_adapter_in_model
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from tcopilot import TCopilotForCausalLM
@@ -116,6 +117,24 @@ def test_a_text_as_long_as_a_sliding_window_is_read_whole():
     assert torch.equal(shared.logits_BNV, whole.logits_BNV)
     assert can_share(pilot, SHARED + 4)
     assert not can_share(pilot, SHARED + 5)
+
+
+@pytest.mark.parametrize("config", [
+    AutoConfig.for_model("mpt", d_model=32, n_heads=2, n_layers=2, vocab_size=VOCAB),  # distances in columns
+    AutoConfig.for_model(
+        "gpt_neo", hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]],
+        window_size=SHARED, vocab_size=VOCAB, max_position_embeddings=128,
+    ),
+], ids=["mpt", "gpt_neo"])  # fmt: skip
+def test_where_padding_amid_a_text_counts_texts_are_read_whole(config):
+    torch.manual_seed(0)
+    pilot, batch = AutoModelForCausalLM.from_config(config).eval(), batch_with_prefix()
+    with torch.no_grad():
+        shared, whole = (
+            trace_pilot(pilot, one, StackedStates((0.5, 1.0))) for one in (batch, replace(batch, prefix=0))
+        )
+    torch.testing.assert_close(shared.states_BNP[batch.target_mask_BN], whole.states_BNP[batch.target_mask_BN])
+    assert not can_share(pilot, SHARED + 20)
 
 
 def test_a_compiled_pilot_reads_texts_whole():

@@ -59,6 +59,14 @@ def embeds_tokens_alone(config: PreTrainedConfig) -> bool:
     return _found_out(_reads_embedding, tiny_config(config))
 
 
+def reads_past_gaps(config: PreTrainedConfig) -> bool:
+    """Whether masked columns amid a text leave what a decoder-only Pilot makes of it as it is.
+
+    MPT measures distances in columns.
+    """
+    return _found_out(_reads_past_gap, tiny_config(config))
+
+
 def _found_out(question: Callable[[TinyModel], Any], tiny: PreTrainedConfig) -> Any:
     """Answer a question about a tiny model once for all checkpoints whose configs differ in sizes only."""
     key = f"{question.__name__} {sorted(tiny.to_dict().items(), key=str)}"
@@ -113,6 +121,15 @@ def _first_failure(checks: Checks, trial: TinyModel) -> str | None:
 def _reads_embedding(trial: TinyModel) -> bool:
     read_BTC = trial.model(input_ids=trial.ids_BT, output_hidden_states=True, use_cache=False).hidden_states[0]
     return torch.equal(read_BTC, trial.model.get_input_embeddings()(trial.ids_BT))
+
+
+def _reads_past_gap(trial: TinyModel) -> bool:
+    ids_BT, mask_BT = trial.ids_BT, torch.ones_like(trial.ids_BT)
+    mask_BT[:, 2:4] = 0
+    positions_BT = mask_BT.cumsum(-1) - 1
+    gapped = trial.model(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False)
+    whole = trial.model(input_ids=torch.cat([ids_BT[:, :2], ids_BT[:, 4:]], dim=1), use_cache=False)
+    return torch.allclose(gapped.logits[:, 4:], whole.logits[:, 2:], **MOST_ALIKE)
 
 
 def _built(trial: TinyModel) -> None:

@@ -15,22 +15,25 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import ModelOutput
 
+from tcopilot.models.family_check import reads_past_gaps
+
 
 def can_share(pilot: PreTrainedModel, columns: int, cache: Cache | None = None) -> bool:
     """Whether reading a prefix first gives, in texts of that many columns, the results of a single pass.
 
     This is refused if activations are recomputed, since transformers then keeps no keys and values; if the Pilot
-    is compiled, since both parts would be; if texts are as long as a sliding window, which counts padding between
-    prefix and text too; if the cache is static, or a backward pass will read it; and if the Pilot is sharded among
-    processes, which must all run it equally often.
+    is compiled, since both parts would be; if its family measures distances in columns, padding between prefix and
+    text among them, or texts are as long as a sliding window, which counts these columns too; if the cache is static,
+    or a backward pass will read it; and if the Pilot is sharded among processes, which must all run it equally often.
     """
-    window = getattr(pilot.config.get_text_config(), "sliding_window", None)
+    config = pilot.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)  # the latter GPT-Neo's
     recomputes, is_compiled = pilot.training and pilot.is_gradient_checkpointing, "forward" in vars(pilot)
     takes_rows = cache is None or (isinstance(cache, DynamicCache) and not torch.is_grad_enabled())
     is_sharded = isinstance(pilot, FSDPModule)
-    return (
-        not recomputes and not is_compiled and not is_sharded and (window is None or columns < window) and takes_rows
-    )
+    is_short = window is None or columns < window
+    can_run = not recomputes and not is_compiled and not is_sharded and takes_rows
+    return is_short and can_run and reads_past_gaps(pilot.config)
 
 
 def run_after_prefix(

@@ -111,7 +111,7 @@ def _run_decoder_only(pilot, batch):
     prompt, length = batch.source_ids_BM.shape[1], batch.target_ids_BN.shape[1]
     mask = torch.cat([batch.source_mask_BM, batch.target_mask_BN], dim=1)
     ids = torch.cat([batch.source_ids_BM, batch.target_ids_BN], dim=1)
-    shared = batch.prefix if can_share(pilot, prompt + length) else 0
+    shared = batch.prefix if batch.prefix and can_share(pilot, prompt + length) else 0
     predicting = slice(prompt - 1 - shared, prompt - 1 - shared + length)
     kept = torch.arange(predicting.start, predicting.stop, device=mask.device)
     given = {"output_hidden_states": True, "logits_to_keep": kept}
