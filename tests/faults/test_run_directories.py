@@ -42,8 +42,9 @@ def stop(folder: Path, *overrides: str) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """All files but one, in which wandb notes what it does for this process, whichever run that is for."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "debug-core.log")
+    """All files but those in which wandb's own process notes what it does, also after a run has ended."""
+    notes = {"debug-core.log", "debug-internal.log"}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in notes)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
