@@ -143,6 +143,27 @@ def test_a_row_that_seeds_share_counts_once(shared, tmp_path):
         assert found.p_value == pytest.approx(2 / 2**18)
 
 
+def test_an_arm_that_answers_in_another_way_is_shown_by_its_own_metric(tmp_path):
+    arms = {"default": ("exact", [0.0, 1.0, 1.0]), "reranking": ("accuracy", [0.0, 0.0, 1.0])}
+    runs = {}
+    for arm, (metric, right) in arms.items():
+        figures = {("gsm8k", metric): (0.0, sum(right) / 3), ("all", "nll"): (1.0, 0.9)}
+        folder = write_run(tmp_path / arm, figures, 0)
+        (folder / "predictions").mkdir()
+        for weight, scores in {0.0: [0.0, 0.0, 0.0], 0.5: right}.items():
+            lines = [{"id": i, "scores": {metric: s}, "prompt": "p", "target": "t"} for i, s in enumerate(scores)]
+            file = folder / "predictions" / f"test-gsm8k-weight={weight:g}.jsonl"
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        results = Results.load(folder / "results.json")
+        results.gain = results.gain[:1]
+        results.save(folder / "results.json")
+        runs[arm] = [FinishedRun.read(folder)]
+    (task,) = evidence.gather("task", runs, {})
+    assert [line.name for line in task.lines] == ["default", "reranking"]
+    assert [line.gain.fixed for line in task.lines] == [2, 1]
+    assert task.lines[1].against.difference == pytest.approx(-1 / 3)
+
+
 def test_a_part_names_its_own_missing_runs_only():
     line = evidence.Line("default", [0], {}, {}, (1.0, 0.9), None, None, [0.5], 1, 1.0, None)
     line.gain = compare([0.0, 0.0], [1.0, 0.0])

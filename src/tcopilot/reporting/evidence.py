@@ -95,7 +95,11 @@ def gather(
     deciding, found = first.row_wise(), []
     for benchmark, gain in reversed(deciding.items()):
         metric, higher = gain.metric, gain.higher_is_better
-        lines = [_line(arm, runs, benchmark, metric) for arm, runs in arms.items() if runs and arm not in hidden]
+        shown = {arm: runs for arm, runs in arms.items() if runs and arm not in hidden}
+        # An arm may answer in another way than the default one: decode what that only scores, for example.
+        lines = [
+            _line(arm, runs, benchmark, runs[0].results.row_wise()[benchmark].metric) for arm, runs in shown.items()
+        ]
         lines.sort(key=lambda line: line.name != DEFAULT)
         for folder, title in controls.items():
             beside = (run for arm, runs in arms.items() if arm == DEFAULT or arm in hidden for run in runs)
