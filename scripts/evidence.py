@@ -3,8 +3,8 @@
     python scripts/evidence.py cpu --parts builtin
     python scripts/evidence.py gpu --parts real --pilots <folder> --data <benchmarks folder> --minutes 9
 
-`--pilots` is a folder with smollm2/ and gemma3_270m/, as `scripts/real_weights.py` makes them. The grid is
-scripts/evidence.yaml. Start it again to go on: finished runs are skipped, stopped ones go on from their newest
+`--pilots` is a folder with smollm2/, gemma3_270m/ and qwen2_5_coder_0_5b/, as `scripts/real_weights.py` makes them. The
+grid is scripts/evidence.yaml. Start it again to go on: finished runs are skipped, stopped ones go on from their newest
 checkpoint. Each call writes the page anew, from the run directories of all parts and presets.
 """
 
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", help="builtin, frozen, real, recommendation; default: all of the preset")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"), help="of all runs, by preset")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "evidence.md", help="where the tables go")
-    parser.add_argument("--pilots", type=Path, help="folder with smollm2/ and gemma3_270m/, for real weights")
+    parser.add_argument("--pilots", type=Path, help="folder with smollm2/ and others, for real weights")
     parser.add_argument("--data", type=Path, help="folder of local copies of the benchmarks, for real, recommendation")
     parser.add_argument("--minutes", type=float, help="stop cleanly after so long; the next call goes on")
     parser.add_argument("--jobs", type=int, help="runs at once; default: the preset's")
