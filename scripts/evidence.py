@@ -3,7 +3,7 @@
     python scripts/evidence.py cpu --parts builtin
     python scripts/evidence.py gpu --parts real --pilots <folder> --data <benchmarks folder> --minutes 9
 
-`--pilots` is a folder with smollm2/, gemma3_270m/ and qwen2_5_coder_0_5b/, as `scripts/real_weights.py` makes them. The
+`--pilots` is a folder with smollm2/, gemma3_270m/ and qwen2_5_coder_0_5b/, which `scripts/real_weights.py` makes. The
 grid is scripts/evidence.yaml. Start it again to go on: finished runs are skipped, stopped ones go on from their newest
 checkpoint. Each call writes the page anew, from the run directories of all parts and presets.
 """
