@@ -54,7 +54,9 @@ CONFIGS = {
     "Pilot: width is text": given("pilot.config.d_model=wide", says=("d_model", "wide", "int")),
     "Pilot: dropout above 1": given("pilot.config.dropout_rate=2", says=("pilot.config", "dropout", "2")),
     "Pilot: unknown activation": given("pilot.config.feed_forward_proj=silly", says=("pilot.config", "silly")),
-    "Pilot: misspelt size": given("+pilot.config.hidden_sise=3", says=("pilot.config.hidden_sise=3", "no such value")),
+    "Pilot: misspelt size": given(
+        "+pilot.config.hidden_sise=3", says=("pilot.config.hidden_sise=3", "no such setting", "T5Config")
+    ),
     "Pilot: groups of heads": given(
         "pilot=tiny_llama", "pilot.config.num_key_value_heads=3", says=("=3 does not divide", "=4", "a divisor")
     ),
