@@ -205,6 +205,33 @@ def test_the_output_head_is_trained_apart_from_the_embedding():
     assert head.data_ptr() != pilot.get_input_embeddings().weight.data_ptr()
 
 
+class Rounds:
+    """Data whose first rounds have short rows and later ones long rows."""
+
+    rounds, held_out, lengths = 0, 0.1, [10, 20, *(40, 60) * 50]
+
+    def train_dataloader(self):
+        assert self.held_out == 0.0
+        return [SimpleNamespace(padded_tokens=length) for length in self.lengths[: self.rounds]]
+
+
+@pytest.mark.parametrize("paid", [1, 3, 30])
+def test_a_trial_of_short_rows_does_not_give_a_control_more_flops_than_the_run_had(paid, monkeypatch):
+    data, of_token = Rounds(), 7.0
+    joint = SimpleNamespace(
+        prepared=SimpleNamespace(data=data), trial_rounds=2,
+        results=SimpleNamespace(train_flops=of_token * sum(data.lengths[:paid])),
+    )  # fmt: skip
+
+    def train(joint, rounds, **given):
+        return controls.Trained(None, rounds, 2.0, of_token * sum(data.lengths[:rounds]))
+
+    monkeypatch.setattr(controls, "train_pilot", train)
+    rounds = controls.equal_flops(joint).rounds
+    assert sum(data.lengths[:rounds]) == pytest.approx(sum(data.lengths[:paid]), rel=0.1, abs=data.lengths[paid])
+    assert (data.rounds, data.held_out) == (0, 0.1)  # the run's own data are left alone
+
+
 def test_the_checks_know_every_control_by_name():
     assert list(controls.TRAINED_BY) == list(CONTROLS)
 

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from tcopilot.app import build
@@ -33,7 +34,7 @@ from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.families import skeleton
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.quantization import parameter_count
-from tcopilot.processes import agree_on, rank, world_size
+from tcopilot.processes import agree_on, rank, sum_over_processes, world_size
 from tcopilot.run_directory import RunDirectory
 from tcopilot.training.callbacks import FlopCount
 
@@ -44,6 +45,7 @@ GRID = ((0.5, 1), (1, 1), (2, 1), (4, 1), (2, 0.5))
 MODEL_WIDTHS = ("d_model", "hidden_size")
 WIDTHS = (*MODEL_WIDTHS, "d_kv", "head_dim", "d_ff", "intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim")
 MOST_TIMES = 16  # the given Pilot's width
+ROUNDS_READ = 1000  # at most, to learn how many tokens a round has
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,22 @@ def equal_flops(joint: JointRun) -> Trained:
 
 
 def _rounds_for_equal_flops(joint: JointRun) -> int:
+    """Return how many rounds of the Pilot alone the joint run's FLOPs pay for.
+
+    A trial counts the FLOPs of its few rounds, which may be longer or shorter than most: the batches tell by how much.
+    """
     trial = train_pilot(joint, joint.trial_rounds, count_every=1)
-    return max(1, round(joint.results.train_flops / (trial.train_flops / trial.rounds)))
+    fitting = joint.results.train_flops * trial.rounds / trial.train_flops
+    tokens_R = _tokens_by_round(joint, min(max(round(fitting), trial.rounds), ROUNDS_READ))
+    return max(1, round(fitting * (tokens_R[: trial.rounds].mean() / tokens_R.mean()).item()))
+
+
+def _tokens_by_round(joint: JointRun, rounds: int) -> Tensor:
+    """Return the padded tokens [R] of the first rounds that a Pilot alone is trained for, over all processes."""
+    data = copy.copy(joint.prepared.data)
+    data.rounds, data.held_out = rounds, 0.0
+    tokens = [batch.padded_tokens for batch in data.train_dataloader()]
+    return sum_over_processes(torch.tensor(tokens, dtype=torch.float64))
 
 
 def averaged(joint: JointRun) -> Trained:
