@@ -134,6 +134,23 @@ def test_a_pilot_alone_or_frozen_on_its_export_is_exported_too(bases, tmp_path):
     assert digest(ModelSource(str(tmp_path / "both"), dtype="bfloat16")) == found[1]
 
 
+@torch.no_grad()
+def test_the_first_pass_changes_no_weights_of_a_pilot_in_4_bits(bases, monkeypatch):
+    """On CPUs with AVX512-BF16, as here on any, bitsandbytes would pack them anew and round their scales."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    ours = source_of(bases).load(byte_tokenizer()).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        bases / "llama", dtype=torch.bfloat16, quantization_config=ours.config.quantization_config
+    )
+    assert theirs.model.layers[0].mlp.up_proj.support_avx512bf16_for_cpu
+    fused = fused_class(False).from_pilot(theirs, kind="head").eval()  # a Pilot that somebody else has loaded
+    for pilot in (ours, fused.pilot):
+        before = {name: weight.clone() for name, weight in weights(pilot).items()}
+        pilot(**prompts(pilot))
+        after = weights(pilot)
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
 def perturb_adapters(pilot):
     with torch.no_grad():
         for name, parameter in pilot.named_parameters():
