@@ -11,13 +11,6 @@ from tcopilot.training.callbacks.rng_state import RngState
 from tcopilot.training.callbacks.throughput import Throughput
 
 __all__ = [
-    "CopilotAlarms",
-    "CopilotStop",
-    "ErrorHistograms",
-    "FlopCount",
-    "GracefulStop",
-    "MistakeLogCallback",
-    "RngState",
-    "RoundCheckpoint",
-    "Throughput",
-]
+    "CopilotAlarms", "CopilotStop", "ErrorHistograms", "FlopCount", "GracefulStop", "MistakeLogCallback", "RngState",
+    "RoundCheckpoint", "Throughput",
+]  # fmt: skip
