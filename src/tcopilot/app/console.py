@@ -26,11 +26,7 @@ from tcopilot.training.fit import RecordedData
 
 
 def show_summary(
-    cfg: DictConfig,
-    prepared: Prepared,
-    model: TCopilotModel,
-    params: dict[str, int],
-    memory: Budget | None,
+    cfg: DictConfig, prepared: Prepared, model: TCopilotModel, params: dict[str, int], memory: Budget | None
 ) -> None:
     """Say before training what is trained, what the log keeps and how large it grows, memory, budget and unused keys.
 

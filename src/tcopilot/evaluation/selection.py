@@ -48,12 +48,7 @@ def enough(select_by: str, weights: Sequence[float] | None) -> int:
 
 
 def settle(
-    name: str,
-    weights: Sequence[float] | None,
-    rows: int,
-    select_by: str,
-    own: Mapping[str, float],
-    constant: float,
+    name: str, weights: Sequence[float] | None, rows: int, select_by: str, own: Mapping[str, float], constant: float
 ) -> tuple[str, float | None]:
     """Return the rule for the λ of a benchmark or of `all`, and λ itself if it need not be chosen on rows.
 
