@@ -4,7 +4,7 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, groupby
@@ -80,7 +80,10 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     module = CopilotFit(copilot, pilot, learner, data.updates, objective, own.copilot.own_mistakes)
     best = KeepBest(own.copilot.patience)
     count = FlopCount(min(100, own.copilot.patience * data.updates_per_pass))  # no fit ends before one is counted
-    trainer = make_trainer(_passes(cfg, data), [best, count, *_bars(cfg)], None, data.updates)
+    bars = [callback for callback in make_callbacks(cfg) if isinstance(callback, ProgressBar)]
+    checks = {"val_check_interval": data.updates_per_pass, "limit_val_batches": 1.0 if len(data.validation) else 0}
+    by_pass = OmegaConf.merge(cfg, {"trainer": {**checks, "num_sanity_val_steps": 0}})
+    trainer = make_trainer(by_pass, [best, count, *bars], None, data.updates)
     model = build.fuse(own, prepared, pilot, copilot)
     params = build.parameter_counts(model)
     show_fit(cfg, prepared, params, data)
@@ -132,33 +135,24 @@ def _recorded_at(folder: Path) -> Path:
 def _record(
     recording: Recording, prepared: Prepared, pilot: Any, rows: Sequence[Any], device: torch.device, cfg: DictConfig
 ) -> None:
-    """Record this process's share of the rows by benchmark, since the rows of a benchmark share their shots."""
+    """Record this process's share of the rows by benchmark, since the rows of a benchmark share their shots.
+
+    They come in order of length, and FLOPs are counted in the pass of the middle ones.
+    """
     pilot.to(device)
     size = cfg.pilot.micro_batch_size or cfg.data.eval_batch_size
     with progress("Recording", len(rows)) as bar:
         for _, members in groupby(rows, key=lambda row: row["benchmark"]):
-            _record_alike(recording, list(members), pilot, prepared.data.collate, size, bar)
-
-
-def _record_alike(
-    recording: Recording, rows: list[Any], pilot: Any, collate: Any, size: int, bar: Callable[[int], None]
-) -> None:
-    """Record rows of one benchmark, in order of length; FLOPs are counted in the pass of the middle ones."""
-    first = max(0, (len(rows) - size) // 2)
-    middle, rest = rows[first : first + size], rows[:first] + rows[first + size :]
-    with FlopCounter() as counter:
-        recording.add(middle, pilot, collate, size, bar, flops=lambda: counter.flops / len(middle))
-    recording.add(rest, pilot, collate, size, bar, flops=lambda: counter.flops / len(middle))
-
-
-def _passes(cfg: DictConfig, data: RecordedData) -> DictConfig:
-    """The config with a validation after each pass."""
-    judged = {"val_check_interval": data.updates_per_pass, "limit_val_batches": 1.0 if len(data.validation) else 0}
-    return OmegaConf.merge(cfg, {"trainer": {**judged, "num_sanity_val_steps": 0}})
-
-
-def _bars(cfg: DictConfig) -> list[Any]:
-    return [callback for callback in make_callbacks(cfg) if isinstance(callback, ProgressBar)]
+            alike, counter = list(members), FlopCounter()
+            first = max(0, (len(alike) - size) // 2)
+            middle, rest = alike[first : first + size], alike[:first] + alike[first + size :]
+            add = partial(
+                recording.add, pilot=pilot, collate=prepared.data.collate, batch_size=size, done=bar,
+                flops=lambda counter=counter, middle=middle: counter.flops / len(middle),
+            )  # fmt: skip
+            with counter:
+                add(middle)
+            add(rest)
 
 
 @contextmanager
