@@ -233,7 +233,9 @@ def fuse(cfg: DictConfig, prepared: Prepared, pilot: PreTrainedModel, copilot: B
     """Put both models together, with the config's fusion rule."""
     fusion: dict[str, Any] = {}
     if copilot is not None:
-        fusion = {"fusion": fusion_rule(cfg.fusion), "feedback": cfg.fusion.feedback, "weight": training_weight(cfg)}
+        weight = cfg.fusion.weight  # validation reports the fused likelihood at 1, or at the only λ given
+        weight = float(weight) if isinstance(weight, int | float) else 1.0
+        fusion = {"fusion": fusion_rule(cfg.fusion), "feedback": cfg.fusion.feedback, "weight": weight}
     rows = {"split_seed": prepared.data.split_seed}  # so that later runs on the export use the same split
     config = TCopilotConfig(pilot.config, None if copilot is None else copilot.config, **fusion, **rows)
     return fused_class(prepared.pilot.is_encoder_decoder)(config, pilot, copilot)
@@ -263,12 +265,6 @@ def _copilot_alone(settings: dict[str, Any], weights: Path) -> BaseCopilot:
     copilot = empty_copilot(settings)
     copilot.load_state_dict(load_file(weights))
     return copilot
-
-
-def training_weight(cfg: DictConfig) -> float:
-    """λ at which validation reports the fused likelihood while training runs: 1, or the only value given."""
-    weight = cfg.fusion.weight
-    return float(weight) if isinstance(weight, int | float) else 1.0
 
 
 def evaluation_weights(weight: Any) -> list[float] | None:
