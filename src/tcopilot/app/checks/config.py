@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -186,21 +187,17 @@ def _settings(cfg: DictConfig, sections: Sequence[str] = ()) -> Iterator[str]:
     for key, node, rules in groups:
         if key in COMPLETE and (key != "copilot" or node.get("enabled")):
             yield from (_deleted(f"{key}.{name}") for name in rules if name not in node)
-    wrong: set[str] = set()
-    for refers in (False, True):
-        for key, node, rules in groups:
-            for name, rule in rules.items() if isinstance(node, DictConfig) else ():
-                if (
-                    rule is ANY
-                    or name not in node
-                    or OmegaConf.is_interpolation(node, name) != refers
-                    or rule.allows(node[name])
-                ):
-                    continue
-                message = rule.message(node[name])
-                if not (refers and message in wrong):
-                    yield f"{key}.{name}={message}" if key else f"{name}={message}"
-                wrong.add(message)
+    wrong = [
+        (OmegaConf.is_interpolation(node, name), f"{key}.{name}" if key else name, rule.message(node[name]))
+        for key, node, rules in groups
+        for name, rule in (rules.items() if isinstance(node, DictConfig) else ())
+        if rule is not ANY and name in node and not rule.allows(node[name])
+    ]
+    said: set[str] = set()
+    for refers, key, message in sorted(wrong, key=itemgetter(0)):
+        if not (refers and message in said):
+            yield f"{key}={message}"
+        said.add(message)
 
 
 def _rules(cfg: DictConfig) -> Mapping[str, Mapping[str, Rule]]:
