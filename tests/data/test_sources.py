@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from tcopilot.data import DataError, ExactMatch
-from tcopilot.data.sources import HubError, as_stream, mixture, open_split
+from tcopilot.data.sources import HubError, mixture, open_split
 
 BENCHMARK = ExactMatch(name="mine", hub="someone/mine", splits={"train": "train", "test": "validation"})
 ROW = '{"prompt": "a", "target": "b"}\n'
@@ -173,7 +173,7 @@ def parts(streaming: bool):
     sizes = {"a": 400, "b": 50}
     rows = [[{"name": name} for _ in range(size)] for name, size in sizes.items()]
     if streaming:
-        return [as_stream(lambda part=part: iter(part)) for part in rows]
+        return [datasets.IterableDataset.from_generator(lambda part=part: iter(part)) for part in rows]
     return [datasets.Dataset.from_list(part) for part in rows]
 
 

@@ -78,17 +78,9 @@ class Batch:
         for start in range(0, len(self), rows):
             part = slice(start, start + rows)
             source, target = self.source_mask_BM[part].any(0), self.target_mask_BN[part].any(0)
-            parts.append(
-                Batch(
-                    self.source_ids_BM[part, source],
-                    self.source_mask_BM[part, source],
-                    self.target_ids_BN[part, target],
-                    self.target_mask_BN[part, target],
-                    self.ids_B[part],
-                    self.benchmark_B[part],
-                    self.prefix,
-                )
-            )
+            prompts = self.source_ids_BM[part, source], self.source_mask_BM[part, source]
+            targets = self.target_ids_BN[part, target], self.target_mask_BN[part, target]
+            parts.append(Batch(*prompts, *targets, self.ids_B[part], self.benchmark_B[part], self.prefix))
         return parts
 
     def _map(self, change: Callable[[Any], Any]) -> "Batch":
@@ -102,6 +94,7 @@ class PromptTargetCollator:
     """Pad prompts on ``source_side`` and targets on the right.
 
     Decoder-only Pilots need ``"left"``, so that each target follows its prompt directly; encoder-decoders ``"right"``.
+    With ``halves`` the batch holds the first half of the rows, and its ``held_out`` the second half.
 
     >>> rows = [
     ...     {"source_ids": [5, 6, 7], "target_ids": [8, 1], "id": 40, "benchmark": 0},
@@ -121,6 +114,7 @@ class PromptTargetCollator:
 
     pad_token_id: int
     source_side: Side
+    halves: bool = False
 
     def __post_init__(self) -> None:
         if self.source_side not in ("left", "right"):
@@ -128,6 +122,9 @@ class PromptTargetCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Collate rows that have ``source_ids``, ``target_ids``, ``id`` and ``benchmark``; other keys are ignored."""
+        if self.halves:
+            half, collate = len(rows) // 2, replace(self, halves=False)
+            return replace(collate(rows[:half]), held_out=collate(rows[half:]))
         source_ids_BM, source_mask_BM = self._pad([row["source_ids"] for row in rows], self.source_side)
         target_ids_BN, target_mask_BN = self._pad([row["target_ids"] for row in rows], "right")
         shared = common_prefix([row["source_ids"] for row in rows]) if self.source_side == "left" else 0
@@ -162,15 +159,3 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     first, last = min(prompts), max(prompts)  # in lexicographic order; a prefix of both is a prefix of all
     longest = min(map(len, prompts)) - 1
     return next((place for place in range(longest) if first[place] != last[place]), longest)
-
-
-@dataclass(frozen=True)
-class HeldOutCollator:
-    """Make a :class:`Batch` from the first half of the rows and its ``held_out`` from the second half."""
-
-    collate: PromptTargetCollator
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
-        """Collate rows of which the first half is trained on and the second half, equally many, is held out."""
-        half = len(rows) // 2
-        return replace(self.collate(rows[:half]), held_out=self.collate(rows[half:]))

@@ -16,12 +16,12 @@ from lightning import LightningDataModule
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from tcopilot.data.batch import HeldOutCollator, PromptTargetCollator, Side
+from tcopilot.data.batch import PromptTargetCollator, Side
 from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError
 from tcopilot.data.prepare import SHOWN, Overflow, RowPreparer, StreamedRows, shortened
 from tcopilot.data.samplers import HeldOutSampler, RoundSampler, StreamRounds, rank_batches
 from tcopilot.data.shots import NumberedRow
-from tcopilot.data.sources import as_stream, mixture
+from tcopilot.data.sources import mixture
 from tcopilot.data.splits import Split, SplitReader
 from tcopilot.data.summary import Figures, judge, measure
 from tcopilot.settings import FLAG, POSITIVE, SEED, Rule, is_number, problems, whole
@@ -170,7 +170,7 @@ class TCopilotDataModule(LightningDataModule):
                     streamed = RowPreparer(*fixed)
                     streamed.reserved, streamed.shots = preparer.reserved, preparer.shots
                     self._streams[f"{name}/{split}"] = StreamedRows(streamed, shared, place, skips)
-                    train.append(as_stream(self._streams[f"{name}/{split}"]))
+                    train.append(datasets.IterableDataset.from_generator(self._streams[f"{name}/{split}"]))
                     continue
                 prepare = partial(preparer, *shared)
                 refused: list[str] = []
@@ -262,7 +262,7 @@ class TCopilotDataModule(LightningDataModule):
                 short = "data.held_out=%s holds out %d rows, fewer than a batch of %d; a round repeats some: raise it"
                 log.warning(short, self.held_out, len(held_out), self.batch_size)
             order = HeldOutSampler((kept, order), (held_out, order_of(held_out)))
-            shared["collate_fn"] = HeldOutCollator(self.collate)
+            shared["collate_fn"] = replace(self.collate, halves=True)
         return StatefulDataLoader(self._train, batch_sampler=order, num_workers=self.num_workers, **shared)
 
     def val_dataloader(self) -> StatefulDataLoader:

@@ -1,7 +1,7 @@
 """The sources of rows (a built-in task, files, or the Hugging Face Hub) and the mixture of several benchmarks."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -119,11 +119,6 @@ def mixture(parts: Sequence[Stream], weights: Sequence[float] | None = None, see
                 f"{draws:.0e} draws. Raise its weight, or leave the benchmark out."
             )
     return datasets.interleave_datasets(list(parts), shares, seed=seed, stopping_strategy="all_exhausted")
-
-
-def as_stream(rows: Callable[[], Iterator[dict[str, Any]]]) -> datasets.IterableDataset:
-    """Make a streaming data set from a function that starts a new pass over its rows at each call."""
-    return datasets.IterableDataset.from_generator(rows)
 
 
 def _named_rows(benchmark: Benchmark, split: str, place: Path, training: bool) -> FileRows | Part | None:
