@@ -1,9 +1,12 @@
 """What a trace says of target positions agrees with the models, in every family."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from family_models import EVERY_FAMILY
 
+from tcopilot.data.batch import PromptTargetCollator
 from tcopilot.evaluation.trace import CANDIDATES, positions, trace_targets
 from tcopilot.functional import token_errors
 from tcopilot.models.gates import build_gate
@@ -50,6 +53,21 @@ def test_the_lens_follows_own_feedback_token_by_token(fused, make_batch, family)
     torch.testing.assert_close(trace.copilot_lens[-1][0], own_BNV.amax(-1), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(own_BNV[:, 0], observed_BNV[:, 0], atol=1e-5, rtol=1e-4)  # nothing was fed back yet
     assert not torch.allclose(own_BNV[:, 1:], observed_BNV[:, 1:], atol=1e-3)
+
+
+def test_rows_that_begin_alike_have_every_lens(fused):
+    """A batch whose prompts share 32 tokens or more, such as shots, is marked as sharing a prefix."""
+    model = fused("llama")
+    rows = [
+        {"source_ids": [*range(3, 43), *[5 + row] * (1 + row)], "target_ids": [9, 8, 7], "id": row, "benchmark": 0}
+        for row in range(3)
+    ]
+    batch = PromptTargetCollator(0, "left")(rows)
+    assert batch.prefix == 40
+    found, expected = trace_targets(model, batch), trace_targets(model, replace(batch, prefix=0))
+    for lens, wanted in zip(found.pilot_lens, expected.pilot_lens, strict=True):
+        torch.testing.assert_close(lens, wanted, atol=1e-4, rtol=1e-4)
+    assert [len(row) for row in positions(found, batch, str)] == [3, 3, 3]
 
 
 def test_positions_are_those_of_the_models(fused, make_batch):

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -206,8 +206,8 @@ def trace_targets(model: TCopilotModel, batch: Batch, others: Sequence[str] = ()
     kinds of feedback for which f^C is computed.
     """
     copilot, decoder = model.copilot, model.pilot.get_decoder()
-    with families.layer_outputs(decoder) as pilot_layers:
-        states = trace_pilot(model.pilot, batch, copilot.pooler)
+    with families.layer_outputs(decoder) as pilot_layers:  # of whole texts, so a common prefix is not read apart
+        states = trace_pilot(model.pilot, replace(batch, prefix=0), copilot.pooler)
     log_probs_BNV = torch.log_softmax(states.logits_BNV.float(), dim=-1)
     corrections: dict[str, Tensor] = {}
     copilot_layers: list[Tensor] = []
