@@ -44,13 +44,6 @@ def test_what_autograd_keeps_for_the_backward_pass_counts():
         assert memory.live == MIB  # the gradient
 
 
-def test_kinds_are_told_apart_at_the_peak():
-    with LiveMemory(lambda tensor: "wide" if tensor.shape[-1] > 10 else "narrow") as memory:
-        kept = torch.zeros(2, 100), torch.zeros(2, 10)
-        assert memory.at_peak == {"wide": 800, "narrow": 80}
-        assert len(kept) == 2
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", LLAMA_FIRST)
 def test_the_byte_limit_of_the_log_bounds_the_memory_that_it_takes_in_training(family):

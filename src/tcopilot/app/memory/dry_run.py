@@ -6,7 +6,7 @@ There are no formulas, so the measure follows whatever models, losses and optimi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,15 +56,8 @@ class Footprint:
     parameters: int  # of both models, buffers included
     gradients: int  # of all that is trained
     optimizer: int  # state of both optimisers
-    logits: int  # tensors over the vocabulary at the peak of training, those of the records drawn included
     training: int  # the peak of training
-    caches: int  # keys and values of both models for the longest answer, with what else a step carries
     decoding: int  # the peak of decoding, parameters included
-
-    @property
-    def activations(self) -> int:
-        """The rest of training's peak: activations, and gradients as far as they have come."""
-        return max(0, self.training - self.parameters - self.optimizer - self.logits)
 
 
 def measure(
@@ -87,37 +80,30 @@ def measure(
         tied: whether input and output embeddings are one, which tensors without values cannot tell.
         shards: processes that the Pilot is divided among while it is trained.
     """
+    if log is not None:
+        log = _FullLog(1, storage=copy.deepcopy(log.storage), dtype=log.dtype)
     with _ShapesOnly(tied), torch.device("meta"):
         module = make()
-    with FakeTensorMode(), _ShapesOnly(tied, module.model.pilot.config.vocab_size) as memory:
+    with FakeTensorMode(), _ShapesOnly(tied) as memory:
         _take_off_meta(module)
-        parameters = memory.live
-        gradients = sum(p.nbytes for p in module.parameters() if p.requires_grad)
-        trainer, held = _fit(module, load, log, precision, on_gpu, memory)
-        training, logits = memory.peak - held, memory.at_peak["logits"]
-        optimizer = _state_bytes(trainer.optimizers)
-        decoding, caches = _decoding(module.model, load, memory) if load.answer else (0, 0)
-        weights, trained, states = _of_others(module, trainer, shards)
+        parameters, trained = memory.live, [p for p in module.parameters() if p.requires_grad]
+        trainer = _fit(module, load, log, precision, on_gpu, memory)
+        training = memory.peak - (0 if log is None else log.nbytes)
+        states = {p: _bytes(state.values()) for one in trainer.optimizers for p, state in one.state.items()}
+        decoding = _decoding(module.model, load, memory) if load.answer else 0
+    pilot = module.model.pilot
+    divided = {*pilot.parameters()} - kept_whole(pilot)
+    sizes = _bytes(divided), _bytes(divided.intersection(trained)), sum(states.get(weight, 0) for weight in divided)
+    weights, gradients, state = (size - size // shards for size in sizes)  # what other processes hold
     # Gradients count in full at the peak, since it is not known how many of them exist by then.
     return Footprint(
-        parameters - weights, gradients - trained, optimizer - states, logits, training - weights - states, caches,
+        parameters - weights, _bytes(trained) - gradients, sum(states.values()) - state, training - weights - state,
         parameters + decoding,
     )  # fmt: skip
 
 
-def _of_others(module: TCopilotModule, trainer: Trainer, shards: int) -> list[int]:
-    """Bytes of the Pilot's weights, gradients and optimiser state that other processes hold, if it is divided."""
-    kept = kept_whole(module.model.pilot)
-    weights = [weight for weight in module.model.pilot.parameters() if weight not in kept]
-    optimizers = trainer.optimizers[:1] if module.learners["pilot"] is not None else []
-    trained = (weight.nbytes for weight in weights if weight.requires_grad)
-    held = (sum(weight.nbytes for weight in weights), sum(trained), _state_bytes(optimizers))
-    return [size - size // shards for size in held]
-
-
-def _state_bytes(optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    states = (state for optimizer in optimizers for state in optimizer.state.values())
-    return sum(t.nbytes for state in states for t in state.values() if isinstance(t, Tensor))
+def _bytes(tensors: Iterable[Any]) -> int:
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def _take_off_meta(module: nn.Module) -> None:
@@ -137,8 +123,8 @@ def _take_off_meta(module: nn.Module) -> None:
 class _ShapesOnly(LiveMemory):
     """Counts tensors without values, and returns fixed answers where code asks for a tensor's values."""
 
-    def __init__(self, tied: bool, vocab: int = -1) -> None:
-        super().__init__(lambda tensor: "logits" if tensor.shape[-1:] == (vocab,) else "others")
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
         self._tied = tied
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -165,8 +151,8 @@ class _FullLog(MistakeLog):
 
 def _fit(
     module: TCopilotModule, load: Load, log: MistakeLog | None, precision: str, on_gpu: bool, memory: LiveMemory
-) -> tuple[Trainer, int]:
-    """Train one round and validate; return the bytes of the log too."""
+) -> Trainer:
+    """Train one round and validate."""
     module.steps_per_round = 1  # further steps take less
     module.compile_backend = None  # what torch refuses to compile here it would never compile again
     module.log = module.log_dict = module.on_validation_epoch_end = lambda *_, **__: None  # no figures to report
@@ -187,9 +173,7 @@ def _fit(
         memory.reset_peak()
 
     callbacks: list[Callback] = [LambdaCallback(on_train_start=give_optimizers_state)]
-    if log is not None:
-        log = _FullLog(1, storage=copy.deepcopy(log.storage), dtype=log.dtype)
-        callbacks.append(MistakeLogCallback(log))
+    callbacks += [] if log is None else [MistakeLogCallback(log)]
     with quiet_lightning():
         trainer = Trainer(
             accelerator="cpu", devices=1, precision=precision, callbacks=callbacks, **FIXED, logger=False,
@@ -197,13 +181,9 @@ def _fit(
             enable_progress_bar=False,
         )  # fmt: skip
         # A third micro-batch would take what the second does, which is read while gradients of the first are held.
-        rows = load.rows * min(2, load.parts)
-        trainer.fit(
-            module,
-            DataLoader([_batch(rows, load)], batch_size=None),
-            DataLoader([_batch(load.validation_rows, load)], batch_size=None),
-        )
-    return trainer, 0 if log is None else log.nbytes
+        batches = [_batch(rows, load) for rows in (load.rows * min(2, load.parts), load.validation_rows)]
+        trainer.fit(module, *(DataLoader([batch], batch_size=None) for batch in batches))
+    return trainer
 
 
 def _batch(rows: int, load: Load) -> Batch:
@@ -213,8 +193,8 @@ def _batch(rows: int, load: Load) -> Batch:
 
 
 @torch.no_grad()
-def _decoding(model: TCopilotModel, load: Load, memory: LiveMemory) -> tuple[int, int]:
-    """Return the peak of reading the prompts and of one step, beyond what is held now, and the caches after it.
+def _decoding(model: TCopilotModel, load: Load, memory: LiveMemory) -> int:
+    """Return the peak of reading the prompts and of one step, beyond what is held now.
 
     The step allocates room for later columns. If an answer is longer than that room, the rest of it is read with the
     prompts.
@@ -225,20 +205,20 @@ def _decoding(model: TCopilotModel, load: Load, memory: LiveMemory) -> tuple[int
     prompts = torch.zeros(load.prompts * load.copies, load.source).long()
     known = prompts.new_zeros(len(prompts), max(0, load.answer - LEAST_ROOM))
     token, mask = prompts[:, :1], torch.ones_like(prompts)
-    cached: dict[str, Any] = {"use_cache": True, "copies": load.copies}
     if model.config.is_encoder_decoder:
-        found = model(prompts, mask, decoder_input_ids=torch.cat([token, known], dim=1), **cached)
+        given = {"attention_mask": mask, "decoder_input_ids": torch.cat([token, known], dim=1)}
+        found = model(prompts, **given, use_cache=True, copies=load.copies)
         encoded = found.encoder_last_hidden_state.repeat_interleave(load.copies, dim=0)
-        step: dict[str, Any] = {"decoder_input_ids": token, "encoder_outputs": (encoded,), "attention_mask": mask}
+        step = {"encoder_outputs": (encoded,), "attention_mask": mask, "decoder_input_ids": token}
     else:
         seen = torch.cat([mask, torch.ones_like(known)], dim=1)
-        ids = torch.cat([prompts, known], dim=1)
-        found = model(ids, seen, target_start=prompts.shape[1], logits_to_keep=1, **cached)
+        given = {"attention_mask": seen, "target_start": prompts.shape[1], "logits_to_keep": 1}
+        found = model(torch.cat([prompts, known], dim=1), **given, use_cache=True, copies=load.copies)
         step = {"input_ids": token, "attention_mask": torch.cat([seen, token], dim=1)}
     step["past_key_values"] = found.past_key_values
     del found
     model(**step, use_cache=True)
-    return memory.peak - held, memory.live - held
+    return memory.peak - held
 
 
 def pack_layers(pilot: nn.Module, config: PreTrainedConfig, bits: str, dtype: torch.dtype) -> None:

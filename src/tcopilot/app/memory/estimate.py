@@ -30,8 +30,8 @@ MENDS = {
     "gradients": "train fewer parameters with adapter@pilot.adapter=lora",
     "optimiser": "train fewer parameters with adapter@pilot.adapter=lora",
     "log": "lower mistake_log.log.capacity_rounds or set mistake_log.log.max_bytes",
-    "activations": "lower pilot.micro_batch_size or set pilot.gradient_checkpointing=true",
-    "logits": "lower pilot.micro_batch_size, copilot.batch_size or data.eval_batch_size",
+    "training": "lower pilot.micro_batch_size, copilot.batch_size or data.eval_batch_size, or set "
+    "pilot.gradient_checkpointing=true",
     "decoding": "lower evaluation.batch_size",
 }
 
@@ -46,10 +46,8 @@ class Budget:
     device: str  # `GPU` or `CPU`
 
     def __str__(self) -> str:
-        needed = self.needed
-        parts = self._certain() | {"activations": needed.activations, "logits": needed.logits, "caches": needed.caches}
-        peaks = ", ".join(f"{what} {bytes_text(size)}" for what, size in self._peaks().items())
-        return f"{_listed(parts)}; at its peak {peaks}, of {bytes_text(self.free)} free on the {self.device}"
+        peaks = _listed(self._peaks())
+        return f"{_listed(self._certain())}; at its peak {peaks}, of {bytes_text(self.free)} free on the {self.device}"
 
     def check(self) -> None:
         """Refuse parameters, gradients, optimiser state and log that cannot fit; warn of peaks that may not."""
@@ -58,21 +56,23 @@ class Budget:
             largest = max(certain, key=certain.__getitem__)
             need = f"{_listed(certain)} need {bytes_text(total)} and {free}"
             raise ConfigError([f"{need}; the largest part is {largest}: {MENDS[largest]}"])
-        larger = "activations" if self.needed.activations > self.needed.logits else "logits"
-        for (what, size), part in zip(self._peaks().items(), (larger, "decoding"), strict=True):
+        for what, size in self._peaks().items():
             if size > self.free:
-                log.warning("%s may need %s and %s: %s", what, bytes_text(size), free, MENDS[part])
+                log.warning("%s may need %s and %s: %s", what, bytes_text(size), free, MENDS[what])
+
+    @property
+    def _log_here(self) -> int:
+        return self.log if self.device == "CPU" else 0
 
     def _certain(self) -> dict[str, int]:
         """What every round needs at its end, however many rows it has."""
-        needed = self.needed
-        models = {"parameters": needed.parameters, "gradients": needed.gradients, "optimiser": needed.optimizer}
-        return models | {"log": self.log if self.device == "CPU" else 0}
+        models = {"parameters": self.needed.parameters, "gradients": self.needed.gradients}
+        return models | {"optimiser": self.needed.optimizer, "log": self._log_here}
 
     def _peaks(self) -> dict[str, int]:
         """The peaks of training and of decoding with a full log."""
-        log_here = self._certain()["log"]
-        return {"training": self.needed.training + log_here, "decoding": self.needed.decoding + log_here}
+        peaks = {"training": self.needed.training, "decoding": self.needed.decoding}
+        return {what: size + self._log_here for what, size in peaks.items()}
 
 
 def _listed(parts: dict[str, int]) -> str:

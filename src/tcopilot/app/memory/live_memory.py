@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,16 +18,12 @@ class LiveMemory(TorchDispatchMode):
     returns, nor memory that the allocator keeps for later. Tensors of `FakeTensorMode` count with the bytes that they
     stand for.
 
-    `live` is the number of bytes now, `peak` the largest since the last `reset_peak`, and `at_peak` gives the bytes of
-    each kind at that peak. A tensor's kind is its `label` when its storage is first seen.
+    `live` is the number of bytes now, `peak` the largest since the last `reset_peak`.
     """
 
-    def __init__(self, label: Callable[[Tensor], str] = lambda tensor: "tensors") -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self.at_peak: Counter[str] = Counter()
-        self._label = label
-        self._kinds: Counter[str] = Counter()
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     @classmethod
@@ -39,24 +33,20 @@ class LiveMemory(TorchDispatchMode):
 
     def reset_peak(self) -> None:
         """Look for a new peak from what is live now."""
-        self.peak, self.at_peak = self.live, Counter(self._kinds)
+        self.peak = self.live
 
     def count(self, tensor: Tensor) -> None:
         """Count a tensor that was made before."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self._storages:
-            kind = self._label(tensor)
-            self._storages[key] = weakref.ref(storage, lambda _: self._forget(key, size, kind))
+            self._storages[key] = weakref.ref(storage, lambda _: self._forget(key, size))
             self.live += size
-            self._kinds[kind] += size
-            if self.live > self.peak:
-                self.reset_peak()
+            self.peak = max(self.peak, self.live)
 
-    def _forget(self, key: int, size: int, kind: str) -> None:
+    def _forget(self, key: int, size: int) -> None:
         del self._storages[key]
         self.live -= size
-        self._kinds[kind] -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
