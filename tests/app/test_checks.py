@@ -84,7 +84,7 @@ BAD = {  # overrides, and what the message must say: key, value and the way out
     "Pilot type": (["pilot.dtype=half"], ["pilot.dtype=half", "float32, bfloat16"]),
     "trained in bfloat16": (["pilot.dtype=bfloat16"], ["pilot.dtype=bfloat16", "pilot.dtype=float32", "lora"]),
     "nothing to train": (["pilot.frozen=true", "copilot=none"], ["pilot.frozen=true", "copilot=none"]),
-    "adapters that stay": (["pilot.frozen=true", *LLAMA, *LORA], ["pilot.frozen=true", "adapter@pilot.adapter=none"]),
+    "adapters that stay": (["pilot.frozen=true", *LLAMA, *LORA], ["pilot.frozen=true", "pilot.adapter=null"]),
     "control": (["control=equal_rounds"], ["control=equal_rounds", "null, equal_time"]),
     "control of itself": (["control=equal_time", "copilot=none"], ["control=equal_time", "control=null"]),
     "a frozen Pilot of nobody": (["pilot.frozen=true"], ["pilot.path=null", "pilot.path=<model or export>"]),
@@ -132,7 +132,7 @@ BAD = {  # overrides, and what the message must say: key, value and the way out
     ),
     "adapter of a Copilot that is only a head": (
         [*LLAMA, "copilot=head", "adapter@copilot.adapter=lora"],
-        ["copilot.adapter: a Copilot that is only a head has nothing to adapt; use adapter@copilot.adapter=none"],
+        ["copilot.adapter: a Copilot that is only a head has nothing to adapt; use copilot.adapter=null"],
     ),
     "unsupported donor": (["copilot.path=<mamba>"], ["copilot", "'mamba' is not supported", "from a cache"]),
     "donor of another family": (["copilot.path=<llama>"], ["copilot.path=<llama>", "t5", "same family"]),

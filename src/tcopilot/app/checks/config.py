@@ -317,7 +317,7 @@ def _evaluation(cfg: DictConfig) -> Iterator[str]:
 def _learners(cfg: DictConfig) -> Iterator[str]:
     adapted = bool(cfg.pilot.adapter)
     if cfg.pilot.frozen and adapted:
-        yield "pilot.frozen=true with an adapter: the adapter would never be trained; use adapter@pilot.adapter=none"
+        yield "pilot.frozen=true with an adapter: the adapter would never be trained; use pilot.adapter=null"
     if cfg.pilot.dtype in ("bfloat16", "float16") and not (cfg.pilot.frozen or adapted):
         yield (
             f"pilot.dtype={cfg.pilot.dtype}: weights that are trained must be float32 (trainer.precision=bf16-mixed "

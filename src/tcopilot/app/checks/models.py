@@ -51,7 +51,7 @@ def model_problems(cfg: DictConfig, pilot: ModelSource, donor: ModelSource | Non
             )
         if cfg.copilot.adapter:
             problems.append(
-                "copilot.adapter: a Copilot that is only a head has nothing to adapt; use adapter@copilot.adapter=none"
+                "copilot.adapter: a Copilot that is only a head has nothing to adapt; use copilot.adapter=null"
             )
         return problems
     model = pilot if donor is None else donor
