@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from tcopilot.data.batch import PromptTargetCollator, Side
 from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError
 from tcopilot.data.prepare import SHOWN, Overflow, RowPreparer, StreamedRows, shortened
-from tcopilot.data.samplers import HeldOutSampler, RoundSampler, StreamRounds, rank_batches
+from tcopilot.data.samplers import RoundSampler, StreamRounds, rank_batches
 from tcopilot.data.shots import NumberedRow
 from tcopilot.data.sources import mixture
 from tcopilot.data.splits import Split, SplitReader
@@ -250,18 +250,13 @@ class TCopilotDataModule(LightningDataModule):
             stream = self._train.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
             rounds = StreamRounds(stream, self.batch_size, self.total_rounds, rank, world_size)
             return StatefulDataLoader(rounds, batch_size=None, num_workers=min(self.num_workers, 1), **shared)
-
-        def order_of(rows: np.ndarray) -> RoundSampler:
-            lengths = None if self._lengths is None else self._lengths[rows]
-            return RoundSampler(len(rows), self.batch_size, self.total_rounds, self.seed, lengths, rank, world_size)
-
         kept, held_out = self._divided()
-        order = order_of(kept)
+        pools = [kept, held_out] if len(held_out) else [kept]
+        order = RoundSampler(pools, self.batch_size, self.total_rounds, self.seed, self._lengths, rank, world_size)
         if len(held_out):
             if len(held_out) < self.batch_size:
                 short = "data.held_out=%s holds out %d rows, fewer than a batch of %d; a round repeats some: raise it"
                 log.warning(short, self.held_out, len(held_out), self.batch_size)
-            order = HeldOutSampler((kept, order), (held_out, order_of(held_out)))
             shared["collate_fn"] = replace(self.collate, halves=True)
         return StatefulDataLoader(self._train, batch_sampler=order, num_workers=self.num_workers, **shared)
 

@@ -58,7 +58,8 @@ class RoundSampler(Resumable, Sampler[list[int]]):
     ``lengths`` each run of 50 batches is sorted by length and cut into batches, and then all batches are shuffled.
 
     Args:
-        rows: Number of rows, at least 1.
+        rows: Number of rows, at least 1; or the indices of several pools of rows, each of which gives a batch to every
+            round, one behind the other.
         batch_size: Number of rows in a global batch, over all ranks.
         rounds: Number of batches to yield.
         seed: Seed of the order; equal on all ranks.
@@ -69,7 +70,7 @@ class RoundSampler(Resumable, Sampler[list[int]]):
 
     def __init__(
         self,
-        rows: int,
+        rows: int | Sequence[np.ndarray],
         batch_size: int,
         rounds: int,
         seed: int = 0,
@@ -77,42 +78,32 @@ class RoundSampler(Resumable, Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.rows, self.batch_size, self.rounds, self.seed = rows, batch_size, rounds, seed
+        self.pools = [np.arange(rows)] if isinstance(rows, int) else rows
+        self.batch_size, self.rounds, self.seed = batch_size, rounds, seed
         self.lengths = None if lengths is None else np.asarray(lengths)
         self.part = rank_slice(batch_size, rank, world_size)
 
     def _from(self, start: int) -> Iterator[list[int]]:
-        first, skip = divmod(start, -(-self.rows // self.batch_size))
-        batches = (batch for number in count(first) for batch in self._pass(number))
-        for batch in islice(batches, skip, skip + self.rounds - start):
-            yield batch[self.part].tolist()
+        for parts in islice(
+            zip(*(self._batches(pool, start) for pool in self.pools), strict=True), self.rounds - start
+        ):
+            yield [row for part in parts for row in part[self.part].tolist()]
 
-    def _pass(self, number: int) -> np.ndarray:
+    def _batches(self, pool: np.ndarray, start: int) -> Iterator[np.ndarray]:
+        """Yield the global batches of a pool of rows from a round on, without end."""
+        first, skip = divmod(start, -(-len(pool) // self.batch_size))
+        return islice((batch for number in count(first) for batch in self._pass(pool, number)), skip, None)
+
+    def _pass(self, pool: np.ndarray, number: int) -> np.ndarray:
         """Return the global batches of a pass, [batches, batch_size]."""
         random = np.random.default_rng([self.seed, number])  # by the sum, 0 + 1 and 1 + 0 would coincide
-        batches = -(-self.rows // self.batch_size)
-        order = np.resize(random.permutation(self.rows), batches * self.batch_size)
+        batches = -(-len(pool) // self.batch_size)
+        order = np.resize(random.permutation(pool), batches * self.batch_size)
         if self.lengths is None:
             return order.reshape(batches, self.batch_size)
         runs = np.split(order, range(MEGABATCH * self.batch_size, len(order), MEGABATCH * self.batch_size))
         order = np.concatenate([run[np.argsort(self.lengths[run], kind="stable")] for run in runs])
         return random.permutation(order.reshape(batches, self.batch_size))
-
-
-class HeldOutSampler(Resumable, Sampler[list[int]]):
-    """Yield, for each round, the rows to train on and equally many rows that are held out from training.
-
-    Args:
-        parts: For training and for held-out rows: their row indices, [rows], and a sampler of positions in these.
-    """
-
-    def __init__(self, *parts: tuple[np.ndarray, RoundSampler]) -> None:
-        self.parts, self.rounds = parts, len(parts[0][1])
-
-    def _from(self, start: int) -> Iterator[list[int]]:
-        for chosen in zip(*(sampler._from(start) for _, sampler in self.parts), strict=True):
-            pairs = zip(self.parts, chosen, strict=True)
-            yield [number for (rows, _), places in pairs for number in rows[places].tolist()]
 
 
 class StreamRounds(Resumable, IterableDataset):
