@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from tcopilot.data.metrics import NLL, SHARE, show, show_difference
-from tcopilot.evaluation.results import Results, Row
+from tcopilot.evaluation.results import Results
 from tcopilot.evaluation.significance import p_text
 
 
@@ -65,23 +65,19 @@ def gain_table(results: Results) -> Table:
 
 def weight_table(results: Results) -> Table:
     """Make a table of every metric over λ, with a line per benchmark, split and metric; the selected λ is marked."""
-    curves: dict[tuple[str, str, str], dict[float, Row]] = {}
-    for row in results.rows:
-        curves.setdefault((row.benchmark, row.split, row.metric), {})[row.weight] = row
-    table = Table(
-        *("benchmark", "split", "metric"), title="Metrics over λ", caption=f"λ chosen on {results.selected_on}"
-    )
+    columns = ["benchmark", "split", "metric"]
+    table = Table(*columns, title="Metrics over λ", caption=f"λ chosen on {results.selected_on}")
     weights = sorted({row.weight for row in results.rows})
     for weight in weights:
         chosen = results.selected_weight
         by_name = chosen if isinstance(chosen, Mapping) else {"selected": chosen}
         names = ", ".join(name for name, of_name in by_name.items() if of_name == weight)
         table.add_column(f"λ = {weight:g}" + (f"\n({names})" if names else ""), justify="right")
-    for (benchmark, split, metric), curve in curves.items():
-        unit = next(iter(curve.values())).unit
+    for (benchmark, split, metric, unit), rows in results.table().groupby([*columns, "unit"], sort=False):
+        curve = dict(zip(rows.weight, rows.value, strict=True))
         # The unit is written once per line, because with many λ there is no room for it in every cell.
         named, of_cells = (metric, unit) if unit in ("", SHARE) else (f"{metric}, {unit}", "")
-        cells = [show(curve[weight].value, of_cells) if weight in curve else "" for weight in weights]
+        cells = [show(curve[weight], of_cells) if weight in curve else "" for weight in weights]
         table.add_row(benchmark, split, named, *cells)
     return table
 

@@ -102,23 +102,19 @@ def calibration_plots(trace: Trace) -> Iterator[Plot]:
 
 def correction_plots(trace: Trace) -> Iterator[Plot]:
     """Plot, as in Figure 3, the correction's share of the Pilot's logit range, and the distribution of its size."""
-    shares = [(name, *corrections.share(rows)) for name, rows in trace.rows.items()]
-    errors = [[100 * abs(mean - ends[end]) for _, mean, ends in shares] for end in (0, 1)]
-    bars = Series("share", [], [100 * mean for _, mean, _ in shares], errors)
+    found = [(name, *corrections.share(rows), len(rows)) for name, rows in trace.rows.items()]
+    lines = [(name, mean, *ends, rows) for name, mean, ends, rows in found]
+    shares = pd.DataFrame(lines, columns=["benchmark", "share", "ci95_low", "ci95_high", "rows"])
+    errors = [(100 * (shares[end] - shares.share).abs()).tolist() for end in ("ci95_low", "ci95_high")]
+    bars = Series("share", [], (100 * shares.share).tolist(), errors)
     yield Plot(
         "correction_share", "corrections", "Correction beside the Pilot's logit range (%)",
         "Mean logit shift over max − min of the Pilot's logits, with 95 % intervals over rows.",
-        pd.DataFrame(
-            [(name, mean, *ends, len(trace.rows[name])) for name, mean, ends in shares],
-            columns=["benchmark", "share", "ci95_low", "ci95_high", "rows"],
-        ),
-        drawing.bars([name for name, _, _ in shares], [bars], "share of range (%)"),
+        shares, drawing.bars(list(trace.rows), [bars], "share of range (%)"),
     )  # fmt: skip
-    tokens = (
-        (corrections.domain(name), token) for name, rows in trace.rows.items() for r in rows for token in r["gold"]
-    )
-    shifts = pd.DataFrame([(domain, token["shift"]) for domain, token in tokens], columns=["domain", "shift"])
-    points = corrections.magnitudes(shifts)
+    tokens = ((name, token["shift"]) for name, rows in trace.rows.items() for row in rows for token in row["gold"])
+    shifts = [(corrections.domain(name), shift) for name, shift in tokens]
+    points = corrections.magnitudes(pd.DataFrame(shifts, columns=["domain", "shift"]))
     series = [
         Series(name, some["shift"].tolist(), (100 * some.share_of_tokens).tolist())
         for name, some in points.groupby("domain", sort=False)
