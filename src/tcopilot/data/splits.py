@@ -3,14 +3,14 @@
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from operator import itemgetter
 from pathlib import Path
 from random import Random
 
 from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError
 from tcopilot.data.files import names_files
-from tcopilot.data.shots import NumberedRow, draw_shots
+from tcopilot.data.shots import NumberedRow
 from tcopilot.data.sources import HubError, RowSource, open_split
 
 
@@ -112,14 +112,26 @@ class SplitReader:
         return {"train": Split(train.where, kept), "validation": Split(train.where, held, carved=True)}
 
     def _take_shots(self, train: Split, benchmark: Benchmark) -> dict[str, Split]:
-        """Take shots out of train before it is subsampled: by seeded draws, or the first rows of a stream."""
+        """Take shots out of train before it is subsampled: by seeded draws, or the first rows of a stream.
+
+        Drawn shots differ in their questions. Other rows with these questions are not trained on, because the prompts
+        would contain their answers.
+        """
         if isinstance(rows := train.rows, NumberedRows):
             first, after = rows.start, rows.start + self.shots
             shots, kept = list(NumberedRows(rows.source, first, after)), NumberedRows(rows.source, after)
         else:
             asked = _by_question(benchmark, rows)
             groups = [group for question, group in asked.items() if isinstance(question, str)]
-            shots, kept = draw_shots(rows, groups, self.shots, self.seed)
+            if len(groups) <= self.shots:
+                raise DataError(
+                    f"data.shots={self.shots} needs {self.shots + 1} train rows with different questions, and there "
+                    f"are {len(groups)}; lower it"
+                )
+            chosen, by_number = Random(self.seed).sample(groups, self.shots), dict(rows)
+            taken = set(chain(*chosen))
+            shots = [(group[0], by_number[group[0]]) for group in chosen]
+            kept = [row for row in rows if row[0] not in taken]
         return {"train": Split(train.where, kept), "shots": Split(train.where, shots)}
 
     def _carved_rows(self, rows: int | None) -> int:
