@@ -102,6 +102,7 @@ def quiet_libraries() -> None:
     accept_any_sign()
     transformers_logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # hardware list, tips
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # that a kernel for this CPU is not installed
     for message in (
         ".*does not have many workers.*",  # rows are in memory; a loader process would only copy them
         ".*set_vital.*",  # torchdata 0.11 on torch 2.13
