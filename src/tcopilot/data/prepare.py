@@ -161,7 +161,8 @@ class RowPreparer:
             targets = self._ids([example.target for example in examples.values()])
             if benchmark.templated:
                 whole = self._ids([example.prompt + example.target for example in examples.values()])
-                targets = list(map(_behind, sources, whole, targets))
+                parts = zip(sources, whole, targets, strict=True)  # a target's own tokens where one spans the boundary
+                targets = [both[len(ids) :] if both[: len(ids)] == ids else own for ids, both, own in parts]
             else:
                 sources = map(self._unframed, sources)
             for (number, example), source, target in zip(examples.items(), sources, targets, strict=True):
@@ -319,11 +320,6 @@ class _Empty(DataError):
 
 class _TooLong(DataError):
     """Raised if texts of a row exceed the length limits; one argument for each text."""
-
-
-def _behind(source: list[int], whole: list[int], target: list[int]) -> list[int]:
-    """Return the tokens that follow the prompt in the whole text, or the target's own if one spans the boundary."""
-    return whole[len(source) :] if whole[: len(source)] == source else target
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -207,9 +207,10 @@ def put_between_markers(page: str, tasks: Sequence[TaskEvidence], missing: Seque
     for part in dict.fromkeys(task.part for task in tasks):
         left = [run for run in missing if run.startswith(f"{part.replace(', ', '/')}/")]
         sections[part] = as_markdown([task for task in tasks if task.part == part], left)
-    rows = {row[0]: row for row in map(_cells_of, _between(page, *BRIEF).splitlines()) if len(row) == len(BRIEF_HEAD)}
-    rows = {name: row for name, row in rows.items() if name not in (BRIEF_HEAD[0], "---")}
-    rows |= {row[0]: row for row in map(_brief, tasks)}
+    lines = (line.strip().removeprefix("|").removesuffix("|") for line in _between(page, *BRIEF).splitlines())
+    known = [tuple(cell.strip() for cell in line.split("|")) for line in lines]
+    known = [row for row in known if len(row) == len(BRIEF_HEAD) and row[0] not in (BRIEF_HEAD[0], "---")]
+    rows = {row[0]: row for row in (*known, *map(_brief, tasks))}
     brief = markdown_table(BRIEF_HEAD, rows.values())
     text = "\n\n".join(f"## {part}\n\n{text.strip()}" for part, text in sections.items())
     for (begin, end), new in ((BRIEF, brief), ((BEGIN, END), text)):
@@ -219,10 +220,6 @@ def put_between_markers(page: str, tasks: Sequence[TaskEvidence], missing: Seque
 
 def _between(page: str, begin: str, end: str) -> str:
     return page.partition(begin)[2].partition(end)[0]
-
-
-def _cells_of(line: str) -> tuple[str, ...]:
-    return tuple(cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|"))
 
 
 def _brief(task: TaskEvidence) -> tuple[str, ...]:
