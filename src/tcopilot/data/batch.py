@@ -125,18 +125,13 @@ class PromptTargetCollator:
         if self.halves:
             half, collate = len(rows) // 2, replace(self, halves=False)
             return replace(collate(rows[:half]), held_out=collate(rows[half:]))
-        source_ids_BM, source_mask_BM = self._pad([row["source_ids"] for row in rows], self.source_side)
-        target_ids_BN, target_mask_BN = self._pad([row["target_ids"] for row in rows], "right")
-        shared = common_prefix([row["source_ids"] for row in rows]) if self.source_side == "left" else 0
-        return Batch(
-            source_ids_BM=source_ids_BM,
-            source_mask_BM=source_mask_BM,
-            target_ids_BN=target_ids_BN,
-            target_mask_BN=target_mask_BN,
-            ids_B=torch.tensor([row["id"] for row in rows], dtype=torch.int64),
-            benchmark_B=torch.tensor([row["benchmark"] for row in rows], dtype=torch.int64),
-            prefix=shared if shared >= LEAST_PREFIX else 0,
+        prompts, targets = ([row[key] for row in rows] for key in ("source_ids", "target_ids"))
+        ids_B, benchmark_B = (
+            torch.tensor([row[key] for row in rows], dtype=torch.int64) for key in ("id", "benchmark")
         )
+        shared = common_prefix(prompts) if self.source_side == "left" else 0
+        padded = *self._pad(prompts, self.source_side), *self._pad(targets, "right")
+        return Batch(*padded, ids_B, benchmark_B, prefix=shared if shared >= LEAST_PREFIX else 0)
 
     def _pad(self, sequences: Sequence[Sequence[int]], side: Side) -> tuple[Tensor, Tensor]:
         """Return ids and mask, both [rows, longest]; the mask comes from the lengths."""

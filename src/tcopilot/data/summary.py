@@ -81,13 +81,10 @@ def remarks(part: str, figures: Mapping[str, float], why: Mapping[str, int]) -> 
 
 
 def judge(
-    summary: Mapping[str, Figures],
-    questions: Mapping[str, Sequence[str]],
+    summary: Mapping[str, Figures], questions: Mapping[str, Sequence[str]],
     evaluation: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
-    benchmarks: Mapping[str, Benchmark],
-    tokenizer: PreTrainedTokenizerBase,
-    longest: Mapping[str, int],
-) -> list[str]:
+    benchmarks: Mapping[str, Benchmark], tokenizer: PreTrainedTokenizerBase, longest: Mapping[str, int],
+) -> list[str]:  # fmt: skip
     """Add the figures that depend on all splits, and return remarks about the rows, one sentence each.
 
     Args:

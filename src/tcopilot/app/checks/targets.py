@@ -11,18 +11,16 @@ from typing import Any
 from hydra._internal.utils import _locate
 from omegaconf import DictConfig, OmegaConf
 
-LIBRARY_TARGETS = frozenset(
-    {
-        "bitsandbytes.optim.AdamW8bit",
-        "lightning.Trainer",
-        "lightning.pytorch.callbacks.RichProgressBar",
-        "lightning.pytorch.loggers.CSVLogger",
-        "lightning.pytorch.loggers.TensorBoardLogger",
-        "torch.optim.AdamW",
-        "transformers.get_cosine_with_min_lr_schedule_with_warmup",
-        "transformers.get_scheduler",
-    }
-)
+LIBRARY_TARGETS = {
+    "bitsandbytes.optim.AdamW8bit",
+    "lightning.Trainer",
+    "lightning.pytorch.callbacks.RichProgressBar",
+    "lightning.pytorch.loggers.CSVLogger",
+    "lightning.pytorch.loggers.TensorBoardLogger",
+    "torch.optim.AdamW",
+    "transformers.get_cosine_with_min_lr_schedule_with_warmup",
+    "transformers.get_scheduler",
+}
 """What the configs of this package name beside its own classes; a test holds the list to the configs."""
 
 
