@@ -8,7 +8,7 @@ import pytest
 import torch
 from family_models import perturb, tiny_pilot
 from peft import LoraConfig, inject_adapter_in_model
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaModel, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaModel, Trainer, TrainingArguments
 
 from tcopilot import TCopilotForCausalLM
 from tcopilot.models.modeling import fused_class
@@ -226,6 +226,22 @@ def test_a_prefix_that_both_or_the_pilot_alone_have_read_is_not_read_again(llama
     if weight == 0:
         with pytest.raises(ValueError, match="the Copilot has not read the 5 tokens of this cache"):
             llama(IDS[:, 5:], past_key_values=prefix)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("start", [5, 8])
+def test_a_prefix_in_a_cache_keeps_its_learned_positions(start):
+    shape = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "vocab_size": 56}
+    torch.manual_seed(0)
+    pilot = perturb(AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **shape))).eval()
+    gpt2 = fused_class(False).from_pilot(pilot, layers=2)
+    perturb(gpt2.copilot)
+    mask = torch.ones_like(IDS)
+    mask[1, :3] = 0
+    whole = gpt2(IDS, mask, target_start=10).logits[:, 9:]
+    cache = gpt2(IDS[:, :start], mask[:, :start], target_start=start, use_cache=True).past_key_values
+    cached = gpt2(IDS[:, start:], mask, past_key_values=cache, target_start=10).logits[:, 9 - start :]
+    torch.testing.assert_close(cached, whole, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

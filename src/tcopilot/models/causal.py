@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from tcopilot.models.caches import TCopilotCache, of_pilot
+from tcopilot.models.family_check import embeds_positions
 from tcopilot.models.fused_model import TCopilotModel, beside_logits, cross_entropy, first_of, not_read, repeat
 from tcopilot.models.generation import FusedGenerationMixin
 from tcopilot.models.prefix import can_share, run_after_prefix
@@ -146,16 +147,24 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
     ) -> tuple[CausalLMOutputWithPast, Tensor, Tensor | None]:  # fmt: skip
         """Run both models on a text in which a target begins, or on the part of it that follows a cache."""
         out, embedded_BTP = self._read(prefix, given)
-        if past:
-            before_BTP = self.get_input_embeddings()(cache.ids_BT).to(embedded_BTP)
-            embedded_BTP = torch.cat([before_BTP, embedded_BTP], dim=1)
         mask_BT = given["attention_mask"]
+        if past:
+            before_BTP = self._embedded(cache.ids_BT, None if mask_BT is None else mask_BT[:, :past]).to(embedded_BTP)
+            embedded_BTP = torch.cat([before_BTP, embedded_BTP], dim=1)
         mask_BT = torch.ones_like(embedded_BTP[..., 0]) if mask_BT is None else mask_BT
         read_BNV, known_BK = out.logits[:, -text.count :], tokens[:, text.first - past :]
         states_BNP = self._pooled(out, slice(-text.count, None))
         source = (text.prompts(embedded_BTP), text.prompt_mask(mask_BT))
         known = (text.targets(known_BK), *source, text.targets(states_BNP))
         return out, *self.correct_text(text.targets(read_BNV), *known, cache)
+
+    def _embedded(self, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+        """What the Pilot's first layer reads of a text. Where that includes positions, the Pilot reads it again."""
+        if not embeds_positions(self.pilot.config):
+            return self.get_input_embeddings()(ids_BT)
+        mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
+        given = {"input_ids": ids_BT, "attention_mask": mask_BT, "position_ids": count_positions(mask_BT)}
+        return self.pilot(**given, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states[0]
 
     def _read(self, prefix: int, given: dict[str, Any]) -> tuple[CausalLMOutputWithPast, Tensor | None]:
         """Run the Pilot on texts, reading a common prefix once where possible; also returns the embedded texts."""

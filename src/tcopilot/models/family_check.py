@@ -59,6 +59,11 @@ def embeds_tokens_alone(config: PreTrainedConfig) -> bool:
     return _found_out(_reads_embedding, tiny_config(config))
 
 
+def embeds_positions(config: PreTrainedConfig) -> bool:
+    """Whether its first layer reads more than that embedding times a factor, such as GPT-2's learned positions."""
+    return _found_out(_reads_positions, tiny_config(config))
+
+
 def reads_past_gaps(config: PreTrainedConfig) -> bool:
     """Whether masked columns amid a text leave what a decoder-only Pilot makes of it as it is.
 
@@ -121,6 +126,13 @@ def _first_failure(checks: Checks, trial: TinyModel) -> str | None:
 def _reads_embedding(trial: TinyModel) -> bool:
     read_BTC = trial.model(input_ids=trial.ids_BT, output_hidden_states=True, use_cache=False).hidden_states[0]
     return torch.equal(read_BTC, trial.model.get_input_embeddings()(trial.ids_BT))
+
+
+def _reads_positions(trial: TinyModel) -> bool:
+    read_BTC = trial.model(input_ids=trial.ids_BT, output_hidden_states=True, use_cache=False).hidden_states[0]
+    embedded_BTC = trial.model.get_input_embeddings()(trial.ids_BT)
+    is_alike = read_BTC.shape == embedded_BTC.shape
+    return not (is_alike and torch.cosine_similarity(read_BTC, embedded_BTC, dim=-1).min() > 1 - 1e-3)
 
 
 def _reads_past_gap(trial: TinyModel) -> bool:
