@@ -7,6 +7,11 @@ from tcopilot.models.modeling import TCopilotForCausalLM, TCopilotForSeq2SeqLM
 from tcopilot.version import __version__
 
 __all__ = [
-    "Copilot", "CopilotConfig", "TCopilotCache", "TCopilotConfig", "TCopilotForCausalLM", "TCopilotForSeq2SeqLM",
+    "Copilot",
+    "CopilotConfig",
+    "TCopilotCache",
+    "TCopilotConfig",
+    "TCopilotForCausalLM",
+    "TCopilotForSeq2SeqLM",
     "__version__",
-]  # fmt: skip
+]

@@ -230,9 +230,14 @@ def _add_training(results: Results, cfg: DictConfig, source: RunDirectory) -> No
 
 
 def _run_evaluator(
-    cfg: DictConfig, model: TCopilotModel, prepared: Prepared, run_dir: RunDirectory, weights: list[float] | None,
-    known: float | dict[str, float] | None = None, recording: Recording | None = None,
-) -> Results:  # fmt: skip
+    cfg: DictConfig,
+    model: TCopilotModel,
+    prepared: Prepared,
+    run_dir: RunDirectory,
+    weights: list[float] | None,
+    known: float | dict[str, float] | None = None,
+    recording: Recording | None = None,
+) -> Results:
     decoding = build.decoding(cfg.evaluation)
     where, choice = run_dir.predictions, (cfg.fusion.per, cfg.fusion.select_by)
     if decoding.decoding == "static" and decoding.compile:

@@ -169,9 +169,12 @@ def show(value: float, unit: str, digits: int | None = None) -> str:
 
 
 def show_difference(
-    value: float, unit: str, interval: tuple[float, float] | None = None, digits: int | None = None,
+    value: float,
+    unit: str,
+    interval: tuple[float, float] | None = None,
+    digits: int | None = None,
     named: bool = False,
-) -> str:  # fmt: skip
+) -> str:
     """Write the difference of two values of a metric, with its interval if given, and its unit if ``named``.
 
     >>> show_difference(0.025, "share"), show_difference(-0.1, "nats", (-0.2, 0.0), digits=2)

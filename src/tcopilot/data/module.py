@@ -127,9 +127,13 @@ class TCopilotDataModule(LightningDataModule):
         return None if None in words else list(dict.fromkeys(word for part in words for word in part))
 
     def prepare(
-        self, tokenizer: PreTrainedTokenizerBase, source_side: Side, training: bool = True,
-        max_new_tokens: int | None = None, shots: Mapping[str, list[NumberedRow]] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        source_side: Side,
+        training: bool = True,
+        max_new_tokens: int | None = None,
+        shots: Mapping[str, list[NumberedRow]] | None = None,
+    ) -> None:
         """Load, render, tokenise and check all rows, without a model; a stream's rows are checked as they are read.
 
         Args:

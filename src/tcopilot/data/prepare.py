@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.batch import Side
 from tcopilot.data.benchmarks import Benchmark, DataError, Example
-from tcopilot.data.shots import SEPARATOR, NumberedRow
+from tcopilot.data.shots import SEPARATOR
 from tcopilot.data.summary import COUNTED, Figures
 
 Overflow = Literal["error", "drop", "truncate"]
@@ -79,9 +79,16 @@ class RowPreparer:
             self._end = []
 
     def __call__(
-        self, rows: Iterable[NumberedRow], benchmark: Benchmark, index: int, stride: int, training: bool,
-        report: Report, skip: Report | None = None, note: Report | None = None,
-    ) -> Iterator[dict[str, Any]]:  # fmt: skip
+        self,
+        rows: Iterable[tuple[int, dict[str, Any]]],
+        benchmark: Benchmark,
+        index: int,
+        stride: int,
+        training: bool,
+        report: Report,
+        skip: Report | None = None,
+        note: Report | None = None,
+    ) -> Iterator[dict[str, Any]]:
         """Yield prepared rows.
 
         Their keys are ``source_ids``, ``target_ids``, ``id``, ``benchmark`` and ``length`` (source and target tokens).
@@ -122,7 +129,7 @@ class RowPreparer:
                         yield ids | place | {"length": sum(map(len, fitted))} | texts
 
     def solved(
-        self, rows: Sequence[NumberedRow], benchmark: Benchmark, report: Report
+        self, rows: Sequence[tuple[int, dict[str, Any]]], benchmark: Benchmark, report: Report
     ) -> tuple[list[list[int]], list[str]]:
         """Return the token ids and the question of each shot; a row that cannot serve as a shot is reported.
 
@@ -140,7 +147,7 @@ class RowPreparer:
         return ids, questions
 
     def _tokenised(
-        self, chunk: list[NumberedRow], benchmark: Benchmark, skip: Report
+        self, chunk: list[tuple[int, dict[str, Any]]], benchmark: Benchmark, skip: Report
     ) -> Iterator[tuple[int, Example, list[int], list[int]]]:
         examples: dict[int, Example] = {}
         for number, row in chunk:

@@ -69,9 +69,15 @@ class RoundSampler(Resumable, Sampler[list[int]]):
     """
 
     def __init__(
-        self, rows: int | Sequence[np.ndarray], batch_size: int, rounds: int, seed: int = 0,
-        lengths: Sequence[int] | None = None, rank: int = 0, world_size: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        rows: int | Sequence[np.ndarray],
+        batch_size: int,
+        rounds: int,
+        seed: int = 0,
+        lengths: Sequence[int] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.pools = [np.arange(rows)] if isinstance(rows, int) else rows
         self.batch_size, self.rounds, self.seed = batch_size, rounds, seed
         self.lengths = None if lengths is None else np.asarray(lengths)

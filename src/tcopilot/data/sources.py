@@ -57,9 +57,13 @@ class RowSource:
 
 
 def open_split(
-    benchmark: Benchmark, split: str, path: str | Path | None, streaming: bool = False, check: bool = True,
+    benchmark: Benchmark,
+    split: str,
+    path: str | Path | None,
+    streaming: bool = False,
+    check: bool = True,
     training: bool = True,
-) -> RowSource | None:  # fmt: skip
+) -> RowSource | None:
     """Find the rows of a split; None if it is a missing validation split, or a test split that ``splits`` leaves out.
 
     Local train rows may also be missing if ``training`` is false. A built-in task generates its rows. If ``splits``

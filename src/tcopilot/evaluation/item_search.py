@@ -45,9 +45,14 @@ class Ranking(NamedTuple):
 
 @torch.no_grad()
 def rank_exhaustively(
-    model: TCopilotModel, batch: Batch, trie: ItemTrie, seen: Sequence[Sequence[int]], keep: int,
-    weights: Sequence[float], rows_at_once: int = 256,
-) -> dict[float, Ranking]:  # fmt: skip
+    model: TCopilotModel,
+    batch: Batch,
+    trie: ItemTrie,
+    seen: Sequence[Sequence[int]],
+    keep: int,
+    weights: Sequence[float],
+    rows_at_once: int = 256,
+) -> dict[float, Ranking]:
     """Score every item exactly, at several λ in one pass, since for a given text neither p̂ nor f^C depends on λ.
 
     Each prompt is encoded once. Then the trie is traversed depth first with cached one-token steps, in batches of at
@@ -83,9 +88,15 @@ def rank_exhaustively(
 
 @torch.no_grad()
 def rank_by_beams(
-    model: TCopilotModel, batch: Batch, trie: ItemTrie, seen: Sequence[Sequence[int]], keep: int,
-    weights: Sequence[float], num_beams: int, end_id: int,
-) -> dict[float, Ranking]:  # fmt: skip
+    model: TCopilotModel,
+    batch: Batch,
+    trie: ItemTrie,
+    seen: Sequence[Sequence[int]],
+    keep: int,
+    weights: Sequence[float],
+    num_beams: int,
+    end_id: int,
+) -> dict[float, Ranking]:
     """Search the best items by fused beam search, restricted to items of the catalogue that the user has not seen.
 
     This is `model.generate` with a mask. There is no length penalty, so scores are plain sums, and the search goes on

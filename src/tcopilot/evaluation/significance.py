@@ -217,9 +217,16 @@ def compare(
         ci95 = paired_bootstrap(before, after)
         p_value = mcnemar(fixed, broken) if _is_ternary(difference) else _sign_flip(difference)
     return Comparison(
-        pilot=float(pilot.mean()), fused=float(fused.mean()), difference=float(difference.mean()), ci95=ci95,
-        fixed=fixed, broken=broken, p_value=p_value, n=len(difference), higher_is_better=higher_is_better,
-    )  # fmt: skip
+        pilot=float(pilot.mean()),
+        fused=float(fused.mean()),
+        difference=float(difference.mean()),
+        ci95=ci95,
+        fixed=fixed,
+        broken=broken,
+        p_value=p_value,
+        n=len(difference),
+        higher_is_better=higher_is_better,
+    )
 
 
 def compare_corpus(
@@ -255,9 +262,16 @@ def compare_corpus(
     ]
     extreme = np.abs(exchanged) >= abs(fused - pilot) * (1 - 1e-9)  # tolerate rounding, so that ties count as extreme
     return Comparison(
-        pilot=pilot, fused=fused, difference=fused - pilot, ci95=corpus_bootstrap(step, pairs), fixed=None,
-        broken=None, p_value=(1 + int(extreme.sum())) / (1 + CORPUS_RESAMPLES), n=n, higher_is_better=higher_is_better,
-    )  # fmt: skip
+        pilot=pilot,
+        fused=fused,
+        difference=fused - pilot,
+        ci95=corpus_bootstrap(step, pairs),
+        fixed=None,
+        broken=None,
+        p_value=(1 + int(extreme.sum())) / (1 + CORPUS_RESAMPLES),
+        n=n,
+        higher_is_better=higher_is_better,
+    )
 
 
 def corpus_bootstrap(value: Callable[[Sequence[Any]], float], rows: Sequence[Any]) -> Interval:

@@ -50,9 +50,13 @@ Position = dict[str, Any]
 
 
 def write_trace(
-    evaluator: Evaluator, split: str, run: RunDirectory, limit: int | None, trained: str | Path,
+    evaluator: Evaluator,
+    split: str,
+    run: RunDirectory,
+    limit: int | None,
+    trained: str | Path,
     weights: Mapping[str, float],
-) -> None:  # fmt: skip
+) -> None:
     """Trace rows of every benchmark at its λ in `weights`, and time decoding with and without the Copilot.
 
     At most `limit` rows of each benchmark are traced, spread evenly over the split; None traces all. Older traces in

@@ -77,10 +77,17 @@ class MistakeLog:
     }
 
     def __init__(
-        self, capacity_rounds: int = 128, max_bytes: int | None = None, policy: SamplingPolicy | None = None,
-        storage: Storage | None = None, dtype: torch.dtype | str = torch.float32, seed: int = 0,
-        spill: str | None = None, rows: str = "all", dropout: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        capacity_rounds: int = 128,
+        max_bytes: int | None = None,
+        policy: SamplingPolicy | None = None,
+        storage: Storage | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        seed: int = 0,
+        spill: str | None = None,
+        rows: str = "all",
+        dropout: bool = True,
+    ) -> None:
         given = {"capacity_rounds": capacity_rounds, "max_bytes": max_bytes, "rows": rows, "dropout": dropout}
         require(self.SETTINGS, given, "mistake_log.log")
         self.capacity_rounds, self.max_bytes = capacity_rounds, max_bytes

@@ -72,11 +72,14 @@ def _about(results: Results, pilot: str) -> list[list[str]]:
 
 def _gain(results: Results) -> str:
     head = ["benchmark", "metric", "Pilot", "Pilot + Copilot", "difference [95 %]", "verdict"]
-    rows = []
-    for one in results.gain:
-        pilot, fused = (show(value, one.unit) for value in (one.pilot, one.fused))
-        difference = show_difference(one.difference, one.unit, one.ci95)
-        rows.append((one.benchmark, one.metric, pilot, fused, difference, one.verdict))
+    rows = [
+        [
+            *(one.benchmark, one.metric, show(one.pilot, one.unit), show(one.fused, one.unit)),
+            show_difference(one.difference, one.unit, one.ci95),
+            one.verdict,
+        ]
+        for one in results.gain
+    ]
     return markdown_table(head, rows)
 
 
@@ -84,8 +87,11 @@ def _controls(results: Results) -> str:
     if not results.controls:
         return NO_CONTROL
     head = ["control", "benchmark", "metric", "value", "rounds", "seconds"]
-    rows = []
-    for one in results.controls:
-        cost = f"{one.rounds:,}", f"{one.train_seconds:,.0f}"
-        rows.append((one.name, one.benchmark, one.metric, show(one.value, one.unit), *cost))
+    rows = [
+        [
+            *(one.name, one.benchmark, one.metric, show(one.value, one.unit)),
+            *(f"{one.rounds:,}", f"{one.train_seconds:,.0f}"),
+        ]
+        for one in results.controls
+    ]
     return markdown_table(head, rows)

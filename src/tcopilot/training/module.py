@@ -81,10 +81,18 @@ class TCopilotModule(LightningModule):
     }
 
     def __init__(
-        self, model: TCopilotModel, pilot: Learner | None, copilot: Learner | None, rounds: int,
-        objective: Objective | None = None, micro_batch_size: int | None = None, copilot_batch_size: int = 64,
-        steps_per_round: int = 4, own_feedback: float | tuple[float, float] = 0.0, compile: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: TCopilotModel,
+        pilot: Learner | None,
+        copilot: Learner | None,
+        rounds: int,
+        objective: Objective | None = None,
+        micro_batch_size: int | None = None,
+        copilot_batch_size: int = 64,
+        steps_per_round: int = 4,
+        own_feedback: float | tuple[float, float] = 0.0,
+        compile: str | None = None,
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # frozen pretrained weights are not in the checkpoint

@@ -92,9 +92,12 @@ def set_in_files(cfg: DictConfig, plain: DictConfig | None, given: Iterable[str]
 
 
 def idle_overrides(
-    cfg: DictConfig, read: Collection[str], data: TCopilotDataModule, given: Collection[str],
+    cfg: DictConfig,
+    read: Collection[str],
+    data: TCopilotDataModule,
+    given: Collection[str],
     plain: DictConfig | None = None,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """The settings given for this run, such as `pilot.clip=2`, that change nothing in it.
 
     Args:

@@ -11,6 +11,13 @@ from tcopilot.training.callbacks.rng_state import RngState
 from tcopilot.training.callbacks.throughput import Throughput
 
 __all__ = [
-    "CopilotAlarms", "CopilotStop", "ErrorHistograms", "FlopCount", "GracefulStop", "MistakeLogCallback", "RngState",
-    "RoundCheckpoint", "Throughput",
-]  # fmt: skip
+    "CopilotAlarms",
+    "CopilotStop",
+    "ErrorHistograms",
+    "FlopCount",
+    "GracefulStop",
+    "MistakeLogCallback",
+    "RngState",
+    "RoundCheckpoint",
+    "Throughput",
+]
