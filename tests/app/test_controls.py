@@ -1,6 +1,8 @@
 """Controls: two Pilots really averaged, budgets really equal, ablated Copilots really blind, all beside any run."""
 
+import gc
 import json
+import weakref
 from types import SimpleNamespace
 
 import composed
@@ -20,6 +22,7 @@ from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.copilot import READS
 from tcopilot.models.modeling import fused_class
 from tcopilot.training.error_statistics import correct_targets
+from tcopilot.training.module import TrainingDivergedError
 
 SMALL = [*composed.SMALL, "fusion.weight=[0,1]"]
 NAMES = {
@@ -191,6 +194,45 @@ def test_the_tuned_pilot_is_the_best_of_its_grid_on_validation(processes, last, 
     best = controls.tuned(joint)
     assert trained == [(6, 0.5, 8), (6, 1, 8), (6, 2, 8), (6, 4, 8), last]
     assert (best.model.rate, best.train_seconds, best.train_flops) == (1, 10.0, 50.0)
+
+
+def tuned_with(monkeypatch, train, judged):
+    judged = iter(judged)
+    monkeypatch.setattr(controls, "train_pilot", train)
+    monkeypatch.setattr(controls, "Evaluator", lambda *given: SimpleNamespace(likelihood=lambda split: next(judged)))
+    cfg = OmegaConf.create({"pilot": {"frozen": False}, "data": {"batch_size": 8}})
+    prepared = SimpleNamespace(tokenizer=0, data=0)
+    return controls.tuned(SimpleNamespace(cfg=cfg, results=SimpleNamespace(rounds=6), prepared=prepared))
+
+
+def test_while_pilots_are_tuned_no_more_than_the_best_is_kept(monkeypatch):
+    models = []
+
+    def train(joint, rounds, rate, batch_size):
+        gc.collect()
+        assert sum(model() is not None for model in models) <= 1
+        model = torch.nn.Identity()
+        model.rate = rate
+        models.append(weakref.ref(model))
+        return controls.Trained(model, rounds, 2.0, 10.0)
+
+    assert tuned_with(monkeypatch, train, [0.4, 0.2, 0.3, 0.9, 0.5]).model.rate == 1
+
+
+def test_a_rate_at_which_the_pilot_diverges_is_left_out_of_its_grid(monkeypatch, caplog):
+    highest = 1.5
+
+    def train(joint, rounds, rate, batch_size):
+        if rate > highest:
+            raise TrainingDivergedError("round 3: pilot loss nan")
+        return controls.Trained(SimpleNamespace(rate=rate), rounds, 2.0, 10.0)
+
+    best = tuned_with(monkeypatch, train, [0.2, 0.4])
+    assert (best.model.rate, best.train_seconds, best.train_flops) == (0.5, 4.0, 20.0)
+    assert "lr x 4, batches of 8 is left out: round 3" in caplog.text
+    highest = 0.0
+    with pytest.raises(TrainingDivergedError, match=r"every trial; lower pilot\.optimizer\.lr"):
+        tuned_with(monkeypatch, train, [])
 
 
 def test_the_output_head_is_trained_apart_from_the_embedding():

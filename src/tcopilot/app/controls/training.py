@@ -6,6 +6,7 @@ A further control is a function here, listed in `TRAINED_BY`, and a title for ta
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +38,7 @@ from tcopilot.models.quantization import parameter_count
 from tcopilot.processes import agree_on, rank, sum_over_processes, world_size
 from tcopilot.run_directory import RunDirectory
 from tcopilot.training.callbacks import FlopCount
+from tcopilot.training.module import TrainingDivergedError
 
 log = logging.getLogger(__name__)
 WARM_UP_ROUNDS, TRIAL_ROUNDS = 5, 30  # upper limits
@@ -148,23 +150,30 @@ def output_head(joint: JointRun) -> Trained:
 
 
 def tuned(joint: JointRun) -> Trained:
-    """The Pilot with the best validation likelihood over `GRID`; its cost is that of all trials together.
+    """The Pilot with the best validation likelihood over `GRID`; its cost is that of all that did not diverge.
 
     Each trial has the run's FLOPs if the run's Pilot was frozen, else as many rows as the joint run's rounds had.
     """
     rounds = _rounds_for_equal_flops(joint) if joint.cfg.pilot.frozen else joint.results.rounds
-    found, processes = [], world_size()
+    best, lowest, seconds, flops, processes = None, math.inf, 0.0, [], world_size()
     for rate, share in GRID:
         batch_size = processes * max(1, round(share * joint.cfg.data.batch_size / processes))
-        one = train_pilot(
-            joint, round(rounds * joint.cfg.data.batch_size / batch_size), rate=rate, batch_size=batch_size
-        )
-        judge = Evaluator(one.model, joint.prepared.tokenizer, joint.prepared.data, Path())
-        found.append((judge.likelihood("validation"), one))
-        log.info("lr x %g, batches of %d: validation nll %.4f", rate, batch_size, found[-1][0])
-    _, best = min(found, key=lambda pair: pair[0])
-    flops = [one.train_flops for _, one in found]
-    seconds = sum(one.train_seconds for _, one in found)
+        trial = f"lr x {rate:g}, batches of {batch_size}"
+        try:
+            one = train_pilot(
+                joint, round(rounds * joint.cfg.data.batch_size / batch_size), rate=rate, batch_size=batch_size
+            )
+        except TrainingDivergedError as error:  # too high a rate, which is what the grid is to find out
+            log.warning("%s is left out: %s", trial, error)
+            continue
+        nll = Evaluator(one.model, joint.prepared.tokenizer, joint.prepared.data, Path()).likelihood("validation")
+        log.info("%s: validation nll %.4f", trial, nll)
+        seconds, flops = seconds + one.train_seconds, [*flops, one.train_flops]
+        if nll < lowest:
+            best, lowest = one, nll
+        del one  # memory may hold two models, but not five
+    if best is None:
+        raise TrainingDivergedError("control=tuned: the Pilot alone diverges in every trial; lower pilot.optimizer.lr")
     return replace(best, train_seconds=seconds, train_flops=None if None in flops else sum(flops))
 
 
