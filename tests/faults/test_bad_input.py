@@ -152,6 +152,7 @@ CONFIGS = {
     "log: negative statistics": given("mistake_log.every_n_rounds=-5", says=("every_n_rounds=-5", "at least 1")),
     "unknown objective value": given("+objective.alpha=2", says=("objective", "alpha=2")),
     "objective of nowhere": given("objective._target_=tcopilot.training.objectives.Nope", says=("objective", "Nope")),
+    "objective without its methods": given("objective._target_=torch.nn.Identity", says=("objective", "row_losses")),
     # fusion and evaluation
     "λ is not a number": given("fusion.weight=nan", says=("fusion.weight=nan", "a number, a list")),
     "λ is a flag": given("fusion.weight=true", says=("fusion.weight=True", "a number, a list")),
@@ -656,6 +657,8 @@ EVALUATIONS = {  # options of eval.py; <run> is a finished run
     "run folder is a file": (["run=<run>", "paths.run_dir=<file>"], ("paths.run_dir=<file>", "is a file")),
     "a key that nothing reads": (["run=<run>", "+foo=1"], ("foo=1: nothing reads this key", "leave it out")),
     "a key that is elsewhere": (["run=<run>", "+evaluation.beams=1"], ("evaluation.beams=1", "evaluation.num_beams?")),
+    "a key of the run's data": (["run=<run>", "+data.benchmarks.x.version=2"], ("data.benchmarks={", "data=<name>")),
+    "a key of the run's Pilot": (["run=<run>", "+pilot.dtype=bfloat16"], ("pilot.dtype=bfloat16: nothing reads",)),
     "beams of the run's own decoding": (["run=<run>", "evaluation.num_beams=0"], ("evaluation.num_beams=0",)),
     "unknown key": (["run=<run>", "nope=3"], ("nope", "not in struct")),
     "unknown data": (["run=<run>", "data=nope"], ("data/nope", "gsm8k")),

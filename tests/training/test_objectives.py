@@ -112,6 +112,18 @@ def test_the_chunked_loss_equals_the_naive_one_in_value_and_gradients(
     assert all(grad.abs().max() > 1e-4 for grad in grads)
 
 
+@pytest.mark.parametrize("reduced", [lambda losses: losses, lambda losses: losses.mean()])
+def test_an_objective_must_return_one_loss_for_each_token(case, reduced):
+    class Own(MeanSquaredError):
+        def row_losses(self, corrections_RV, probs_RV, targets_R):
+            return reduced(corrections_RV - token_errors(probs_RV, targets_R))
+
+    with pytest.raises(
+        ValueError, match=r"Own.row_losses returned .* for 12 tokens; return one loss for each, \[12\]"
+    ):
+        objective_sum(Own(), *case("linear"))
+
+
 @pytest.mark.parametrize("rows_per_chunk", [5, 100])
 @pytest.mark.parametrize("padded", [True, False])
 def test_the_importance_of_a_record_multiplies_its_losses(case, monkeypatch, padded, rows_per_chunk):

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from tcopilot import processes
 from tcopilot.app import build, sweep
 from tcopilot.app.build import Prepared
-from tcopilot.app.checks.config import config_problems, refuse_missing, unread_keys
+from tcopilot.app.checks.config import config_problems, refuse_missing, unread_in_evaluation, unread_keys
 from tcopilot.app.checks.groups import given_overrides
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.checks.recordings import evaluates_recording, fits_from_recording
@@ -137,7 +137,8 @@ def _evaluate(cfg: DictConfig) -> float:
     _refuse_another_run(cfg, run_dir)
     trained = build.read_config(source.config, f"run={source}", cfg.trust, run_dir.folder)
     known = _override(trained, cfg, source)
-    if problems := [*unread_keys(cfg), *config_problems(trained, training=False), *trace_problems(cfg, trained)]:
+    unread = [*unread_keys(cfg), *unread_in_evaluation(cfg)]
+    if problems := [*unread, *config_problems(trained, training=False), *trace_problems(cfg, trained)]:
         raise ConfigError(problems)
 
     config, tokenizer = build.read_export(source)

@@ -28,7 +28,7 @@ from tcopilot.processes import barrier, sum_over_processes
 from tcopilot.settings import FLAG, Rule, whole
 from tcopilot.training.chunked_loss import chunked_sum, rows_at_once
 from tcopilot.training.module import Learner
-from tcopilot.training.objectives import CrossEntropy, Objective
+from tcopilot.training.objectives import CrossEntropy, Objective, losses_of_rows
 
 Rows = Sequence[Mapping[str, Any]]
 """Prepared rows."""
@@ -191,7 +191,7 @@ class CopilotFit(LightningModule):
                 counts_T = reached(self._right(batch, hidden_TC, compared)[0], batch.mask_BN)
 
         def row_losses(hidden_tC: Tensor, chunk: slice) -> Tensor:
-            return self.objective.row_losses(*self._compare(batch, hidden_tC, compared, chunk)) * counts_T[chunk]
+            return losses_of_rows(self.objective, *self._compare(batch, hidden_tC, compared, chunk)) * counts_T[chunk]
 
         total = chunked_sum(row_losses, hidden_TC, list(self.copilot.head.parameters()), len(compared[0]))
         tokens = sum_over_processes(counts_T.sum())

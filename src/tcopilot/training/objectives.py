@@ -83,10 +83,25 @@ def objective_sum(objective: Objective, copilot: BaseCopilot, record: MistakeRec
         here = tokens_R[chunk] if padded else chunk  # without padding no row of p̂ is copied
         probs_rV = probs_RV[here]
         corrections_rV = copilot.correct(hidden_rC, safe_log(probs_rV) if copilot.head.reads_pilot else None)
-        return objective.row_losses(corrections_rV, probs_rV, targets_R[here]) * importance_R[here]
+        return losses_of_rows(objective, corrections_rV, probs_rV, targets_R[here]) * importance_R[here]
 
     hidden_RC = hidden_RC[tokens_R] if padded else hidden_RC
     return chunked_sum(row_losses, hidden_RC, list(copilot.head.parameters()), probs_RV.shape[-1])
+
+
+def losses_of_rows(objective: Objective, corrections_RV: Tensor, probs_RV: Tensor, targets_R: Tensor) -> Tensor:
+    """An objective's loss of each token.
+
+    Raises:
+        ValueError: If its class, which may be the user's own, does not return one loss for each.
+    """
+    losses_R = objective.row_losses(corrections_RV, probs_RV, targets_R)
+    if losses_R.shape != targets_R.shape:
+        raise ValueError(
+            f"{type(objective).__name__}.row_losses returned the shape {list(losses_R.shape)} for "
+            f"{len(targets_R)} tokens; return one loss for each, [{len(targets_R)}]"
+        )
+    return losses_R
 
 
 def safe_log(probs: Tensor) -> Tensor:

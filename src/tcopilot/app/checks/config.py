@@ -155,6 +155,14 @@ def unread_keys(cfg: DictConfig) -> Iterator[str]:
     return slips(cfg, known)
 
 
+def unread_in_evaluation(cfg: DictConfig) -> Iterator[str]:
+    """Say which keys `eval.py` does not read, since it takes these settings from the run."""
+    if "_target_" not in cfg.data:
+        for name in set(cfg.data) - {"path"}:
+            yield f"data.{name}={cfg.data[name]}: read only with data=<name>; add the name of such a config"
+    yield from slips(cfg, {"pilot": {"path"}, "copilot": {"path"}})
+
+
 def values_for_groups(cfg: DictConfig) -> Iterator[str]:
     """Say where a value stands in place of a group of keys; nothing else can be judged then."""
     bad: list[str] = []

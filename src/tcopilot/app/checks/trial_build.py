@@ -21,7 +21,7 @@ def trial_problems(cfg: DictConfig) -> list[str]:
     """Parts that cannot be built, or that do not take the values given."""
     problems = [] if cfg.pilot.frozen else _learner_problems("pilot", cfg.pilot)
     if cfg.copilot.enabled:
-        problems += _learner_problems("copilot", cfg.copilot) + _refused("objective", cfg.objective)
+        problems += _learner_problems("copilot", cfg.copilot) + _refused("objective", cfg.objective, _use_objective)
     callbacks = [
         problem for key, node in cfg.callbacks.items() for problem in _refused(f"callbacks.{key}", node, _use_callback)
     ]
@@ -35,6 +35,12 @@ def _learner_problems(key: str, node: DictConfig) -> list[str]:
     return _refused(
         f"{key}.optimizer", node.optimizer, lambda make: made.append(make([nn.Parameter(torch.zeros(1))]))
     ) or _refused(f"{key}.scheduler", node.scheduler, lambda make: make(optimizer=made[0], num_training_steps=100))
+
+
+def _use_objective(made: Any) -> None:
+    for method in ("row_losses", "reduce"):
+        if not callable(getattr(made, method, None)):
+            raise TypeError(f"{type(made).__name__} has no method {method}; see Objective in training/objectives.py")
 
 
 def _use_callback(made: Any) -> None:
