@@ -173,6 +173,12 @@ def test_lenient_accuracy_of_one_benchmark_only_is_not_mixed_into_the_comparison
     assert compared == [("gsm8k", "accuracy"), ("svamp", "accuracy")]
 
 
+def test_a_metric_that_decides_stands_beside_the_accuracy(tmp_path):
+    figures = {("mine", "mcc"): (0.1, 0.3), ("mine", "accuracy"): (0.2, 0.3), ("mine", "macro_f1"): (0.3, 0.3)}
+    (summary,) = summaries_of(write_run(tmp_path, figures))
+    assert [line.metric for line in summary.lines] == ["mcc", "accuracy"]
+
+
 def test_likelihood_scores_have_no_published_figure(tmp_path):
     write_run(tmp_path, {("piqa", "accuracy_sum"): (0.7, 0.8)}, pilot__path="Llama-3.2-1B")
     (summary,) = summaries_of(tmp_path, metric="accuracy_sum")

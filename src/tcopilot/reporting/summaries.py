@@ -91,14 +91,16 @@ class Summary:
 def summarise(group: Group, metric: str | None = None) -> Summary:
     """Summarise a group over its seeds, beside the paper's figures.
 
-    If no metric is given, accuracy and, if available, its lenient variant are shown; else hits and NDCG; else all.
+    If no metric is given, the one that decides is shown with accuracy and, if available, its lenient variant; without
+    these, hits and NDCG; else all.
     """
     seen, known = _observations(group), published.benchmarks()
     shown: dict[str, list[str]] = {}
     for name in sorted(dict.fromkeys(benchmark for benchmark, _ in seen if metric or benchmark != "all"), key=_place):
         metrics = [m for benchmark, m in seen if benchmark == name]
         ranked = sorted((m for m in metrics if rank(m)[0]), key=rank)
-        usual = [m for m in ACCURACIES if m in metrics] or ranked or metrics
+        usual = [m for m in metrics if m in (metrics[0], *ACCURACIES)]
+        usual = usual if set(usual) & set(ACCURACIES) else ranked or metrics
         if chosen := usual if metric is None else [m for m in metrics if m == metric]:
             shown[name] = chosen
     strict, lenient = ({name for name, metrics in shown.items() if kind in metrics} for kind in ACCURACIES)

@@ -126,7 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tcopilot-table", description="One table of many runs, beside the paper's figures."
     )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="a run directory, or any folder above some")
-    parser.add_argument("--metric", help="the metric to show; by default accuracy, or hits and NDCG")
+    parser.add_argument(
+        "--metric", help="the metric to show; by default the one that decides and accuracy, or hits and NDCG"
+    )
     for kind in FORMATS:
         parser.add_argument(
             f"--{kind}", metavar="FILE", help=f"also write {kind}; - is stdout, which then holds nothing else"
