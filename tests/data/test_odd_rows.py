@@ -1,6 +1,7 @@
 """What odd rows become: the right prompt, target and gold, or a message; never something else without a word."""
 
 import json
+from decimal import Decimal
 
 import pytest
 
@@ -15,6 +16,7 @@ from tcopilot.data import (
     byte_tokenizer,
 )
 from tcopilot.data.next_item import MOST_ITEMS, NextItem
+from tcopilot.data.sources import RowSource
 
 TEXT = ExactMatch(name="mine", target=" {target}")
 NUMBER = NumberAnswer(name="mine", prompt="{q}", target=" #### {number}", answer_column="a")
@@ -116,6 +118,7 @@ REFUSED = [  # what cannot be meant, and the message
     (ExactMatch(name="mine", prompt_column="a.b"), {"a": None, "target": "t"}, r"no 'a\.b' in the row"),
     (ExactMatch(name="mine", prompt_column="a.-1"), {"a": ["p"], "target": "t"}, r"no 'a\.-1' in the row"),
     (ExactMatch(name="mine", prompt_column="a.b"), {"a.b": "p", "a": {"b": "q"}, "target": "t"}, "rename one of them"),
+    (ExactMatch(name="mine", prompt_column="a.b"), {"a.c": "p", "target": "t"}, r"no 'a\.b' in the row: found a\.c"),
     (
         NumberAnswer(name="mine", prompt="Q: {q}\nA:", target=" #### {number}", answer_column="a"),
         {"q": "", "a": 3},
@@ -270,3 +273,30 @@ def test_what_a_stream_leaves_out_stands_in_the_summary(workers, tmp_path):
     assert figures["rows"] in (12, 13)  # two passes over the six that can be used, or the first row of a third
     assert figures["skipped"] in (6, 7)
     assert figures["dropped"] in (5, 6)
+
+
+def test_a_column_may_have_a_dot_in_its_name():
+    row = {"question.stem": "p", "target": "t"}
+    benchmark = ExactMatch(name="e", prompt_column="question.stem")
+    assert next(iter(RowSource("here", benchmark, [row]))) == row
+    assert benchmark.render(row)[:2] == ("p", "t")
+    assert ExactMatch(name="e", prompt="{question.stem}?").render(row).prompt == "p?"
+
+
+def test_a_named_column_is_needed_only_where_a_template_has_its_word():
+    benchmark = ExactMatch(name="e", prompt="{question} ({unit})", target=" {reply}")
+    assert benchmark.columns == ["question", "unit", "reply"]
+    assert benchmark.render({"question": "q", "unit": "m", "reply": "r"})[:3] == ("q (m)", " r", "r")
+
+
+def test_a_value_of_another_kind_says_what_to_do():
+    with pytest.raises(DataError, match=r"prompt is Decimal\('0.50'\), expected a text; write it as one in the data"):
+        ExactMatch(name="e").render({"prompt": Decimal("0.50"), "target": "t"})
+
+
+@pytest.mark.parametrize(
+    ("metric", "mend"), [("macro_f1", "{_target_: tcopilot.data.metrics.MacroF1}"), ("nll", "fusion.select_by=nll")]
+)
+def test_the_name_of_another_metric_is_no_name_for_accuracy(metric, mend):
+    with pytest.raises(DataError, match=f"metric='{metric}' would only rename accuracy; write .*{mend}"):
+        ExactMatch(name="e", metric=metric)

@@ -6,6 +6,7 @@ the published evaluation of LLM-Adapters, so that figures can be compared with p
 the last number or the first capital letter anywhere in the text, and may thus find an answer where none was given.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from decimal import Context, Decimal
@@ -55,6 +56,11 @@ def until_end(token_ids: Sequence[int], *end_ids: int) -> list[int]:
 def tidy(text: str) -> str | None:
     """Collapse white space and compose accents, as texts that look alike should be equal; None for a blank text."""
     return normalize("NFC", " ".join(text.split())) or None
+
+
+def is_finite(value: object) -> bool:
+    """Tell whether a value of a row is not NaN or an infinity, which JSON readers accept."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def is_blank(text: str) -> bool:

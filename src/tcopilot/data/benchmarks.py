@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get
 
 from transformers import PreTrainedTokenizerBase
 
-from tcopilot.data.answers import is_blank, tidy
-from tcopilot.data.metrics import Answer, CorpusMetric, Metric
+from tcopilot.data.answers import is_blank, is_finite, tidy
+from tcopilot.data.metrics import NLL, Answer, CorpusMetric, Metric, class_called
 from tcopilot.settings import is_list
 
 Row = Mapping[str, Any]
@@ -256,6 +256,10 @@ class Benchmark(ABC):
         names = [metric.name for metric in self.metrics] if own and _is_of(self.more_metrics, list[Metric]) else []
         if twice := next((name for name in names if names.count(name) > 1), None):
             yield f"{key}: two metrics are called {twice!r}; give one of them another name"
+        if isinstance(self.metric, str) and (usual := class_called(self.metric)):
+            yield f"{key}.metric={self.metric!r} would only rename accuracy; write {key}.metric={{_target_: {usual}}}"
+        if self.metric == NLL.name:
+            yield f"{key}.metric='nll' would only rename accuracy; write fusion.select_by=nll"
         folder = PurePath(self.folder if isinstance(self.folder, str) else "")
         if folder.is_absolute() or ".." in folder.parts:
             yield f"{key}.folder={self.folder!r}: must lie under data.path"
@@ -288,7 +292,7 @@ class Benchmark(ABC):
 
 @dataclass(kw_only=True)
 class ExactMatch(Benchmark):
-    """Compare whole texts, up to white space. Template words: ``prompt`` and ``target``, the two named columns."""
+    """Compare whole texts, up to white space. Template words: ``prompt``, ``target``, each from the column named."""
 
     words: ClassVar[frozenset[str]] = frozenset({"prompt", "target"})
 
@@ -301,12 +305,17 @@ class ExactMatch(Benchmark):
         super().__post_init__()
         if not words_of(self.target):
             raise self._error("target", "{column}, so all answers would be the same text; add one", says=" holds no ")
+        used = {"prompt", "target"} & {*words_of(self.prompt), *words_of(self.target)}
+        self._named = {word: getattr(self, f"{word}_column") for word in used}
 
     def render(self, row: Row) -> Example:
         """Fill the templates with the two columns; the answer is the tidied target."""
-        prompt, target = text_at(row, self.prompt_column), text_at(row, self.target_column)
-        example = self._example(row, "", prompt=prompt, target=target)
+        example = self._example(row, "", **{word: text_at(row, path) for word, path in self._named.items()})
         return example._replace(answer=tidy(example.target) or "")
+
+    def _paths(self) -> Iterable[str]:
+        unused = {self.prompt_column, self.target_column} - {*self._named.values()}
+        return [path for path in super()._paths() if path not in unused]
 
 
 class _Filler(Formatter):
@@ -332,11 +341,6 @@ def words_of(template: str) -> list[str]:
         ValueError: If it is no template.
     """
     return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-
-
-def is_finite(value: Any) -> bool:
-    """Tell whether a value of a row is not NaN or an infinity, which JSON readers accept."""
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _attribute_types(benchmark: type) -> dict[str, Any]:
@@ -365,8 +369,10 @@ def lookup(row: Row, path: str) -> Any:
         DataError: If a part of the path is missing.
     """
     value: Any = row
-    if "." in path and path in row and path.split(".")[0] in row:
-        raise DataError(f"{path!r} is a column, and a key in the column {path.split('.')[0]!r}; rename one of them")
+    if "." in path and path in row:
+        if (first := path.split(".")[0]) in row:
+            raise DataError(f"{path!r} is a column, and a key in the column {first!r}; rename one of them")
+        return row[path]
     for key in path.split("."):
         if isinstance(value, list) and key.isdecimal() and int(key) < len(value):
             value = value[int(key)]
@@ -387,7 +393,8 @@ def text_at(row: Row, path: str) -> str:
     value = lookup(row, path)
     if not isinstance(value, str | int | float) or not is_finite(value):
         key = next(iter(value), 0) if isinstance(value, Mapping) else 0
-        mend = f"; write {path}.{key} for what is in it" if isinstance(value, list | Mapping) else ""
+        mend = "" if value is None else "; write it as one in the data"
+        mend = f"; write {path}.{key} for what is in it" if isinstance(value, list | Mapping) else mend
         mend = " or a finite number" if isinstance(value, float) else mend
         raise DataError(f"{path} is {value!r:.80}, expected a text{mend}")
     return str(value).lower() if isinstance(value, bool) else str(value)

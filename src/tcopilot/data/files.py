@@ -20,7 +20,8 @@ from typing import Any, Self
 import datasets
 import pyarrow as pa
 
-from tcopilot.data.benchmarks import DataError, is_finite
+from tcopilot.data.answers import is_finite
+from tcopilot.data.benchmarks import DataError
 
 Row = dict[str, Any]
 PACKED = (".gz", ".zst", ".bz2", ".lz4")

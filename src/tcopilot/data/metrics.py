@@ -139,6 +139,18 @@ class NDCG(Metric):
         return 1 / log2(answer.rank + 1) if 0 < (answer.rank or 0) <= self.k else 0.0
 
 
+def class_called(name: str) -> str | None:
+    """Return the path of the metric class whose usual name this is, if it is not `Metric` itself.
+
+    >>> class_called("macro_f1"), class_called("accuracy")
+    ('tcopilot.data.metrics.MacroF1', None)
+    """
+    kinds = list(Metric.__subclasses__())
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return next((f"{kind.__module__}.{kind.__qualname__}" for kind in kinds if vars(kind).get("name") == name), None)
+
+
 NLL = Metric("nll", higher_is_better=False, unit="nats")
 """Negative log-likelihood per target token, reported over all benchmarks together."""
 

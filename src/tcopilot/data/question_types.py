@@ -12,7 +12,7 @@ from string import Formatter, ascii_uppercase
 from typing import ClassVar, Literal
 
 from tcopilot.data import answers
-from tcopilot.data.benchmarks import Benchmark, DataError, Example, Row, is_finite, lookup, text_at
+from tcopilot.data.benchmarks import Benchmark, DataError, Example, Row, lookup, text_at
 from tcopilot.data.metrics import Answer, LenientAccuracy, Metric, NoAnswer
 
 
@@ -343,7 +343,7 @@ def _options(row: Row, paths: Sequence[str], count: int | None) -> list[str]:
     for path in paths:
         value = lookup(row, path)
         for option in value if isinstance(value, list | tuple) else [value]:
-            if not isinstance(option, str | int | float) or not is_finite(option):
+            if not isinstance(option, str | int | float) or not answers.is_finite(option):
                 raise DataError(f"{path} is {value!r:.80}, expected a text or a list of texts")
             options.append(text_at({"option": option}, "option").strip())
             if answers.is_blank(options[-1]):

@@ -1,7 +1,7 @@
 """The sources of rows (a built-in task, files, or the Hugging Face Hub) and the mixture of several benchmarks."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,7 +40,7 @@ class RowSource:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         columns, number, complete, problem = self.benchmark.columns, 0, 0, None
         for number, row in enumerate(self.rows, start=1):
-            complete += not (missing := [column for column in columns if column not in row])
+            complete += not (missing := [column for column in columns if not _has(row, column)])
             if missing and not problem:
                 problem = DataError(
                     f"{self.where}: row {number} has no column {', '.join(map(repr, missing))}; it has "
@@ -54,6 +54,11 @@ class RowSource:
             raise problem
         if not number:
             raise DataError(f"{self.where}: no rows. Every split needs at least one.")
+
+
+def _has(row: Mapping[str, Any], column: str) -> bool:
+    """Tell whether a row has a column, or columns such as ``question.stem`` in place of ``question``."""
+    return column in row or any(name.startswith(f"{column}.") for name in row)
 
 
 def open_split(
