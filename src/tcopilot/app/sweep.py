@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -218,15 +217,20 @@ def _isolated() -> Iterator[None]:
     gc.collect()  # here, not at the end: while a failed job is cleaned up its error still holds its models
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    environment = dict(os.environ)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    python, numpy = random.getstate(), np.random.get_state()
-    with warnings.catch_warnings(), patch.dict(os.environ), torch.random.fork_rng(devices=[]):  # a run seeds CUDA's
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # each run seeds CUDA's
+    with warnings.catch_warnings():
         try:
             yield
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+            torch.set_rng_state(cpu)
             torch.use_deterministic_algorithms(deterministic)
+            for name in set(os.environ) - set(environment):
+                del os.environ[name]
+            os.environ.update(environment)
 
 
 def _make_own(node: DictConfig) -> None:
