@@ -123,6 +123,15 @@ def test_accumulated_gradients_are_those_of_one_batch(tmp_path):
     assert found[0]["grad_norm"] == pytest.approx(found[1]["grad_norm"], rel=1e-3)
 
 
+def test_a_trainer_evaluates_the_loss(model, tmp_path):
+    rows = [{"input_ids": row, "labels": row.masked_fill(torch.arange(12) < 4, -100)} for row in IDS]
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    found = Trainer(model, arguments, eval_dataset=rows).evaluate()
+    with torch.no_grad():
+        expected = model(input_ids=IDS, labels=torch.stack([row["labels"] for row in rows])).loss.item()
+    assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def given_to(model, ids=IDS):
     return (
         {"input_ids": ids, "decoder_input_ids": ids[:, :6]} if model.config.is_encoder_decoder else {"input_ids": ids}

@@ -43,7 +43,7 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
         position_ids: Tensor | None = None, past_key_values: Cache | None = None, inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
         target_start: int | Tensor | None = None, assistant_masks: Tensor | None = None,
-        shift_labels: Tensor | None = None, output_hidden_states: Any = None, output_attentions: bool | None = None,
+        output_hidden_states: Any = None, output_attentions: bool | None = None,
         num_items_in_batch: Tensor | int | None = None, weights_B: Tensor | None = None, copies: int = 1,
         prefix: int = 0, output_corrections: bool = False, **kwargs: Any,
     ) -> CausalLMOutputWithPast:  # fmt: skip
@@ -66,7 +66,6 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
             target_start: M, the column of the first target in the whole text, or one for each row [B]. With a
                 cache, a column beyond the text means that the prompt is not complete yet.
             assistant_masks: [B, M + K], 1 where a token is the assistant's, as chat templates return it.
-            shift_labels: labels already moved to the positions that predict them; used in place of `labels`.
             output_hidden_states: also return the Pilot's hidden states, of all layers or of those with these indices.
             output_attentions: also return the Pilot's attentions.
             num_items_in_batch: divisor of the summed losses; None divides by the number of labels in this batch.
@@ -75,8 +74,10 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
             prefix: number of tokens with which all prompts begin alike; they are read once if `logits_to_keep` asks
                 for later positions only.
             output_corrections: also return log p̂ and f^C; the Copilot then runs at λ = 0 too.
-            **kwargs: further arguments of the Pilot.
+            **kwargs: further arguments of the Pilot, and `shift_labels`: labels already moved to the positions that
+                predict them; used in place of `labels`.
         """
+        shift_labels = kwargs.pop("shift_labels", None)  # as a parameter, `Trainer` would expect it in every batch
         if shift_labels is not None:
             labels = torch.nn.functional.pad(shift_labels, (1, 0), value=IGNORED_LABEL)[:, :-1]
         asked = self._asked(output_hidden_states, output_attentions)
