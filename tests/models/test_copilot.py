@@ -3,12 +3,15 @@ import torch
 from family_models import of_families
 
 from tcopilot import Copilot
+from tcopilot.data.batch import PromptTargetCollator
 from tcopilot.functional import token_errors
 from tcopilot.models.copilot import PATTERNS
 from tcopilot.models.families import input_embeddings
 from tcopilot.models.kinds import empty_copilot
 from tcopilot.models.log_attention import LogAttention
+from tcopilot.models.modeling import fused_class
 from tcopilot.models.states import StatePooler, trace_pilot
+from tcopilot.training.error_statistics import correct_targets
 
 
 @pytest.fixture
@@ -42,6 +45,23 @@ def test_positions_are_the_pilots_where_no_encoder_keeps_the_order(tiny_pilot, f
     assert copilot.config.positions == copilot.config.to_dict()["positions"] == expected
     for given in ("none", "pilot"):
         assert Copilot.from_pilot(pilot, layers=2, positions=given).config.positions == given
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_padding_may_lie_beyond_the_last_learned_position(tiny_pilot, randomise, family):
+    """A long prompt beside a long target: each row fits, and the columns of the batch do not."""
+    pilot, collate = tiny_pilot(family, max_position_embeddings=24), PromptTargetCollator(0, "left")
+    model = fused_class(False).from_pilot(pilot, layers=2)
+    randomise(model.copilot)
+    rows = [
+        {"source_ids": [*range(3, 3 + prompt)], "target_ids": [*range(5, 5 + target)], "id": target, "benchmark": 0}
+        for prompt, target in ((20, 4), (4, 20))
+    ]
+    _, together = correct_targets(model, collate(rows))
+    for row, corrections in zip(rows, together, strict=True):
+        _, alone = correct_targets(model, collate([row]))
+        torch.testing.assert_close(corrections[: alone.shape[1]], alone[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("head", ["linear", "soft"])

@@ -236,7 +236,11 @@ class Copilot(BaseCopilot):
         return self.error_in if self.config.tied else self.unembedding
 
     def _positions(self, positions: Tensor) -> Tensor:
-        return torch.zeros_like(positions) if self.config.positions == "none" else positions
+        if self.config.positions == "none":
+            return torch.zeros_like(positions)
+        learned = None if hasattr(self.body, "rotary_emb") else self.body.config
+        longest = getattr(learned, "max_position_embeddings", None)  # padding behind a target may stand beyond it
+        return positions if longest is None else positions.clamp_max(longest - 1)
 
     def _log_layers(self) -> list[int]:
         depth = len(families.decoder_layers(self.body))
