@@ -647,6 +647,14 @@ def test_a_weight_that_is_no_weight_is_refused(fuse, weight):
         TCopilotConfig(model.pilot.config, weight=weight)
 
 
+@pytest.mark.parametrize(("family", "needed"), [("t5", "AutoModelForSeq2SeqLM"), ("llama", "AutoModelForCausalLM")])
+def test_the_other_auto_class_says_which_one_to_use(fuse, family, needed, tmp_path):
+    fuse(family, fresh=True).save_pretrained(tmp_path)
+    wrong = AutoModelForCausalLM if family == "t5" else AutoModelForSeq2SeqLM
+    with pytest.raises(ValueError, match=rf"this Pilot \({family}\) is .*; load the model with {needed}"):
+        wrong.from_pretrained(tmp_path)
+
+
 def test_unknown_feedback_and_fusion_are_refused(fuse):
     config = fuse("llama", fresh=True).pilot.config
     with pytest.raises(ValueError, match=r"fusion\.feedback=teacher: use one of observed, own"):

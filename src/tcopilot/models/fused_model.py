@@ -36,6 +36,10 @@ class TCopilotModel(FusedPreTrainedModel):
     ):
         super().__init__(config)
         check_pilot(config, pilot)
+        needed = "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
+        if self.auto_class.__name__ != needed:
+            kind = "an encoder-decoder" if config.is_encoder_decoder else "decoder-only"
+            raise ValueError(f"this Pilot ({config.pilot.model_type}) is {kind}; load the model with {needed}")
         self.pilot = self.auto_class.from_config(copy.deepcopy(config.pilot)) if pilot is None else pilot
         if is_quantised(self.pilot):
             config.base = base_of(self.pilot)
