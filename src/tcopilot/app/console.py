@@ -105,6 +105,7 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # that a kernel for this CPU is not installed
     for message in (
         ".*does not have many workers.*",  # rows are in memory; a loader process would only copy them
+        ".*in eval mode at the start of training.*",  # the module says which of its parts train
         ".*set_vital.*",  # torchdata 0.11 on torch 2.13
         ".*treespec.*",  # lightning 2.6 on torch 2.13
         ".*Experiment logs directory.*",  # the run directory also holds config.yaml
