@@ -1,5 +1,6 @@
 """Metrics of one's own, from the benchmark's YAML to the table: an error, where lower is better, and macro-F1."""
 
+import math
 from dataclasses import dataclass
 
 import hydra
@@ -14,6 +15,7 @@ from tcopilot.evaluation.generation import Generation
 from tcopilot.evaluation.outcomes import outcome, read_predictions
 from tcopilot.evaluation.results import Results
 from tcopilot.evaluation.selection import by_metric
+from tcopilot.evaluation.significance import corpus_bootstrap
 from tcopilot.reporting.run_tables import gain_table, weight_table
 
 ROWS = 40
@@ -176,6 +178,15 @@ class Broken(Metric):
 
     def score(self, answer: Answer) -> float:
         return float("nan")
+
+
+def test_a_figure_of_all_rows_that_is_not_finite_names_its_metric():
+    class Undefined(MacroF1):
+        def value(self, scores):
+            return math.nan
+
+    with pytest.raises(ValueError, match=r"Undefined\.value must be a finite number for every sample of the rows"):
+        corpus_bootstrap(Undefined().value, [Answer("a", "a", "a", True)])
 
 
 def test_a_score_that_is_no_finite_number_is_refused_at_the_first_row():

@@ -271,6 +271,15 @@ def test_drawing_from_an_empty_log_says_that_it_is_empty():
         MistakeLog().sample(4)
 
 
+def test_a_policy_that_draws_what_is_not_there_is_named():
+    class Beyond(Fifo):
+        def draw(self, log, records, generator):
+            return torch.full((records,), len(log))
+
+    with pytest.raises(ValueError, match=r"Beyond\.draw returned 8, which is no record of the 8 held; return 0 to 7"):
+        filled("llama", [random_batch("llama", rows=8)], MistakeLog(policy=Beyond()))
+
+
 @pytest.mark.parametrize("capacity", [0, -3])
 def test_a_log_without_room_for_a_round_is_refused(capacity):
     with pytest.raises(ValueError, match=f"capacity_rounds={capacity}"):

@@ -7,10 +7,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from tcopilot import TCopilotForCausalLM
-from tcopilot.models.fusion import FusionRule, LogitFusion, ProbabilityFusion, build_fusion
+from tcopilot.app.checks.config import fusion_rule
+from tcopilot.app.checks.problems import ConfigError
+from tcopilot.functional import fuse_probabilities
+from tcopilot.models.fusion import FusionRule, LogitFusion, ProbabilityFusion, breach, build_fusion
 
 
 class Tempered(FusionRule):
@@ -36,6 +40,40 @@ PATH = f"{Tempered.__module__}.Tempered"
 )
 def test_a_rule_says_what_it_can(rule, closed_form, gates, unit):
     assert (rule.has_closed_form, rule.takes_gates, rule.correction_unit) == (closed_form, gates, unit)
+
+
+class Unfloored(FusionRule):
+    def __call__(self, log_probs_BNV, corrections_BNV, weight):
+        return (log_probs_BNV.exp() + weight * corrections_BNV).log()
+
+
+class Unnormalised(FusionRule):
+    def __call__(self, log_probs_BNV, corrections_BNV, weight):
+        return log_probs_BNV + weight * corrections_BNV
+
+
+class Sharpened(FusionRule):
+    def __call__(self, log_probs_BNV, corrections_BNV, weight):
+        return torch.log_softmax(2 * log_probs_BNV + corrections_BNV, dim=-1)
+
+
+class OfOneToken(FusionRule):
+    def __call__(self, log_probs_BNV, corrections_BNV, weight):
+        return fuse_probabilities(log_probs_BNV, corrections_BNV * (log_probs_BNV[..., 30:31] < -1), weight)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [(Unfloored, "not finite everywhere"), (Unnormalised, "p̃ sums to"), (Sharpened, "does not give log p̂ back")],
+)
+def test_a_rule_of_ones_own_that_gives_no_distribution_is_refused(rule, said):
+    with pytest.raises(ConfigError, match=rf"fusion\.rule\._target_=.*{rule.__name__}: .*{said}"):
+        fusion_rule(OmegaConf.create({"rule": {"_target_": f"{__name__}.{rule.__name__}"}}))
+
+
+@pytest.mark.parametrize("rule", [ProbabilityFusion(), LogitFusion(), Tempered(1.0), OfOneToken()])
+def test_a_rule_that_gives_a_distribution_is_taken(rule):
+    assert breach(rule) is None
 
 
 @pytest.mark.parametrize("rule", [ProbabilityFusion(), LogitFusion(), Tempered(2.0)])

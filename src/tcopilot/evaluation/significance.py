@@ -283,7 +283,8 @@ def corpus_bootstrap(value: Callable[[Sequence[Any]], float], rows: Sequence[Any
     samples = np.random.default_rng(0).integers(len(rows), size=(CORPUS_RESAMPLES, len(rows)))
     figures = np.array([value([rows[place] for place in places]) for places in samples])
     if not np.isfinite(figures).all():
-        raise ValueError("a metric of all rows together must be finite for every sample of the rows, and one was not")
+        name = getattr(value, "__qualname__", "a metric of all rows together")
+        raise ValueError(f"{name} must be a finite number for every sample of the rows, and was not for one of them")
     low, high = np.quantile(figures, [0.025, 0.975])
     return float(low), float(high)
 

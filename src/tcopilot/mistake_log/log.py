@@ -224,6 +224,11 @@ class MistakeLog:
         if not len(held):
             raise ValueError("the Mistake Log is empty: append a round before drawing from it")
         indices = self.policy.draw(held, records, self._generator)
+        if outside := [index for index in indices.tolist() if not 0 <= index < len(held)]:
+            raise ValueError(
+                f"{type(self.policy).__name__}.draw returned {outside[0]}, which is no record of the {len(held)} "
+                f"held; return 0 to {len(held) - 1}"
+            )
         drawn = [self._record(*held.find(index)) for index in indices.tolist()]
         on_host = {name: pad_sequence([one[name] for one in drawn], batch_first=True) for name in drawn[0]}
         tokens_R = on_host["target_mask"].flatten().nonzero().squeeze(-1)

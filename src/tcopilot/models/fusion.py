@@ -136,6 +136,24 @@ def build_fusion(settings: Mapping[str, Any] | None, may_import: bool = False) -
         raise ValueError(f"fusion.rule={dict(settings)}: {error}") from error
 
 
+def breach(rule: FusionRule) -> str | None:
+    """Say where a rule of the user's does on a small example what `FusionRule` forbids; None if it does not."""
+    log_probs_BNV = torch.log_softmax(3 * torch.arange(24.0).sin().view(2, 3, 4), dim=-1)
+    errors_BNV = torch.eye(4)[:3] - log_probs_BNV.exp()
+    weight = min(rule.usual_weight, rule.largest_weight(True))
+    try:
+        fused_BNV, same_BNV = (rule(log_probs_BNV, f_BNV, weight) for f_BNV in (errors_BNV, 0 * errors_BNV))
+    except Exception:  # perhaps the example does not suit it, such as a rule for single tokens
+        return None
+    if not fused_BNV.isfinite().all():
+        return f"at λ = {weight:g} its log p̃ is not finite everywhere; floor p̃ before taking the logarithm"
+    if not torch.allclose(total := fused_BNV.exp().sum(-1), torch.ones(2, 3), atol=1e-3):
+        return f"at λ = {weight:g} its p̃ sums to {total[0, 0]:.3f}, not to 1; return log_softmax of it"
+    if not torch.allclose(same_BNV, log_probs_BNV, atol=1e-3):
+        return "f^C = 0 does not give log p̂ back; make it do so"
+    return None
+
+
 def _is_weight(value: Any) -> bool:
     is_number = isinstance(value, Real | Tensor) and not isinstance(value, bool)
     return is_number and bool(0 <= value <= torch.finfo(torch.float32).max)  # beyond it, p̃ would be computed with ∞

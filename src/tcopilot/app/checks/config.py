@@ -28,7 +28,7 @@ from tcopilot.app.trainer import process_count, trainer_problems
 from tcopilot.evaluation.evaluate import Evaluator
 from tcopilot.evaluation.modes import Decoding
 from tcopilot.models.decoding import FEEDBACKS
-from tcopilot.models.fusion import FusionRule, build_fusion
+from tcopilot.models.fusion import FusionRule, breach, build_fusion
 from tcopilot.models.gates import GATES
 from tcopilot.models.kinds import KINDS, learns, settings_of
 from tcopilot.models.pilot import ModelSource
@@ -102,9 +102,12 @@ def fusion_rule(node: DictConfig) -> FusionRule:
         ])  # fmt: skip
     rule = node.get("rule")
     try:
-        return build_fusion(OmegaConf.to_container(rule, resolve=True) if rule else rule, may_import=True)
+        made = build_fusion(OmegaConf.to_container(rule, resolve=True) if rule else rule, may_import=True)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
+    if not type(made).__module__.startswith("tcopilot.") and (wrong := breach(made)):
+        raise ConfigError([f"fusion.rule._target_={rule._target_}: {wrong}"])
+    return made
 
 
 def refuse_missing(cfg: DictConfig) -> None:
