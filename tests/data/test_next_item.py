@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from tcopilot.data import DataError, TCopilotDataModule, byte_tokenizer
+from tcopilot.data import DataError, TCopilotDataModule, byte_tokenizer, word_tokenizer
 from tcopilot.data.next_item import INDICES, NextItem
 from tcopilot.data.sources import open_split
 
@@ -92,6 +92,15 @@ def test_the_data_module_prepares_it(tmp_path):
     assert module.benchmarks["shop"].catalogue.index(gold["target"]) == 3 - 1
     assert gold["seen"] == (3, 1, 4, 0)
     assert len(next(iter(module.train_dataloader()))) == 2
+
+
+def test_an_end_token_that_the_target_spells_out_is_not_a_part_of_items(tmp_path):
+    data = TCopilotDataModule({"shop": made(target=" {title} {item} <eos> ")}, path=write(tmp_path, USERS))
+    tokenizer = word_tokenizer(["Shop", *(f"item_{number}" for number in range(1, 7))])
+    data.prepare(tokenizer, "left")
+    catalogue, rows = data.benchmarks["shop"].catalogue, data.evaluation_rows("test", "shop")
+    assert all(row["target"] in catalogue for row in rows)
+    assert [row["target_ids"] for row in rows] == [[*tokenizer(row["answer"]).input_ids, 1] for row in rows]
 
 
 def test_a_benchmark_with_rows_survives_pickling():

@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from family_models import perturb, tiny_pilot
@@ -59,6 +60,7 @@ def test_a_text_of_unknown_start_counts_as_target_from_its_second_token_and_says
     torch.testing.assert_close(labelled.loss, expected)
     with pytest.warns(UserWarning, match="target_start"):
         assert torch.equal(found, llama(IDS, use_cache=True).logits)
+    assert torch.equal(found, llama(IDS, target_start=np.int64(1)).logits)
 
 
 @torch.no_grad()
@@ -344,6 +346,17 @@ def test_guidance_embeds_and_positional_settings_decode_as_the_stock_class_would
     torch.testing.assert_close(llama(inputs_embeds=embeds, labels=labels).loss, llama(IDS, labels=labels).loss)
     with pytest.raises(ValueError, match="inputs_embeds does not tell the tokens"):
         llama(inputs_embeds=embeds, target_start=5)
+
+
+@torch.no_grad()
+def test_embeds_need_the_label_of_every_token_of_a_target(llama):
+    embeds, labels = llama.get_input_embeddings()(IDS), IDS.masked_fill(torch.arange(12) < 5, -100)
+    labels[1, :7], labels[2, 10:] = -100, -100
+    torch.testing.assert_close(llama(inputs_embeds=embeds, labels=labels).loss, llama(IDS, labels=labels).loss)
+    labels[0, 7] = -100
+    for given in ({}, {"target_start": 5}):
+        with pytest.raises(ValueError, match="labels hold -100 between targets"):
+            llama(inputs_embeds=embeds, labels=labels, **given)
 
 
 # Models as objects

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from scipy.sparse import csr_array, diags_array
+from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.answers import is_blank, tidy
 from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError, Example, Row, Splits, words_of
@@ -100,6 +101,12 @@ class NextItem(Benchmark):
             places = range(1, len(items) - 2) if split == "train" else [len(items) - HELD_OUT[split]]
             made += [{"user": user, "history": items[:place], "item": items[place]} for place in places]
         return made
+
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Drop end tokens that the target template spells out, since every item gets one."""
+        ends = tuple(tokenizer.all_special_tokens)
+        while (text := self.target.rstrip()).endswith(ends) and not tokenizer.split_special_tokens:
+            self.target = next(text.removesuffix(end) for end in ends if text.endswith(end)).rstrip()
 
     @property
     def catalogue(self) -> Sequence[str]:

@@ -4,6 +4,7 @@ Shapes: B batch, M source length, T columns of the text, N targets, K known targ
 """
 
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
             **kwargs: further arguments of the Pilot, and `shift_labels`: labels already moved to the positions that
                 predict them; used in place of `labels`.
         """
+        if target_start is not None and not isinstance(target_start, Tensor):
+            target_start = index(target_start)  # an integer of numpy's, too
         shift_labels = kwargs.pop("shift_labels", None)  # as a parameter, `Trainer` would expect it in every batch
         if shift_labels is not None:
             labels = torch.nn.functional.pad(shift_labels, (1, 0), value=IGNORED_LABEL)[:, :-1]
@@ -190,6 +193,12 @@ def _loss(fused_BNV: Tensor, labels_BT: Tensor, shift_labels_BT: Tensor | None, 
 def _tokens(embeds_BNP: Tensor, labels_BN: Tensor | None, text: TargetColumns, length: int) -> Tensor:
     """Take the tokens of embedded targets from the labels; the prompt's tokens are not needed."""
     if labels_BN is not None:
+        known_BK = text.targets(labels_BN[:, labels_BN.shape[1] - (length - text.first) :] != IGNORED_LABEL)
+        if (known_BK.diff(dim=1) & known_BK[:, 1:]).any():
+            raise ValueError(
+                f"labels hold {IGNORED_LABEL} between targets, and inputs_embeds does not tell these tokens, which a "
+                f"Copilot reads; give input_ids"
+            )
         return labels_BN.clamp_min(0)
     if text.first < length:
         raise ValueError(
