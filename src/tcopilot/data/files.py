@@ -192,9 +192,13 @@ def _table(file: Path, separator: str) -> Iterator[Row]:
     csv.field_size_limit(10**9)  # characters; the default limit is too small for long documents
     rows = csv.DictReader(io.TextIOWrapper(_bytes_of(file), "utf-8-sig", newline=""), delimiter=separator, strict=True)
     try:
+        columns = rows.fieldnames or [""]
+        if len(columns) == 1 and (other := next((char for char in ",;\t" if char in columns[0]), None)):
+            mend = f"Separate cells by {separator!r}, not {other!r}"
+            raise DataError(f"{file}: its first line names one column, {columns[0]!r}. {mend}.")
         for row in rows:
             if None in row or None in row.values():
-                cells = f"{'more' if None in row else 'fewer'} cells than the {len(rows.fieldnames)} columns"
+                cells = f"{'more' if None in row else 'fewer'} cells than the {len(columns)} columns"
                 raise DataError(f"{file}, line {rows.line_num}: {cells}. Quote cells that hold a {separator!r}.")
             yield row
     except (csv.Error, UnicodeDecodeError) as error:
