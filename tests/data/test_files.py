@@ -56,7 +56,7 @@ def test_a_cell_is_the_text_that_stands_there(tmp_path):
     [
         ("train.csv", "prompt,target\na,b\na,b,c\n", r"train\.csv, line 3: more cells than the 2 columns\. Quote"),
         ("train.csv", "prompt,target\na\n", r"train\.csv, line 2: fewer cells than the 2 columns"),
-        ("train.csv", "prompt;target\na;b\na,c;d\n", r"train\.csv: .* 'prompt;target'\. Separate cells by ',', not ';'"),
+        ("train.csv", "prompt;target\na;b\na,c;d\n", r"train\.csv.* 'prompt;target'\. Separate cells by ',', not ';'"),
         ("train.csv", b"prompt,target\na,caf\xe9\n", r"train\.csv, line \d: 'utf-8' codec.*save the table as UTF-8"),
         ("train.csv", 'prompt,target\na,"b\n', r"train\.csv, line \d: unexpected end of data"),
         ("train.json", "[1]", r"train\.json, item 1: expected an object \{…\}, got 1"),
