@@ -80,7 +80,7 @@ def served(folder: Path) -> Iterator[Asking]:
 
 def export(folder: Path, family: str, template: str | None) -> SimpleNamespace:
     """A fused model whose Copilot changes what it says, with a tokenizer; saved, and as the test's own copy."""
-    cls = {"t5": TCopilotForSeq2SeqLM, "llama": TCopilotForCausalLM}[family]
+    cls = TCopilotForSeq2SeqLM if family == "t5" else TCopilotForCausalLM
     model, tokenizer = cls.from_pilot(tiny_pilot(family, layers=2), weight=2.0), word_tokenizer(WORDS)
     perturb(model.copilot)
     tokenizer.chat_template = template
@@ -178,6 +178,16 @@ def test_a_bad_request_is_refused_with_its_reason(asking):
     with pytest.raises(openai.UnprocessableEntityError, match="lambda"):
         asking.client.chat.completions.create(messages=TALK, **asking.fields, extra_body={"lambda": 1})
     assert asking.said() == before
+
+
+def test_no_position_beyond_the_models_own_is_read(tmp_path):
+    positions = export(tmp_path, "gpt2", template=None).model.config.pilot.max_position_embeddings
+    with served(tmp_path) as asking:
+        unending = {"max_new_tokens": 2 * positions, "min_new_tokens": positions - 9}
+        found = asking.text("w1 " * 10, generation=unending, max_tokens=2 * positions)
+        assert (found.usage.completion_tokens, found.choices[0].finish_reason) == (positions - 9, "length")
+        with pytest.raises(openai.BadRequestError, match=f"has {positions + 1} tokens, .* has {positions} positions"):
+            asking.text("w1 " * (positions + 1))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ The model is an export of this package, and each request may choose its λ (docs
 
 import argparse
 import contextlib
+import re
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -15,8 +16,8 @@ from uuid import uuid4
 import torch
 import transformers
 from jinja2 import TemplateError
-from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tcopilot.app.console import quiet_libraries
 from tcopilot.models.configuration import WANTED, TCopilotConfig
@@ -68,8 +69,14 @@ class RequestModel:
             torch.manual_seed(self.seed)  # here, in the one thread that decodes, and not while another request samples
         if self.weight is not None:
             given["weights_B"] = torch.tensor([self.weight], device=self.model.device)
-        found = self.model.generate(**given)
         is_answer = self.model.config.is_encoder_decoder
+        if (positions := positions_of(self.model.pilot)) is not None:  # beyond them a GPU fails for good
+            prompt, config = given["input_ids"].shape[1], given["generation_config"]
+            if prompt > positions:
+                raise ValueError(f"the prompt has {prompt} tokens, the model has {positions} positions; shorten it")
+            room = positions if is_answer else positions - prompt + 1
+            config.max_new_tokens = config.max_new_tokens and min(config.max_new_tokens, room)
+        found = self.model.generate(**given)
         return torch.cat([given["input_ids"], found[:, 1:]], dim=1) if is_answer else found
 
 
@@ -96,6 +103,12 @@ class ExportHandler:
         if hasattr(config, "weight"):
             raise ValueError("generation_config: weight is a field of the request, beside generation_config")
         return config
+
+
+def positions_of(pilot: PreTrainedModel) -> int | None:
+    """The number of positions of a Pilot that has a vector for each, such as GPT-2 and BART; None for other Pilots."""
+    tables = (name for name, part in pilot.named_modules() if isinstance(part, nn.Embedding))
+    return pilot.config.max_position_embeddings if any(re.search("position|wpe$", name) for name in tables) else None
 
 
 def check_weight_for(model: TCopilotModel, weight: Any) -> None:
