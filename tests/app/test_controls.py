@@ -2,6 +2,7 @@
 
 import gc
 import json
+import signal
 import weakref
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from tcopilot.app.checks.controls import CONTROLS
 from tcopilot.app.controls import training as controls
 from tcopilot.app.controls.averaged import AveragedPilots
 from tcopilot.app.controls.training import widened
+from tcopilot.app.jobs import STOPPED
 from tcopilot.models import families
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.copilot import READS
@@ -176,6 +178,21 @@ def test_all_controls_stand_beside_the_gain_with_what_they_cost(controlled):
     assert cost["twice"]["rounds"] == 2 * found["rounds"] == 2 * cost["output_head"]["rounds"]
     alone = cost["twice"]["train_flops"] / 2
     assert cost["tuned"]["train_flops"] == pytest.approx(len(controls.GRID) * alone, rel=0.1)  # each as long as one
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_during_a_control_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
+    class Stopped(controls.FlopCount):
+        def on_train_batch_start(self, *_):
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(controls, "FlopCount", Stopped)
+        with pytest.raises(SystemExit) as end:
+            composed.train(tmp_path / "run", *SMALL, "control=[twice]")
+    assert end.value.code == STOPPED
+    assert f"go on with: python train.py resume={tmp_path}/run" in capsys.readouterr().err
+    assert composed.results(composed.resume(tmp_path / "run"))["controls"]
 
 
 @pytest.mark.parametrize(("processes", "last"), [(1, (12, 2, 4)), (8, (6, 2, 8))])  # batches divide among them

@@ -239,7 +239,10 @@ def train_pilot(
     cfg.logger = {}
     count = FlopCount(count_every)
     data.rounds, data.seed, data.held_out = rounds, data.seed + cfg.seed - joint.cfg.seed, 0.0
-    make_trainer(cfg, [count], None, rounds).fit(module, datamodule=data)
+    try:
+        make_trainer(cfg, [count], None, rounds).fit(module, datamodule=data)
+    except SystemExit:  # Lightning turns SIGTERM into status 0, and Ctrl-C into 1
+        raise KeyboardInterrupt from None
     model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
     return Trained(model, rounds, round(agree_on(module.seconds["pilot"]), 2), count.total())
 
