@@ -55,6 +55,7 @@ def test_a_cell_is_the_text_that_stands_there(tmp_path):
     ("name", "content", "problem"),
     [
         ("train.csv", "prompt,target\na,b\na,b,c\n", r"train\.csv, line 3: more cells than the 2 columns\. Quote"),
+        ("train.csv", "prompt,target,target\na,b,c\n", r"train\.csv: .* the column 'target' twice"),
         ("train.csv", "prompt,target\na\n", r"train\.csv, line 2: fewer cells than the 2 columns"),
         ("train.csv", "prompt;target\na;b\na,c;d\n", r"train\.csv.* 'prompt;target'\. Separate cells by ',', not ';'"),
         ("train.csv", b"prompt,target\na,caf\xe9\n", r"train\.csv, line \d: 'utf-8' codec.*save the table as UTF-8"),
@@ -100,6 +101,12 @@ def test_a_slice_of_a_split_is_taken_as_often_as_asked(part, kept, tmp_path):
     write(tmp_path / "train.jsonl", LINES)
     source = open_split(ExactMatch(name="mine", splits={"train": f"train{part}"}), "train", tmp_path)
     assert [*source] == [*source] == kept
+
+
+def test_a_slice_beyond_all_rows_is_refused(tmp_path):
+    write(tmp_path / "train.jsonl", LINES)
+    with pytest.raises(DataError, match=r"train\.jsonl\[:150%\]: not a part of some rows .*; give one such as"):
+        rows(tmp_path, train="train[:150%]")
 
 
 def test_two_files_of_a_split_are_refused(tmp_path):

@@ -124,6 +124,15 @@ def test_a_stream_gives_its_first_rows(tmp_path):
     )
 
 
+def test_stored_shots_keep_how_numbers_are_written(tmp_path):
+    (folder_of(tmp_path) / "train.jsonl").write_text('{"prompt": "a", "target": 1.50}\n{"prompt": 2e1, "target": 0}')
+    trained = module(tmp_path, shots=1, validation_size=1)
+    write_shots(trained.shot_rows, tmp_path / "shots.json")
+    known = read_shots(tmp_path / "shots.json")
+    assert known == trained.shot_rows
+    assert sources(module(tmp_path, shots=1, shots_of_run=known), "test") == sources(trained, "test")
+
+
 def test_an_evaluation_without_train_rows_takes_those_of_the_run(tmp_path):
     trained = module(folder_of(tmp_path / "all"))
     alone = folder_of(tmp_path / "test_only", splits=("test",))

@@ -86,7 +86,10 @@ class Part:
 
     def __iter__(self) -> Iterator[Row]:
         count = sum(1 for _ in self.rows) if re.search("[-%]", self.part) else sys.maxsize
-        (bounds,) = datasets.ReadInstruction.from_spec(f"rows{self.part}").to_absolute({"rows": count})
+        try:
+            (bounds,) = datasets.ReadInstruction.from_spec(f"rows{self.part}").to_absolute({"rows": count})
+        except ValueError as error:
+            raise DataError(f"{self}: not a part of some rows ({error}); give one such as [:90%]") from error
         return islice(self.rows, bounds.from_, bounds.to)
 
 
@@ -196,6 +199,8 @@ def _table(file: Path, separator: str) -> Iterator[Row]:
         if len(columns) == 1 and (other := next((char for char in ",;\t" if char in columns[0]), None)):
             mend = f"Separate cells by {separator!r}, not {other!r}"
             raise DataError(f"{file}: its first line names one column, {columns[0]!r}. {mend}.")
+        if twice := next((name for name in columns if columns.count(name) > 1), None):
+            raise DataError(f"{file}: its first line names the column {twice!r} twice. Rename or remove one of them.")
         for row in rows:
             if None in row or None in row.values():
                 cells = f"{'more' if None in row else 'fewer'} cells than the {len(columns)} columns"
