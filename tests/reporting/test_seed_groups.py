@@ -63,6 +63,14 @@ def test_a_sweep_is_labelled_by_the_keys_that_differ(tmp_path):
     assert groups[1].label == start + "fusion.weight=0.3, mistake_log=prioritised"
 
 
+def test_a_label_is_one_line(tmp_path):
+    for prompt in ("{question}", "{question}\nAnswer:"):
+        figures = {("gsm8k", "accuracy"): (0.4, 0.5)}
+        write_run(tmp_path / str(len(prompt)), figures, data__benchmarks__gsm8k__prompt=prompt)
+    labels = sorted(group.label.rpartition("prompt=")[2] for group in groups_of(tmp_path))
+    assert labels == ["{question}", "{question}\\nAnswer:"]
+
+
 def test_a_key_that_only_repeats_another_is_not_in_the_label(tmp_path):
     figures = {("gsm8k", "accuracy"): (0.4, 0.5)}
     write_run(tmp_path / "a", figures)

@@ -156,4 +156,5 @@ def _value(config: dict[str, Any], key: str) -> str:
         text = json.dumps(value, separators=(",", ":"), default=str)
     elif name := re.fullmatch(r"(?:\w+\.)+([A-Z]\w*)", value):
         text = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name[1]).lower()
+    text = text.replace("\n", "\\n")  # a line break would end a row of a Markdown table
     return text if len(text) <= 40 else f"{text[:39]}…"
