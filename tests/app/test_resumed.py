@@ -50,6 +50,16 @@ def test_a_finished_run_with_more_rounds_ends_where_a_run_of_as_many_does(finish
     assert all(more[name].equal(straight[name]) for name in straight)
 
 
+@pytest.mark.slow
+def test_more_rounds_are_not_held_against_controls_of_fewer(resume, tmp_path):
+    folder = composed.train(tmp_path / "run", *composed.SMALL, *CONSTANT, "control=[twice]")
+    controls = composed.results(folder)["controls"]
+    resume(folder)
+    assert composed.results(folder)["controls"] == controls
+    resume(folder, "rounds=6")
+    assert {control["rounds"] for control in composed.results(folder)["controls"]} == {12}
+
+
 def test_a_run_goes_on_with_what_no_checkpoint_depends_on():
     before, cfg = composed.compose_config("rounds=10"), composed.compose_config(
         "rounds=20", "pilot.optimizer.lr=0.5", "copilot.layers=1", "evaluation=beam4", "copilot.positions=pilot"

@@ -28,7 +28,7 @@ from tcopilot.app.joint import train_jointly
 from tcopilot.app.memory.estimate import Budget, budget
 from tcopilot.data.shots import read_shots, write_shots
 from tcopilot.evaluation.evaluate import Evaluator
-from tcopilot.evaluation.results import Results
+from tcopilot.evaluation.results import Results, Row
 from tcopilot.evaluation.trace import trace_problems, write_trace
 from tcopilot.mistake_log.recording import Recording
 from tcopilot.models.fused_model import TCopilotModel
@@ -88,8 +88,8 @@ def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, 
     if is_first():
         model.config.save_pretrained(run_dir.export)  # now with the selected λ
     results = replace(results, **trained.costs, params=trained.params, notes=[*trained.notes, *results.notes])
-    trained_before = cfg.get("resume") and run_dir.results.exists()  # controls, before the run was stopped
-    results.controls = agree_on(_results_of(run_dir).controls if trained_before else [])
+    before = _results_of(run_dir) if cfg.get("resume") and run_dir.results.exists() else results
+    results.controls = agree_on(before.controls if _of_the_pilot(before) == _of_the_pilot(results) else [])
     _save_results(results, run_dir)
     log_evaluation(trained.loggers, results, run_dir.folder)
     for found in train_controls(JointRun(cfg, prepared, model, results, recording), run_dir):
@@ -316,6 +316,15 @@ def _results_of(run_dir: RunDirectory) -> Results:
         return Results.load(run_dir.results)
     except ValueError as error:
         raise ConfigError([f"{error}; remove that file, or evaluate another run"]) from error
+
+
+def _of_the_pilot(results: Results) -> tuple[int, list[Row]]:
+    """What changes where a run goes on for more rounds, or answers in another way; its controls are then trained anew.
+
+    The likelihood is left out, since on a GPU it may differ in its last digits.
+    """
+    rows = [row for row in results.rows if (row.split, row.weight) == (results.reported_on, 0)]
+    return results.rounds, [row for row in rows if row.benchmark != "all"]
 
 
 def _finish(results: Results, run_dir: RunDirectory) -> float:
