@@ -76,6 +76,13 @@ def test_rows_that_all_ask_the_same_can_still_be_carved_and_are_told_of(tmp_path
     assert data.summary()["mine/validation"]["trained_on"] == 3
 
 
+def test_a_question_of_most_rows_is_trained_on(tmp_path):
+    write(tmp_path, train=asked(*["same"] * 40, *(f"question {i}" for i in range(20))), test=asked("other"))
+    for seed in range(8):
+        data = module(tmp_path, validation_size=0.1, split_seed=seed)
+        assert len(data.evaluation_rows("validation", "mine")) == 6
+
+
 def test_a_stream_does_not_train_on_the_questions_of_its_first_rows(tmp_path):
     write(tmp_path, train=asked("a", "b", "c", "A ", "d", "b"), test=asked("other"))
     data = module(tmp_path, validation_size=2, streaming=True, rounds=4)

@@ -94,17 +94,20 @@ class SplitReader:
     def _carve(self, train: Split, benchmark: Benchmark) -> dict[str, Split]:
         """Take validation rows out of train: by seeded draws, or the first rows of a stream.
 
-        All rows with the same question, whatever their options, go to the same split.
+        All rows with the same question, whatever their options, go to the same split: to train if there are more of
+        them than validation rows are wanted, and a question with fewer.
         """
         if isinstance(train.rows, NumberedRows):
             head = self._carved_rows(None)
             held, kept = list(NumberedRows(train.rows.source, 0, head)), NumberedRows(train.rows.source, head)
         else:
-            groups = _by_question(benchmark, train.rows)
+            groups = list(_by_question(benchmark, train.rows).values())
             if len(groups) == 1:  # with one question only, its rows must be divided
-                groups = {number: [number] for number, _ in train.rows}
+                groups = [[number] for number, _ in train.rows]
             wanted, chosen = self._carved_rows(len(train.rows)), set[int]()
-            for group in Random(self.seed).sample(list(groups.values()), min(wanted, len(groups) - 1)):
+            most = max(wanted, min(map(len, groups)))
+            rare = [group for group in groups if len(group) <= most]
+            for group in Random(self.seed).sample(rare, min(wanted, len(rare), len(groups) - 1)):
                 if len(chosen) < wanted:
                     chosen.update(group)
             held = [row for row in train.rows if row[0] in chosen]
