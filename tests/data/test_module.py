@@ -74,6 +74,7 @@ def test_an_epoch_is_the_whole_budget():
 
 def test_epochs_are_passes_unless_rounds_are_given():
     assert module(rounds=None, epochs=2).total_rounds == 50
+    assert module(rounds=None, epochs=2.2).total_rounds == 55
     assert module(rounds=7, epochs=2).total_rounds == 7
     with pytest.raises(DataError, match=r"data\.rounds or data\.epochs"):
         module(rounds=None).train_dataloader()

@@ -406,6 +406,7 @@ DATA = {
     "negative answer": setting("jsonl", "data.benchmarks.jsonl.max_new_tokens=-1", "max_new_tokens=-1", "at least 1"),
     "version is text": setting("jsonl", "+data.benchmarks.jsonl.version=x", "version='x'", "whole number"),
     "no validation rows": setting("jsonl", "data.validation_size=0", "data.validation_size=0", "at least 1"),
+    "less than none for validation": setting("jsonl", "data.validation_size=-0.1", "validation_size=-0.1", "0.1"),
     "all rows for validation": setting("jsonl", "data.validation_size=1.5", "data.validation_size=1.5", "leave 1"),
     "validation is not a number": setting("jsonl", "data.validation_size=nan", "validation_size=nan", "0.1"),
     "validation is null": setting("jsonl", "data.validation_size=null", "validation_size=None", "0.1"),

@@ -28,7 +28,9 @@ from tcopilot.settings import FLAG, POSITIVE, SEED, Rule, is_number, problems, w
 
 log = logging.getLogger(__name__)
 SHARES = {
-    "validation_size": Rule(is_number, "give a share of the train rows, such as 0.1, or a number of them"),
+    "validation_size": Rule(
+        lambda v: is_number(v) and v >= 0, "give a share of the train rows, such as 0.1, or a number of them"
+    ),
     "held_out": Rule(lambda v: is_number(v) and 0 <= v < 1, "give a share of the train rows in [0, 1), such as 0.1"),
 }
 WEIGHT = Rule(POSITIVE.allows, "must be a number above 0; leave out a benchmark to drop it")
@@ -235,7 +237,8 @@ class TCopilotDataModule(LightningDataModule):
             return self.rounds
         if self.epochs is None:
             raise DataError("training needs a budget: give data.rounds or data.epochs")
-        return math.ceil(self.epochs * math.ceil(self.train_rows / self.batch_size))
+        rounds = self.epochs * math.ceil(self.train_rows / self.batch_size)
+        return math.ceil(round(rounds, 6))  # 2.2 * 25 is 55, and not slightly more
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Return a loader of exactly ``total_rounds`` batches; its ``state_dict`` resumes at the next batch.
