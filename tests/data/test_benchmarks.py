@@ -7,7 +7,7 @@ import pytest
 import yaml
 from hydra.utils import instantiate
 
-from tcopilot.data import DataError, ExactMatch, LetteredOptions, MultipleChoice, NumberAnswer, YesNo
+from tcopilot.data import Cloze, DataError, ExactMatch, LetteredOptions, MultipleChoice, NumberAnswer, YesNo
 from tcopilot.data.metrics import Metric
 from tcopilot.data.sources import open_split
 
@@ -380,6 +380,16 @@ def test_every_data_config_composes_and_instantiates(name):
     assert module.benchmark_names == {**MIXTURES, **OTHER_MIXTURES}.get(name, [name])
     assert type(module.benchmarks) is dict
     assert module.rounds == 2
+
+
+@pytest.mark.parametrize("target", [" {answer}", " So it is: {answer}."])
+def test_a_cloze_reads_its_own_targets(target):
+    columns = {"question_column": "q", "option_columns": ["o"], "label_column": "l"}
+    task = Cloze(name="mine", target=target, label="zero_based", **columns)
+    for option in ("two  spaces", "a", "caf\N{LATIN SMALL LETTER E}\N{COMBINING ACUTE ACCENT}"):
+        example = task.render({"q": "?", "o": [option, "other"], "l": 0})
+        assert task.correct(example.target, example.answer)
+        assert not task.correct(example.options[1], example.answer)
 
 
 def test_a_cloze_shows_no_options_and_its_answer_is_the_text_of_one():

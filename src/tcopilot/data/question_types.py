@@ -176,9 +176,14 @@ class Cloze(MultipleChoice):
     target: str = " {answer}"
 
     def extract(self, text: str) -> str | None:
-        """Return the text itself, without the answer sentence if the target template has one."""
+        """Return the text itself, without what the target template has around it."""
+        before, _, after = (" ".join(part.split()) for part in self.target.partition("{answer}"))
         found = answers.tidy(text)
-        return found and (found.removeprefix(" ".join(self.target.partition("{answer}")[0].split())).strip() or None)
+        return found and (found.removeprefix(before).removesuffix(after).strip() or None)
+
+    def same(self, found: str | None, answer: str) -> bool:
+        """Compare two texts up to white space and the encoding of accents."""
+        return found == answers.tidy(answer)
 
     def extract_lenient(self, text: str) -> str | None:
         """Return the same as the strict reading."""
