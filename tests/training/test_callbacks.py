@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 from resumable_run import ROUNDS, Crash, Run, assert_equal, assert_same_end, crash_after, finished
 from small_training import (
@@ -305,7 +306,10 @@ def test_a_stopped_run_finishes_its_round_saves_and_resumes_as_if_never_stopped(
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped_in", [3, pytest.param(4, marks=SLOW)])
 def test_a_run_stopped_where_validation_is_due_resumes_as_if_never_stopped(stopped_in, tmp_path, handlers):
-    Run("t5", tmp_path, callbacks=[Signal(stopped_in)], **VALIDATED).fit()
+    validated = []
+    after = LambdaCallback(on_validation_end=lambda trainer, module: validated.append(module.round))
+    Run("t5", tmp_path, callbacks=[Signal(stopped_in), after], **VALIDATED).fit()
+    assert validated == [4]  # none because of the stop
     resumed = Run("t5", tmp_path, seed=99, **VALIDATED).fit(checkpoints(tmp_path)[-1])
     assert_same_end(finished("t5", **VALIDATED), resumed, stopped_in + 1)
 

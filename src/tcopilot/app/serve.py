@@ -77,7 +77,7 @@ class RequestModel:
             room = positions if is_answer else positions - prompt + 1
             config.max_new_tokens = config.max_new_tokens and min(config.max_new_tokens, room)
         found = self.model.generate(**given)
-        return torch.cat([given["input_ids"], found[:, 1:]], dim=1) if is_answer else found
+        return torch.cat([given["input_ids"], found[:1, 1:]], dim=1) if is_answer else found
 
 
 class ExportHandler:
