@@ -197,6 +197,10 @@ def test_an_encoder_decoder_completes_texts(tmp_path):
     with served(tmp_path) as asking:
         assert {weight: asking.text(prompt, weight).choices[0].text for weight in right} == right
         assert "".join(chunk.choices[0].text for chunk in asking.text(prompt, 0.0, stream=True)) == right[0.0]
+        several = {"num_beams": 2, "num_return_sequences": 2}
+        assert asking.text(prompt, generation=several).choices[0].text == answer(
+            made.model, made.tokenizer, prompt, **several
+        )
         with pytest.raises(openai.BadRequestError, match="has no chat template; use /v1/completions"):
             asking.chat()
 

@@ -31,9 +31,11 @@ class GracefulStop(Callback):
                 return
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Stop after this round."""
+        """Stop after this round, without the validation that Lightning adds to a stop: little time may be left."""
         if self._agreed(trainer):
             trainer.should_stop = True
+            if not trainer.val_check_batch or (pl_module.round + 1) % trainer.val_check_batch:  # none is due
+                trainer.limit_val_batches = 0
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the previous signal handlers."""
