@@ -16,7 +16,7 @@ from tcopilot.app.checks.problems import ConfigError
 from tcopilot.reporting.finished_runs import FinishedRun
 from tcopilot.reporting.report import drawing
 from tcopilot.reporting.report.page import examples, gain_lines, main
-from tcopilot.reporting.report.plots import theorem_bound
+from tcopilot.reporting.report.plots import theorem_bound, weight_curves
 
 BENCHMARKS = ("word_problems", "multiple_choice")
 DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
@@ -127,6 +127,12 @@ def test_a_full_page_keeps_the_answers_that_changed(reported, monkeypatch):
     assert changed
     assert len(kept) < less["traced"]
     assert sum(outcome in ("fixed", "broken") for outcome in kept) == changed
+
+
+def test_any_name_of_a_metric_makes_a_name_of_a_file(tmp_path):
+    for metric in ("rouge/l", "exact match"):
+        run = FinishedRun.read(write_run(tmp_path / metric[:5], {("mine", metric): (0.4, 0.5)}))
+        assert [plot.name for plot in weight_curves(run)] == [f"weight_mine_{metric[:5]}_{metric[6:]}"]
 
 
 @pytest.mark.slow

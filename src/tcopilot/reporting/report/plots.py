@@ -1,6 +1,7 @@
 """The plots of the report, each with its numbers, its drawing function and a note on how to read it."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -57,7 +58,7 @@ def weight_curves(run: FinishedRun) -> Iterator[Plot]:
         marks = [mark._replace(label=mark.label.format(mark.x)) for mark in marks if mark.x is not None]
         where = "all benchmarks" if benchmark == "all" else benchmark
         yield Plot(
-            f"weight_{benchmark}_{metric}", "weights", f"{where}: {metric} over λ{unit}",
+            re.sub(r"[^\w.@+-]", "_", f"weight_{benchmark}_{metric}"), "weights", f"{where}: {metric} over λ{unit}",
             "λ = 0 is the Pilot. Bars are 95 % intervals. λ* has the least squared error; where the theorem's λ₀ is "
             "known, every λ in the shade is promised a squared error below the Pilot's. That is not this metric.",
             rows[["split", "weight", "value", "ci95_low", "ci95_high", "n"]],
