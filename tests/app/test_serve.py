@@ -151,6 +151,8 @@ def test_other_fields_do_what_they_do_in_generate(llama, asking):
     stop = whole.split()[4]
     assert asking.said(stop=stop) == answer(llama.model, llama.tokenizer, stop_strings=stop) != whole
     assert asking.said(max_tokens=3) == " ".join(whole.split()[:3])
+    several = asking.text("w7 w2 w9", generation=sampled | {"num_return_sequences": 3}, stream=True)
+    assert [*several][-1].usage.completion_tokens == N  # of one sequence
     beams = {"num_beams": 3, "no_repeat_ngram_size": 1}
     assert asking.said(generation=beams) == answer(llama.model, llama.tokenizer, **beams) != whole
     prompt = "w7 w2 w9"

@@ -69,6 +69,7 @@ class RequestModel:
             torch.manual_seed(self.seed)  # here, in the one thread that decodes, and not while another request samples
         if self.weight is not None:
             given["weights_B"] = torch.tensor([self.weight], device=self.model.device)
+        given["generation_config"].num_return_sequences = 1  # a stream would mix the tokens of several
         is_answer = self.model.config.is_encoder_decoder
         if (positions := positions_of(self.model.pilot)) is not None:  # beyond them a GPU fails for good
             prompt, config = given["input_ids"].shape[1], given["generation_config"]
@@ -77,7 +78,7 @@ class RequestModel:
             room = positions if is_answer else positions - prompt + 1
             config.max_new_tokens = config.max_new_tokens and min(config.max_new_tokens, room)
         found = self.model.generate(**given)
-        return torch.cat([given["input_ids"], found[:1, 1:]], dim=1) if is_answer else found
+        return torch.cat([given["input_ids"], found[:, 1:]], dim=1) if is_answer else found
 
 
 class ExportHandler:
