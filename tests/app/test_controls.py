@@ -181,6 +181,14 @@ def test_all_controls_stand_beside_the_gain_with_what_they_cost(controlled):
 
 
 @pytest.mark.slow
+def test_a_short_trial_is_timed_to_less_than_a_hundredth_of_a_second(tmp_path, monkeypatch):
+    seconds = 0.001234
+    monkeypatch.setattr(controls, "agree_on", lambda value: seconds if isinstance(value, float) else value)
+    composed.train(tmp_path / "run", *SMALL, "control=[twice]")
+    assert {one["train_seconds"] for one in composed.results(tmp_path / "run")["controls"]} == {seconds}
+
+
+@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_during_a_control_says_so_and_goes_on(tmp_path, monkeypatch, capsys):
     class Stopped(controls.FlopCount):
         def on_train_batch_start(self, *_):

@@ -244,7 +244,7 @@ def train_pilot(
     except SystemExit:  # Lightning turns SIGTERM into status 0, and Ctrl-C into 1
         raise KeyboardInterrupt from None
     model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
-    return Trained(model, rounds, round(agree_on(module.seconds["pilot"]), 2), count.total())
+    return Trained(model, rounds, round(agree_on(module.seconds["pilot"]), 6), count.total())
 
 
 def _on_a_budget(prepared: Prepared) -> dict[str, Any]:
