@@ -263,7 +263,7 @@ def test_the_commands_are_found():
 TARGETS = {  # of the rows of train, validation and test that each example has, in order
     "data=instructions": "Paris|cold,one two three,Madrid",
     "data=completions": " red.| white., blue., green.",
-    "data=chat": "Hello|See you|The sky,Roses,Snow",
+    "data=chat": "Hello|See you|Roses,The sky,Snow",
     "data=chat system": "See you|The sky,Roses,Snow",
     "data=jsonl": " 9| 007, 1.50, 4",
     "data=jsonl splits": " 9| 1.50, 007, 007",
