@@ -5,7 +5,6 @@ The model is an export of this package, and each request may choose its λ (docs
 
 import argparse
 import contextlib
-import re
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -16,11 +15,12 @@ from uuid import uuid4
 import torch
 import transformers
 from jinja2 import TemplateError
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from tcopilot.app.console import quiet_libraries
 from tcopilot.models.configuration import WANTED, TCopilotConfig
+from tcopilot.models.families import learned_positions
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.fusion import check_weight
 from tcopilot.models.modeling import fused_class
@@ -71,7 +71,7 @@ class RequestModel:
             given["weights_B"] = torch.tensor([self.weight], device=self.model.device)
         given["generation_config"].num_return_sequences = 1  # a stream would mix the tokens of several
         is_answer = self.model.config.is_encoder_decoder
-        if (positions := positions_of(self.model.pilot)) is not None:  # beyond them a GPU fails for good
+        if (positions := learned_positions(self.model.pilot)) is not None:  # beyond them a GPU fails for good
             prompt, config = given["input_ids"].shape[1], given["generation_config"]
             if prompt > positions:
                 raise ValueError(f"the prompt has {prompt} tokens, the model has {positions} positions; shorten it")
@@ -104,12 +104,6 @@ class ExportHandler:
         if hasattr(config, "weight"):
             raise ValueError("generation_config: weight is a field of the request, beside generation_config")
         return config
-
-
-def positions_of(pilot: PreTrainedModel) -> int | None:
-    """The number of positions of a Pilot that has a vector for each, such as GPT-2 and BART; None for other Pilots."""
-    tables = (name for name, part in pilot.named_modules() if isinstance(part, nn.Embedding))
-    return pilot.config.max_position_embeddings if any(re.search("position|wpe$", name) for name in tables) else None
 
 
 def check_weight_for(model: TCopilotModel, weight: Any) -> None:

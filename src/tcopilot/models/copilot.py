@@ -238,9 +238,8 @@ class Copilot(BaseCopilot):
     def _positions(self, positions: Tensor) -> Tensor:
         if self.config.positions == "none":
             return torch.zeros_like(positions)
-        learned = None if hasattr(self.body, "rotary_emb") else self.body.config
-        longest = getattr(learned, "max_position_embeddings", None)  # padding behind a target may stand beyond it
-        return positions if longest is None else positions.clamp_max(longest - 1)
+        last = families.largest_position(self.body)  # padding behind a target may stand beyond it
+        return positions if last is None else positions.clamp_max(last)
 
     def _log_layers(self) -> list[int]:
         depth = len(families.decoder_layers(self.body))

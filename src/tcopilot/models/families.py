@@ -37,6 +37,19 @@ class UnsupportedFamilyError(ValueError):
     """The family's decoder cannot carry log attention, or a Copilot could not rely on what it computes."""
 
 
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """The number of positions of a model that has a vector for each, such as GPT-2 and BART; None for other models."""
+    tables = (name for name, part in model.named_modules() if isinstance(part, nn.Embedding))
+    has_table = any(re.search("position|wpe$", name) for name in tables)
+    return getattr(model.config, "max_position_embeddings", None) if has_table else None
+
+
+def largest_position(body: PreTrainedModel) -> int | None:
+    """The last position that a body can be given; None if it computes rotary embeddings of any."""
+    longest = None if hasattr(body, "rotary_emb") else getattr(body.config, "max_position_embeddings", None)
+    return None if longest is None else longest - 1
+
+
 def has_encoder(model_type: str) -> bool:
     """Whether Pilots of a type are encoder-decoders, whose Copilots read the log by the stock cross-attention."""
     return model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
