@@ -181,6 +181,27 @@ def test_all_controls_stand_beside_the_gain_with_what_they_cost(controlled):
 
 
 @pytest.mark.slow
+def test_the_flops_of_a_control_are_counted_in_ten_of_its_rounds_or_more(tmp_path, monkeypatch):
+    counts = []
+
+    class Counted(controls.FlopCount):
+        def __init__(self, every):
+            super().__init__(every)
+            self.rounds = self.counted = 0
+            counts.append(self)
+
+        def on_train_batch_end(self, *given):
+            self.rounds, self.counted = self.rounds + 1, self.counted + (self._counter is not None)
+            super().on_train_batch_end(*given)
+
+    monkeypatch.setattr(controls, "FlopCount", Counted)
+    composed.train(tmp_path / "run", *SMALL, "control=[equal_flops]")
+    trial, control = counts
+    assert trial.counted == trial.rounds
+    assert min(10, control.rounds) <= control.counted < 20
+
+
+@pytest.mark.slow
 def test_a_short_trial_is_timed_to_less_than_a_hundredth_of_a_second(tmp_path, monkeypatch):
     seconds = 0.001234
     monkeypatch.setattr(controls, "agree_on", lambda value: seconds if isinstance(value, float) else value)

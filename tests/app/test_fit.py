@@ -1,6 +1,7 @@
 """A frozen Pilot end to end: recorded once, fitted from many times, without its layers, refused where it differs."""
 
 import json
+import re
 
 import composed
 import pytest
@@ -213,10 +214,11 @@ def multiple_choice(folder, pilot, *more):
 
 
 @pytest.mark.slow
-def test_options_are_chosen_from_a_recording_as_by_the_pilot(pilot, tmp_path):
+def test_options_are_chosen_from_a_recording_as_by_the_pilot(pilot, tmp_path, capsys):
     choice = ["fusion.weight=[0,0.5,1]", "fusion.select_by=metric"]
     given = multiple_choice(tmp_path, pilot, "evaluation=likelihood", *choice)
     folder = composed.train(tmp_path / "run", *given)
+    assert re.search(r"to be recorded *│ (\d+) of \1 rows, options", capsys.readouterr().out)
     found = composed.results(folder)
     again = composed.results(
         composed.evaluate(folder, tmp_path / "eval", "fusion.weight=[0,1]", "evaluation=likelihood")

@@ -65,7 +65,7 @@ def show_fit(cfg: DictConfig, prepared: Prepared, params: dict[str, int], data: 
         "copilot parameters": f"{params['copilot_trainable']:,} trainable",
         "a record keeps": f"states ({about.dtype}) at depths {depths} for each target token, and p̂ by its head",
         "recording": f"{size / 1e3:.1f} kB a row, {1e9 / size:,.0f} rows in 1 GB: {data.recording.folder}",
-        "to be recorded": f"{len(data.missing):,} of {rows:,} rows",
+        "to be recorded": f"{len(data.missing):,} of {data.distinct:,} rows, options and rows to report on included",
         "budget": f"at most {cfg.copilot.passes} passes of {data.updates_per_pass} updates",
     }
     _show(cfg, prepared, "Transformer Copilot, frozen Pilot", shown)

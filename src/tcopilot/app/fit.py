@@ -66,11 +66,10 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
         lambda rows, device: _record(recording, prepared, pilot, rows, device, cfg),
     )  # fmt: skip
     if data.missing and given is not None:
-        total = sum(map(len, parts.values()))
         alike = "data, template, shots and tokenizer must be those of the recording"
         if (limit := cfg.data.max_train_rows) is not None:  # another limit may choose other rows
             alike += f", and so must data.max_train_rows={limit}, unless all training rows were recorded"
-        missing = f"{len(data.missing)} of {total} rows are not in it"
+        missing = f"{len(data.missing)} of {data.distinct} rows are not in it"
         raise ConfigError([f"mistake_log.from={given}: {missing}; {alike}. To record these rows, leave it out"])
     load = prepared.pilot.load if data.missing else partial(load_unembedding, prepared.pilot)
     pilot = load(prepared.tokenizer)

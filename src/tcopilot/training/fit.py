@@ -100,7 +100,7 @@ class RecordedData(LightningDataModule):
         super().__init__()
         self.recording, self.seed, self._record = recording, seed, record
         self.train, self.validation = (RecordedRows(recording, rows, depths) for rows in (train, validation))
-        self.missing = list(missing_rows(recording, recorded))
+        self.missing, self.distinct = list(missing_rows(recording, recorded)), len(set(map(row_key, recorded)))
         self.batch_size = batch_size
         self.updates_per_pass = math.ceil(len(train) / batch_size)
         self.updates = passes * self.updates_per_pass

@@ -48,6 +48,7 @@ MODEL_WIDTHS = ("d_model", "hidden_size")
 WIDTHS = (*MODEL_WIDTHS, "d_kv", "head_dim", "d_ff", "intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim")
 MOST_TIMES = 16  # the given Pilot's width
 ROUNDS_READ = 1000  # at most, to learn how many tokens a round has
+ROUNDS_APART, ROUNDS_COUNTED = 100, 10  # of rounds whose FLOPs are counted: at most apart, and at least how many
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,10 @@ def equal_time(joint: JointRun) -> Trained:
     the run's Pilot was frozen, since it was not trained at all.
     """
     train_pilot(joint, WARM_UP_ROUNDS)
-    trial = train_pilot(joint, joint.trial_rounds)
+    trial = train_pilot(joint, joint.trial_rounds, count_every=ROUNDS_APART)
     fitting = round(joint.results.train_seconds / (trial.train_seconds / trial.rounds))
     least = 1 if joint.cfg.pilot.frozen else joint.results.rounds
-    return train_pilot(joint, agree_on(max(least, fitting)))
+    return train_pilot(joint, agree_on(max(least, fitting)), count_every=ROUNDS_APART)
 
 
 def equal_flops(joint: JointRun) -> Trained:
@@ -207,7 +208,7 @@ def train_controls(joint: JointRun, run: RunDirectory) -> Iterator[list[Control]
 
 
 def train_pilot(
-    joint: JointRun, rounds: int, seed: int | None = None, count_every: int = 100, rate: float = 1.0,
+    joint: JointRun, rounds: int, seed: int | None = None, count_every: int | None = None, rate: float = 1.0,
     batch_size: int | None = None, free: Callable[[TCopilotModel], None] = lambda model: None,
 ) -> Trained:  # fmt: skip
     """Train the Pilot without a Copilot on all training rows; with LoRA if the run keeps it frozen.
@@ -216,7 +217,8 @@ def train_pilot(
         joint: the run, whose settings it is trained with.
         rounds: how many to train for.
         seed: of weights and of the rows' order; by default the run's own.
-        count_every: rounds from one count of FLOPs to the next.
+        count_every: rounds from one count of FLOPs to the next; by default few enough that ten are counted. Counting
+            takes time, which a control for equal time has to do without.
         rate: factor of the learning rate.
         batch_size: rows of a round; the run's own unless given.
         free: given the model, makes further weights trainable.
@@ -237,7 +239,7 @@ def train_pilot(
         seed_everything(cfg.seed + rank(), workers=True, verbose=False)  # dropout of its own, as in the joint run
     cfg.trainer.update({"limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_progress_bar": False})
     cfg.logger = {}
-    count = FlopCount(count_every)
+    count = FlopCount(count_every or min(ROUNDS_APART, max(1, rounds // ROUNDS_COUNTED)))
     data.rounds, data.seed, data.held_out = rounds, data.seed + cfg.seed - joint.cfg.seed, 0.0
     try:
         make_trainer(cfg, [count], None, rounds).fit(module, datamodule=data)
