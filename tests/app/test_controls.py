@@ -343,6 +343,7 @@ def test_the_second_pilot_is_another_one(controlled, tmp_path):
         (["control=[equal_time,equal_rounds]"], ["equal_rounds", "null, equal_time, equal_flops"]),
         (["control=[averaged,averaged]"], ["averaged"]),
         (["control=[equal_flops]", "callbacks.flops=null"], ["callbacks.flops", "callbacks=default"]),
+        (["control=tuned_for_fit"], ["control=tuned_for_fit", "pilot=frozen copilot=head"]),
         (["control=equal_parameters", "pilot.path=some/model"], ["pilot.path=some/model", "equal_parameters"]),
         (["control=[averaged]", "copilot=none"], ["copilot=none", "control=null"]),
         (["copilot.reads=[]"], ["copilot.reads=[]", "errors, source, states"]),

@@ -9,7 +9,9 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from tcopilot.app import console
+from tcopilot.app.checks.controls import CONTROLS
 from tcopilot.app.checks.problems import ConfigError
+from tcopilot.app.controls.training import GRID
 from tcopilot.mistake_log.recording import Recording, row_key
 from tcopilot.models.pilot import ModelSource
 
@@ -268,13 +270,19 @@ def test_a_catalogue_is_ranked_by_the_pilot_itself(tmp_path):
 
 @pytest.mark.slow
 def test_the_controls_of_a_frozen_pilot_train_it_with_lora(pilot, first, tmp_path):
-    given = frozen(pilot, f"mistake_log.from={first}", "control=[equal_time,equal_flops]", "copilot.passes=1")
-    found = composed.results(composed.train(tmp_path, *given))
-    before = composed.value(found, "test", "nll", 0.0, "all")
-    for title in ("Pilot, equal time", "Pilot, equal FLOPs"):
-        (nll,) = [one for one in found["controls"] if (one["name"], one["metric"]) == (title, "nll")]
+    given = frozen(pilot, f"mistake_log.from={first}", "copilot.passes=1")
+    names = ("equal_time", "equal_flops", "tuned", "tuned_for_fit")
+    found = composed.results(composed.train(tmp_path, *given, f"control=[{','.join(names)}]"))
+    before, flops = composed.value(found, "test", "nll", 0.0, "all"), {}
+    for name in names:
+        (nll,) = [one for one in found["controls"] if (one["name"], one["metric"]) == (CONTROLS[name], "nll")]
         assert nll["rounds"] > 0
         assert nll["value"] != before
+        flops[name] = nll["train_flops"]
+    assert 0 < found["recording_flops"] < found["train_flops"]
+    fit = found["train_flops"] - found["recording_flops"]
+    assert flops["tuned_for_fit"] == pytest.approx(len(GRID) * fit, rel=0.25)  # all its trials
+    assert flops["tuned"] == pytest.approx(len(GRID) * found["train_flops"], rel=0.25)
     after = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "export").pilot.state_dict()
     for name, weight in AutoModelForSeq2SeqLM.from_pretrained(pilot).pilot.state_dict().items():
         assert torch.equal(after[name], weight), name  # the run's own Pilot is left alone

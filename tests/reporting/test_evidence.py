@@ -24,7 +24,7 @@ from tcopilot.reporting.finished_runs import FinishedRun
 from tcopilot.run_directory import RunDirectory
 
 TINY = ["rounds=1", "trainer.val_check_interval=1", "data.max_eval_rows=8", "copilot.steps_per_round=1"]
-BRIEF = f"{evidence.BRIEF[0]}\n| cpu, other: task | 1 | 2 | +1 |  |  |  |\n{evidence.BRIEF[1]}"
+BRIEF = f"{evidence.BRIEF[0]}\n| cpu, other: task | 1 | 2 | +1 |  |  |  |  |\n{evidence.BRIEF[1]}"
 OTHER = "## cpu, other\n\n| kept |\n"
 PAGE = f"# Before\n{BRIEF}\n{evidence.BEGIN}\n{OTHER}## smoke, builtin\nold\n{evidence.END}\nafter\n"
 
@@ -182,7 +182,8 @@ def test_a_tuned_pilot_stands_for_equal_flops_where_there_is_one():
         line.ahead = []
         line.gain = compare(8 * [0.0], right * [1.0] + (8 - right) * [0.0])
         line.against = compare(4 * [1.0] + 4 * [0.0], right * [1.0] + (8 - right) * [0.0])
-    for found, points in ((lines[:2], "+25.0"), (lines, "+12.5")):
+    more = replace(lines[1], seeds=[0, 1])
+    for found, points in ((lines[:2], "+25.0"), (lines, "+12.5"), ([lines[0], more, lines[2]], "+25.0")):
         task = evidence.TaskEvidence("smoke, builtin: task", "accuracy", found)
         page = evidence.put_between_markers(PAGE, [task], [])
         (row,) = [line for line in page.splitlines() if line.startswith("| smoke, builtin: task ")]

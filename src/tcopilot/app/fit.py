@@ -104,7 +104,9 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     )
     seconds = agree_on(round(recorded_seconds + module.seconds, 2))
     flops = recorded_flops + (count.total() or 0.0)
-    return Trained(model, trainer.global_step, seconds, flops, params, trainer.loggers, [note], recording)
+    return Trained(
+        model, trainer.global_step, seconds, flops, params, trainer.loggers, [note], recording, recorded_flops
+    )
 
 
 def _recording(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory, read: Sequence[float]) -> Recording:

@@ -45,6 +45,7 @@ class Trained:
     loggers: list[Logger] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     recording: Recording | None = None
+    recording_flops: float | None = None
 
     @property
     def costs(self) -> dict[str, Any]:

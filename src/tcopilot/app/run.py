@@ -88,6 +88,7 @@ def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, 
     if is_first():
         model.config.save_pretrained(run_dir.export)  # now with the selected λ
     results = replace(results, **trained.costs, params=trained.params, notes=[*trained.notes, *results.notes])
+    results.recording_flops = trained.recording_flops
     before = _results_of(run_dir) if cfg.get("resume") and run_dir.results.exists() else results
     results.controls = agree_on(before.controls if _of_the_pilot(before) == _of_the_pilot(results) else [])
     _save_results(results, run_dir)
@@ -223,7 +224,7 @@ def _add_training(results: Results, cfg: DictConfig, source: RunDirectory) -> No
         return
     before = _results_of(source)
     results.rounds, results.train_seconds = before.rounds, before.train_seconds
-    results.train_flops = before.train_flops
+    results.train_flops, results.recording_flops = before.train_flops, before.recording_flops
     if not cfg.pilot.path:
         results.params = before.params
         if cfg.data == {"path": None} and not any(value is not None for value in cfg.evaluation.values()):

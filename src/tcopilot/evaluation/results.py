@@ -127,6 +127,7 @@ class Results:
         rounds: Pilot updates made.
         train_seconds: Seconds spent in training steps, for both models.
         train_flops: Floating-point operations of these steps; None if they were not counted.
+        recording_flops: Those of them that recorded a frozen Pilot; None if none was recorded.
         selected_weight: The λ of `gain`; if each benchmark has its own, a mapping that also has the best for `all`.
         selected_on: Split on which λ was chosen, never the test split.
         reported_on: Split of `gain` and `controls`, and of every table.
@@ -144,6 +145,7 @@ class Results:
     rounds: int
     train_seconds: float
     train_flops: float | None = None
+    recording_flops: float | None = None
     selected_weight: float | dict[str, float]
     selected_on: str
     reported_on: str

@@ -20,11 +20,14 @@ VERDICTS = ("better", "worse", "not distinguishable")
 BEGIN, END = "<!-- evidence: tables -->", "<!-- evidence: end of tables -->"
 BRIEF = "<!-- evidence: in brief -->", "<!-- evidence: end of brief -->"
 SECTION = re.compile(r"(?ms)^## (.+?)$\n(.*?)(?=^## |\Z)")
-BRIEF_CONTROLS = (("Pilot, calibrated",), ("Pilot, equal time",), ("Pilot, tuned", "Pilot, equal FLOPs"))
-"""The control of each column: the first of these that was trained. A tuned Pilot has the same FLOPs at each rate."""
+BRIEF_CONTROLS = (
+    *(("Pilot, calibrated",), ("Pilot, tuned for the fit's FLOPs",), ("Pilot, equal time",)),
+    ("Pilot, tuned", "Pilot, equal FLOPs"),
+)
+"""The control of each column: the one of most seeds, or the first. A tuned Pilot has the same FLOPs at each rate."""
 BRIEF_HEAD = (
     *("regime: task", "Pilot", "with Copilot", "gain over its Pilot [95 %]", "ahead of the calibrated Pilot"),
-    *("ahead of a Pilot for equal time", "ahead of a Pilot for equal FLOPs"),
+    *("of LoRA for the FLOPs of the fit", "of a Pilot for equal time", "of a Pilot for equal FLOPs"),
 )
 HEAD = (
     *("arm", "Pilot", "with it", "gain over its Pilot [95 %], p", f"against `{DEFAULT}` [95 %], p"),
@@ -234,8 +237,8 @@ def _brief(task: TaskEvidence) -> tuple[str, ...]:
 
     first = task.lines[0]
     pilot, fused = (f"{scale(task.unit) * one:.{_digits(task.unit)}f}" for one in (first.gain.pilot, first.gain.fused))
-    lines = [next(filter(None, map(task.line, names)), None) for names in BRIEF_CONTROLS]
-    against = [line and line.against for line in lines]
+    trained = [list(filter(None, map(task.line, names))) for names in BRIEF_CONTROLS]
+    against = [max(lines, key=lambda line: len(line.seeds)).against if lines else None for lines in trained]
     return task.name, pilot, fused, shown(first.gain, 1), *(shown(found, -1) for found in against)
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 
+from tcopilot.app.checks.recordings import fits_from_recording
+
 CONTROLS = {
     "equal_time": "Pilot, equal time",
     "equal_flops": "Pilot, equal FLOPs",
@@ -12,11 +14,12 @@ CONTROLS = {
     "equal_parameters": "Pilot, equal parameters",
     "calibrated": "Pilot, calibrated",
     "tuned": "Pilot, tuned",
+    "tuned_for_fit": "Pilot, tuned for the fit's FLOPs",
     "output_head": "Pilot with its output head",
     "twice": "Pilot, twice the rounds",
 }
 """Name in the config: name in tables."""
-OF_FROZEN = ("equal_time", "equal_flops", "calibrated", "tuned")
+OF_FROZEN = ("equal_time", "equal_flops", "calibrated", "tuned", "tuned_for_fit")
 """Controls of a frozen Pilot; all but the calibrated one train it with LoRA."""
 
 
@@ -40,6 +43,8 @@ def control_problems(cfg: DictConfig) -> Iterator[str]:
     if cfg.pilot.frozen and (alone := [name for name in names if name not in OF_FROZEN]):
         own = ", ".join(OF_FROZEN)
         yield f"control={alone} with pilot.frozen=true: a frozen Pilot can only have {own}; leave the others out"
+    if "tuned_for_fit" in names and not fits_from_recording(cfg):
+        yield f"{given}: no Copilot is fitted to a recording here; use pilot=frozen copilot=head, or control=tuned"
     if set(names) - {"calibrated"} and not cfg.copilot.enabled:
         yield f"{given} with copilot=none: the run itself is the Pilot alone; use control=null"
     if cfg.callbacks.get("copilot_stop") is not None and not cfg.copilot.enabled:

@@ -82,16 +82,16 @@ def equal_time(joint: JointRun) -> Trained:
 
 def equal_flops(joint: JointRun) -> Trained:
     """The Pilot alone, for as many rounds as the joint run's FLOPs pay for; a short trial counts those of a round."""
-    return train_pilot(joint, _rounds_for_equal_flops(joint))
+    return train_pilot(joint, _rounds_for(joint, joint.results.train_flops))
 
 
-def _rounds_for_equal_flops(joint: JointRun) -> int:
-    """Return how many rounds of the Pilot alone the joint run's FLOPs pay for.
+def _rounds_for(joint: JointRun, flops: float) -> int:
+    """Return how many rounds of the Pilot alone some FLOPs pay for.
 
     A trial counts the FLOPs of its few rounds, which may be longer or shorter than most: the batches tell by how much.
     """
     trial = train_pilot(joint, joint.trial_rounds, count_every=1)
-    fitting = joint.results.train_flops * trial.rounds / trial.train_flops
+    fitting = flops * trial.rounds / trial.train_flops
     tokens_R = _tokens_by_round(joint, min(max(round(fitting), trial.rounds), ROUNDS_READ))
     return max(1, round(fitting * (tokens_R[: trial.rounds].mean() / tokens_R.mean()).item()))
 
@@ -155,14 +155,26 @@ def tuned(joint: JointRun) -> Trained:
 
     Each trial has the run's FLOPs if the run's Pilot was frozen, else as many rows as the joint run's rounds had.
     """
-    rounds = _rounds_for_equal_flops(joint) if joint.cfg.pilot.frozen else joint.results.rounds
+    results = joint.results
+    return _best_of_grid(joint, _rounds_for(joint, results.train_flops) if joint.cfg.pilot.frozen else results.rounds)
+
+
+def tuned_for_fit(joint: JointRun) -> Trained:
+    """The Pilot tuned likewise, in each trial for the FLOPs of the Copilot's fit alone.
+
+    Recording is not counted: the Pilot has read the rows anyway, or other Copilots are fitted to the same recording.
+    """
+    return _best_of_grid(joint, _rounds_for(joint, joint.results.train_flops - joint.results.recording_flops))
+
+
+def _best_of_grid(joint: JointRun, rounds: int) -> Trained:
     best, lowest, seconds, flops, processes = None, math.inf, 0.0, [], world_size()
     for rate, share in GRID:
         batch_size = processes * max(1, round(share * joint.cfg.data.batch_size / processes))
         trial = f"lr x {rate:g}, batches of {batch_size}"
         try:
             one = train_pilot(
-                joint, round(rounds * joint.cfg.data.batch_size / batch_size), rate=rate, batch_size=batch_size
+                joint, max(1, round(rounds * joint.cfg.data.batch_size / batch_size)), rate=rate, batch_size=batch_size
             )
         except TrainingDivergedError as error:  # too high a rate, which is what the grid is to find out
             log.warning("%s is left out: %s", trial, error)
@@ -174,7 +186,7 @@ def tuned(joint: JointRun) -> Trained:
             best, lowest = one, nll
         del one  # memory may hold two models, but not five
     if best is None:
-        raise TrainingDivergedError("control=tuned: the Pilot alone diverges in every trial; lower pilot.optimizer.lr")
+        raise TrainingDivergedError("control: the Pilot to be tuned diverges in every trial; lower pilot.optimizer.lr")
     return replace(best, train_seconds=seconds, train_flops=None if None in flops else sum(flops))
 
 
@@ -194,7 +206,10 @@ def calibrated(joint: JointRun) -> Trained:
 
 TRAINED_BY: dict[str, Callable[[JointRun], Trained]] = {
     train.__name__: train
-    for train in (equal_time, equal_flops, averaged, equal_parameters, calibrated, tuned, output_head, twice)
+    for train in (
+        *(equal_time, equal_flops, averaged, equal_parameters),
+        *(calibrated, tuned, tuned_for_fit, output_head, twice),
+    )
 }
 
 
