@@ -156,6 +156,23 @@ def test_a_sampled_target_adds_its_noise_to_the_errors_and_nothing_to_the_weight
 # Copilots at the ends -----------------------------------------------------------------------------------------------
 
 
+def test_a_new_soft_head_whose_corrections_are_rounding_promises_nothing():
+    model, sums = tiny_model("llama", head="soft").eval(), DistanceSums(VOCAB)
+    for seed in range(4):
+        batch = random_batch("llama", rows=8, seed=seed)
+        log_probs, corrections = correct_targets(model, batch)
+        assert corrections.any()
+        sums.update(batch, log_probs, corrections)
+    found = sums.estimates(["all"]) | {"pilots": None, "is_eq_8": True}
+    entries = found["entries"]
+    assert [found[name] for name in ("lambda_star", "lambda_0", "zero_crossing")] == [0.0, None, None]
+    assert found["intervals"] == {}
+    assert entries["common_zero_crossing"] is None
+    assert set(entries["best_weight_quantiles"].values()) == {0.0}
+    assert entries["removed_per_entry"] == entries["removed_per_entry_held_out"] == entries["never"]["entries"] == 0.0
+    assert verdict(found)[0] == "f^C is 0 everywhere: every λ is the Pilot."
+
+
 def test_a_copilot_that_knows_the_error_has_weight_one_and_leaves_nothing():
     batch, log_probs, errors, _ = synthetic()
     found = estimates(batch, log_probs, errors)

@@ -14,6 +14,7 @@ from small_training import (
     small_module,
     task_data,
     tiny_model,
+    tiny_pilot,
     train_on,
     weights,
 )
@@ -22,6 +23,7 @@ from tcopilot.app.checks.config import config_problems
 from tcopilot.data import DataError, GeneratedTask, TCopilotDataModule
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.rounds import SeenRows
+from tcopilot.mistake_log.storage import FrozenHeadStorage
 from tcopilot.models.states import StatePooler, trace_pilot
 from tcopilot.processes import rank
 
@@ -82,6 +84,15 @@ def test_visits_go_on_after_a_restart():
     after = MistakeLog(rows="first_visit")
     after.load_state_dict(before.state_dict())
     assert held(append_all(after, batches)) == held(append_all(before, batches)) == [0] * 4 + [2] * 2
+
+
+def test_a_restored_log_is_drawn_from_before_any_row_is_new():
+    pilot, batch = tiny_pilot("llama").requires_grad_(False), random_batch("llama")
+    before, after = (MistakeLog(rows="first_visit", storage=FrozenHeadStorage()) for _ in range(2))
+    before.append(trace_pilot(pilot, batch, StatePooler()))
+    after.load_state_dict(before.state_dict())
+    after.append(trace_pilot(pilot, batch, StatePooler()))
+    assert all(map(torch.equal, after.sample(3), before.sample(3)))
 
 
 def visits_job(folder):

@@ -50,6 +50,12 @@ def squared_error(gate_T, seen: Observations) -> float:
     return (gate_T**2 * seen.energy_T - 2 * gate_T * seen.inner_T).sum().item()
 
 
+def test_rounding_errors_of_ever_so_many_tokens_are_no_corrections():
+    seen = observations(200_000)
+    seen.energy_T, seen.inner_T = 1e-15 * seen.energy_T, 1e-9 * seen.inner_T
+    assert PositionGate.fit(seen).values == [0.0] * (len(EDGES) + 1)
+
+
 def test_a_bucket_of_positions_has_its_own_closed_form():
     seen = observations()
     gate = PositionGate.fit(seen)

@@ -144,6 +144,7 @@ class MistakeLog:
             self._admit()
             self.seen_rounds += 1
             self._begun = False
+        self.pilot = states.pilot
         if self._first_visits_only:
             new = self._seen_rows.new(states.ids_B.tolist(), self._newest)
             if not any(new):
@@ -152,7 +153,6 @@ class MistakeLog:
         if self._begun and not self._arriving and self._held.rounds[-1].round != self._newest:
             return  # the policy did not admit this round
         self._begun = True
-        self.pilot = states.pilot
         for first in range(0, len(states.targets_BN), ROWS_AT_ONCE):
             self._arriving.append(self._on_host(states.rows(slice(first, first + ROWS_AT_ONCE))))
         if not self._copies.pending:
@@ -270,7 +270,7 @@ class MistakeLog:
             "rounds": float(len(rounds)),
             "bytes": float(self.nbytes),
             "age_rounds": self._newest - sum(len(logged) * logged.round for logged in rounds) / records,
-            "error_energy": sum(logged.energy for logged in rounds) / records,
+            "error_energy": sum(logged.energy for logged in rounds) / sum(logged.tokens for logged in rounds),
             "repeated_share": sum(logged.repeated for logged in rounds) / records,
             **self.storage.statistics(),
         }

@@ -34,9 +34,14 @@ class LoggedRound:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @cached_property
+    def tokens(self) -> int:
+        """Number of target tokens."""
+        return int(self.tensors["target_mask"].sum())
+
+    @cached_property
     def energy(self) -> float:
-        """Sum of `energy` over its records."""
-        return self.tensors["energy"].double().sum().item()
+        """Sum of ‖ℓ‖² over its target tokens."""
+        return (self.tensors["energy"].double() * self.tensors["target_mask"].sum(1)).sum().item()
 
     @cached_property
     def repeated(self) -> int:

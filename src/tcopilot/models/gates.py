@@ -98,7 +98,7 @@ class PositionGate(Gate):
             chosen = buckets == bucket
             if chosen.sum() < LEAST_TOKENS:
                 chosen = torch.ones_like(chosen)
-            values.append(best_weight(seen.inner_T[chosen].sum().item(), seen.energy_T[chosen].sum().item()))
+            values.append(best_weight(seen.inner_T[chosen].mean().item(), seen.energy_T[chosen].mean().item()))
         return cls([round(value, DIGITS) for value in values])
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor, bincount, stack
 
-from tcopilot.functional import best_weight
+from tcopilot.functional import ROUNDING_ENERGY, best_weight
 
 Floats = NDArray[np.float64]
 QUANTILES = (5, 25, 50, 75, 95)  # percent
@@ -39,9 +39,14 @@ class Parabola(NamedTuple):
         return best_weight(self.inner, self.correction)
 
     @property
+    def corrects(self) -> bool:
+        """Whether f^C is more than rounding errors, see `best_weight`."""
+        return self.correction > ROUNDING_ENERGY
+
+    @property
     def zero_crossing(self) -> float | None:
         """2B / C: any λ between 0 and this has D(λ) < D(0). If it is not positive, no λ > 0 has; None if f^C is 0."""
-        return 2 * self.inner / self.correction if self.correction > 0 else None
+        return 2 * self.inner / self.correction if self.corrects else None
 
     def split_copilot_error(self) -> tuple[float, float]:
         """Split E‖f^C − ℓ‖² = D(1) into ε_C², the part along ℓ, and σ_C², the part that is uncorrelated with ℓ.
@@ -56,7 +61,7 @@ class Parabola(NamedTuple):
     @property
     def promised_weight(self) -> float | None:
         """The λ0 of Theorem 4.1 under the split of `split_copilot_error`."""
-        return promised_weight(self.error, *self.split_copilot_error())
+        return promised_weight(self.error, *self.split_copilot_error()) if self.corrects else None
 
     def figures(self) -> dict[str, float | None]:
         """Return the figures of a parabola for `theorem.json`."""
@@ -122,10 +127,16 @@ class EntrySums:
         _, _, error_V, inner_V, correction_V = self.sums_KV
         return (error_V - 2 * weight * inner_V + weight**2 * correction_V) / self.tokens
 
+    @property
+    def corrected_V(self) -> NDArray[np.bool_]:
+        """For which entries f^C is not always 0; for none if all of it is rounding errors."""
+        correction_V = self.sums_KV[4]
+        return (correction_V > 0) & (correction_V.sum() > ROUNDING_ENERGY * self.tokens)
+
     def best_weights_V(self) -> Floats:
         """λ*_v = B_v / C_v, not below 0; 0 where f^C_v is always 0."""
         inner_V, correction_V = self.sums_KV[3:]
-        return np.divide(inner_V.clip(0), correction_V, out=np.zeros_like(inner_V), where=correction_V > 0)
+        return np.divide(inner_V.clip(0), correction_V, out=np.zeros_like(inner_V), where=self.corrected_V)
 
     def removed(self, weights: float | Floats) -> float:
         """Share of the error energy that is removed by λ, or by one λ for each entry; negative if the error grows."""
@@ -146,7 +157,7 @@ def served_entries(sums: EntrySums, weight: float) -> dict[str, Any]:
     """
     count_V, _, error_V, inner_V, correction_V = sums.sums_KV
     added_V = sums.tokens * (sums.distances_V(weight) - sums.distances_V(0.0))
-    active_V, best_V = correction_V > 0, sums.best_weights_V()
+    active_V, best_V = sums.corrected_V, sums.best_weights_V()
     crossings = 2 * inner_V[active_V] / correction_V[active_V]
     harmed_V = active_V & (weight > 0) & (weight * correction_V > 2 * inner_V)
 
