@@ -53,6 +53,12 @@ def test_the_state_is_the_number_of_batches_and_goes_on_at_the_next():
     assert list(resumed) == everything[5:]
 
 
+def test_with_fewer_rounds_than_are_done_nothing_is_left():
+    iterator = iter(RoundSampler(10, 4, rounds=3))
+    iterator.load_state_dict({"done": 5})
+    assert list(iterator) == []
+
+
 def test_a_batch_that_does_not_divide_names_both_numbers():
     with pytest.raises(DataError, match=r"batch_size=64 .* 3 processes; use 63"):
         rank_slice(64, 0, 3)

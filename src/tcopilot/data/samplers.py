@@ -84,9 +84,8 @@ class RoundSampler(Resumable, Sampler[list[int]]):
         self.part = rank_slice(batch_size, rank, world_size)
 
     def _from(self, start: int) -> Iterator[list[int]]:
-        for parts in islice(
-            zip(*(self._batches(pool, start) for pool in self.pools), strict=True), self.rounds - start
-        ):
+        left = max(0, self.rounds - start)  # a run that goes on may have been given fewer rounds than it has done
+        for parts in islice(zip(*(self._batches(pool, start) for pool in self.pools), strict=True), left):
             yield [row for part in parts for row in part[self.part].tolist()]
 
     def _batches(self, pool: np.ndarray, start: int) -> Iterator[np.ndarray]:
