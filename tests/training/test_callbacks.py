@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning import Callback
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
 from resumable_run import ROUNDS, Crash, Run, assert_equal, assert_same_end, crash_after, finished
 from small_training import (
@@ -99,6 +99,18 @@ def test_validation_does_not_change_training():
     plain, validated = finished("t5"), finished("t5", **VALIDATED)
     assert plain.losses.pilot == validated.losses.pilot
     assert plain.losses.copilot == validated.losses.copilot
+
+
+def test_a_callback_of_the_users_keeps_what_it_learnt_from_the_validation_of_the_last_round_saved(tmp_path):
+    def until_four_validations_bring_nothing():
+        waits = {"patience": 4, "min_delta": 10.0, "check_on_train_epoch_end": False}
+        return [EarlyStopping("val/pilot_nll", **waits)]
+
+    options = {"trainer": {"limit_val_batches": 1, "val_check_interval": 1}}
+    cut = tmp_path / "cut"
+    whole = Run("llama", cut, every=3, callbacks=until_four_validations_bring_nothing(), **options).fit()
+    resumed = Run("llama", cut, seed=99, callbacks=until_four_validations_bring_nothing(), **options)
+    assert resumed.fit(cut / "round=3").module.round == whole.module.round == 5
 
 
 @pytest.mark.slow

@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 class RoundCheckpoint(Callback):
     """Saves the training state every few rounds and keeps the newest checkpoints.
 
-    A state that is due is taken when its round ends, and written before the next one starts: then all that the round
-    and its validation have logged is on disk too, and a resumed run continues the very same curves. Without
-    `every_n_rounds` it saves only when training ends or is stopped.
+    A state that is due is written before the next round starts: then all that the round and its validation have logged
+    is on disk too, and what callbacks have learnt from that validation, which a resumed run does not repeat, is in the
+    state. Without `every_n_rounds` it saves only when training ends or is stopped.
     """
 
     SETTINGS: ClassVar = {"every_n_rounds": whole().or_null(), "keep": whole()}
@@ -49,12 +49,12 @@ class RoundCheckpoint(Callback):
             remove_leftovers(self.folder)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Take the state if it is due. The round just finished counts."""
+        """Note where the loops are if a state is due. The round just finished counts."""
         rounds = pl_module.round + 1
         stopping = trainer.should_stop or rounds == pl_module.rounds
         if not stopping and self.every_n_rounds and rounds % self.every_n_rounds == 0:
-            state = _state(trainer)
-            self._due = rounds, state | {"loops": copy.deepcopy(state["loops"])}  # a copy: the loader reads on
+            loops = trainer._checkpoint_connector._get_loops_state_dict()
+            self._due = rounds, copy.deepcopy(loops)  # a copy: the loader reads on
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Write a due state before the next round changes anything."""
@@ -83,8 +83,8 @@ class RoundCheckpoint(Callback):
 
     def _write_due(self, trainer: Trainer) -> None:
         if self._due is not None:
-            due, self._due = self._due, None
-            self._write(trainer, *due)
+            (rounds, loops), self._due = self._due, None
+            self._write(trainer, rounds, _state(trainer) | {"loops": loops})
 
     def _write(self, trainer: Trainer, rounds: int, state: dict[str, Any]) -> None:
         path = self.folder / f"round={rounds}"

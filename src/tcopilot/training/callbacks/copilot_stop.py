@@ -71,7 +71,7 @@ class CopilotStop(Callback):
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state uncopied: a checkpoint is written after its round's validation, and must include it."""
+        """The best ratio so far with its round and weights, and the validations since."""
         return self._state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
