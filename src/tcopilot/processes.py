@@ -1,6 +1,7 @@
 """The processes of one job, or the only one: who am I, wait, agree, add up."""
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 PARENT = "TCOPILOT_PARENT"  # environment variable: the process that starts the others of a job
+STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what SLURM sends ahead of its time limit
 WAIT = "TCOPILOT_WAIT"  # environment variable: how many seconds the processes of a job have to meet
 _began = time.monotonic()
 
@@ -79,6 +81,16 @@ def _end_alone(size: int, seconds: float) -> None:
             )  # fmt: skip
             os._exit(1)  # the main thread waits in torch and cannot be woken
         time.sleep(min(0.5, seconds))
+
+
+def leave_stop_to_parent(worker: int) -> None:
+    """In a process that loads data: a signal that all processes of a run get is for the one that trains.
+
+    A second SIGTERM ends it, by which its parent ends one that hangs.
+    """
+    for number in STOP:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def _end_with(parent: int) -> None:

@@ -1,9 +1,11 @@
 """Checkpoints and resuming, a clean stop, the log's reports, and the alarms."""
 
 import csv
+import multiprocessing
 import os
 import random
 import signal
+import time
 import warnings
 from functools import partial
 
@@ -324,6 +326,20 @@ def test_a_run_stopped_where_validation_is_due_resumes_as_if_never_stopped(stopp
     assert validated == [4]  # none because of the stop
     resumed = Run("t5", tmp_path, seed=99, **VALIDATED).fit(checkpoints(tmp_path)[-1])
     assert_same_end(finished("t5", **VALIDATED), resumed, stopped_in + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", graceful_stop.SIGNALS)
+def test_a_signal_to_all_processes_of_a_run_does_not_end_those_that_load_data(number, tmp_path):
+    def send(trainer, module):
+        if module.round == 3:
+            (loader,) = multiprocessing.active_children()
+            os.kill(loader.pid, number)
+            time.sleep(0.2)
+
+    run = Run("llama", tmp_path, callbacks=[EachRound(send)])
+    run.data.num_workers = 1
+    assert run.fit().losses.pilot == finished("llama").losses.pilot
 
 
 @pytest.mark.slow

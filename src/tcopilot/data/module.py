@@ -24,6 +24,7 @@ from tcopilot.data.shots import NumberedRow
 from tcopilot.data.sources import mixture
 from tcopilot.data.splits import Split, SplitReader
 from tcopilot.data.summary import Figures, judge, measure
+from tcopilot.processes import leave_stop_to_parent
 from tcopilot.settings import FLAG, POSITIVE, SEED, Rule, is_number, problems, whole
 
 log = logging.getLogger(__name__)
@@ -249,6 +250,7 @@ class TCopilotDataModule(LightningDataModule):
         self.setup()
         rank, world_size = self._place
         shared = {"collate_fn": self.collate, "pin_memory": torch.cuda.is_available()}
+        shared["worker_init_fn"] = leave_stop_to_parent
         if self.streaming:
             stream = self._train.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
             rounds = StreamRounds(stream, self.batch_size, self.total_rounds, rank, world_size)

@@ -6,10 +6,9 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from tcopilot.processes import STOP as SIGNALS
+
 log = logging.getLogger(__name__)
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what SLURM sends ahead of its time limit
 
 
 class GracefulStop(Callback):
