@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import tomllib
+from types import SimpleNamespace
 
 import composed
 import numpy as np
@@ -12,8 +13,12 @@ import pytest
 import torch
 from small_training import VOCAB, random_batch, tiny_model
 
-from tcopilot.app.theorem import main
+from tcopilot.app.theorem import TrainedRun, estimate, main
 from tcopilot.data.batch import Batch
+from tcopilot.data.tokenizers import byte_tokenizer
+from tcopilot.evaluation import modes
+from tcopilot.evaluation.evaluate import Evaluator
+from tcopilot.evaluation.modes import Decoding
 from tcopilot.functional import token_errors
 from tcopilot.reporting.theorem.distances import WEIGHTS, DistanceSums
 from tcopilot.reporting.theorem.parabola import EntrySums, Parabola, promised_weight, row_intervals, served_entries
@@ -339,6 +344,25 @@ def test_variance_by_dropout_is_zero_without_and_grows_with_it(family):
 
     assert variance(0.0) == 0
     assert 0 < variance(0.02) < variance(0.3)
+
+
+def test_long_targets_are_scored_few_rows_at_once(monkeypatch, tmp_path):
+    model, random = tiny_model("llama", head_std=0.3), np.random.default_rng(0)
+    rows = [
+        {"source_ids": [5, 6], "target_ids": random.integers(3, VOCAB, length).tolist(), "id": length, "benchmark": 0}
+        for length in range(1, 21)
+    ]
+    data, tokenizer = SimpleNamespace(benchmark_names=["a"], evaluation_rows=lambda *_: rows), byte_tokenizer()
+    scorer = Evaluator(model, tokenizer, data, tmp_path, Decoding(batch_size=8))
+    sizes, score = [], scorer.scored
+    monkeypatch.setattr(scorer, "scored", lambda part: sizes.append(len(part)) or score(part))
+    at_once = estimate([TrainedRun(tmp_path, scorer)], "test")
+    monkeypatch.setattr(modes, "AT_ONCE", 64 * VOCAB)  # 64 target tokens
+    few = estimate([TrainedRun(tmp_path, scorer)], "test")
+    assert sizes[:3] == [8, 8, 4]
+    assert sizes[3:] == [8, 4, 4, 3, 1]
+    assert few["lambda_star"] == pytest.approx(at_once["lambda_star"], rel=1e-4)
+    assert few["rows"] == at_once["rows"] == 20
 
 
 # The command --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from tcopilot import processes
@@ -94,10 +95,10 @@ def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
         go_on = f"Go on with: {run.go_on} pilot.optimizer.lr=<lower>"
         last = f"{go_on}. Last good state: {saved[-1]}" if saved else "No state had been saved yet"
         raise TrainingDivergedError(f"{error}. {last}") from None
-    except SystemExit:  # Lightning turns a second Ctrl-C into status 1
-        if stop is None or not stop.requested:
-            raise
-        raise KeyboardInterrupt from None
+    except SystemExit as end:  # how Lightning ends at a second Ctrl-C, and at any signal before the first round
+        if isinstance(end, SIGTERMException) or isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
     if stop is not None and stop.requested:
         log.info("Stopped after round %d. Go on with: %s", module.round, run.go_on)
         sys.exit(STOPPED)
