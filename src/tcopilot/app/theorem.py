@@ -21,6 +21,7 @@ from tcopilot.app.console import quiet_libraries
 from tcopilot.data.benchmarks import DataError
 from tcopilot.data.shots import read_shots
 from tcopilot.evaluation.evaluate import Evaluator
+from tcopilot.evaluation.modes import parts_to_score
 from tcopilot.models.fusion import ProbabilityFusion
 from tcopilot.models.pilot import ModelSourceError
 from tcopilot.reporting.tables import accept_any_sign
@@ -101,9 +102,8 @@ def estimate(runs: Sequence[TrainedRun], split: str, passes: int = 0) -> dict[st
     if passes or len(runs) > 1:
         kind, names = ("dropout", range(passes)) if passes else ("seeds", [run.folder for run in runs])
         spread = PilotSpread(kind, [str(name) for name in names])
-    rows, batch_size = runs[0].rows(split), scorer.decoding.batch_size
-    for start in range(0, len(rows), batch_size):
-        batch, *scored = scorer.scored(rows[start : start + batch_size])
+    for part in parts_to_score(model, runs[0].rows(split), scorer.decoding.batch_size):
+        batch, *scored = scorer.scored(part)
         distances.update(batch, *scored)
         if passes:
             spread.update(batch, dropout_draws(model, batch, passes))
