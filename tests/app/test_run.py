@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 
 import composed
@@ -362,9 +363,24 @@ def test_a_run_that_diverges_names_its_last_good_state(every, said, tmp_path, mo
     assert left.value.code == 1
 
 
-def test_ctrl_c_works_again_after_a_run_that_failed(tmp_path, monkeypatch):
-    import signal
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_run_told_to_stop_before_its_first_round_does_not_end_as_if_it_were_done(
+    number, tmp_path, monkeypatch, capsys
+):
+    validate = TCopilotModule.validation_step
 
+    def told(self, *given):
+        signal.raise_signal(number)
+        return validate(self, *given)
+
+    monkeypatch.setattr(TCopilotModule, "validation_step", told)
+    with pytest.raises(SystemExit) as left:
+        composed.train(tmp_path / "run", *SHORT, "trainer.num_sanity_val_steps=1")
+    assert left.value.code == STOPPED
+    assert "To continue, start again with the same command" in capsys.readouterr().err
+
+
+def test_ctrl_c_works_again_after_a_run_that_failed(tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(TCopilotModule, "_pilot_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
     with pytest.raises(TrainingDivergedError):
