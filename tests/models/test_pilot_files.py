@@ -6,11 +6,13 @@ import pytest
 import torch
 from family_models import of_families, perturb, tiny_pilot
 
+from tcopilot.app import build
 from tcopilot.data.tokenizers import byte_tokenizer
 from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.modeling import TCopilotForCausalLM, fused_class
 from tcopilot.models.pilot import ModelSource
 from tcopilot.models.pilot_files import digest, load_unembedding
+from tcopilot.run_directory import RunDirectory
 
 
 def saved(pilot, folder, **options):
@@ -31,6 +33,20 @@ def test_the_head_alone_gives_the_pilots_logits(family, tmp_path):
     fused_class(pilot.config.is_encoder_decoder).from_pilot(alone, kind="head")  # which must leave the weights alone
     states = torch.randn(2, 3, pilot.config.hidden_size)
     torch.testing.assert_close(logits_from_head_input(alone, states), logits_from_head_input(pilot, states))
+
+
+def test_an_export_holds_the_weights_of_now_alone(tmp_path):
+    source = saved(tiny_pilot(), tmp_path / "pilot", max_shard_size="10KB")
+    run, stored = RunDirectory(tmp_path / "run"), []
+    for load in (load_unembedding, ModelSource.load, load_unembedding):
+        model = TCopilotForCausalLM.from_pilot(load(source, byte_tokenizer()), kind="head", hidden=8)
+        perturb(model.copilot, seed=len(stored))
+        build.export(model, byte_tokenizer(), run.export)
+        stored.append({file.name for file in run.export.glob("*.safetensors*")})
+        if load is ModelSource.load:
+            loaded = build.load_export(run, build.read_export(run)[0])
+            assert torch.equal(loaded.copilot.hidden.weight, model.copilot.hidden.weight)
+    assert stored == [{"copilot.safetensors"}, {"model.safetensors"}, {"copilot.safetensors"}]
 
 
 def test_a_head_is_found_in_an_export_of_ours_and_in_a_model_of_several_files(tmp_path):

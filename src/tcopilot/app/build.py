@@ -323,15 +323,21 @@ def parameter_counts(model: TCopilotModel) -> dict[str, int]:
 def export(model: TCopilotModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write the fused model and its tokenizer, in the first process, as a folder that `from_pretrained` loads.
 
-    If the Pilot's layers are not in memory, only its config is written, and the Copilot's weights beside it.
+    If the Pilot's layers are not in memory, only its config is written, and the Copilot's weights beside it. What an
+    export of the other kind has left, from before the run went on with another evaluation, is removed.
     """
     if not is_first():
         return
+    alone = RunDirectory(Path(folder).parent).copilot_alone
     if any(weight.is_meta for weight in model.parameters()):
         model.config.save_pretrained(folder)
-        save_file(model.copilot.state_dict(), RunDirectory(Path(folder).parent).copilot_alone)
+        save_file(model.copilot.state_dict(), alone)
+        outdated = list(Path(folder).glob("model*.safetensors*"))
     else:
         model.save_pretrained(folder)
+        outdated = [alone]
+    for file in outdated:
+        file.unlink(missing_ok=True)
     tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # else it is not saved, and loads as right
     tokenizer.save_pretrained(folder)
 
