@@ -49,6 +49,13 @@ def test_a_family_is_refused_with_the_check_that_failed(family, why):
         check_family(of_type(family))
 
 
+def test_an_opt_with_embeddings_narrower_than_its_layers_is_refused_by_itself():
+    check_family(of_type("opt"))
+    for decoder in (True, False):
+        with pytest.raises(UnsupportedFamilyError, match=r"'opt' is not supported: .*states have different widths"):
+            check_family(of_type("opt", hidden_size=1024, word_embed_proj_dim=512), decoder=decoder)
+
+
 def test_a_pilot_whose_layers_no_copilot_takes_needs_no_log_attention():
     check_family(of_type("stablelm"), decoder=False)
     with pytest.raises(UnsupportedFamilyError, match="'mamba' is not supported: continuing from a cache"):

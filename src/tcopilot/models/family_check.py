@@ -188,6 +188,8 @@ def _head(trial: TinyModel) -> None:
     layers = len(families.decoder_layers(trial.decoder))
     if len(states) != layers + 1:
         raise ValueError(f"{layers} layers give {len(states)} hidden states")
+    if len({state.shape[-1] for state in states}) > 1:
+        raise ValueError("its hidden states have different widths")
     _alike(families.logits_from_head_input(trial.model, states[-1]), out.logits)
     some_U = torch.tensor([5, 2])
     _alike(families.logits_from_head_input(trial.model, states[-1], some_U), out.logits[..., some_U])

@@ -53,6 +53,8 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             with suppress(AttributeError):  # raised for a size that is computed from others
                 setattr(tiny, name, SIZES[name] if name in SIZES else min(value, limits[name]))
+    if getattr(config, "word_embed_proj_dim", None) not in (None, getattr(config, "hidden_size", None)):  # OPT-350m
+        tiny.word_embed_proj_dim //= 2
     pad = getattr(config, "pad_token_id", None)
     for name in {*GIVEN_BY_TOKENIZER, *vars(tiny)}:
         value = getattr(tiny, name, None)
