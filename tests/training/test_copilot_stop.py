@@ -61,6 +61,17 @@ def test_the_better_one_with_the_final_pilot_is_kept(tmp_path, told, end, kept):
     assert_equal(weights(one.model.copilot), copilots[kept - 1])
 
 
+def test_both_are_judged_where_the_run_was_trained(tmp_path, told, monkeypatch):
+    told((0.9, 0.7, 0.8, 0.8, 0.8))
+    judge, one, moves = copilot_stop._ratio, run(tmp_path, 9), []
+    monkeypatch.setattr(one.module, "to", moves.append)
+    monkeypatch.setattr(one.module, "cpu", lambda: moves.append("left on the CPU"))
+    monkeypatch.setattr(copilot_stop, "_ratio", lambda *given: (moves.append("judged"), judge(*given))[1])
+    one.fit()
+    device = one.trainer.strategy.root_device
+    assert moves == [device, "left on the CPU", device, "judged", "judged"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("saved_after", [6, *(pytest.param(after, marks=pytest.mark.slow) for after in (4, 8))])
 def test_a_resumed_run_stops_where_the_whole_one_does(tmp_path, told, saved_after):
@@ -83,6 +94,12 @@ def test_a_finished_run_that_is_resumed_keeps_the_same_copilot(tmp_path, told):
     one = run(tmp_path, 1).fit()
     told(ratios, (0.9, 0.5))
     again = run(tmp_path, 1, seed=7).fit(checkpoints(tmp_path)[-1])
+    assert_equal(weights(one.model), weights(again.model))
+
+
+def test_a_finished_run_is_judged_again_when_it_is_resumed(tmp_path):
+    one = run(tmp_path, 9).fit()
+    again = run(tmp_path, 9, seed=7).fit(checkpoints(tmp_path)[-1])
     assert_equal(weights(one.model), weights(again.model))
 
 

@@ -56,6 +56,7 @@ class CopilotStop(Callback):
         """Keep the better of the best and the last Copilot; a run that was stopped midway is left as it is."""
         if not self._state["weights"] or pl_module.round < pl_module.rounds:
             return
+        pl_module.to(trainer.strategy.root_device)  # Lightning has left it on the CPU
         copilot = pl_module.model.copilot
         last, best_round = {name: weight.clone() for name, weight in _trained(copilot).items()}, self._state["round"]
         ratio_of_last = _ratio(trainer, pl_module)
@@ -95,6 +96,7 @@ def _reported(trainer: Trainer) -> float:
 def _ratio(trainer: Trainer, pl_module: LightningModule) -> float:
     """The error ratio on the validation batches that training looks at."""
     model = pl_module.model
+    trainer.fit_loop.epoch_loop.val_loop.setup_data()  # a finished run that is resumed has not counted its batches
     batches = islice(trainer.datamodule.val_dataloader(), trainer.num_val_batches[0])
     statistics, training = ErrorStatistics([model.weight], model.fusion), model.training
     model.eval()
