@@ -90,6 +90,13 @@ def test_padding_counts_for_nothing():
     assert statistics(loud).summary() == statistics(ERRORS).summary()
 
 
+@pytest.mark.slow
+def test_quantiles_are_those_of_ever_so_many_tokens():
+    result, shape = statistics(ERRORS), (1, 2**24)  # torch.quantile takes no more tokens than these
+    result._norms.append((torch.full((2, *shape), 0.5), torch.ones(shape, dtype=torch.bool)))
+    assert result.summary()["error_norm_p50"] == 0.5
+
+
 def test_batches_and_ranks_add_up_to_one_pass_over_all_rows():
     generator = torch.Generator().manual_seed(0)
     log_probs = torch.randn(4, 3, 5, generator=generator).log_softmax(-1)

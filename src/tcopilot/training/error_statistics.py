@@ -8,6 +8,7 @@ Shapes: B batch, N target length, V vocabulary.
 from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -133,12 +134,12 @@ class ErrorStatistics:
         `error_energy` is E‖ℓ‖², `correction_energy` E‖f^C‖² and `error_ratio` E‖f^C−ℓ‖² / E‖ℓ‖²; below 1, f^C is
         closer to ℓ than 0 is. `fused_nll` is at the first λ, `error_norm_p10` to `_p90` are quantiles of ‖ℓ‖.
         """
-        points = torch.tensor(PERCENTILES) / 100
+        points = [percent / 100 for percent in PERCENTILES]
         quantiles = {
             f"{name}_p{percent}": value
             for name, norms in self.norms().items()
             if len(norms)
-            for percent, value in zip(PERCENTILES, torch.quantile(norms, points).tolist(), strict=True)
+            for percent, value in zip(PERCENTILES, np.quantile(norms.numpy(), points).tolist(), strict=True)
         }
         tokens, energy, correction, inner, pilot_nll = self._sums[:5].tolist()
         norm = (energy * correction) ** 0.5
