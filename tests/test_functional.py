@@ -60,6 +60,11 @@ def test_one_layer_is_its_own_pool(layer_range):
     assert pool_states([torch.tensor([[[7.0]]])], "mean", layer_range).item() == 7.0
 
 
+def test_the_mean_of_many_float16_layers_stays_in_their_range():
+    pooled = pool_states([torch.full((1, 1, 1), 4000.0, dtype=torch.float16)] * 32)
+    assert (pooled.item(), pooled.dtype) == (4000.0, torch.float16)
+
+
 def test_pooling_leaves_the_layers_untouched():
     layers = [torch.ones(1, 1, 2), torch.ones(1, 1, 2)]
     pool_states(layers, "sum")

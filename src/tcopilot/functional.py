@@ -58,10 +58,11 @@ def pool_states(layers: Sequence[Tensor], pooling: str = "mean", layer_range: st
     """
     half = len(layers) // 2
     chosen = {"all": layers, "first_half": layers[: max(half, 1)], "second_half": layers[half:]}[layer_range]
-    pooled = chosen[0]
+    kept = chosen[0].dtype
+    pooled = chosen[0].float() if kept == torch.float16 else chosen[0]  # whose range a sum of layers may leave
     for layer in chosen[1:]:
         pooled = torch.maximum(pooled, layer) if pooling == "max" else pooled + layer
-    return pooled / len(chosen) if pooling == "mean" else pooled
+    return (pooled / len(chosen) if pooling == "mean" else pooled).to(kept)
 
 
 def root_mean_square(sum_of_squares: Tensor, tokens: Tensor | float, eps: float = 1e-8) -> Tensor:
