@@ -1,6 +1,6 @@
 """What the Mistake Log loses by storing less of p̂, on logs filled by real rounds of training."""
 
-from functools import cache
+from functools import cache, partial
 
 import composed
 import pytest
@@ -23,6 +23,7 @@ from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.storage import DenseStorage, FrozenHeadStorage, TopKStorage
 from tcopilot.models.adapters import Lora
 from tcopilot.models.states import StatePooler, trace_pilot
+from tcopilot.training.objectives import CrossEntropy, objective_sum
 
 
 def filled(family, storage, rounds=3):
@@ -129,6 +130,23 @@ def test_top_k_stores_less_than_dense_and_the_copilot_still_learns_from_it():
     batches = [random_batch("t5", seed=seed % 2) for seed in range(30)]
     losses = train_on(small_module(tiny_model("t5"), 30, pilot=None), batches, log)
     assert losses.copilot[-1] < 0.8 * losses.copilot[0]
+
+
+@pytest.mark.parametrize("storage", [DenseStorage, partial(TopKStorage, 2)])
+def test_a_mistake_beyond_float16_still_teaches(storage):
+    model, batch = tiny_model("llama", kind="head", head="full", hidden=8), random_batch("llama", rows=1, targets=[1])
+    states = trace_pilot(model.pilot, batch, model.copilot.pooler)
+    states.logits_BNV = torch.zeros_like(states.logits_BNV).index_fill(-1, torch.tensor(5), 20.0)  # p̂_y is 2e-9
+    gradients = []
+    for dtype in ("float32", "float16"):
+        log = MistakeLog(storage=storage(dtype=dtype))
+        log.append(states)
+        record, weight = log.sample(1), model.copilot.head.weight
+        hidden, _ = model.copilot(torch.zeros(1, 1, 0), None, None, record.states_BNP)
+        (gradient,) = torch.autograd.grad(objective_sum(CrossEntropy(), model.copilot, record, hidden), weight)
+        gradients.append(gradient)
+    assert gradients[0].norm() > 1
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-3, rtol=1e-3)
 
 
 def test_keeping_no_entry_is_refused():

@@ -15,6 +15,8 @@ from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.states import PilotStates
 from tcopilot.settings import DTYPE, dtype_name, require, whole
 
+SMALLEST_FLOAT16 = 2.0**-24  # above 0
+
 
 class Storage(ABC):
     """What the log asks of a storage; `names` are the names of the tensors that `pack` returns."""
@@ -64,7 +66,8 @@ class DenseStorage(Storage):
 
     def pack(self, states: PilotStates, probs_BNV: Tensor) -> dict[str, Tensor]:
         """Keep p̂ as it is."""
-        return {"probs": probs_BNV.to(self.dtype)}
+        of_target_BN1 = _of_target(probs_BNV, states.targets_BN, self.dtype)
+        return {"probs": probs_BNV.to(self.dtype).scatter_(-1, states.targets_BN.unsqueeze(-1), of_target_BN1)}
 
     def unpack(self, packed: dict[str, Tensor], targets_BN: Tensor, pilot: PreTrainedModel | None = None) -> Tensor:
         """Give p̂ back."""
@@ -102,7 +105,7 @@ class TopKStorage(Storage):
         self._vocab_size = probs_BNV.shape[-1]
         values_BNk, indices_BNk = probs_BNV.topk(min(self.k, self._vocab_size), dim=-1)
         target_BN1 = probs_BNV.gather(-1, targets_BN.unsqueeze(-1))
-        kept = values_BNk.to(self.dtype), indices_BNk.int(), target_BN1.to(self.dtype)
+        kept = values_BNk.to(self.dtype), indices_BNk.int(), _of_target(probs_BNV, targets_BN, self.dtype)
         packed = dict(zip(self.names, kept, strict=True))
         lost_BN = (self.unpack(packed, targets_BN) - probs_BNV).square().sum(-1)
         energy_BN = probs_BNV.square().sum(-1) - 2 * target_BN1.squeeze(-1) + 1
@@ -185,6 +188,12 @@ class FrozenHeadStorage(Storage):
     def bytes_per_token(self, vocab_size: int, width: int, dtype: torch.dtype) -> int:
         """P numbers."""
         return width * dtype.itemsize
+
+
+def _of_target(probs_BNV: Tensor, targets_BN: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return p̂ of the target [B, N, 1] in a type. Losses read its logarithm, so it must not be rounded to 0."""
+    least = SMALLEST_FLOAT16 if dtype == torch.float16 else 0.0
+    return probs_BNV.gather(-1, targets_BN.unsqueeze(-1)).clamp_min(least).to(dtype)
 
 
 def is_frozen(module: nn.Module) -> bool:
