@@ -26,6 +26,7 @@ from tcopilot.mistake_log import log as log_module
 from tcopilot.mistake_log import spill as log_spill
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.policies import Balanced, Fifo, Latest, Prioritised, Reservoir
+from tcopilot.mistake_log.recording import RecordingError
 from tcopilot.mistake_log.rounds import LoggedRecords
 from tcopilot.mistake_log.storage import DenseStorage, TopKStorage
 from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
@@ -290,6 +291,17 @@ def test_a_log_without_room_for_a_round_is_refused(capacity):
 def test_a_byte_limit_that_is_not_positive_is_refused(limit):
     with pytest.raises(ValueError, match=f"max_bytes={limit}"):
         MistakeLog(max_bytes=limit)
+
+
+def test_states_beyond_float16_are_refused_unless_the_pilot_has_diverged():
+    model, batch = tiny_model("llama"), random_batch("llama")
+    states = trace_pilot(model.pilot, batch, StatePooler())
+    states.states_BNP[0, 0, 0] = 1e5
+    MistakeLog(dtype="bfloat16").append(states)
+    with pytest.raises(RecordingError, match=r"mistake_log\.log\.dtype=float16: .*dtype=bfloat16 or float32"):
+        MistakeLog(dtype="float16").append(states)
+    states.logits_BNV = torch.full_like(states.logits_BNV, torch.nan)  # which training reports
+    MistakeLog(dtype="float16").append(states)
 
 
 def test_the_reported_age_is_the_mean_number_of_rounds_since_a_record_was_logged():

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from tcopilot.functional import token_errors
 from tcopilot.mistake_log.async_copy import AsyncHostCopies, owned_copy, to_device
 from tcopilot.mistake_log.policies import Fifo, SamplingPolicy
+from tcopilot.mistake_log.recording import RecordingError
 from tcopilot.mistake_log.rounds import LoggedRecords, LoggedRound, SeenRows, join
 from tcopilot.mistake_log.spill import Spill
 from tcopilot.mistake_log.storage import DenseStorage, Storage, is_frozen
@@ -197,6 +198,12 @@ class MistakeLog:
             return
         self._copies.wait()
         tensors, self._arriving = join(self._arriving), []
+        sound = tensors["energy"].isfinite().all()  # else the Pilot has diverged, which training reports
+        if self.dtype == torch.float16 and sound and not tensors["states"].isfinite().all():
+            raise RecordingError(
+                "mistake_log.log.dtype=float16: some of the Pilot's states are not finite in this type; start a new "
+                "run with mistake_log.log.dtype=bfloat16 or float32"
+            )
         ids = tensors.pop("ids").tolist()
         new = [True] * len(ids) if self._first_visits_only else self._seen_rows.new(ids, self._newest)
         tensors["repeated"] = ~torch.tensor(new)
