@@ -188,6 +188,11 @@ def test_a_tuned_pilot_stands_for_equal_flops_where_there_is_one():
         page = evidence.put_between_markers(PAGE, [task], [])
         (row,) = [line for line in page.splitlines() if line.startswith("| smoke, builtin: task ")]
         assert row.split(" | ")[-1].startswith(points)
+    alike = replace(lines[1], against=compare(8 * [1.0], 8 * [1.0]))
+    page = evidence.put_between_markers(
+        PAGE, [evidence.TaskEvidence("smoke, builtin: task", "accuracy", [lines[0], alike])]
+    )
+    assert "| +0.0 [+0.0, +0.0] |" in page
 
 
 @pytest.mark.slow

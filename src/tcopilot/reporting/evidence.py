@@ -231,8 +231,8 @@ def _brief(task: TaskEvidence) -> tuple[str, ...]:
     def shown(found: Comparison | None, sign: int) -> str:
         if found is None:
             return ""
-        ends = sorted(sign * end for end in found.ci95)
-        text = show_difference(sign * found.difference, task.unit, (ends[0], ends[1]), _digits(task.unit))
+        ends = sorted(sign * end + 0.0 for end in found.ci95)  # adding 0 leaves no -0.0
+        text = show_difference(sign * found.difference + 0.0, task.unit, (ends[0], ends[1]), _digits(task.unit))
         return text if found.direction == "not distinguishable" else f"**{text}**"
 
     first = task.lines[0]
