@@ -47,6 +47,8 @@ def test_an_export_holds_the_weights_of_now_alone(tmp_path):
             loaded = build.load_export(run, build.read_export(run)[0])
             assert torch.equal(loaded.copilot.hidden.weight, model.copilot.hidden.weight)
     assert stored == [{"copilot.safetensors"}, {"model.safetensors"}, {"copilot.safetensors"}]
+    with pytest.raises(OSError, match=r"is a Copilot alone, .*resume=<run> evaluation\.modes=\[generation\]"):
+        TCopilotForCausalLM.from_pretrained(run.export)
 
 
 def test_a_head_is_found_in_an_export_of_ours_and_in_a_model_of_several_files(tmp_path):

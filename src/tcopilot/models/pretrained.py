@@ -14,6 +14,7 @@ from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.families import is_cross_attending
 from tcopilot.models.kinds import resize_vocabulary
 from tcopilot.models.quantised_export import ADAPTER, OF_HUB, load_quantised_export, trained_weights
+from tcopilot.run_directory import RunDirectory
 
 ATTENTION = ("eager", "sdpa")
 """Attention kernels that take the Copilot's masks, which are additive."""
@@ -83,7 +84,13 @@ class FusedPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: if a device map separates what one model reads of the other.
+            OSError: as in transformers, and if the folder holds a Copilot without its Pilot.
         """
+        if (alone := Path(name, Path(RunDirectory.copilot_alone.name).name)).is_file():
+            raise OSError(
+                f"{alone} is a Copilot alone, of a run that was judged by its recording; evaluate it by eval.py "
+                f"run=<run>, or let the run export both models with resume=<run> evaluation.modes=[generation]"
+            )
         config = kwargs.get("config")
         if config is None:
             config = cls.config_class.from_pretrained(name, **{key: kwargs[key] for key in OF_HUB if key in kwargs})
