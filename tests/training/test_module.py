@@ -462,6 +462,14 @@ def test_an_extra_copilot_step_that_is_not_finite_stops_training_too():
         trained("llama", batches_of("llama", 1), copilot=huge, steps_per_round=4)
 
 
+@pytest.mark.parametrize("who", ["pilot", "copilot"])
+def test_a_gradient_that_is_not_finite_stops_training_before_the_weights_are_not_either(who):
+    model, said = tiny_model("llama", head_std=0.1), rf"{who} loss \d.*, {who} gradient norm nan.*No update"
+    with pytest.raises(TrainingDivergedError, match=said):
+        trained("llama", batches_of("llama", 6), model=model, **{who: learner(lr=1000.0)})
+    assert all(weight.isfinite().all() for weight in model.parameters())
+
+
 # Learning ------------------------------------------------------------------------------------------------------------
 
 

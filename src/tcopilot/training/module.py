@@ -27,7 +27,7 @@ OF_BENCHMARK = ("pilot_nll", "fused_nll", "error_ratio", "best_weight")  # valid
 
 
 class TrainingDivergedError(RuntimeError):
-    """A loss is not finite; nothing was updated with it."""
+    """A loss or gradient is not finite; nothing was updated with it."""
 
 
 @dataclass
@@ -179,12 +179,10 @@ class TCopilotModule(LightningModule):
                 sum_gradients(self.model.copilot.parameters())
         with self._timed("pilot"):
             pilot_loss = self._sum_over_ranks(pilot_loss / self.trainer.world_size)
-            self._check(pilot_loss, copilot_loss)  # waits for a GPU, so it comes when all its work is launched
-            for (name, learner), optimizer in zip(self._learning(), self._as_list(self.optimizers()), strict=True):
-                if name == "copilot" and self.copilot_stopped:
-                    optimizer.zero_grad()
-                else:
-                    self._step(name, learner, optimizer)  # 7 and 10: each on its own loss
+            optimizers = {n: o for (n, _), o in zip(self._learning(), self._as_list(self.optimizers()), strict=True)}
+            if self.copilot_stopped:
+                optimizers.pop("copilot").zero_grad()
+            self._step(optimizers, pilot_loss, copilot_loss)  # 7 and 10: each on its own loss
         with self._timed("copilot"):
             for _ in range(self.steps_per_round - 1 if self.copilot_learns else 0):
                 self._update_copilot_again(pilot_loss)  # 8 to 10 again, on fresh draws
@@ -334,31 +332,32 @@ class TCopilotModule(LightningModule):
         with self._without_reduction():  # the reducer is armed once a round, for the joint backward
             loss = self._copilot_loss(self._draw())
             self.manual_backward(loss)
-            self._check(pilot_loss, loss)
         if self.trainer.world_size > 1:
             sum_gradients(self.model.copilot.parameters())
-        self._step("copilot", self.learners["copilot"], self._as_list(self.optimizers())[-1])
+        self._step({"copilot": self._as_list(self.optimizers())[-1]}, pilot_loss, loss)
 
-    def _step(self, name: str, learner: Learner, optimizer: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if learner.clip is None:
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        else:
-            norm = nn.utils.clip_grad_norm_(parameters, learner.clip)
-        self.gradient_norms.setdefault(name, []).append(undivided(norm))  # before clipping; a tensor, so nothing waits
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def _check(self, pilot_loss: Tensor, copilot_loss: Tensor | None) -> None:
-        """Stop at a loss that is not finite; both are sums over all ranks, so that all of them stop."""
-        losses = {"pilot": pilot_loss, "copilot": copilot_loss}
-        values = torch.stack([loss.detach() for loss in losses.values() if loss is not None]).tolist()
-        if not all(map(math.isfinite, values)):
-            shown = ", ".join(f"{n} loss {v.item():.4g}" for n, v in losses.items() if v is not None)
+    def _step(self, optimizers: dict[str, Any], pilot_loss: Tensor, copilot_loss: Tensor | None) -> None:
+        """Update models with their clipped gradients, unless something is not finite, which all ranks then see."""
+        found = {"pilot loss": pilot_loss, "copilot loss": copilot_loss}
+        for name, optimizer in optimizers.items():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            if (clip := self.learners[name].clip) is None:
+                norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            else:
+                norm = nn.utils.clip_grad_norm_(parameters, clip)
+            found[f"{name} gradient norm"] = norm = undivided(norm)  # before clipping
+            self.gradient_norms.setdefault(name, []).append(norm)
+        # This waits for a GPU, so it comes when all its work is launched.
+        values = {name: value.item() for name, value in found.items() if value is not None}
+        if not all(map(math.isfinite, values.values())):
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             raise TrainingDivergedError(
                 f"round {self.round + 1}: {shown}. No update was made with it. Lower the learning rate of the model "
-                f"whose loss is not finite (pilot.optimizer.lr, copilot.optimizer.lr) or set its clip"
+                f"whose loss or gradient is not finite (pilot.optimizer.lr, copilot.optimizer.lr) or set its clip"
             )
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
 
     def _log_round(self, pilot_loss: Tensor, copilot_loss: Tensor | None, tokens: Tensor) -> None:
         losses = {"pilot": pilot_loss} | ({} if copilot_loss is None else {"copilot": copilot_loss.detach()})
