@@ -22,6 +22,7 @@ from small_training import (
 from tcopilot.app.checks.config import config_problems
 from tcopilot.data import DataError, GeneratedTask, TCopilotDataModule
 from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.mistake_log.policies import Reservoir
 from tcopilot.mistake_log.rounds import SeenRows
 from tcopilot.mistake_log.storage import FrozenHeadStorage
 from tcopilot.models.states import StatePooler, trace_pilot
@@ -69,6 +70,23 @@ def test_a_head_only_copilot_learns_from_first_visits_unless_told_otherwise():
     assert composed.compose_config("copilot=head").mistake_log.log.rows == "first_visit"
     assert composed.compose_config().mistake_log.log.rows == "all"
     assert composed.compose_config("copilot=head", "mistake_log.log.rows=all").mistake_log.log.rows == "all"
+
+
+def test_rounds_without_first_visits_do_not_count_for_a_reservoir():
+    seen = []
+
+    class Counted(Reservoir):
+        def evict(self, rounds, seen_rounds, generator):
+            seen.append(seen_rounds)
+            return super().evict(rounds, seen_rounds, generator)
+
+    logs = [MistakeLog(rows="first_visit", capacity_rounds=1, policy=Counted()) for _ in range(2)]
+    first, second, third = (random_batch("t5", seed=seed) for seed in range(3))
+    append_all(logs[0], [first, first, second, first])
+    logs[1].load_state_dict(logs[0].state_dict())
+    for log in logs:
+        append_all(log, [second, third])
+    assert seen == [2, 3, 3]
 
 
 def test_a_row_twice_in_one_round_is_twice_on_its_first_visit():

@@ -98,6 +98,7 @@ class MistakeLog:
         self.dropout = dropout
         self.pilot: PreTrainedModel | None = None
         self.seen_rounds = 0
+        self._filled_rounds = 0  # of these, those with records
         self._held = LoggedRecords(self.policy.weights)
         self._copies = AsyncHostCopies()
         self._arriving: list[dict[str, Tensor]] = []  # parts of the newest round, whose copies may be on their way
@@ -210,13 +211,15 @@ class MistakeLog:
         held = self._held
         if held.rounds and held.rounds[-1].round == self._newest:
             tensors = join([held.pop(-1).tensors, tensors])
-        elif self.spill is not None and held.rounds and not held.rounds[-1].spilled:
-            last = held.rounds[-1]
-            last.tensors, last.spilled = self.spill.move(last.tensors), True
+        else:
+            self._filled_rounds += 1
+            if self.spill is not None and held.rounds and not held.rounds[-1].spilled:
+                last = held.rounds[-1]
+                last.tensors, last.spilled = self.spill.move(last.tensors), True
         held.append(LoggedRound(tensors, self._newest))
         limit = float("inf") if self.max_bytes is None else self.max_bytes
         while len(held.rounds) > self.capacity_rounds or (len(held.rounds) > 1 and held.nbytes > limit):
-            held.pop(self.policy.evict(len(held.rounds), self.seen_rounds, self._generator))
+            held.pop(self.policy.evict(len(held.rounds), self._filled_rounds, self._generator))
 
     @torch.no_grad()
     def sample(self, records: int, device: torch.device | str = "cpu") -> MistakeRecord:
@@ -290,6 +293,7 @@ class MistakeLog:
         return {
             "rounds": [{"tensors": logged.tensors, "round": logged.round} for logged in self.rounds],
             "seen_rounds": self.seen_rounds,
+            "filled_rounds": self._filled_rounds,
             "seen_ids": torch.tensor(self._seen_rows.ids, dtype=torch.int64),
             "generator": self._generator.get_state(),
             "storage": self.storage.state_dict(),
@@ -304,6 +308,7 @@ class MistakeLog:
             own = self.spill.move(tensors) if spilled else {name: owned_copy(tensors[name]) for name in tensors}
             self._held.append(LoggedRound(own, logged["round"], spilled))
         self.seen_rounds = state["seen_rounds"]
+        self._filled_rounds = state.get("filled_rounds", self.seen_rounds)
         self._seen_rows.ids = state["seen_ids"].tolist()
         self._generator.set_state(state["generator"].cpu())
         self.storage.load_state_dict(state["storage"])

@@ -19,7 +19,7 @@ class SamplingPolicy(ABC):
     """What the log asks of a policy; unless it says otherwise the oldest round leaves and draws need no weights."""
 
     def evict(self, rounds: int, seen: int, generator: Generator) -> int:
-        """Index, among the `rounds` held, oldest first, of the round that leaves; `seen` rounds were appended."""
+        """Index, among the `rounds` held, oldest first, of the round that leaves; `seen` rounds had records so far."""
         return 0
 
     def weights(self, logged: LoggedRound) -> dict[Any, Tensor]:
