@@ -323,6 +323,13 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_like_any_other(short, tmp_p
         assert new["value"] == pytest.approx(old["value"], rel=1e-5)
 
 
+def test_a_stopped_run_without_states_does_not_promise_to_go_on(tmp_path, caplog):
+    with pytest.raises(SystemExit), caplog.at_level("INFO"):
+        composed.train(tmp_path, *SHORT, *STOP, "callbacks.checkpoint=null")
+    assert "Stopped after round 2. It cannot go on" in caplog.text
+    assert "resume=" not in caplog.text
+
+
 @pytest.mark.slow
 def test_a_finished_run_can_be_resumed_and_says_the_same_again(short, tmp_path):
     folder = shutil.copytree(short, tmp_path / "run")

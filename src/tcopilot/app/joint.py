@@ -100,7 +100,10 @@ def _fit(cfg: DictConfig, prepared: Prepared, module: TCopilotModule) -> None:
             raise KeyboardInterrupt from None
         raise
     if stop is not None and stop.requested:
-        log.info("Stopped after round %d. Go on with: %s", module.round, run.go_on)
+        go_on = (
+            f"Go on with: {run.go_on}" if saver else "It cannot go on: no state is saved without callbacks.checkpoint"
+        )
+        log.info("Stopped after round %d. %s", module.round, go_on)
         sys.exit(STOPPED)
 
 
