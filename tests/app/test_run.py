@@ -381,8 +381,12 @@ def test_a_run_told_to_stop_before_its_first_round_does_not_end_as_if_it_were_do
         return validate(self, *given)
 
     monkeypatch.setattr(TCopilotModule, "validation_step", told)
-    with pytest.raises(SystemExit) as left:
-        composed.train(tmp_path / "run", *SHORT, "trainer.num_sanity_val_steps=1")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which background jobs of a shell ignore
+    try:
+        with pytest.raises(SystemExit) as left:
+            composed.train(tmp_path / "run", *SHORT, "trainer.num_sanity_val_steps=1")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert left.value.code == STOPPED
     assert "To continue, start again with the same command" in capsys.readouterr().err
 

@@ -971,7 +971,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_last_good_state(refusa
     monkeypatch.setattr(run, "budget", lambda *_: None)
     exploding = ["pilot.optimizer.lr=1e30", "pilot.clip=null", "callbacks.checkpoint.every_n_rounds=1"]
     message = refusal(*composed.SMALL, *exploding)
-    check(message, ("pilot loss nan", "pilot.optimizer.lr", f"Last good state: {tmp_path}/out/checkpoints/"), placed)
+    check(
+        message,
+        ("pilot gradient norm nan", "pilot.optimizer.lr", f"Last good state: {tmp_path}/out/checkpoints/"),
+        placed,
+    )
 
 
 def test_a_traceback_is_there_for_whoever_asks(capsys, tmp_path):
