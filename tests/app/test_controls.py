@@ -344,6 +344,10 @@ def test_the_second_pilot_is_another_one(controlled, tmp_path):
         (["control=[averaged,averaged]"], ["averaged"]),
         (["control=[equal_flops]", "callbacks.flops=null"], ["callbacks.flops", "callbacks=default"]),
         (["control=tuned_for_fit"], ["control=tuned_for_fit", "pilot=frozen copilot=head"]),
+        (
+            ["pilot=frozen", "pilot.path=a", "copilot=lora", "control=tuned", "callbacks.flops=null"],
+            ["control=tuned", "callbacks.flops", "callbacks=default"],
+        ),
         (["control=equal_parameters", "pilot.path=some/model"], ["pilot.path=some/model", "equal_parameters"]),
         (["control=[averaged]", "copilot=none"], ["copilot=none", "control=null"]),
         (["copilot.reads=[]"], ["copilot.reads=[]", "errors, source, states"]),

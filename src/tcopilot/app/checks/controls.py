@@ -49,7 +49,8 @@ def control_problems(cfg: DictConfig) -> Iterator[str]:
         yield f"{given} with copilot=none: the run itself is the Pilot alone; use control=null"
     if cfg.callbacks.get("copilot_stop") is not None and not cfg.copilot.enabled:
         yield "callbacks.copilot_stop with copilot=none: there is no Copilot to stop; use callbacks=default"
-    if "equal_flops" in names and cfg.callbacks.get("flops") is None:
+    counting = cfg.callbacks.get("flops") is not None or fits_from_recording(cfg)
+    if not counting and ("equal_flops" in names or (cfg.pilot.frozen and "tuned" in names)):
         yield f"{given} without callbacks.flops: nothing counts the joint run's operations; use callbacks=default"
     widths = {"d_model", "hidden_size"} & set(cfg.pilot.config or {})
     if "equal_parameters" in names and (cfg.pilot.path or not widths):
