@@ -25,6 +25,7 @@ from tcopilot.training.callbacks import GracefulStop, RngState, RoundCheckpoint
 from tcopilot.training.checkpoints import SafeCheckpointIO
 
 ROUNDS = 10
+VALIDATED = {"trainer": {"limit_val_batches": 1, "val_check_interval": 4}}
 
 
 class Crash(Exception):
@@ -113,3 +114,8 @@ def assert_same_end(whole, resumed, resumed_after):
     assert_equal(whole.log.state_dict(), resumed.log.state_dict())
     for one, other in zip(whole.trainer.optimizers, resumed.trainer.optimizers, strict=True):
         assert_equal(one.state_dict(), other.state_dict())
+
+
+def names(folder):
+    """What lies in a folder of checkpoints."""
+    return sorted(path.name for path in folder.iterdir())

@@ -702,8 +702,8 @@ def test_when_one_process_cannot_write_none_is_left_waiting(tmp_path):
 
 def _train(folder):
     """Train, stop by a signal that only the second process gets, resume, and compare with a run in one go."""
+    from tcopilot.processes import STOP_SIGNALS
     from tcopilot.training.callbacks import GracefulStop
-    from tcopilot.training.callbacks.graceful_stop import SIGNALS
 
     rank = distributed.get_rank()
     strategy = {"strategy": "ddp", "devices": 2, "num_nodes": 1}
@@ -721,7 +721,7 @@ def _train(folder):
 
     whole = Run("t5", folder / "whole", every=4, trainer=strategy).fit()
     cut = Run("t5", folder / "cut", every=2, trainer=strategy, callbacks=[EachRound(press)]).fit()
-    assert signal.SIGUSR1 in SIGNALS
+    assert signal.SIGUSR1 in STOP_SIGNALS
     assert all(c.requested for c in cut.trainer.callbacks if isinstance(c, GracefulStop))
     assert cut.module.round < ROUNDS
     distributed.barrier()
