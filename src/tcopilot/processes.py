@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 PARENT = "TCOPILOT_PARENT"  # environment variable: the process that starts the others of a job
-STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what SLURM sends ahead of its time limit
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is what SLURM sends ahead of its time limit
 WAIT = "TCOPILOT_WAIT"  # environment variable: how many seconds the processes of a job have to meet
 _began = time.monotonic()
 
@@ -88,7 +88,7 @@ def leave_stop_to_parent(worker: int) -> None:
 
     A second SIGTERM ends it, by which its parent ends one that hangs.
     """
-    for number in STOP:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 

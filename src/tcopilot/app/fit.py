@@ -29,10 +29,9 @@ from tcopilot.evaluation.modes import LIKELIHOOD
 from tcopilot.evaluation.progress import progress
 from tcopilot.mistake_log.recording import RecordedPilot, Recording, RecordingError
 from tcopilot.models.pilot_files import digest, load_unembedding
-from tcopilot.processes import agree_on
+from tcopilot.processes import STOP_SIGNALS, agree_on
 from tcopilot.run_directory import RunDirectory
 from tcopilot.training.callbacks.flops import FlopCount, FlopCounter
-from tcopilot.training.callbacks.graceful_stop import SIGNALS
 from tcopilot.training.fit import CopilotFit, KeepBest, RecordedData
 
 log = logging.getLogger(__name__)
@@ -164,7 +163,7 @@ def _stopping(run_dir: RunDirectory) -> Iterator[None]:
         raise KeyboardInterrupt
 
     is_main = threading.current_thread() is threading.main_thread()  # where alone Python handles signals
-    before = {number: signal.signal(number, stop) for number in (SIGNALS if is_main else ())}
+    before = {number: signal.signal(number, stop) for number in (STOP_SIGNALS if is_main else ())}
     try:
         yield
     except (KeyboardInterrupt, SystemExit):

@@ -87,8 +87,8 @@ def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, 
     results = _run_evaluator(cfg, model, prepared, run_dir, weights, recording=recording)
     if is_first():
         model.config.save_pretrained(run_dir.export)  # now with the selected λ
-    results = replace(results, **trained.costs, params=trained.params, notes=[*trained.notes, *results.notes])
-    results.recording_flops = trained.recording_flops
+    costs = {**trained.costs, "recording_flops": trained.recording_flops}
+    results = replace(results, **costs, params=trained.params, notes=[*trained.notes, *results.notes])
     before = _results_of(run_dir) if cfg.get("resume") and run_dir.results.exists() else results
     results.controls = agree_on(before.controls if _of_the_pilot(before) == _of_the_pilot(results) else [])
     _save_results(results, run_dir)

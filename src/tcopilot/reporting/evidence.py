@@ -21,7 +21,9 @@ BEGIN, END = "<!-- evidence: tables -->", "<!-- evidence: end of tables -->"
 BRIEF = "<!-- evidence: in brief -->", "<!-- evidence: end of brief -->"
 SECTION = re.compile(r"(?ms)^## (.+?)$\n(.*?)(?=^## |\Z)")
 BRIEF_CONTROLS = (
-    *(("Pilot, calibrated",), ("Pilot, tuned for the fit's FLOPs",), ("Pilot, equal time",)),
+    ("Pilot, calibrated",),
+    ("Pilot, tuned for the fit's FLOPs",),
+    ("Pilot, equal time",),
     ("Pilot, tuned", "Pilot, equal FLOPs"),
 )
 """The control of each column: the one of most seeds, or the first. A tuned Pilot has the same FLOPs at each rate."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from tcopilot.processes import STOP as SIGNALS
+from tcopilot.processes import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class GracefulStop(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handle the signals while rounds run."""
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             try:
                 self._before[number] = signal.signal(number, self._request)
             except ValueError:  # Python handles signals in the main thread only
