@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from tcopilot.data import DataError, TCopilotDataModule, byte_tokenizer, word_tokenizer
-from tcopilot.data.next_item import INDICES, NextItem
+from tcopilot.data.next_item import INDICES, NextItem, text_names
 from tcopilot.data.sources import open_split
 
 ROOT = Path(__file__).parents[2]
@@ -160,6 +160,54 @@ def test_names_follow_other_interactions():
     first = names(benchmark, USERS)
     assert names(benchmark, USERS[::-1]) != first
     assert names(benchmark, USERS) == first
+
+
+TEXTS = [{"item": 3, "text": " clay  mask"}, {"item": 1, "text": "rose oil"}, {"item": 5, "text": "rose oil"}]
+
+
+def with_texts(folder: Path, texts: list = TEXTS) -> Path:
+    (folder / "item_text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    return write(folder, USERS)
+
+
+def test_items_are_written_by_their_texts(tmp_path):
+    benchmark = made(index="text", target=" {item}")
+    example = benchmark.render(next(iter(open_split(benchmark, "test", with_texts(tmp_path)))))
+    texts = ["rose oil", "item_2", "clay mask", "item_4", "rose oil (5)", "item_6"]
+    assert benchmark.catalogue == [f" {text}" for text in texts]
+    assert ": item_4, item_2, rose oil (5), rose oil." in example.prompt
+    assert example.target == " clay mask"
+
+
+def test_texts_are_found_beside_a_part_of_the_file_and_in_other_formats(tmp_path):
+    (tmp_path / "item_text.csv").write_text("item,text\n1,rose oil\n")
+    benchmark = made(index="text", splits=dict.fromkeys(("train", "validation", "test"), "interactions.jsonl[:2]"))
+    assert len(list(open_split(benchmark, "test", write(tmp_path, USERS)))) == 2
+    assert benchmark.catalogue[0] == " Shop rose oil"
+
+
+def test_a_text_that_looks_like_a_numbered_one_keeps_items_apart():
+    assert text_names({1: "oil", 2: "oil (3)", 3: "oil"}, 3) == ["oil", "oil (3)", "oil (3) (3)"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([{"item": "x", "text": "oil"}], r"row 1: item is 'x'; give each item's number once"),
+        ([*TEXTS, {"item": 3, "text": "oil"}], r"row 4: item is '3'; give each item's number once"),
+        ([{"item": 1}], "row 1: no 'text' in the row: found item"),
+    ],
+)
+def test_unusable_texts_are_named(texts, message, tmp_path):
+    with pytest.raises(DataError, match=rf"item_text\.jsonl, {message}"):
+        open_split(made(index="text"), "train", with_texts(tmp_path, texts))
+
+
+def test_missing_texts_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"shop\.index=text: expected one file .*item_text\.jsonl .*interactions"):
+        open_split(made(index="text"), "train", write(tmp_path, USERS))
+    with pytest.raises(DataError, match=r"shop\.index=text: .*give data\.path"):
+        made(index="text").derive("train", USERS)
 
 
 # Metrics --------------------------------------------------------------------------------------------------------

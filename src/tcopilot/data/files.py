@@ -81,6 +81,11 @@ class Part:
     rows: Iterable[Row]
     part: str
 
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files whose rows these are, if they come from files."""
+        return self.rows.files
+
     def __str__(self) -> str:
         return f"{self.rows}{self.part}"
 

@@ -13,8 +13,8 @@ from scipy.sparse import csr_array, diags_array
 from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.answers import is_blank, tidy
-from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError, Example, Row, Splits, words_of
-from tcopilot.data.files import FileRows
+from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError, Example, Row, Splits, text_at, words_of
+from tcopilot.data.files import FileRows, Part, files_called, found_in
 from tcopilot.data.metrics import NDCG, Answer, Hit, Metric, consistency_problems
 
 MOST_ITEMS = 10**7  # every number up to the largest is named and ranked, even if no user has that item
@@ -42,8 +42,10 @@ class NextItem(Benchmark):
         items: Number of items; None takes the largest number in the file.
         index: How items are written. ``random``: shuffled numbers. ``sequential``: numbers by first appearance, user
             after user (P5), so that items adjacent in a history get similar numbers. ``collaborative``: paths such
-            as ``item_3_11_5``, where items that share a prefix are taken by the same users. The last two use the
-            training part of histories only; items that do not occur there come last, by number.
+            as ``item_3_11_5``, where items that share a prefix are taken by the same users. These two use the
+            training part of histories only; items that do not occur there come last, by number. ``text``: as a file
+            beside the interactions says, ``item_text.jsonl`` of ``{"item": 3, "text": "clay mask"}``; the number of
+            the item is appended to a text that another item had first.
         seed: Seed of ``index=random``.
         history: Number of most recent items in the prompt; a ranking always excludes all items of the history.
         cutoffs: The K of hit@K and ndcg@K.
@@ -60,7 +62,7 @@ class NextItem(Benchmark):
     metric: str | Metric = "ndcg@10"
     title: str
     items: int | None = None
-    index: Literal["random", "sequential", "collaborative"] = "random"
+    index: Literal["random", "sequential", "collaborative", "text"] = "random"
     seed: int = 0
     history: int = 20
     cutoffs: list[int] = field(default_factory=lambda: [5, 10, 20, 100])
@@ -95,7 +97,7 @@ class NextItem(Benchmark):
             DataError: If a row cannot be used, with file, row (from 1) and what to do.
         """
         users, sequences = self._checked(rows)
-        self._number(sequences)
+        self._number(sequences, self._texts(rows))
         made = []
         for user, items in zip(users, sequences, strict=True):
             places = range(1, len(items) - 2) if split == "train" else [len(items) - HELD_OUT[split]]
@@ -196,13 +198,38 @@ class NextItem(Benchmark):
             return f"user {user!r} has item {twice} twice; a ranking leaves out what was seen, so keep only the first"
         return None
 
-    def _number(self, sequences: list[list[int]]) -> None:
+    def _texts(self, rows: Iterable[Row]) -> dict[int, str]:
+        """Read what each item is called, if items are written so."""
+        if self.index != "text":
+            return {}
+        key = f"data.benchmarks.{self.name}.index=text"
+        if not isinstance(rows, FileRows | Part):
+            raise DataError(f"{key}: the texts lie beside the file of interactions; give data.path")
+        stem = rows.files[0].with_name("item_text")
+        if len(files := files_called(stem)) != 1:
+            found = " and ".join(file.name for file in files) or found_in(stem.parent)
+            raise DataError(f"{key}: expected one file {stem}.jsonl of {{item, text}} (found: {found})")
+        texts: dict[int, str] = {}
+        for number, row in enumerate(FileRows(files), start=1):
+            try:
+                item, text = (tidy(text_at(row, column)) or "" for column in ("item", "text"))
+                if not item.isdecimal() or int(item) in texts:
+                    raise DataError(f"item is {item!r}; give each item's number once")
+            except DataError as error:
+                raise DataError(f"{files[0]}, row {number}: {error}") from None
+            texts[int(item)] = text
+        return texts
+
+    def _number(self, sequences: list[list[int]], texts: Mapping[int, str]) -> None:
         """Name every item, unless the same interactions were already read."""
         items = self.items or max((max(sequence) for sequence in sequences), default=0)
         if not sequences or self._read == (sequences, items):
             return
         self._read = (sequences, items)
-        self._names = INDICES[self.index]([sequence[:-2] for sequence in sequences], items, self.seed)
+        if self.index == "text":
+            self._names = text_names(texts, items)
+        else:
+            self._names = INDICES[self.index]([sequence[:-2] for sequence in sequences], items, self.seed)
         self._catalogue = [self.target.format(title=self.title, item=name) for name in self._names]
 
 
@@ -244,6 +271,21 @@ def collaborative_names(sequences: Sequence[Sequence[int]], items: int, seed: in
     for place, item in enumerate(order):
         names[item] = f"item_{place // base**2 + 1}_{place // base % base + 1}_{place % base + 1}"
     return names
+
+
+def text_names(texts: Mapping[int, str], items: int) -> list[str]:
+    """Name items by their texts; one without a text, or with one that was there before, gets its number.
+
+    >>> text_names({1: "clay mask", 2: "", 3: "clay mask"}, 4)
+    ['clay mask', 'item_2', 'clay mask (3)', 'item_4']
+    """
+    names: dict[str, None] = {}  # in the order of items
+    for item in range(1, items + 1):
+        name = texts.get(item) or f"item_{item}"
+        while name in names:
+            name += f" ({item})"
+        names[name] = None
+    return list(names)
 
 
 INDICES = {"random": random_names, "sequential": sequential_names, "collaborative": collaborative_names}
