@@ -3,6 +3,7 @@
 import pytest
 import torch
 from family_models import of_families, tiny_pilot
+from safetensors.torch import save_file
 
 from tcopilot.data.batch import PromptTargetCollator
 from tcopilot.mistake_log.recording import RecordedPilot, Recording, RecordingError, missing_rows, row_key
@@ -142,6 +143,14 @@ def test_a_damaged_file_is_named_with_the_way_out(tmp_path):
         Recording.open(tmp_path, about(pilot))
     file.unlink()
     assert len(Recording.open(tmp_path, about(pilot))) == 0
+
+
+def test_a_file_of_something_else_is_named(tmp_path):
+    pilot = tiny_pilot()
+    recorded(tmp_path, pilot)
+    save_file({"weight": torch.zeros(2)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(RecordingError, match=r"adapter\.safetensors holds no records .*move it elsewhere"):
+        Recording.open(tmp_path, about(pilot))
 
 
 def test_the_size_of_a_record_is_what_is_said(tmp_path):

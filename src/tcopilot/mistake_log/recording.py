@@ -36,6 +36,7 @@ from tcopilot.run_directory import write_whole
 from tcopilot.settings import dtype_name
 
 LIKELIEST = 16  # tokens of p̂ named in a record; the loss of a fit compares those of a whole batch
+IN_A_FILE = ("states", "targets", "normaliser", "likeliest", "lengths", "keys", "flops", "seconds")  # its tensors
 BYTES_AT_ONCE, SECONDS_AT_ONCE = 64e6, 60  # the most that a kill can lose: records not yet on disk
 
 
@@ -250,6 +251,8 @@ class Recording:
             except SafetensorError as error:
                 mend = "remove it, and its rows are recorded again"
                 raise RecordingError(f"{file} is damaged ({error}); {mend}") from error
+            if lacking := [name for name in IN_A_FILE if name not in self._files[file]]:
+                raise RecordingError(f"{file} holds no records (it has no {', '.join(lacking)}); move it elsewhere")
         return self._files[file]
 
 
