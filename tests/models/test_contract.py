@@ -454,13 +454,15 @@ def test_the_pilot_may_be_offloaded_and_what_a_copilot_uses_may_not(tmp_path):
         check_placement(head)
 
 
-def test_what_cannot_be_fused_is_refused_in_one_sentence(llama, tmp_path):
+def test_what_cannot_be_fused_is_refused_in_one_sentence(llama, t5, tmp_path):
     with pytest.raises(ValueError, match="LlamaModel has no language modelling head"):
         TCopilotForCausalLM.from_pilot(LlamaModel(llama.pilot.config))
     tiny_pilot("llama").save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="this config names no Pilot"):
         TCopilotForCausalLM.from_pretrained(tmp_path / "plain")
     llama.save_pretrained(tmp_path / "fused")
+    with pytest.raises(ValueError, match="prefill_chunk_size=4 reads a prompt in parts, and an encoder"):
+        t5.generate(IDS, prefill_chunk_size=4)
     with pytest.raises(ValueError, match="continuous batching packs tokens of many requests into one row"):
         llama.generate_batch([[3, 4, 5]])
     eager = AutoModelForCausalLM.from_pretrained(tmp_path / "fused", attn_implementation="eager")

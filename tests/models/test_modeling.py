@@ -361,6 +361,16 @@ def test_a_users_own_cache_for_the_pilot_is_taken(fuse, prompts):
     assert torch.equal(decode(model, tokens, past_key_values=DynamicCache()), decode(model, tokens))
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("family", of_families("llama", "gemma2", "t5"))
+def test_a_cache_of_fixed_size_keeps_padding_and_windows_hidden(fuse, tiny_pilot, prompts, family, weight):
+    model = fuse(pilot=tiny_pilot(family, **({"sliding_window": 4} if family == "gemma2" else {})), weight=weight)
+    for padded in (False, True):
+        tokens = prompts(model.pilot, padded)
+        found = decode(model, tokens, cache_implementation="sliding_window", disable_compile=True, do_sample=False)
+        assert torch.equal(found, decode(model, tokens, use_cache=False, do_sample=False))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_a_t5_with_more_decoder_than_encoder_layers_decodes(fuse, prompts, tiny_pilot, weight):

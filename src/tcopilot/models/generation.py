@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.generation import LogitNormalization, UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from tcopilot.models.caches import TCopilotCache
@@ -136,6 +137,11 @@ class FusedGenerationMixin(GenerationMixin):
                 f"cache_implementation='static' decodes greedily or by sampling, not with num_beams="
                 f"{generation_config.num_beams}; leave it out, or use num_beams=1"
             )
+        if generation_config.prefill_chunk_size is not None and self.config.is_encoder_decoder:
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size} reads a prompt in parts, and an encoder "
+                f"reads it whole; leave it out"
+            )
         if model_kwargs.get("past_key_values") is None and implementation in (None, "dynamic", "static"):
             if generation_config.use_cache is not False:
                 model_kwargs["past_key_values"] = self._new_pilot_cache(keep_all=implementation == "static")
@@ -147,6 +153,11 @@ class FusedGenerationMixin(GenerationMixin):
             model_kwargs["past_key_values"] = cache = TCopilotCache(cache)
         if generation_config.is_assistant and cache is not None:
             cache.activate_past_recording()
+
+    def create_masks_for_generate(self, config, **kwargs: Any) -> Any:
+        """Masks over a static cache by the live Pilot's config; the copy in ours names no attention kernel."""
+        make = getattr(self.pilot, "create_masks_for_generate", create_masks_for_generate)
+        return make(config=self.pilot.config, **kwargs)
 
     def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
         given = (input_ids, logits_processor, stopping_criteria, generation_config)
