@@ -18,7 +18,7 @@ def grown(cache, steps):
     return cache.layers[0]
 
 
-@pytest.mark.parametrize("change", ["none", "repeat", "select", "reorder", "crop"])
+@pytest.mark.parametrize("change", ["none", "repeat", "select", "reorder", "crop", "crop all"])
 @torch.no_grad()
 def test_it_holds_what_a_stock_cache_holds(change):
     layers = []
@@ -38,6 +38,10 @@ def test_it_holds_what_a_stock_cache_holds(change):
         elif change == "crop":
             cache.crop(-3)
             cache.update(*states(seed=9), layer_idx=0)
+        elif change == "crop all":
+            cache.crop(-layer.get_seq_length())
+            for seed in (7, 8, 9):
+                cache.update(*states(seed=seed), layer_idx=0)
         layers.append(layer)
     roomy, stock = layers
     assert isinstance(roomy, RoomyLayer)

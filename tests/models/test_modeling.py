@@ -673,6 +673,15 @@ def test_unknown_feedback_and_fusion_are_refused(fuse):
         TCopilotConfig(config, fusion="product")
 
 
+def test_weight_and_feedback_given_to_from_pretrained_are_checked(fuse, tmp_path):
+    fuse("llama", fresh=True).save_pretrained(tmp_path)
+    assert TCopilotForCausalLM.from_pretrained(tmp_path, weight=0.25).weight == 0.25
+    with pytest.raises(ValueError, match=r"fusion\.weight=-1\.0: λ must be 0"):
+        TCopilotForCausalLM.from_pretrained(tmp_path, weight=-1.0)
+    with pytest.raises(ValueError, match=r"fusion\.feedback=teacher: use one of observed, own"):
+        TCopilotForCausalLM.from_pretrained(tmp_path, feedback="teacher")
+
+
 def test_the_fusion_space_can_be_changed(fuse, prompts):
     model, other = fuse("llama", weight=4.0), fuse("llama", weight=4.0, fusion=LogitFusion())
     tokens = prompts(model.pilot)

@@ -38,6 +38,7 @@ class RoomyLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         seen, columns = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
         if seen == 0:
+            self._stores = None
             self.keys, self.values = key_states, value_states
             return self.keys, self.values
         if self._stores is None or self._stores[0].shape[-2] < columns:

@@ -42,17 +42,24 @@ class TCopilotConfig(PreTrainedConfig):
         fusion = ProbabilityFusion() if fusion is None else fusion
         self.fusion = fusion.settings() if isinstance(fusion, FusionRule) else fusion
         build_fusion(self.fusion)
-        require({"fusion.feedback": one_of(FEEDBACKS)}, {"fusion.feedback": feedback})
         if pilot is not None:
             tokens = [f"{name}_token_id" for name in ("pad", "bos", "eos", "decoder_start")]
             shared = {name: getattr(pilot, name, None) for name in (*tokens, "is_encoder_decoder")}
             kwargs = {**shared, "tie_word_embeddings": False, **kwargs}
         self.pilot = pilot
         self.copilot = copilot
-        self.weight = check_weight(weight, "fusion.weight")
+        self.weight = weight
         self.feedback = feedback
         self.base = base
         super().__init__(**kwargs)
+
+    def __setattr__(self, name, value):
+        """Set a value; λ and feedback are checked, since `from_pretrained` sets those given to it one by one."""
+        if name == "weight":
+            value = check_weight(value, "fusion.weight")
+        elif name == "feedback":
+            require({"fusion.feedback": one_of(FEEDBACKS)}, {"fusion.feedback": value})
+        super().__setattr__(name, value)
 
     def get_text_config(self, decoder=None, encoder=None):
         """The Pilot's config, from which generation reads cache shapes and vocabulary size."""
