@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from written_runs import ARITHMETIC, CUTS, REASONING, published_run, summaries_of, write_run
@@ -122,6 +123,22 @@ def test_one_run_for_each_benchmark_gives_one_table(tmp_path, capsys):
     assert [line.gain.mean for line in other.lines] == [pytest.approx(40)]
     assert main([str(tmp_path), "--csv", "-"]) == 0
     assert capsys.readouterr().out.count("one run for each benchmark") == 2
+
+
+def test_a_joined_table_counts_all_runs_and_says_which_lines_have_one_seed(tmp_path, capsys):
+    for name, seeds in (("gsm8k", (0,)), ("piqa", (0, 1))):
+        for seed in seeds:
+            data = {name: {"name": name, "seed": seed}}
+            write_run(tmp_path / f"{name}{seed}", {(name, "accuracy"): (0.5, 0.6)}, seed, data__benchmarks=data)
+    figures, data = {("svamp", "accuracy"): (0.5, 0.6)}, {"svamp": {"name": "svamp", "seed": 0}}
+    write_run(tmp_path / "dev", figures, data__benchmarks=data, evaluation__report_on="validation")
+    assert main([str(tmp_path), "--json", "-"]) == 0
+    joined, other = json.loads(capsys.readouterr().out)["groups"]
+    assert {Path(run).name for run in joined["runs"]} == {"gsm8k0", "piqa0", "piqa1"}
+    assert {line["split"] for line in joined["lines"]} == {"test"}
+    assert [(line["benchmark"], line["split"]) for line in other["lines"]] == [("svamp", "validation")]
+    assert main([str(tmp_path), "--markdown", "-"]) == 0
+    assert "p of a paired t test over seeds, or p paired over the test rows; 1 seed" in capsys.readouterr().out
 
 
 def test_rows_of_another_test_set_are_noted(tmp_path):

@@ -121,12 +121,12 @@ def join_benchmarks(summaries: Sequence[Summary]) -> list[Summary]:
 
     Averages over a suite are left out, because its benchmarks come from separately trained models.
     """
-    joined: dict[tuple[str, str], list[list[Summary]]] = {}
+    joined: dict[tuple[str, str, str], list[list[Summary]]] = {}
     for summary in summaries:
         settings = summary.group.config.items()
         kept = sorted((k, str(v)) for k, v in settings if k.split(".")[0] not in ("data", "evaluation"))
         names = {line.benchmark for line in summary.lines}
-        parts = joined.setdefault((summary.group.models, str(kept)), [])
+        parts = joined.setdefault((summary.group.models, summary.split, str(kept)), [])
         free = (part for part in parts if names.isdisjoint(line.benchmark for s in part for line in s.lines))
         if (part := next(free, None)) is None:
             parts.append(part := [])
@@ -135,7 +135,11 @@ def join_benchmarks(summaries: Sequence[Summary]) -> list[Summary]:
     for part in (part for parts in joined.values() for part in parts):
         whole = part[0]
         if len(part) > 1:
-            group = replace(whole.group, keys="", label=f"{whole.group.models}, one run for each benchmark")
+            label, runs = (
+                f"{whole.group.models}, one run for each benchmark",
+                [run for s in part for run in s.group.runs],
+            )
+            group = replace(whole.group, runs=runs, keys="", label=label)
             lines = [line for s in part for line in s.lines if not line.benchmark.endswith("_avg")]
             notes = list(dict.fromkeys(note for s in part for note in s.notes))
             lines.sort(key=lambda line: _place(line.benchmark))

@@ -209,8 +209,11 @@ def _gain_sheet(summary: Summary) -> Sheet:
         relative = NONE if line.relative is None else f"{line.relative:+.1f} %"
         p_value = NONE if line.p_value is None else p_text(line.p_value)
         rows.append([*cells, figure(line.gain, line.unit, "+"), relative, p_value, line.verdict])
-    several = len(summary.group.runs) > 1
-    basis = "p of a paired t test over seeds" if several else "p paired over the test rows; 1 seed: no spread"
+    bases = {
+        True: "p of a paired t test over seeds",
+        False: f"p paired over the {summary.split} rows; 1 seed: no spread",
+    }
+    basis = ", or ".join(bases[several] for several in sorted({len(line.seeds) > 1 for line in summary.lines})[::-1])
     what = f"{summary.split} rows; %, gains in points, losses in their own unit; {basis}"
     if any(line.published_pilot is not None for line in summary.lines):
         lenient = summary.published_metric == "accuracy_lenient"
