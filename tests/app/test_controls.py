@@ -202,6 +202,20 @@ def test_the_flops_of_a_control_are_counted_in_ten_of_its_rounds_or_more(tmp_pat
 
 
 @pytest.mark.slow
+def test_while_the_rounds_of_a_control_are_timed_nothing_is_counted(tmp_path, monkeypatch):
+    timed, fit = [], controls.make_trainer
+
+    def noted(cfg, callbacks, log, rounds):
+        timed.append((rounds, bool(callbacks)))
+        return fit(cfg, callbacks, log, rounds)
+
+    monkeypatch.setattr(controls, "make_trainer", noted)
+    composed.train(tmp_path / "run", *SMALL, "control=[equal_time]")
+    _, (_, trial_counts), (_, control_counts) = timed
+    assert (trial_counts, control_counts) == (False, True)
+
+
+@pytest.mark.slow
 def test_a_short_trial_is_timed_to_less_than_a_hundredth_of_a_second(tmp_path, monkeypatch):
     seconds = 0.001234
     monkeypatch.setattr(controls, "agree_on", lambda value: seconds if isinstance(value, float) else value)

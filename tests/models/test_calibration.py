@@ -202,6 +202,7 @@ def test_the_control_is_the_runs_own_pilot_calibrated(copilot, tmp_path):
     assert {control.name for control in results.controls} == {"Pilot, calibrated"}
     assert (accuracy.metric, likelihood.metric, likelihood.rounds) == ("accuracy", "nll", 0)
     assert likelihood.value < results.find("all", "nll", "test", 0.0).value
+    assert likelihood.train_flops > 0
     said = composed.predictions(folder / "control" / "calibrated", "test", 1.0)
     assert accuracy.value == sum(row["scores"]["accuracy"] for row in said) / len(said)
     columns = [list(column.cells) for column in gain_table(results).columns]

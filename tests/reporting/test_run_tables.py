@@ -70,6 +70,13 @@ def test_controls_stand_beneath_with_their_cost(results, control):
     assert text(table).index("nll") < text(table).index("seconds") < text(table).index("Pilot, equal time")
 
 
+def test_what_was_spent_stands_beside_what_it_brought(results, control):
+    results.train_flops, results.controls = 9.12e11, [replace(control, train_flops=3.4567e14)]
+    table = gain_table(results)
+    assert "500 rounds, 62 s, 0.912 TFLOPs; λ chosen on validation" in text(table)
+    assert column_of(table, " 346 ") == column_of(table, "TFLOPs │")
+
+
 def test_tables_survive_missing_rows(results, control):
     results.rows, results.selected_weight, results.controls = [], {}, [control]
     assert "43.75 %" in line(gain_table(results), "43.75")

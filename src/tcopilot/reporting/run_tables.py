@@ -19,12 +19,13 @@ def gain_table(results: Results) -> Table:
         for gain in results.gain
         if (part := results.data.get(f"{gain.benchmark}/{results.reported_on}", {})).get("trained_on")
     }
+    cost = f"{results.train_seconds:.0f} s"
+    cost += "" if results.train_flops is None else f", {_tera(results.train_flops)} TFLOPs"
     table = Table(
         *("benchmark", "metric", "Pilot", "Pilot + Copilot", "difference [95 %]"),
         *("fixed / broken", "p", "n", "λ", "verdict"),
         title="Gain of the Copilot",
-        caption=f"{results.rounds} rounds, {results.train_seconds:.0f} s; λ chosen on {results.selected_on}"
-        + "".join(known.values()),
+        caption=f"{results.rounds} rounds, {cost}; λ chosen on {results.selected_on}" + "".join(known.values()),
     )
     for column in table.columns[2:9]:
         column.justify = "right"
@@ -49,7 +50,7 @@ def gain_table(results: Results) -> Table:
     if results.controls:
         table.add_section()
         table.add_row(
-            *("benchmark", "metric", "Pilot", "control", "difference", "rounds", "seconds", "n", "", "model"),
+            *("benchmark", "metric", "Pilot", "control", "difference", "rounds", "seconds", "n", "TFLOPs", "model"),
             style="bold",
         )
     for control in results.controls:
@@ -58,7 +59,8 @@ def gain_table(results: Results) -> Table:
             *(control.benchmark, control.metric, show(pilot.value, pilot.unit) if pilot else ""),
             show(control.value, control.unit),
             show_difference(control.value - pilot.value, control.unit) if pilot else "",
-            *(str(control.rounds), f"{control.train_seconds:.0f}", str(control.n), "", control.name),
+            *(str(control.rounds), f"{control.train_seconds:.0f}", str(control.n)),
+            *(_tera(control.train_flops), control.name),
         )
     return table
 
@@ -97,3 +99,7 @@ def selection_table(results: Results) -> Table:
         named = (one.benchmark, one.rule, f"{one.weight:g}", one.metric or "")
         table.add_row(*named, *values, *likelihoods, "yes" if one.taken else "")
     return table
+
+
+def _tera(flops: float | None) -> str:
+    return "" if flops is None else f"{flops / 1e12:.3g}"

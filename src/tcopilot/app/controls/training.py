@@ -38,6 +38,7 @@ from tcopilot.models.quantization import parameter_count
 from tcopilot.processes import agree_on, rank, sum_over_processes, world_size
 from tcopilot.run_directory import RunDirectory
 from tcopilot.training.callbacks import FlopCount
+from tcopilot.training.callbacks.flops import FlopCounter
 from tcopilot.training.module import TrainingDivergedError
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def equal_time(joint: JointRun) -> Trained:
     the run's Pilot was frozen, since it was not trained at all.
     """
     train_pilot(joint, WARM_UP_ROUNDS)
-    trial = train_pilot(joint, joint.trial_rounds, count_every=ROUNDS_APART)
+    trial = train_pilot(joint, joint.trial_rounds, count_every=0)
     fitting = round(joint.results.train_seconds / (trial.train_seconds / trial.rounds))
     least = 1 if joint.cfg.pilot.frozen else joint.results.rounds
     return train_pilot(joint, agree_on(max(least, fitting)), count_every=ROUNDS_APART)
@@ -196,12 +197,22 @@ def _free_output_head(model: TCopilotModel) -> None:
 
 
 def calibrated(joint: JointRun) -> Trained:
-    """The run's own Pilot with a temperature and biases, fitted on validation rows; its cost is that of the fit."""
-    pilot, began = joint.model.pilot, time.perf_counter()
+    """The run's own Pilot with a temperature and biases, fitted on validation rows.
+
+    Its cost is that of reading these rows and of the fit. If a recording is read instead, its share is included.
+    """
+    pilot, began, counter = joint.model.pilot, time.perf_counter(), FlopCounter()
     model = type(joint.model).from_pilot(pilot, kind="calibration")
     model.copilot.to(pilot.get_output_embeddings().weight.device)
-    Evaluator(model, joint.prepared.tokenizer, joint.prepared.data, Path(), recording=joint.recording).calibrate()
-    return Trained(model, 0, round(agree_on(time.perf_counter() - began), 2), None)
+    judge = Evaluator(model, joint.prepared.tokenizer, joint.prepared.data, Path(), recording=joint.recording)
+    with counter:
+        judge.calibrate()
+    seconds = time.perf_counter() - began
+    flops = sum_over_processes(torch.tensor(counter.flops, dtype=torch.float64)).item()
+    if joint.recording is not None:
+        recorded = joint.recording.cost_of(joint.prepared.data.rows_of("validation"))
+        seconds, flops = seconds + recorded[0], flops + recorded[1]
+    return Trained(model, 0, round(agree_on(seconds), 2), flops)
 
 
 TRAINED_BY: dict[str, Callable[[JointRun], Trained]] = {
@@ -232,8 +243,8 @@ def train_pilot(
         joint: the run, whose settings it is trained with.
         rounds: how many to train for.
         seed: of weights and of the rows' order; by default the run's own.
-        count_every: rounds from one count of FLOPs to the next; by default few enough that ten are counted. Counting
-            takes time, which a control for equal time has to do without.
+        count_every: rounds from one count of FLOPs to the next; by default few enough that ten are counted, and 0 for
+            none. Counting takes time, which a control for equal time has to do without.
         rate: factor of the learning rate.
         batch_size: rows of a round; the run's own unless given.
         free: given the model, makes further weights trainable.
@@ -254,14 +265,16 @@ def train_pilot(
         seed_everything(cfg.seed + rank(), workers=True, verbose=False)  # dropout of its own, as in the joint run
     cfg.trainer.update({"limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_progress_bar": False})
     cfg.logger = {}
-    count = FlopCount(count_every or min(ROUNDS_APART, max(1, rounds // ROUNDS_COUNTED)))
+    every = min(ROUNDS_APART, max(1, rounds // ROUNDS_COUNTED)) if count_every is None else count_every
+    counts = [FlopCount(every)] if every else []
     data.rounds, data.seed, data.held_out = rounds, data.seed + cfg.seed - joint.cfg.seed, 0.0
     try:
-        make_trainer(cfg, [count], None, rounds).fit(module, datamodule=data)
+        make_trainer(cfg, counts, None, rounds).fit(module, datamodule=data)
     except SystemExit:  # Lightning turns SIGTERM into status 0, and Ctrl-C into 1
         raise KeyboardInterrupt from None
     model.to(module.trainer.strategy.root_device)  # Lightning leaves it on the CPU
-    return Trained(model, rounds, round(agree_on(module.seconds["pilot"]), 6), count.total())
+    flops = next((count.total() for count in counts), None)
+    return Trained(model, rounds, round(agree_on(module.seconds["pilot"]), 6), flops)
 
 
 def _on_a_budget(prepared: Prepared) -> dict[str, Any]:
