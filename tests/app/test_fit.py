@@ -86,7 +86,7 @@ def test_a_recording_of_other_rows_or_another_pilot_is_refused_before_weights_lo
     pilot, first, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(ModelSource, "load", lambda *given: pytest.fail("the Pilot was loaded"))
-    alike = r"data, template, shots .*, and so must data.max_train_rows=256, unless all"
+    alike = r"data, template, shots .*, and so must data.max_train_rows=256 and data.max_eval_rows=16, unless all"
     with pytest.raises(ConfigError, match=rf"mistake_log.from=.*rows are not in it; {alike}"):
         composed.train(tmp_path / "a", *frozen(pilot, f"mistake_log.from={first}", "data.split_seed=1"))
     other = frozen(pilot, f"mistake_log.from={first}", "pilot.dtype=bfloat16")
@@ -147,6 +147,19 @@ def test_settings_of_rounds_are_named_as_unused(pilot, first, tmp_path, monkeypa
 
 
 @pytest.mark.slow
+def test_settings_of_a_log_that_fills_up_are_named_as_unused(pilot, first, tmp_path, monkeypatch, capsys):
+    idle = ["mistake_log=reservoir", "mistake_log.log.rows=all", "mistake_log.log.dtype=bfloat16", "data.batch_size=3"]
+    monkeypatch.setattr(console, "given_overrides", lambda: [*idle, "copilot.batch_size=50"])
+    given = frozen(pilot, *idle, "copilot.batch_size=50", "evaluation=targets", "copilot.passes=1")
+    composed.train(tmp_path / "a", *given, f"mistake_log.from={first}")
+    composed.train(tmp_path / "b", *given)  # records, in that type
+    shown = [line for line in capsys.readouterr().out.splitlines() if "not used here" in line]
+    assert [line.split("│")[2].strip() for line in shown] == [
+        ", ".join(idle), ", ".join(one for one in idle if "dtype" not in one),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
 def test_without_answers_a_copilot_is_fitted_and_judged_in_seconds_and_answers_later(
     pilot, first, tmp_path, monkeypatch
 ):
@@ -161,6 +174,8 @@ def test_without_answers_a_copilot_is_fitted_and_judged_in_seconds_and_answers_l
     ]  # fmt: skip
     assert {control["metric"] for control in found["controls"]} == {"exact", "nll"}
     assert any("exact, against Pilot, calibrated" in note for note in found["notes"])
+    of_validation = 16 / 216 * found["recording_flops"]  # the rows have about the same length
+    assert found["controls"][0]["train_flops"] == pytest.approx(of_validation, rel=0.3)  # and p̂ from the last state
     for weight in (0.0, 1.0):  # all targets have two tokens, so the mean over rows is that over tokens
         ours = composed.value(found, "test", "nll", weight)
         assert ours == pytest.approx(composed.value(answered, "test", "nll", weight, "all"), rel=1e-4)

@@ -35,6 +35,7 @@ from tcopilot.training.callbacks.flops import FlopCount, FlopCounter
 from tcopilot.training.fit import CopilotFit, KeepBest, RecordedData
 
 log = logging.getLogger(__name__)
+LIMITS = "max_train_rows", "max_eval_rows"  # of the data
 
 
 def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
@@ -66,8 +67,9 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     )  # fmt: skip
     if data.missing and given is not None:
         alike = "data, template, shots and tokenizer must be those of the recording"
-        if (limit := cfg.data.max_train_rows) is not None:  # another limit may choose other rows
-            alike += f", and so must data.max_train_rows={limit}, unless all training rows were recorded"
+        given_limits = (f"data.{key}={cfg.data[key]}" for key in LIMITS if cfg.data[key] is not None)
+        if limits := " and ".join(given_limits):  # other limits may choose other rows
+            alike += f", and so must {limits}, unless all rows were recorded"
         missing = f"{len(data.missing)} of {data.distinct} rows are not in it"
         raise ConfigError([f"mistake_log.from={given}: {missing}; {alike}. To record these rows, leave it out"])
     load = prepared.pilot.load if data.missing else partial(load_unembedding, prepared.pilot)

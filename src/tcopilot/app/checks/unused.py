@@ -111,7 +111,7 @@ def idle_overrides(
     used = {*read, "data", "trainer", "callbacks", "logger", "paths", "evaluation"}
     used |= {str(key) for key in cfg if not isinstance(cfg[key], DictConfig)}
     used |= {"mistake_log", "fusion.per", "fusion.select_by"} if cfg.copilot.enabled else set()
-    idle = {key for key, is_idle in _without_effect(cfg, data).items() if is_idle}
+    idle = {key for key, is_idle in _without_effect(cfg, data, read).items() if is_idle}
     found = []
     for override in (*given, *set_in_files(cfg, plain, given)):
         key = key_of(override)
@@ -122,7 +122,7 @@ def idle_overrides(
     return found
 
 
-def _without_effect(cfg: DictConfig, data: TCopilotDataModule) -> dict[str, bool]:
+def _without_effect(cfg: DictConfig, data: TCopilotDataModule, read: Collection[str]) -> dict[str, bool]:
     """Whether settings that are read at all events can change nothing, by what else is given.
 
     Reading tells nothing of them: a data module takes its settings whole, and what only evaluation reads has not been
@@ -135,6 +135,7 @@ def _without_effect(cfg: DictConfig, data: TCopilotDataModule) -> dict[str, bool
     return {
         "data.path": all(isinstance(task, GeneratedTask) for task in tasks),
         "data.weights": alone or takes_rows_once,
+        "data.batch_size": takes_rows_once and "data.batch_size" not in read,
         "data.epochs": data.rounds is not None,
         "data.shuffle_buffer": not data.streaming,
         "data.group_by_length": data.streaming or takes_rows_once,
@@ -144,8 +145,15 @@ def _without_effect(cfg: DictConfig, data: TCopilotDataModule) -> dict[str, bool
         "evaluation.compile": cfg.evaluation.decoding != "static",
         "fusion.per": alone and cfg.fusion.per == "benchmark",
         **{key: fits for key in OF_ROUNDS if fits},
+        **{key: fits for key in ("mistake_log", *_settings_of_log(cfg))},
+        "mistake_log.log.dtype": fits and cfg.mistake_log["from"] is not None,
         **{key: not fits for key in OF_FITS},
     }
+
+
+def _settings_of_log(cfg: DictConfig) -> list[str]:
+    """The keys of the log that fills up while a Pilot trains; of these a recording has only the type of its states."""
+    return [f"mistake_log.log.{key}" for key in flatten(OmegaConf.to_container(cfg.mistake_log.log))]
 
 
 def is_within(key: str, group: str) -> bool:
