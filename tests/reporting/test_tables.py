@@ -131,7 +131,7 @@ def test_a_joined_table_counts_all_runs_and_says_which_lines_have_one_seed(tmp_p
             data = {name: {"name": name, "seed": seed}}
             write_run(tmp_path / f"{name}{seed}", {(name, "accuracy"): (0.5, 0.6)}, seed, data__benchmarks=data)
     figures, data = {("svamp", "accuracy"): (0.5, 0.6)}, {"svamp": {"name": "svamp", "seed": 0}}
-    write_run(tmp_path / "dev", figures, data__benchmarks=data, evaluation__report_on="validation")
+    write_run(tmp_path / "validated", figures, data__benchmarks=data, evaluation__report_on="validation")
     assert main([str(tmp_path), "--json", "-"]) == 0
     joined, other = json.loads(capsys.readouterr().out)["groups"]
     assert {Path(run).name for run in joined["runs"]} == {"gsm8k0", "piqa0", "piqa1"}
