@@ -149,12 +149,12 @@ def test_own_mistakes_weigh_a_token_by_how_often_sampled_answers_come_to_it_righ
     torch.testing.assert_close(module.training_step(batch, 0), (losses * counts).sum() / counts.sum())
 
 
-def fitted(folder, pilot, copilot, train, validation, patience=50, passes=30, objective=None):
+def fitted(folder, pilot, copilot, train, validation, patience=50, passes=30, objective=None, averaging=8):
     recording = recorded(folder, pilot, [*train, *validation])
     data = RecordedData(
         recording, train, validation, [*train, *validation], DEPTHS, 8, passes, 0, lambda rows, device: None
     )
-    module, best = CopilotFit(copilot, pilot, learner(1e-2), data.updates, objective), KeepBest(patience)
+    module, best = CopilotFit(copilot, pilot, learner(1e-2), data.updates, objective), KeepBest(patience, averaging)
     judged = {"val_check_interval": data.updates_per_pass, "limit_val_batches": 1.0 if validation else 0}
     trainer = Trainer(
         max_epochs=1, callbacks=[best], logger=False, enable_checkpointing=False, enable_progress_bar=False,
@@ -169,14 +169,42 @@ def nll(corrections, probs, targets):
     return -(probs + corrections)[torch.arange(len(targets)), targets].log().mean().item()
 
 
-@pytest.mark.parametrize("objective", [None, RootMeanSquaredError()])
-def test_a_fit_learns_what_the_pilot_gets_wrong(pilot, objective, tmp_path):
+@pytest.mark.parametrize(("objective", "averaging"), [(None, 8), (None, None), (RootMeanSquaredError(), 8)])
+def test_a_fit_learns_what_the_pilot_gets_wrong(pilot, objective, averaging, tmp_path):
     copilot, rows = HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=32), rows_of(16)
-    module, best, recording = fitted(tmp_path, pilot, copilot, rows, rows, objective=objective)
+    module, best, recording = fitted(tmp_path, pilot, copilot, rows, rows, objective=objective, averaging=averaging)
     with torch.no_grad():
         corrections, probs, targets = compared(module, batch_of(recording))
     assert nll(corrections, probs, targets) < 0.7 * nll(0, probs, targets)
     assert best.best_nll == pytest.approx(nll(corrections, probs, targets), rel=1e-3)
+
+
+def steps_of(folder, pilot, validation, averaging, passes=3):
+    """The weights after each update of a fit, and those that it keeps."""
+    seed_everything(0, verbose=False)
+    steps = []
+    copilot = HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=16)
+    copilot.register_forward_pre_hook(lambda *_: steps.append(flat(copilot)) if copilot.training else None)
+    fitted(folder, pilot, copilot, rows_of(12), validation, passes=passes, averaging=averaging)
+    return steps[1:], flat(copilot)  # each pass but the first sees what the update before it has left
+
+
+def flat(copilot):
+    return torch.cat([weight.detach().flatten() for weight in copilot.parameters()])
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_fit_keeps_the_mean_of_its_updates_in_which_later_ones_count_more(pilot, validated, tmp_path):
+    validation = rows_of(12) if validated else []
+    steps, last = steps_of(tmp_path / "last", pilot, validation, None)
+    again, mean = steps_of(tmp_path / "mean", pilot, validation, 2.0)
+    assert all(torch.equal(*both) for both in zip(steps, again, strict=True))  # the updates themselves do not change
+    expected, every = torch.zeros_like(last), [*steps, last]
+    for update, weights in enumerate(every, start=1):
+        expected += 3 / (update + 2) * (weights - expected)
+    assert len(every) == 6
+    torch.testing.assert_close(mean, expected)
+    assert not torch.allclose(mean, last, rtol=0.01)
 
 
 def test_a_copilot_that_never_helps_on_validation_stays_a_no_op(pilot, tmp_path):

@@ -78,7 +78,7 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     copilot = build.make_copilot(own, prepared, pilot)
     learner, objective = build.learner(own.copilot, data.updates), instantiate(own.objective)
     module = CopilotFit(copilot, pilot, learner, data.updates, objective, own.copilot.own_mistakes)
-    best = KeepBest(own.copilot.patience)
+    best = KeepBest(own.copilot.patience, own.copilot.averaging)
     count = FlopCount(min(100, own.copilot.patience * data.updates_per_pass))  # no fit ends before one is counted
     bars = [callback for callback in make_callbacks(cfg) if isinstance(callback, ProgressBar)]
     checks = {"val_check_interval": data.updates_per_pass, "limit_val_batches": 1.0 if len(data.validation) else 0}

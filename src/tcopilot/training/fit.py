@@ -25,7 +25,7 @@ from tcopilot.mistake_log.recording import Recording, missing_rows, row_key
 from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.head_copilot import HeadCopilot
 from tcopilot.processes import barrier, sum_over_processes
-from tcopilot.settings import FLAG, Rule, whole
+from tcopilot.settings import FLAG, Rule, number, whole
 from tcopilot.training.chunked_loss import chunked_sum, rows_at_once
 from tcopilot.training.module import Learner
 from tcopilot.training.objectives import CrossEntropy, Objective, losses_of_rows
@@ -140,7 +140,12 @@ class CopilotFit(LightningModule):
         own_mistakes: whether tokens are weighted by how likely the Pilot's own answers reach them, see `reached`.
     """
 
-    SETTINGS: ClassVar[dict[str, Rule]] = {"passes": whole(), "patience": whole(), "own_mistakes": FLAG}
+    SETTINGS: ClassVar[dict[str, Rule]] = {
+        "passes": whole(),
+        "patience": whole(),
+        "averaging": number().or_null(),
+        "own_mistakes": FLAG,
+    }
 
     def __init__(
         self, copilot: HeadCopilot, pilot: PreTrainedModel, learner: Learner, updates: int,
@@ -284,32 +289,65 @@ def reached(right_T: Tensor, mask_BN: Tensor) -> Tensor:
 class KeepBest(Callback):
     """Keeps the Copilot of the lowest negative log-likelihood on validation, at first the new one, which is a no-op.
 
-    `patience` counts the passes without a better one after which the fit ends.
+    What is validated and kept is a mean of the weights over all updates so far: few records make single updates noisy.
+    Update t enters the mean with a share of (η + 1) / (t + η), so that early ones are forgotten (polynomial-decay
+    averaging of Shamir and Zhang, 2013, arXiv 1212.1824).
+
+    Args:
+        patience: passes without a better Copilot after which the fit ends.
+        averaging: η; 0 is the plain mean of all updates, None keeps the weights of the last one.
     """
 
-    def __init__(self, patience: int) -> None:
+    def __init__(self, patience: int, averaging: float | None = None) -> None:
         self.patience, self.waited, self.passes, self.best_pass = patience, 0, 0, 0
+        self.averaging, self.updates = averaging, 0
         self.best_nll = math.inf
         self._weights: dict[str, Tensor] = {}
+        self._mean: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: CopilotFit) -> None:
         """Keep the new Copilot, in case no later one is better."""
         self._weights = copy.deepcopy(pl_module.copilot.state_dict())
+        self._mean = [weight.detach().float().clone() for weight in pl_module.copilot.parameters()]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: CopilotFit, *batch: Any) -> None:
+        """Take the weights of this update into the mean."""
+        self.updates += 1
+        eta = self.averaging
+        share = 1.0 if eta is None else (eta + 1) / (self.updates + eta)
+        for mean, weight in zip(self._mean, pl_module.copilot.parameters(), strict=True):
+            mean.lerp_(weight.detach().float(), share)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: CopilotFit) -> None:
+        """Judge the mean."""
+        if not trainer.sanity_checking:
+            self._swap(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: CopilotFit) -> None:
         """Compare the Copilot of this pass with the best so far."""
-        figures = trainer.callback_metrics
-        if trainer.sanity_checking or "val/fused_nll" not in figures:
+        if trainer.sanity_checking:
             return
         self.passes += 1
+        figures = trainer.callback_metrics
         pilot, fused = (float(figures[f"val/{name}_nll"]) for name in ("pilot", "fused"))
         self.waited += 1
         if fused < min(self.best_nll, pilot):
             self.best_nll, self.best_pass, self.waited = fused, self.passes, 0
             self._weights = copy.deepcopy(pl_module.copilot.state_dict())
         trainer.should_stop |= self.waited >= self.patience
+        self._swap(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: CopilotFit) -> None:
-        """Put the best one back, if there were validation rows."""
+        """Put the best one back, or the mean of all updates if there were no validation rows."""
         if self.passes:
             pl_module.copilot.load_state_dict(self._weights)
+        else:
+            self._swap(pl_module)
+
+    @torch.no_grad()
+    def _swap(self, pl_module: CopilotFit) -> None:
+        """Exchange the weights and their mean."""
+        for mean, weight in zip(self._mean, pl_module.copilot.parameters(), strict=True):
+            last = weight.detach().float().clone()
+            weight.copy_(mean)
+            mean.copy_(last)

@@ -11,7 +11,7 @@ from tcopilot.models.kinds import KINDS
 OF_ROUNDS = ("rounds", "data.epochs", "data.rounds", "copilot.steps_per_round", "copilot.own_feedback")
 OF_ROUNDS += ("mistake_log.every_n_rounds", "compile")
 """Settings that a fit to a recording, which has no rounds, makes no use of."""
-OF_FITS = ("copilot.passes", "copilot.patience", "copilot.own_mistakes")
+OF_FITS = ("copilot.passes", "copilot.patience", "copilot.averaging", "copilot.own_mistakes")
 """And those that only such a fit uses."""
 
 
