@@ -6,6 +6,7 @@ from family_models import of_families, tiny_pilot
 from safetensors.torch import save_file
 
 from tcopilot.data.batch import PromptTargetCollator
+from tcopilot.mistake_log import recording as recordings
 from tcopilot.mistake_log.recording import RecordedPilot, Recording, RecordingError, missing_rows, row_key
 from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.states import StackedStates, trace_pilot
@@ -112,6 +113,15 @@ def test_a_row_that_comes_twice_costs_once(tmp_path):
     seconds, flops = recording.cost_of([*ROWS, *ROWS])
     assert flops == recording.flops == 9
     assert seconds == pytest.approx(recording.seconds)
+
+
+def test_two_processes_need_half_the_time_and_as_many_operations(tmp_path, monkeypatch):
+    pilot = tiny_pilot()
+    recording = Recording.open(tmp_path, about(pilot))
+    recording.add(ROWS, pilot, collator(pilot), 2, flops=lambda: 3.0)
+    seconds, flops = recording.cost_of(ROWS)
+    monkeypatch.setattr(recordings, "world_size", lambda: 2)
+    assert recording.cost_of(ROWS) == (seconds / 2, flops)
 
 
 def test_what_another_process_wrote_is_found(tmp_path):

@@ -81,6 +81,7 @@ def _show(cfg: DictConfig, prepared: Prepared, title: str, rows: dict[str, str])
     for row in (rows | {"run directory": str(cfg.paths.run_dir)}).items():
         table.add_row(*row)
     _console().print(table, summary_table(prepared.data.summary()))
+    sys.stdout.flush()  # a log file would otherwise show it at the end only
 
 
 def show_results(results: Results, path: Path) -> None:

@@ -1,5 +1,7 @@
-"""The progress bar shown in a terminal while rows are answered or recorded."""
+"""The progress shown while rows are answered or recorded: a bar in a terminal, elsewhere a line a minute."""
 
+import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -8,21 +10,29 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from tcopilot.processes import is_first
 
+log = logging.getLogger(__name__)
+SECONDS_BETWEEN_LINES = 60
+
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """Show a progress bar with rows per second; silent if the output is not a terminal.
+    """Show a progress bar with rows per second; if the output is not a terminal, log a line from time to time.
 
     Yields a function that takes the number of newly finished rows and optionally a remark to show.
     """
     console = Console(stderr=True)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[state]}", TimeRemainingColumn())
-    silent = not (console.is_terminal and is_first())
-    with Progress(*columns, console=console, transient=True, disable=silent) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not (console.is_terminal and is_first())) as bar:
         task = bar.add_task(title, total=total, state="")
+        said = time.monotonic()
 
         def advance(rows: int, remark: str = "") -> None:
+            nonlocal said
             speed = f"{bar.tasks[0].speed or 0.0:.1f} rows/s"
-            bar.update(task, advance=rows, state=f"{speed}, {remark}" if remark else speed)
+            state = f"{speed}, {remark}" if remark else speed
+            bar.update(task, advance=rows, state=state)
+            if not console.is_terminal and is_first() and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                log.info("%s: %d of %d rows, %s", title, bar.tasks[0].completed, total, state)
 
         yield advance

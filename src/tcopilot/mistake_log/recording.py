@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from tcopilot.data.batch import Batch, PromptTargetCollator
 from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.states import PilotStates, StackedStates, trace_pilot
-from tcopilot.processes import rank
+from tcopilot.processes import rank, world_size
 from tcopilot.run_directory import write_whole
 from tcopilot.settings import dtype_name
 
@@ -138,7 +138,10 @@ class Recording:
         }
 
     def cost_of(self, rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-        """Seconds and FLOPs that recording these rows took; a file's seconds are divided among its rows by FLOPs."""
+        """Seconds and FLOPs that recording these rows takes as many processes as there are now.
+
+        A file's seconds are divided among its rows by FLOPs.
+        """
         seconds = flops = 0.0
         for key in dict.fromkeys(map(row_key, rows)):  # a row that comes twice was recorded once
             file, place, _, _ = self._places[key]
@@ -146,7 +149,7 @@ class Recording:
             of_row, of_file = tensors["flops"][place].item(), tensors["flops"].double().sum().item()
             share = of_row / of_file if of_file else 1 / len(tensors["lengths"])
             seconds, flops = seconds + share * tensors["seconds"].item(), flops + of_row
-        return seconds, flops
+        return seconds / world_size(), flops
 
     def states_of(self, batch: Batch, rows: Sequence[Mapping[str, Any]], pilot: PreTrainedModel,
                   depths: Sequence[float]) -> PilotStates:  # fmt: skip
