@@ -207,6 +207,20 @@ def test_a_fit_keeps_the_mean_of_its_updates_in_which_later_ones_count_more(pilo
     assert not torch.allclose(mean, last, rtol=0.01)
 
 
+def test_batches_of_a_fit_hold_targets_of_all_lengths(pilot, tmp_path):
+    rows = [
+        {"source_ids": [5, number], "target_ids": [7] * number, "id": number, "benchmark": 0}
+        for number in range(1, 33)
+    ]
+    data = RecordedData(
+        recorded(tmp_path, pilot, rows), rows, [], rows, DEPTHS, 8, 1, 0, lambda rows, device: None
+    )  # fmt: skip
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1)
+    spans = [batch.mask_BN.sum(1).amax() - batch.mask_BN.sum(1).amin() for batch in data.train_dataloader()]
+    assert len(spans) == 4
+    assert min(spans) > 8
+
+
 def test_a_copilot_that_never_helps_on_validation_stays_a_no_op(pilot, tmp_path):
     train = rows_of(8)
     guesses = recorded(tmp_path / "guesses", pilot, train)

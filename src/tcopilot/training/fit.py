@@ -117,9 +117,9 @@ class RecordedData(LightningDataModule):
             self.missing = []
 
     def train_dataloader(self) -> DataLoader:
-        """The batches of this process."""
+        """The batches of this process, which are not grouped by length: targets of one length are too much alike."""
         place = self.trainer.global_rank, self.trainer.world_size
-        order = RoundSampler(len(self.train), self.batch_size, self.updates, self.seed, self.train.lengths, *place)
+        order = RoundSampler(len(self.train), self.batch_size, self.updates, self.seed, None, *place)
         return DataLoader(self.train, batch_sampler=order, collate_fn=RecordBatch.of)
 
     def val_dataloader(self) -> DataLoader:
