@@ -256,6 +256,18 @@ def test_a_prefix_in_a_cache_keeps_its_learned_positions(start):
 
 
 @torch.no_grad()
+def test_a_padded_prompt_may_be_read_in_parts(llama):
+    mask = torch.ones_like(IDS)
+    mask[0, :4], mask[1, :2] = 0, 0
+    whole, cache = llama(IDS, mask, target_start=9).logits, None
+    for begin, end in ((0, 3), (3, 7), (7, 10), (10, 12)):
+        given = {"past_key_values": cache, "use_cache": True, "target_start": 9}
+        out = llama(IDS[:, begin:end], mask[:, :end], **given)
+        cache = out.past_key_values
+    torch.testing.assert_close(out.logits, whole[:, 10:], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_a_cache_survives_a_change_of_weight(model):
     first = model.generate(IDS, return_dict_in_generate=True, **GREEDY)
     cache = first.past_key_values

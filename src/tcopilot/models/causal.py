@@ -99,6 +99,8 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
         begun = bool(past) and not alone and cache.start is not None
         goes_on = begun and (target_start is None or told == cache.start)
         is_prompt = cache is not None and told is not None and told > length
+        if not alone and position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            given["position_ids"] = count_positions(attention_mask)[:, past:]
         if alone or is_prompt:
             losses = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             losses = {name: value for name, value in losses.items() if value is not None}
@@ -118,8 +120,6 @@ class TCopilotForCausalLM(TCopilotModel, FusedGenerationMixin):
             _check_start(text, cache, past)
         chosen = isinstance(logits_to_keep, Tensor)
         wanted = columns if chosen or logits_to_keep == 0 else logits_to_keep
-        if position_ids is None and attention_mask is not None:
-            given["position_ids"] = count_positions(attention_mask)[:, past:]
         given |= {"logits_to_keep": max(wanted, text.count), "output_hidden_states": True}
         tokens = input_ids if inputs_embeds is None else _tokens(inputs_embeds, labels, text, length)
         if goes_on:
