@@ -164,6 +164,31 @@ def test_an_arm_that_answers_in_another_way_is_shown_by_its_own_metric(tmp_path)
     assert task.lines[1].against.difference == pytest.approx(-1 / 3)
 
 
+def test_likelihoods_are_compared_row_by_row_where_targets_were_scored(tmp_path):
+    figures = {("gsm8k", "exact"): (0.0, 0.0), ("all", "nll"): (1.0, 0.9)}
+    likelihoods = {"default": [1.0, 2.0, 3.0], "other": [0.5, 1.75, 3.0], "generated": [None] * 3}
+    runs = {}
+    for arm, of_rows in likelihoods.items():
+        folder = write_run(tmp_path / arm, figures, 0)
+        (folder / "predictions").mkdir()
+        for weight in (0.0, 0.5):
+            scores = [{"exact": 0.0} | ({} if one is None else {"nll": one}) for one in of_rows]
+            lines = [{"id": i, "scores": one, "prompt": f"p {i}", "target": "t"} for i, one in enumerate(scores)]
+            file = folder / "predictions" / f"test-gsm8k-targets-weight={weight:g}.jsonl"
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        results = Results.load(folder / "results.json")
+        results.gain = results.gain[:1]
+        results.save(folder / "results.json")
+        runs[arm] = [FinishedRun.read(folder)]
+    (task,) = evidence.gather("task", runs, {})
+    found = task.line("other").nll_against
+    assert found == compare([1.0, 2.0, 3.0], [0.5, 1.75, 3.0], higher_is_better=False)
+    assert found.difference == pytest.approx(-0.25)
+    assert task.line("default").nll_against is None is task.line("generated").nll_against
+    table = evidence.as_markdown([task])
+    assert table.count("-0.250 [") == 1
+
+
 def test_a_part_names_its_own_missing_runs_only():
     line = evidence.Line("default", [0], {}, {}, (1.0, 0.9), None, None, [0.5], 1, 1.0, None)
     line.gain = compare([0.0, 0.0], [1.0, 0.0])

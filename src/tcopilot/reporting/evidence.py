@@ -6,7 +6,7 @@ paired by seed and row. If seeds share a row, its scores under all of them are r
 
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tcopilot.data.metrics import NLL, SHARE, scale, show_difference
 from tcopilot.evaluation.outcomes import read_predictions
@@ -33,7 +33,7 @@ BRIEF_HEAD = (
 )
 HEAD = (
     *("arm", "Pilot", "with it", "gain over its Pilot [95 %], p", f"against `{DEFAULT}` [95 %], p"),
-    *("NLL", "ε²/S²", "λ*", "λ", "rounds", "train s", "TFLOP", "seeds ahead"),
+    *("NLL", f"NLL against `{DEFAULT}` [95 %], p", "ε²/S²", "λ*", "λ", "rounds", "train s", "TFLOP", "seeds ahead"),
 )
 
 Scores = dict[tuple[int, int], tuple[float, str]]
@@ -56,8 +56,10 @@ class Line:
     seconds: float
     flops: float | None
     control: bool = False
+    nll_scores: Scores = field(default_factory=dict)  # as `scores`; empty unless targets were scored
     gain: Comparison | None = None
     against: Comparison | None = None
+    nll_against: Comparison | None = None
     ahead: list[int] | None = None  # seeds on which this line is better than the default arm
 
 
@@ -115,6 +117,8 @@ def gather(
             line.gain, _ = _compared(line.pilot, line.scores, higher)
         for line in lines[1:]:
             line.against, line.ahead = _compared(lines[0].scores, line.scores, higher)
+            if lines[0].nll_scores and line.nll_scores:
+                line.nll_against, _ = _compared(lines[0].nll_scores, line.nll_scores, NLL.higher_is_better)
         task = f"{name}/{benchmark}" if len(deciding) > 1 else name
         found.append(TaskEvidence(task, metric, lines, gain.unit))
     return found
@@ -246,7 +250,7 @@ def _brief(task: TaskEvidence) -> tuple[str, ...]:
 
 def _line(name: str, runs: Sequence[FinishedRun], benchmark: str, metric: str, control: str | None = None) -> Line:
     """Read the line of an arm, or of the control `name` if `control` gives the folder of its predictions."""
-    pilot, scores, likelihoods, weights, costs = {}, {}, [], [], []
+    pilot, scores, nll_scores, likelihoods, weights, costs = {}, {}, {}, [], [], []
     for run in runs:
         results, weight, folder = run.results, run.results.weight_of(benchmark), run.directory
         if control is None:
@@ -259,6 +263,7 @@ def _line(name: str, runs: Sequence[FinishedRun], benchmark: str, metric: str, c
             weight = cost.weight
         pilot |= _scores(run, run.directory, benchmark, metric, 0.0)
         scores |= _scores(run, folder, benchmark, metric, weight)
+        nll_scores |= _scores(run, folder, benchmark, NLL.name, weight)
         likelihoods.append([results.find("all", NLL.name, results.reported_on, 0.0).value, likelihood.value])
         weights.append(weight)
         costs.append(cost)
@@ -267,6 +272,7 @@ def _line(name: str, runs: Sequence[FinishedRun], benchmark: str, metric: str, c
     return Line(
         name, [run.results.seed for run in runs], scores, pilot,
         nll=tuple(_mean(column) for column in zip(*likelihoods, strict=True)),
+        nll_scores=nll_scores,
         error_ratio=_mean(ratios if control is None else []),
         best_weight=_mean(run.results.best_weight for run in runs if control is None),
         weights=weights if control is None else [],
@@ -278,13 +284,17 @@ def _line(name: str, runs: Sequence[FinishedRun], benchmark: str, metric: str, c
 
 
 def _scores(run: FinishedRun, folder: RunDirectory, benchmark: str, metric: str, weight: float) -> Scores:
-    """Read the score of each reported row from the predictions, from which `results.json` was also made."""
+    """Read the score of each reported row from the predictions, from which `results.json` was also made.
+
+    Rows whose predictions were not scored by this metric are left out.
+    """
     found = read_predictions(run.results, folder.predictions, benchmark, weight)
     if not found:
         raise ValueError(f"{folder}: no predictions of {benchmark} at λ = {weight:g}; run it again")
     return {
         (run.results.seed, row): (prediction["scores"][metric], f"{prediction['prompt']}\n{prediction['target']}")
         for row, prediction in found.items()
+        if metric in prediction["scores"]
     }
 
 
@@ -311,7 +321,7 @@ def _cells(line: Line, unit: str) -> tuple[str, ...]:
     def plain(value: float | None, digits: int) -> str:
         return "" if value is None else f"{value:.{digits}f}"
 
-    def step(found: Comparison | None) -> str:
+    def step(found: Comparison | None, unit: str = unit) -> str:
         if found is None:
             return ""
         return f"{show_difference(found.difference, unit, found.ci95, _digits(unit))}, {p_text(found.p_value)}"
@@ -320,6 +330,7 @@ def _cells(line: Line, unit: str) -> tuple[str, ...]:
         line.name,
         *(plain(scale(unit) * value, _digits(unit)) for value in (line.gain.pilot, line.gain.fused)),
         *(step(line.gain), step(line.against), f"{line.nll[0]:.3f} → {line.nll[1]:.3f}"),
+        step(line.nll_against, NLL.unit),
         *(plain(line.error_ratio, 2), plain(line.best_weight, 2)),
         ", ".join(f"{weight:g}" for weight in sorted(set(line.weights))),
         *(plain(line.rounds, 0), plain(line.seconds, 0), plain(line.flops and line.flops / 1e12, 3)),
