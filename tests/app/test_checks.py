@@ -279,6 +279,7 @@ def test_a_log_bounded_in_bytes_may_be_as_large_as_it_likes_in_rounds(tmp_path, 
     "overrides",
     [
         ["log_storage@mistake_log.log.storage=topk"],
+        ["copilot=head", "data.max_train_rows=30"],  # of each row one record, and no more
         pytest.param([], marks=pytest.mark.slow),
         pytest.param(["data.streaming=true"], marks=pytest.mark.slow),
     ],

@@ -22,7 +22,7 @@ from tcopilot.app import console
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.mistake_log.storage import DenseStorage, FrozenHeadStorage, TopKStorage
 from tcopilot.models.adapters import Lora
-from tcopilot.models.states import StatePooler, trace_pilot
+from tcopilot.models.states import StackedStates, StatePooler, trace_pilot
 from tcopilot.training.objectives import CrossEntropy, objective_sum
 
 
@@ -233,6 +233,8 @@ def test_a_log_says_what_it_keeps(tiny_pilot):
     compact = MistakeLog(storage=FrozenHeadStorage(), dtype="bfloat16")
     assert compact.describe(adapted.pilot) == "prompt ids, h̄ (bfloat16), the input of the frozen head"
     assert MistakeLog().describe(tiny_pilot("llama")) == "X̃ (float32), h̄ (float32), p̂ (float32)"
+    of_head = MistakeLog().describe(tiny_pilot("llama"), StackedStates((0.8, 1.0)))
+    assert of_head == "states at depths 0.8, 1 (float32), p̂ (float32)"
     topk = MistakeLog(storage=TopKStorage(9, "float16")).describe(tiny_pilot("t5"))
     assert topk == "X̃ (float32), h̄ (float32), the 9 largest entries of p̂ (float16)"
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from tcopilot.app.build import Prepared
-from tcopilot.app.checks.data import log_bytes
+from tcopilot.app.checks.data import log_bytes, record_bytes
 from tcopilot.app.checks.groups import given_overrides, plain_config
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.checks.unused import idle_overrides
@@ -39,11 +39,11 @@ def show_summary(
         rows[f"{name} parameters"] = f"{params[f'{name}_trainable']:,} trainable of {params[name]:,}"
     if log is not None:
         try:
-            rows["a record keeps"] = log.describe(model.pilot, model.copilot.pooler.keeps_source)
+            rows["a record keeps"] = log.describe(model.pilot, model.copilot.pooler)
         except ValueError as error:
             raise ConfigError([str(error)]) from error
-        size = bytes_text(log_bytes(cfg, prepared.pilot, data, log))
-        rows["full Mistake Log"] = f"{size}, {min(log.capacity_rounds, rounds)} rounds"
+        size, record = (measure(cfg, prepared.pilot, data, log) for measure in (log_bytes, record_bytes))
+        rows["full Mistake Log"] = f"{bytes_text(size)}, {min(log.capacity_rounds, rounds)} rounds; {_per_row(record)}"
     if memory is not None:
         rows["memory"] = str(memory)
     read = "stream" if data.train_rows is None else f"{data.train_rows:,} training rows"
@@ -60,15 +60,21 @@ def show_fit(cfg: DictConfig, prepared: Prepared, params: dict[str, int], data: 
     about, rows = data.recording.pilot, len(data.train) + len(data.validation)
     size = about.bytes_per_token * (sum(data.train.lengths) + sum(data.validation.lengths)) / rows
     depths = ", ".join(f"{depth:g}" for depth in about.depths)
+    more = data.distinct > len({*data.train.keys, *data.validation.keys})
+    what = "rows, options and rows to report on included" if more else "rows to learn from and to validate on"
     shown = {
         "pilot parameters": f"{params['pilot']:,}, all frozen",
         "copilot parameters": f"{params['copilot_trainable']:,} trainable",
         "a record keeps": f"states ({about.dtype}) at depths {depths} for each target token, and p̂ by its head",
-        "recording": f"{size / 1e3:.1f} kB a row, {1e9 / size:,.0f} rows in 1 GB: {data.recording.folder}",
-        "to be recorded": f"{len(data.missing):,} of {data.distinct:,} rows, options and rows to report on included",
+        "recording": f"{_per_row(size)}: {data.recording.folder}",
+        "to be recorded": f"{len(data.missing):,} of {data.distinct:,} {what}",
         "budget": f"at most {cfg.copilot.passes} passes of {data.updates_per_pass} updates",
     }
     _show(cfg, prepared, "Transformer Copilot, frozen Pilot", shown)
+
+
+def _per_row(size: float) -> str:
+    return f"{size / 1e3:.1f} kB a row, {1e9 / size:,.0f} rows in 1 GB"
 
 
 def _show(cfg: DictConfig, prepared: Prepared, title: str, rows: dict[str, str]) -> None:

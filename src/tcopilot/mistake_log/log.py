@@ -27,7 +27,7 @@ from tcopilot.mistake_log.rounds import LoggedRecords, LoggedRound, SeenRows, jo
 from tcopilot.mistake_log.spill import Spill
 from tcopilot.mistake_log.storage import DenseStorage, Storage, is_frozen
 from tcopilot.models.family_check import embeds_tokens_alone
-from tcopilot.models.states import PilotStates
+from tcopilot.models.states import PilotStates, StackedStates, StatePooler
 from tcopilot.settings import DTYPE, FLAG, SEED, dtype_name, one_of, require, whole
 
 ROWS_AT_ONCE = 64  # rows whose p̂ is formed together, to bound the temporary memory of an append
@@ -66,6 +66,7 @@ class MistakeLog:
         pilot: the Pilot of the last append, whose frozen parts rebuild X̃ and p̂. Set it to draw from a restored log
             before the first append.
         seen_rounds: rounds appended so far.
+        first_visits_only: whether only errors made before the Pilot was trained on a row are recorded.
     """
 
     SETTINGS: ClassVar = {
@@ -103,8 +104,8 @@ class MistakeLog:
         self._copies = AsyncHostCopies()
         self._arriving: list[dict[str, Tensor]] = []  # parts of the newest round, whose copies may be on their way
         self._begun = False  # whether records of the newest round were appended
-        self._first_visits_only = rows == "first_visit"
-        self._seen_rows = SeenRows(of_all_processes=self._first_visits_only)
+        self.first_visits_only = rows == "first_visit"
+        self._seen_rows = SeenRows(of_all_processes=self.first_visits_only)
         self._generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
@@ -126,11 +127,11 @@ class MistakeLog:
         """Bytes of the tensors held, in memory or in files."""
         return self.held.nbytes
 
-    def describe(self, pilot: PreTrainedModel, keeps_source: bool = True) -> str:
+    def describe(self, pilot: PreTrainedModel, pooler: StatePooler | StackedStates | None = None) -> str:
         """Say what a record of this Pilot keeps; raise ValueError if the storage cannot keep this Pilot's p̂."""
-        name = dtype_name(self.dtype)
+        name, pooler = dtype_name(self.dtype), pooler or StatePooler()
         source = "prompt ids" if _kept_of_source(pilot) == "source_ids" else f"X̃ ({name})"
-        return f"{f'{source}, ' if keeps_source else ''}h̄ ({name}), {self.storage.describe(pilot)}"
+        return f"{f'{source}, ' if pooler.keeps_source else ''}{pooler.title} ({name}), {self.storage.describe(pilot)}"
 
     @torch.no_grad()
     def append(self, states: PilotStates, extend: bool = False) -> None:
@@ -147,7 +148,7 @@ class MistakeLog:
             self.seen_rounds += 1
             self._begun = False
         self.pilot = states.pilot
-        if self._first_visits_only:
+        if self.first_visits_only:
             new = self._seen_rows.new(states.ids_B.tolist(), self._newest)
             if not any(new):
                 return  # the round counts all the same
@@ -206,7 +207,7 @@ class MistakeLog:
                 "run with mistake_log.log.dtype=bfloat16 or float32"
             )
         ids = tensors.pop("ids").tolist()
-        new = [True] * len(ids) if self._first_visits_only else self._seen_rows.new(ids, self._newest)
+        new = [True] * len(ids) if self.first_visits_only else self._seen_rows.new(ids, self._newest)
         tensors["repeated"] = ~torch.tensor(new)
         held = self._held
         if held.rounds and held.rounds[-1].round == self._newest:

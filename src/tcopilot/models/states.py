@@ -30,6 +30,7 @@ class StatePooler:
         require({"pooling": one_of(POOLINGS), "layer_range": one_of(LAYER_RANGES)}, vars(self))
 
     keeps_source: ClassVar[bool] = True
+    title: ClassVar[str] = "h̄"
 
     @torch.no_grad()
     def __call__(self, hidden_states: tuple[Tensor, ...], positions: slice = slice(None)) -> Tensor:
@@ -47,6 +48,11 @@ class StackedStates:
 
     depths: tuple[float, ...]
     keeps_source: ClassVar[bool] = False
+
+    @property
+    def title(self) -> str:
+        """What it takes, in words."""
+        return f"states at depths {', '.join(f'{depth:g}' for depth in self.depths)}"
 
     @torch.no_grad()
     def __call__(self, hidden_states: tuple[Tensor, ...], positions: slice = slice(None)) -> Tensor:

@@ -68,7 +68,16 @@ def memory_problems(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModul
 
 
 def log_bytes(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModule, log: MistakeLog) -> int:
-    """Bytes of a full Mistake Log: of mean rows where batches are grouped by length, else of rows as the longest.
+    """Bytes of a full Mistake Log."""
+    rows = data.batch_size * min(log.capacity_rounds, data.total_rounds)
+    if log.first_visits_only and not data.streaming:
+        rows = min(rows, data.held_out_rows or data.train_rows)
+    total = int(rows * record_bytes(cfg, pilot, data, log))
+    return total if log.max_bytes is None else min(total, log.max_bytes)
+
+
+def record_bytes(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModule, log: MistakeLog) -> float:
+    """Bytes of a row's record: of a mean row where batches are grouped by length, else of one as long as the longest.
 
     Read off the training rows; of a stream, off the validation rows.
     """
@@ -90,7 +99,4 @@ def log_bytes(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModule, log
     prompt = 1 + (8 if frozen and not pilot.is_encoder_decoder else vector)  # ids where the embedding rebuilds X̃
     if depths := cfg.copilot.get("depths"):  # a head-only Copilot's records hold several states and no X̃
         prompt, vector = 0, len(depths) * vector
-    record = source * prompt + target * (vector + kept + 9)
-    rounds = min(log.capacity_rounds, data.total_rounds)
-    total = int(record * data.batch_size * rounds)
-    return total if log.max_bytes is None else min(total, log.max_bytes)
+    return source * prompt + target * (vector + kept + 9)
