@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, MambaConfig
 
-from tcopilot.app import console, run
+from tcopilot.app import build, console, run
 from tcopilot.app.checks import config as checks
 from tcopilot.app.checks import data as checks_of_data
 from tcopilot.app.checks.problems import ConfigError
@@ -367,3 +367,14 @@ def test_debugging_shows_where_an_error_came_from(debug, tmp_path):
     cfg = composed.compose_config(f"debug={debug}", *small, "fusion.weight=-1", f"paths.run_dir={tmp_path}/run")
     with pytest.raises(ConfigError if debug == "default" else SystemExit):
         run.train(cfg)
+
+
+@pytest.mark.parametrize(("mode", "too_long"), [("generation", True), ("targets", False)])
+def test_an_answer_is_too_long_only_where_answers_are_generated(mode, too_long, tmp_path):
+    rows = [json.dumps({"prompt": f"say {row}", "target": "a long answer"}) for row in range(20)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    given = ["pilot=tiny_t5", "data=jsonl", f"data.path={tmp_path}", "debug=limit", f"paths.run_dir={tmp_path}/run"]
+    given += [f"evaluation.modes=[{mode}]", "evaluation.max_new_tokens=3"]
+    remarks = build.prepare(composed.compose_config(*given)).data.remarks
+    assert any("longer than the 3 tokens that decoding generates" in text for text in remarks) == too_long

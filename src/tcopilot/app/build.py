@@ -1,5 +1,6 @@
 """From a composed config to objects: the one place where config keys meet constructors."""
 
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,7 +26,7 @@ from tcopilot.app.checks.trial_build import trial_problems
 from tcopilot.app.checks.unused import watch
 from tcopilot.data.module import TCopilotDataModule
 from tcopilot.data.shots import NumberedRow
-from tcopilot.evaluation.modes import Decoding
+from tcopilot.evaluation.modes import LIKELIHOOD, TARGETS, Decoding
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.base_copilot import BaseCopilot
 from tcopilot.models.configuration import TCopilotConfig
@@ -37,6 +38,7 @@ from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.models.quantization import parameter_count
 from tcopilot.processes import is_first
 from tcopilot.run_directory import RunDirectory
+from tcopilot.settings import is_list
 from tcopilot.training.module import Learner, TCopilotModule
 from tcopilot.version import version_problem
 
@@ -81,7 +83,7 @@ def prepare(cfg: DictConfig) -> Prepared:
     if tokenizer is not None:
         problems += checks.tokenizer_problems(pilot, tokenizer)
         problems += [] if donor is None else checks.donor_problems(pilot, donor, tokenizer)
-        longest = cfg.evaluation.max_new_tokens
+        longest = _most_generated(cfg.evaluation)
         attempt(problems, lambda: data.prepare(tokenizer, pilot.source_side, max_new_tokens=longest))
     if not problems:
         data.remarks += split_seed_remarks(data, pilot, donor)
@@ -108,7 +110,7 @@ def prepare_data(
     problems: list[str] = []
     data = attempt(problems, lambda: instantiate(cfg.data))
     if data is not None:
-        side, longest = "right" if pilot.is_encoder_decoder else "left", cfg.evaluation.max_new_tokens
+        side, longest = "right" if pilot.is_encoder_decoder else "left", _most_generated(cfg.evaluation)
         attempt(problems, lambda: data.prepare(tokenizer, side, False, longest, shots))
     if not problems:
         problems += data_problems(cfg, pilot, data, fits)
@@ -340,6 +342,12 @@ def export(model: TCopilotModel, tokenizer: PreTrainedTokenizerBase, folder: str
         file.unlink(missing_ok=True)
     tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # else it is not saved, and loads as right
     tokenizer.save_pretrained(folder)
+
+
+def _most_generated(evaluation: DictConfig) -> int | None:
+    """Most tokens of an answer; None where each benchmark has its own limit. Scored texts may be of any length."""
+    only_scores = is_list(evaluation.modes) and {*evaluation.modes} <= {LIKELIHOOD, TARGETS}
+    return sys.maxsize if only_scores else evaluation.max_new_tokens
 
 
 def _adapt(node: DictConfig, module: PreTrainedModel | nn.Module) -> None:
