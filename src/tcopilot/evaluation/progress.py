@@ -24,15 +24,17 @@ def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[state]}", TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not (console.is_terminal and is_first())) as bar:
         task = bar.add_task(title, total=total, state="")
-        said = time.monotonic()
+        began = said = time.monotonic()
+        done = 0
 
         def advance(rows: int, remark: str = "") -> None:
-            nonlocal said
-            speed = f"{bar.tasks[0].speed or 0.0:.1f} rows/s"
+            nonlocal said, done
+            now, done = time.monotonic(), done + rows
+            speed = f"{done / max(now - began, 1e-9):.1f} rows/s"
             state = f"{speed}, {remark}" if remark else speed
             bar.update(task, advance=rows, state=state)
-            if not console.is_terminal and is_first() and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
-                log.info("%s: %d of %d rows, %s", title, bar.tasks[0].completed, total, state)
+            if not console.is_terminal and is_first() and now - said >= SECONDS_BETWEEN_LINES:
+                said = now
+                log.info("%s: %d of %d rows, %s", title, done, total, state)
 
         yield advance
