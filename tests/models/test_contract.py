@@ -314,6 +314,18 @@ def test_a_draft_changes_no_token(model, weight, feedback):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_drafts_after_a_filled_cache_skip_no_token(llama, weight):
+    llama.weight = weight
+    options = {"do_sample": False, "max_new_tokens": 3, "min_new_tokens": 3}
+    first = llama.generate(IDS[:1, :6], return_dict_in_generate=True, **options)
+    given = {"past_key_values": first.past_key_values, "prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
+    with pytest.raises(ValueError, match="drafts cannot go on from a cache of 8 tokens while 3 are to be read"):
+        llama.generate(torch.cat([first.sequences, IDS[:1, :2]], dim=1), **given, **GREEDY)
+    llama.weight = 1.0
+
+
+@torch.no_grad()
 def test_what_has_been_read_is_undone_where_it_was_recorded(model):
     name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
     text = {"input_ids": IDS} if model.config.is_encoder_decoder else {"target_start": 4}

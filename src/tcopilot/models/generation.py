@@ -167,6 +167,17 @@ class FusedGenerationMixin(GenerationMixin):
             raise ValueError("cache_implementation='static' takes no streamer and no synced_gpus; leave it out")
         return sample(self, *given, **kwargs)
 
+    def _assisted_decoding(self, input_ids, *args, **kwargs):
+        """Refuse drafts after a filled cache, whose unread tokens transformers would skip."""
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past and input_ids.shape[1] - past > 1:
+            raise ValueError(
+                f"drafts cannot go on from a cache of {past} tokens while {input_ids.shape[1] - past} are to be read, "
+                f"since transformers would skip all but the last; leave past_key_values out, or draft no tokens"
+            )
+        return super()._assisted_decoding(input_ids, *args, **kwargs)
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse, at λ = 0 too: `model.pilot` has the method for the Pilot alone."""
         raise ValueError(
