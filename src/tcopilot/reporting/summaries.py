@@ -135,10 +135,8 @@ def join_benchmarks(summaries: Sequence[Summary]) -> list[Summary]:
     for part in (part for parts in joined.values() for part in parts):
         whole = part[0]
         if len(part) > 1:
-            label, runs = (
-                f"{whole.group.models}, one run for each benchmark",
-                [run for s in part for run in s.group.runs],
-            )
+            label = f"{whole.group.models}, one run for each benchmark"
+            runs = [run for s in part for run in s.group.runs]
             group = replace(whole.group, runs=runs, keys="", label=label)
             lines = [line for s in part for line in s.lines if not line.benchmark.endswith("_avg")]
             notes = list(dict.fromkeys(note for s in part for note in s.notes))
