@@ -7,6 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from tcopilot.data import DataError, TCopilotDataModule, byte_tokenizer, word_tokenizer
+from tcopilot.data.files import Part
 from tcopilot.data.next_item import INDICES, NextItem, text_names
 from tcopilot.data.sources import open_split
 
@@ -206,8 +207,9 @@ def test_unusable_texts_are_named(texts, message, tmp_path):
 def test_missing_texts_are_named(tmp_path):
     with pytest.raises(DataError, match=r"shop\.index=text: expected one file .*item_text\.jsonl .*interactions"):
         open_split(made(index="text"), "train", write(tmp_path, USERS))
-    with pytest.raises(DataError, match=r"shop\.index=text: .*give data\.path"):
-        made(index="text").derive("train", USERS)
+    for rows in (USERS, Part(USERS, "[:2]")):  # as from the Hub
+        with pytest.raises(DataError, match=r"shop\.index=text: .*give data\.path"):
+            made(index="text").derive("train", rows)
 
 
 # Metrics --------------------------------------------------------------------------------------------------------
@@ -333,6 +335,7 @@ def test_real_files_have_the_published_counts(name):
     [
         *(pytest.param("beauty", index, marks=pytest.mark.slow) for index in KINDS),
         *(("lastfm", index) for index in KINDS),
+        ("beauty", "text"),
     ],
 )
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real rows are not here")

@@ -83,8 +83,8 @@ class Part:
 
     @property
     def files(self) -> Sequence[Path]:
-        """The files whose rows these are, if they come from files."""
-        return self.rows.files
+        """The files whose rows these are; none if they come from the Hub."""
+        return getattr(self.rows, "files", ())
 
     def __str__(self) -> str:
         return f"{self.rows}{self.part}"

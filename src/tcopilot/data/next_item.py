@@ -203,7 +203,7 @@ class NextItem(Benchmark):
         if self.index != "text":
             return {}
         key = f"data.benchmarks.{self.name}.index=text"
-        if not isinstance(rows, FileRows | Part):
+        if not isinstance(rows, FileRows | Part) or not rows.files:
             raise DataError(f"{key}: the texts lie beside the file of interactions; give data.path")
         stem = rows.files[0].with_name("item_text")
         if len(files := files_called(stem)) != 1:
