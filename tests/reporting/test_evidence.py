@@ -115,23 +115,28 @@ def test_comparisons_are_paired_over_pooled_seeds(script, settings, smoke):
     assert task.line("literal").ahead == ahead
 
 
+def finished(folder, figures, predictions, suffix="", seed=0):
+    """A finished run of one benchmark with these predictions by λ, each of a row's scores, prompt and target."""
+    write_run(folder, figures, seed)
+    (folder / "predictions").mkdir()
+    for weight, rows in predictions.items():
+        file = folder / "predictions" / f"test-gsm8k{suffix}-weight={weight:g}.jsonl"
+        file.write_text("".join(json.dumps({"id": number, **row}) + "\n" for number, row in enumerate(rows)))
+    results = Results.load(folder / "results.json")
+    results.gain = results.gain[:1]
+    results.save(folder / "results.json")
+    return FinishedRun.read(folder)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_row_that_seeds_share_counts_once(shared, tmp_path):
     right = {0.0: [0.0] * 200, 0.5: [1.0] * 6 + [0.0] * 194}
     runs = []
     for seed in (0, 1, 2):
         figures = {("gsm8k", "accuracy"): (0.0, 0.03), ("all", "nll"): (1.0, 0.9)}
-        folder = write_run(tmp_path / str(seed), figures, seed)
-        (folder / "predictions").mkdir()
-        for weight, scores in right.items():
-            texts = {"prompt": "p" if shared else f"p of {seed}", "target": "t"}
-            lines = [{"id": row, "scores": {"accuracy": score}, **texts} for row, score in enumerate(scores)]
-            file = folder / "predictions" / f"test-gsm8k-weight={weight:g}.jsonl"
-            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        results = Results.load(folder / "results.json")
-        results.gain = results.gain[:1]
-        results.save(folder / "results.json")
-        runs.append(FinishedRun.read(folder))
+        texts = {"prompt": "p" if shared else f"p of {seed}", "target": "t"}
+        said = {weight: [{"scores": {"accuracy": one}, **texts} for one in scores] for weight, scores in right.items()}
+        runs.append(finished(tmp_path / str(seed), figures, said, seed=seed))
     (task,) = evidence.gather("task", {"default": runs}, {})
     found, alone = task.lines[0].gain, compare(*right.values())
     assert (found.difference, found.n, found.fixed) == (pytest.approx(0.03), 600, 18)
@@ -148,16 +153,12 @@ def test_an_arm_that_answers_in_another_way_is_shown_by_its_own_metric(tmp_path)
     runs = {}
     for arm, (metric, right) in arms.items():
         figures = {("gsm8k", metric): (0.0, sum(right) / 3), ("all", "nll"): (1.0, 0.9)}
-        folder = write_run(tmp_path / arm, figures, 0)
-        (folder / "predictions").mkdir()
-        for weight, scores in {0.0: [0.0, 0.0, 0.0], 0.5: right}.items():
-            lines = [{"id": i, "scores": {metric: s}, "prompt": "p", "target": "t"} for i, s in enumerate(scores)]
-            file = folder / "predictions" / f"test-gsm8k-weight={weight:g}.jsonl"
-            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        results = Results.load(folder / "results.json")
-        results.gain = results.gain[:1]
-        results.save(folder / "results.json")
-        runs[arm] = [FinishedRun.read(folder)]
+        by_weight = {0.0: [0.0, 0.0, 0.0], 0.5: right}
+        said = {
+            weight: [{"scores": {metric: one}, "prompt": "p", "target": "t"} for one in scores]
+            for weight, scores in by_weight.items()
+        }
+        runs[arm] = [finished(tmp_path / arm, figures, said)]
     (task,) = evidence.gather("task", runs, {})
     assert [line.name for line in task.lines] == ["default", "reranking"]
     assert [line.gain.fixed for line in task.lines] == [2, 1]
@@ -169,17 +170,9 @@ def test_likelihoods_are_compared_row_by_row_where_targets_were_scored(tmp_path)
     likelihoods = {"default": [1.0, 2.0, 3.0], "other": [0.5, 1.75, 3.0], "generated": [None] * 3}
     runs = {}
     for arm, of_rows in likelihoods.items():
-        folder = write_run(tmp_path / arm, figures, 0)
-        (folder / "predictions").mkdir()
-        for weight in (0.0, 0.5):
-            scores = [{"exact": 0.0} | ({} if one is None else {"nll": one}) for one in of_rows]
-            lines = [{"id": i, "scores": one, "prompt": f"p {i}", "target": "t"} for i, one in enumerate(scores)]
-            file = folder / "predictions" / f"test-gsm8k-targets-weight={weight:g}.jsonl"
-            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        results = Results.load(folder / "results.json")
-        results.gain = results.gain[:1]
-        results.save(folder / "results.json")
-        runs[arm] = [FinishedRun.read(folder)]
+        scores = [{"exact": 0.0} | ({} if one is None else {"nll": one}) for one in of_rows]
+        rows = [{"scores": one, "prompt": f"p {i}", "target": "t"} for i, one in enumerate(scores)]
+        runs[arm] = [finished(tmp_path / arm, figures, {0.0: rows, 0.5: rows}, "-targets")]
     (task,) = evidence.gather("task", runs, {})
     found = task.line("other").nll_against
     assert found == compare([1.0, 2.0, 3.0], [0.5, 1.75, 3.0], higher_is_better=False)
