@@ -4,6 +4,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tcopilot.data import DataError, ExactMatch
@@ -44,6 +45,20 @@ def test_parquet_keeps_lists_and_numbers(tmp_path):
     whole = [{"prompt": "p", "target": 2.5, "parts": [{"role": "user", "n": 1}], "none": None}]
     datasets.Dataset.from_list(whole).to_parquet(tmp_path / "train.parquet")
     assert rows(tmp_path) == whole
+
+
+def test_a_float32_of_parquet_is_written_as_short_as_it_can_be(tmp_path):
+    columns = {"prompt": ["p", "q"], "target": pa.array([0.1, None], pa.float32())}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    assert [row["target"] for row in rows(tmp_path)] == [0.1, None]
+
+
+def test_names_of_folders_are_no_patterns(tmp_path):
+    folder = tmp_path / "runs::[1]*"
+    folder.mkdir()
+    write(folder / "part-1.jsonl", LINES)
+    pq.write_table(pa.Table.from_pylist(ROWS), folder / "test.parquet")
+    assert rows(folder, train="part-*.jsonl") == rows(folder, "test") == ROWS
 
 
 def test_a_cell_is_the_text_that_stands_there(tmp_path):

@@ -133,6 +133,12 @@ def test_an_end_token_in_the_target_is_not_doubled_and_no_part_of_the_answer(end
     assert BENCHMARK.correct(tokenizer.decode(row["target_ids"], skip_special_tokens=True), row["answer"])
 
 
+def test_an_unknown_word_is_no_end_token():
+    preparer = RowPreparer(word_tokenizer(["a"]), "left")
+    list(preparer([(0, {"prompt": "a", "target": "zebra"})], BENCHMARK, 0, 1, True, print))
+    assert not preparer.counts
+
+
 def test_text_that_spells_an_end_token_without_being_one_stays():
     (row,) = RowPreparer(byte_tokenizer(), "left")(
         [(0, {"prompt": "Q", "target": "2<eos>"})], BENCHMARK, 0, 1, False, print

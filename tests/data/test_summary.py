@@ -223,6 +223,16 @@ def test_a_validation_split_of_another_name_is_read_from_its_file(tmp_path):
         module(tmp_path, ExactMatch(name="mine", splits=splits))
 
 
+def test_a_split_of_another_name_is_no_file_of_ours(tmp_path):
+    write(tmp_path, train=asked("a", "b"), validation=asked("v"), test=asked("t"))
+    for place, read in {"validation": {"v"}, "train[1:]": {"b"}}.items():
+        splits = {"train": "train[:1]", "test": place}
+        assert questions(module(tmp_path, ExactMatch(name="mine", splits=splits)), "test") == read
+    for splits in ({"train": "trian", "test": "test"}, {"train": "train", "test": "rows.txt"}):
+        with pytest.raises(DataError, match=r"splits\.\w+=(trian|rows\.txt): .* does not exist \(found: \['te"):
+            module(tmp_path, ExactMatch(name="mine", splits=splits))
+
+
 def test_files_of_ours_stand_for_the_hubs_splits_of_other_names(tmp_path):
     write(tmp_path, train=asked("a", "b"), validation=asked("v"), test=asked("t"))
     hub = {"hub": "someone/mine", "splits": {"train": "train_l", "test": "validation"}}

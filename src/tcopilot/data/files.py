@@ -1,7 +1,7 @@
 """Rows in files: which files a split names, and how each format is read.
 
 JSON and CSV are read line by line, so that error messages name the line and numbers keep their spelling (2.50, 007).
-Parquet is read by `datasets`. Arrow decompresses packed files.
+Arrow reads Parquet, and decompresses packed files.
 """
 
 import csv
@@ -19,11 +19,13 @@ from typing import Any, Self
 
 import datasets
 import pyarrow as pa
+from pyarrow.parquet import ParquetFile
 
 from tcopilot.data.answers import is_finite
 from tcopilot.data.benchmarks import DataError
 
 Row = dict[str, Any]
+PARQUET_ROWS = 1000  # read at once
 PACKED = (".gz", ".zst", ".bz2", ".lz4")
 STARTS = {  # the first bytes of files that are not JSON lines, and what such a file is
     b"[": "one JSON array: call it .json",
@@ -129,8 +131,8 @@ def find_files(folder: Path, places: str | list[str]) -> FileRows | Part:
     name, part = name_and_part(last)
     for place in (*whole, name):
         given = folder / place
-        found = [given] if given.is_file() else map(Path, sorted(glob(str(given), recursive=True)))
-        if not (readable := [file for file in found if file.is_file() and format_of(file) in FORMATS]):
+        found = [place] if given.is_file() else sorted(glob(place, root_dir=folder, recursive=True))
+        if not (readable := [folder / one for one in found if format_of(one) in FORMATS and (folder / one).is_file()]):
             raise DataError(
                 f"{given} does not exist (found: {found_in(given.parent)}). Give a file or a pattern; the ending says "
                 f"how it is read: {', '.join(FORMATS)}, and behind it {', '.join(PACKED)} where it is packed."
@@ -216,9 +218,14 @@ def _table(file: Path, separator: str) -> Iterator[Row]:
 
 
 def _parquet(file: Path) -> Iterator[Row]:
-    """Read the rows of a Parquet file; lists and structs are kept."""
+    """Read the rows of a Parquet file; lists and structs are kept, and float32 is as short as it can be written."""
     try:
-        yield from datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+        with ParquetFile(file) as table:
+            for batch in table.iter_batches(PARQUET_ROWS):
+                for place in (n for n, field in enumerate(batch.schema) if pa.types.is_float32(field.type)):
+                    numbers = batch.column(place).cast(pa.string()).cast(pa.float64())
+                    batch = batch.set_column(place, batch.schema[place].name, numbers)
+                yield from batch.to_pylist()
     except (pa.ArrowException, ValueError) as error:
         raise DataError(f"{file}: not Parquet ({error}). Mend it, or save it anew.") from error
 

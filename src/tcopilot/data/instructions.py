@@ -1,8 +1,10 @@
 """Instructions with their outputs, as rows in the format of Alpaca."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from tcopilot.data.benchmarks import ExactMatch, Example, Row, text_at
+from tcopilot.data.answers import tidy
+from tcopilot.data.benchmarks import DataError, ExactMatch, Example, Row, lookup, text_at
 
 
 @dataclass(kw_only=True)
@@ -21,5 +23,16 @@ class Instruction(ExactMatch):
 
     def render(self, row: Row) -> Example:
         """Fill the templates; the answer is the tidied output."""
-        parts = [text_at(row, name) for name in (self.prompt_column, self.input) if row.get(name) not in (None, "")]
-        return super().render({**row, self.prompt_column: "\n\n".join(parts)})
+        paths = (path for path in (self.prompt_column, self.input) if _value(row, path) not in (None, ""))
+        asked = "\n\n".join(text_at(row, path) for path in paths)
+        said = {"target": text_at(row, self.target_column)} if "target" in self._named else {}
+        example = self._example(row, "", prompt=asked, **said)
+        return example._replace(answer=tidy(example.target) or "")
+
+
+def _value(row: Row, path: str) -> Any:
+    """Return the value at a column or a dotted path; None if there is none."""
+    try:
+        return lookup(row, path)
+    except DataError:
+        return None

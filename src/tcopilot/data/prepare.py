@@ -16,6 +16,7 @@ from tcopilot.data.batch import Side
 from tcopilot.data.benchmarks import Benchmark, DataError, Example
 from tcopilot.data.shots import SEPARATOR
 from tcopilot.data.summary import COUNTED, Figures
+from tcopilot.data.tokenizers import ids_of
 
 Overflow = Literal["error", "drop", "truncate"]
 Report = Callable[[str], None]
@@ -28,12 +29,13 @@ log = logging.getLogger(__name__)
 class RowPreparer:
     """Render and tokenise rows, and enforce the length limits.
 
-    Prompt and target are tokenised separately. The prompt of a decoder-only Pilot (``source_side="left"``) gets the
-    special tokens that the tokenizer puts at the start of a text, and never an end token; the prompt of an
-    encoder-decoder (``"right"``) gets those of both ends. Special tokens that a prompt already spells out, as chat
-    templates do, are not added again. Shots stand between the start and the prompt, each as prompt, target with end
-    token, and a blank line. A target ends in exactly one end token, also if its text spells one out. Special tokens at
-    the end of a target are ignored when answers are judged, since generated texts have none.
+    Prompt and target are tokenised separately, the target of a decoder-only Pilot (``source_side="left"``) as a text
+    that follows another (`ids_of`). The prompt of a decoder-only Pilot gets the special tokens that the tokenizer puts
+    at the start of a text, and never an end token; the prompt of an encoder-decoder (``"right"``) gets those of both
+    ends. Special tokens that a prompt already spells out, as chat templates do, are not added again. Shots stand
+    between the start and the prompt, each as prompt, target with end token, and a blank line. A target ends in exactly
+    one end token, also if its text spells one out. Special tokens at the end of a target are ignored when answers are
+    judged, since generated texts have none.
 
     A text that a chat template writes as a whole is tokenised as a whole, without additional special tokens.
 
@@ -74,6 +76,7 @@ class RowPreparer:
                 "of pilot.path"
             )
         self._special = tuple(tokenizer.all_special_tokens)
+        self._ends = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
         self._start, self._end = _frame(tokenizer)
         if self.source_side == "left":
             self._end = []
@@ -138,11 +141,11 @@ class RowPreparer:
         """
         if rows and benchmark.templated:
             raise DataError(f"{benchmark.name}: data.shots are not supported for conversations; use data.shots=0")
-        (separator,) = self._ids([SEPARATOR])
+        (separator,) = self._ids([SEPARATOR], follows=True)
         end = [] if self._end else [self.tokenizer.eos_token_id]  # an encoder would take it as the prompt's end
         ids, questions = [], []
         for _, example, source, _ in self._tokenised(list(rows), benchmark, report):
-            ids.append([*source, *self._ids([example.target])[0], *end, *separator])
+            ids.append([*source, *self._ids([example.target], follows=True)[0], *end, *separator])
             questions.append(example.question)
         return ids, questions
 
@@ -165,7 +168,7 @@ class RowPreparer:
                 examples[number] = example
         if examples:
             sources = self._ids([example.prompt for example in examples.values()])
-            targets = self._ids([example.target for example in examples.values()])
+            targets = self._ids([example.target for example in examples.values()], follows=True)
             if benchmark.templated:
                 whole = self._ids([example.prompt + example.target for example in examples.values()])
                 parts = zip(sources, whole, targets, strict=True)  # a target's own tokens where one spans the boundary
@@ -173,7 +176,7 @@ class RowPreparer:
             else:
                 sources = map(self._unframed, sources)
             for (number, example), source, target in zip(examples.items(), sources, targets, strict=True):
-                if target and target[-1] in self.tokenizer.all_special_ids:
+                if target and target[-1] in self._ends:
                     self.counts["end_tokens"] += 1
                     example = self._without_end(example)
                     while target and target[-1] == self.tokenizer.eos_token_id:
@@ -189,8 +192,9 @@ class RowPreparer:
         options = tuple(map(bare, example.options))
         return example._replace(target=bare(example.target), answer=bare(example.answer).rstrip(), options=options)
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    def _ids(self, texts: Sequence[str], follows: bool = False) -> list[list[int]]:
+        """Return the token ids of texts; the decoder of an encoder-decoder begins its texts anew."""
+        return ids_of(self.tokenizer, texts, follows and self.source_side == "left")
 
     def _unframed(self, ids: list[int]) -> list[int]:
         """Remove special tokens that the prompt's text already spells out, since they are added later."""
@@ -203,7 +207,7 @@ class RowPreparer:
         texts = {name: value for name, value in example._asdict().items() if name not in ("ending", "twin")}
         if not example.options:
             return texts
-        option_ids = [[*ids, self.tokenizer.eos_token_id] for ids in self._ids(list(example.options))]
+        option_ids = [[*ids, self.tokenizer.eos_token_id] for ids in self._ids(example.options, follows=True)]
         longest, limit = max(map(len, option_ids)), self.max_target_length
         if limit is not None and longest > limit:
             raise _TooLong(f"its longest option has {longest} tokens, data.max_target_length is {limit}; raise it")

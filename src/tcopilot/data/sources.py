@@ -137,13 +137,15 @@ def _named_rows(benchmark: Benchmark, split: str, place: Path, training: bool) -
 
 def _local_rows(benchmark: Benchmark, split: str, place: Path, training: bool) -> FileRows | Part | None:
     name, part = name_and_part(benchmark.splits.get(split, split))
-    own = files_called(place / name)  # the Hub may use other split names than we do; a file may have either name
-    file = place / benchmark.file(split)
+    named = benchmark.hub is None and name != split  # the Hub may use other split names than we do
+    file = place / (f"{name}.jsonl" if named else benchmark.file(split))
+    own = files_called(place / name)
     files = own if own and name not in SPLITS else files_called(file.with_name(file.name.removesuffix(".jsonl")))
-    if split == "validation" and name not in SPLITS and benchmark.hub is None and not own:
+    if named and not files and not os.path.lexists(file) and (split != "train" or training):
+        leave_out = "leave it out to take a part of the train rows" if split == "validation" else "name another file"
         raise DataError(
-            f"data.benchmarks.{benchmark.name}.splits.validation={name}: {place / name}.jsonl does not exist; add it, "
-            "or leave splits.validation out to take a part of the train rows"
+            f"data.benchmarks.{benchmark.name}.splits.{split}={name}: {file} does not exist (found: "
+            f"{found_in(file.parent)}); add it, or {leave_out}"
         )
     if len(files) > 1:
         raise DataError(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, EOS, UNK, BOS = "<pad>", "<eos>", "<unk>", "<bos>"
 
@@ -37,6 +37,24 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return _wrap(tokenizer, bos_token=BOS, split_special_tokens=True)
+
+
+def ids_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], follows: bool = False) -> list[list[int]]:
+    """Return the token ids of texts, without special tokens.
+
+    Tokenizers such as LLaMA 2's put a space before every text. With ``follows`` the texts continue another one, and
+    get no such space: they are tokenised behind a line break, which is then removed.
+    """
+
+    def plain(texts: Sequence[str]) -> list[list[int]]:
+        return tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+
+    own = plain(texts)
+    line, bare, behind = plain(["\n", "a", "\na"]) if follows and texts else ([], [], [])
+    if behind in (bare, line + bare) or behind[: len(line)] != line:
+        return own
+    joined = plain([f"\n{text}" for text in texts])
+    return [ids[len(line) :] if ids[: len(line)] == line else alone for ids, alone in zip(joined, own, strict=True)]
 
 
 def _wrap(tokenizer: Tokenizer, **special: str | bool) -> PreTrainedTokenizerFast:

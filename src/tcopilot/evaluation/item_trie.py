@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from tcopilot.data.tokenizers import ids_of
+
 
 class ItemTrie:
     """The token ids of all items as a trie, held in arrays so that many nodes can be looked up at once.
@@ -70,10 +72,9 @@ class ItemTrie:
         self._keys = self.parent_T[1:] * self._stride + self.token_T[1:]  # ascending, by the numbering
 
     @classmethod
-    def from_texts(cls, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> "ItemTrie":
-        """Tokenise the targets of a catalogue as the data module does, each with one end token."""
-        sequences = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
-        return cls([[*ids, tokenizer.eos_token_id] for ids in sequences])
+    def from_texts(cls, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, follows: bool = False) -> "ItemTrie":
+        """Tokenise the targets of a catalogue as the data module does, each with one end token; see `ids_of`."""
+        return cls([[*ids, tokenizer.eos_token_id] for ids in ids_of(tokenizer, texts, follows)])
 
     def step(self, nodes_R: np.ndarray, tokens_R: np.ndarray) -> np.ndarray:
         """Return the node to which each token leads [R]; −1 if there is none, or if the given node is −1."""

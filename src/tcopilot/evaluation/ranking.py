@@ -22,7 +22,8 @@ class ItemRanking(Mode):
     benchmark: NextItem
 
     def __post_init__(self) -> None:
-        self._trie = ItemTrie.from_texts(self.benchmark.catalogue, self.tokenizer)
+        follows = not self.model.config.is_encoder_decoder
+        self._trie = ItemTrie.from_texts(self.benchmark.catalogue, self.tokenizer, follows)
         self._places = {text: place for place, text in enumerate(self.benchmark.catalogue)}
 
     @property
