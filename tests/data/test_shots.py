@@ -1,5 +1,7 @@
 import json
 from collections import Counter
+from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -167,3 +169,22 @@ def test_a_recommendation_shows_other_steps_and_their_items(tmp_path):
     source = sources(data, "test", "next")[0]
     assert source.count("So far Book user_") == 3
     assert source.count("this user next? Book item_") == 2
+
+
+def test_batches_of_validation_hold_rows_of_one_benchmark_which_read_its_shots_once(tmp_path):
+    for name, rows in (("one", 20), ("two", 8)):
+        folder_of(tmp_path / name, name, rows=rows)
+    data = module(tmp_path, "one", "two", eval_batch_size=4)
+    batches = list(data.val_dataloader())
+    assert [set(batch.benchmark_B.tolist()) for batch in batches] == [{0}, {1}, {0}, {0}, {0}, {1}, {0}]
+    shared = [len(READ.encode("".join(f"{row['prompt']} {row['target']}<eos>\n\n" for _, row in data.shot_rows[name])))
+              for name in ("one", "two")]  # fmt: skip
+    assert all(batch.prefix >= shared[batch.benchmark_B[0]] > 0 for batch in batches)
+    everything = sorted(id for batch in batches for id in batch.ids_B.tolist())
+    assert len(set(everything)) == len(everything) == 28
+    of_ranks = []
+    for rank in (0, 1):
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+        of_ranks.append([batch.ids_B.tolist() for batch in data.val_dataloader()])
+    assert len(of_ranks[0]) == len(of_ranks[1])
+    assert sorted(chain(*chain(*of_ranks))) == everything

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from tcopilot.data.batch import PromptTargetCollator, Side
 from tcopilot.data.benchmarks import SPLITS, Benchmark, DataError
 from tcopilot.data.prepare import SHOWN, Overflow, RowPreparer, StreamedRows, shortened
-from tcopilot.data.samplers import RoundSampler, StreamRounds, rank_batches
+from tcopilot.data.samplers import RoundSampler, StreamRounds, rank_batches, take_turns
 from tcopilot.data.shots import NumberedRow
 from tcopilot.data.sources import mixture
 from tcopilot.data.splits import Split, SplitReader
@@ -269,10 +270,14 @@ class TCopilotDataModule(LightningDataModule):
         """Return a loader of all validation rows in fixed order; each rank takes every ``world_size``-th row."""
         self.setup()
         parts = [self._evaluation.get(("validation", name), []) for name in self.benchmarks]
-        # Interleave benchmarks in proportion to their size, because training may validate on the first batches only.
-        places = sorted(((i + 0.5) / len(part), n, i) for n, part in enumerate(parts) for i in range(len(part)))
-        rows = [parts[n][i] for _, n, i in places]
-        batches = rank_batches(len(rows), self.eval_batch_size, *self._place)
+        # Benchmarks take turns in proportion to their size, because training may validate on the first batches only.
+        if self.shots:  # in whole batches, each of which then reads the shots of one benchmark once
+            shares = [rank_batches(len(part), self.eval_batch_size, *self._place) for part in parts]
+            rows, starts = [*chain(*parts)], [0, *accumulate(map(len, parts))]
+            batches = [[starts[n] + row for row in shares[n][i]] for n, i in take_turns(map(len, shares))]
+        else:
+            rows = [parts[n][i] for n, i in take_turns(map(len, parts))]
+            batches = rank_batches(len(rows), self.eval_batch_size, *self._place)
         return StatefulDataLoader(rows, batch_sampler=batches, collate_fn=self.collate)
 
     def evaluation_rows(self, split: str, benchmark_name: str) -> list[PreparedRow]:

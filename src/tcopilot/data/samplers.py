@@ -3,7 +3,7 @@
 Every rank draws the same global batches and takes its own slice, so all ranks together see what one process sees.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, islice
 from typing import Any, TypeVar
 
@@ -151,6 +151,16 @@ def rank_batches(rows: int, size: int, rank: int, world_size: int) -> list[range
         last = batches.pop()
         batches += [last[: len(last) // 2], last[len(last) // 2 :]]
     return batches
+
+
+def take_turns(sizes: Iterable[int]) -> list[tuple[int, int]]:
+    """Return (part, index) pairs in an order in which all parts are used up evenly.
+
+    >>> take_turns([4, 2])
+    [(0, 0), (1, 0), (0, 1), (0, 2), (1, 1), (0, 3)]
+    """
+    places = sorted(((i + 0.5) / size, part, i) for part, size in enumerate(sizes) for i in range(size))
+    return [(part, i) for _, part, i in places]
 
 
 def rank_slice(batch_size: int, rank: int, world_size: int) -> slice:
