@@ -73,6 +73,18 @@ def test_the_likelihood_takes_the_smaller_of_equal_weights():
     assert by_likelihood({1.0: 2.0, 0.5: 2.0, 2.0: 3.0}) == 0.5
 
 
+def test_weights_that_rounding_alone_tells_apart_are_equal_to_either_rule(tmp_path):
+    rounded = {0.0: 2.0, 0.5: 2.0 - 1e-8, 1.0: 2.0 - 3e-8}
+    assert by_likelihood(rounded) == 0.0
+    assert by_likelihood(rounded | {1.0: 2.0 - 2e-6}) == 1.0
+    outcomes = {"a": {0.0: {ACCURACY: [0.0]}, 0.5: {ACCURACY: [1.0]}, 1.0: {ACCURACY: [1.0]}}}
+    assert by_metric(outcomes, rounded) == 0.5
+    silent = evaluator(tmp_path, 60, head="soft", head_std=0.0)  # a new soft head, which corrects nothing
+    found = silent.run([0.0, 0.3, 1.0])
+    assert len(set(likelihoods(found).values())) > 1
+    assert found.selected_weight == 0.0
+
+
 def test_a_metric_in_which_lower_is_better_is_minimised():
     outcomes = {"a": {0.0: {MISTAKES: [1.0, 0.0]}, 0.5: {MISTAKES: [0.0, 0.0]}, 1.0: {MISTAKES: [1.0, 1.0]}}}
     assert by_metric(outcomes, dict.fromkeys((0.0, 0.5, 1.0), 1.0)) == 0.5

@@ -26,6 +26,8 @@ ENOUGH = {"nll": 20, "metric": 50, "closed_form": 50}
 """Number of rows that a rule needs; with fewer, the best of several λ is mostly chance."""
 METRIC_ROWS = 1_000
 """Number of rows from which on `auto` uses the metric."""
+ROUNDING = 1e-6
+"""Difference of two NLL below which only rounding tells them apart, as where a new soft head corrects nothing."""
 
 
 def rule_for(select_by: str, rows: int) -> str:
@@ -72,8 +74,9 @@ def settle(
 
 
 def by_likelihood(likelihood: Mapping[float, float]) -> float:
-    """Return the λ with the smallest NLL; ties go to the smaller λ."""
-    return min(likelihood, key=lambda weight: (likelihood[weight], weight))
+    """Return the λ with the smallest NLL; ties, up to `ROUNDING`, go to the smaller λ."""
+    least = min(likelihood.values())
+    return min(weight for weight, nll in likelihood.items() if not nll > least + ROUNDING)
 
 
 def by_metric(outcomes: Outcomes, likelihood: Mapping[float, float]) -> float:
@@ -92,7 +95,8 @@ def by_metric(outcomes: Outcomes, likelihood: Mapping[float, float]) -> float:
         merits = [rankdata(values) for values in merits]
     means = (sum(of_weight) / len(merits) for of_weight in zip(*merits, strict=True))
     mean = dict(zip(likelihood, means, strict=True))
-    return max(likelihood, key=lambda weight: (mean[weight], -likelihood[weight], -weight))
+    best = max(mean.values())
+    return by_likelihood({weight: nll for weight, nll in likelihood.items() if not mean[weight] < best})
 
 
 def selections(name: str, rule: str, weight: float, seen: Seen, chosen_on: str, reported: str) -> Iterator[Selection]:
