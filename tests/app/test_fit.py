@@ -87,7 +87,8 @@ def test_a_recording_of_other_rows_or_another_pilot_is_refused_before_weights_lo
 ):
     monkeypatch.setattr(ModelSource, "load", lambda *given: pytest.fail("the Pilot was loaded"))
     alike = r"data, template, shots .*, and so must data.max_train_rows=256 and data.max_eval_rows=16, unless all"
-    with pytest.raises(ConfigError, match=rf"mistake_log.from=.*rows are not in it; {alike}"):
+    which = r"\(\d+ train, \d+ validation\)"
+    with pytest.raises(ConfigError, match=rf"mistake_log.from=.*rows are not in it {which}; {alike}"):
         composed.train(tmp_path / "a", *frozen(pilot, f"mistake_log.from={first}", "data.split_seed=1"))
     other = frozen(pilot, f"mistake_log.from={first}", "pilot.dtype=bfloat16")
     with pytest.raises(ConfigError, match=r"mistake_log.from=.*recorded with another Pilot"):

@@ -134,6 +134,9 @@ CONFIGS = {
     "log: capacity is text": given("mistake_log.log.capacity_rounds=many", says=("=many", "whole number")),
     "log: capacity is null": given("mistake_log.log.capacity_rounds=null", says=("=None", "whole number")),
     "log: bytes with a unit": given("mistake_log.log.max_bytes=1GB", says=("max_bytes=1GB", "number of bytes")),
+    "log: recorded at a number": given("mistake_log.from=5", says=("mistake_log.from=5: give the folder",)),
+    "log: recorded nowhere": given("mistake_log.from=", says=("mistake_log.from=: give the folder",)),
+    "log: recorded at several": given("mistake_log.from=[a,b]", says=("mistake_log.from=['a', 'b']: give",)),
     "log: no type": given("mistake_log.log.dtype=null", says=("mistake_log.log.dtype=None", "float32")),
     "log: seed is text": given("mistake_log.log.seed=x", says=("mistake_log.log.seed=x", "whole number")),
     "log: policy by name": given(

@@ -284,6 +284,13 @@ def test_errors_outside_checkpoints_say_how_to_go_on(error, said, tmp_path):
     assert found.endswith("start again with the same command")  # there is no state yet
 
 
+def test_a_recording_is_a_state_to_go_on_from(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.recording.mkdir()
+    for error in (OSError(28, os.strerror(28)), KeyboardInterrupt()):
+        assert what_happened(error, run).endswith(f"go on with: {run.go_on}")
+
+
 # Several processes ---------------------------------------------------------------------------------------------------
 
 

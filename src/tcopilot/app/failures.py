@@ -55,7 +55,7 @@ def what_happened(error: BaseException, run_dir: RunDirectory) -> str | None:
     """Say what went wrong and how to go on; None if only a traceback can tell."""
     said = str(error)
     go_on = f"go on with: {run_dir.go_on}"
-    if not checkpoints(run_dir.checkpoints):
+    if not checkpoints(run_dir.checkpoints) and not run_dir.recording.exists():
         go_on = "start again with the same command"
     if isinstance(error, KeyboardInterrupt):
         return f"stopped; states and predictions written so far are in {run_dir}. To continue, {go_on}"

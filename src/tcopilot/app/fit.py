@@ -27,7 +27,7 @@ from tcopilot.app.trainer import make_callbacks, make_trainer
 from tcopilot.evaluation.likelihood import option_rows
 from tcopilot.evaluation.modes import LIKELIHOOD
 from tcopilot.evaluation.progress import progress
-from tcopilot.mistake_log.recording import RecordedPilot, Recording, RecordingError
+from tcopilot.mistake_log.recording import RecordedPilot, Recording, RecordingError, missing_rows
 from tcopilot.models.pilot_files import digest, load_unembedding
 from tcopilot.processes import STOP_SIGNALS, agree_on
 from tcopilot.run_directory import RunDirectory
@@ -70,7 +70,9 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
         given_limits = (f"data.{key}={cfg.data[key]}" for key in LIMITS if cfg.data[key] is not None)
         if limits := " and ".join(given_limits):  # other limits may choose other rows
             alike += f", and so must {limits}, unless all rows were recorded"
-        missing = f"{len(data.missing)} of {data.distinct} rows are not in it"
+        lacking = {part: sum(1 for _ in missing_rows(recording, rows)) for part, rows in parts.items()}
+        which = ", ".join(f"{count} {part}" for part, count in lacking.items() if count)
+        missing = f"{len(data.missing)} of {data.distinct} rows are not in it ({which})"
         raise ConfigError([f"mistake_log.from={given}: {missing}; {alike}. To record these rows, leave it out"])
     load = prepared.pilot.load if data.missing else partial(load_unembedding, prepared.pilot)
     pilot = load(prepared.tokenizer)

@@ -63,6 +63,7 @@ LEARNER = {
 }
 OF_MODULE = TCopilotModule.SETTINGS
 OPTIMIZER = {"lr": POSITIVE, "weight_decay": number()}
+RECORDED = Rule(lambda value: isinstance(value, str) and value != "", "give the folder of a recording, or null")
 SCHEDULER = {"num_warmup_steps": number(), "min_lr_rate": number(0, 1)}
 RULES: dict[str, Mapping[str, Rule]] = {  # of groups that do not name their class; a class named has its own
     "": {
@@ -85,7 +86,7 @@ RULES: dict[str, Mapping[str, Rule]] = {  # of groups that do not name their cla
     "copilot.optimizer": OPTIMIZER,
     "pilot.scheduler": SCHEDULER,
     "copilot.scheduler": SCHEDULER,
-    "mistake_log": {**MistakeLogCallback.SETTINGS, "from": ANY},
+    "mistake_log": {**MistakeLogCallback.SETTINGS, "from": RECORDED.or_null()},
     "fusion": {**Evaluator.SETTINGS, "feedback": one_of(FEEDBACKS), "space": ANY},
     "evaluation": {**Decoding.SETTINGS, "report_on": one_of(("test", "validation"))},
 }
