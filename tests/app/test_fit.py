@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 
 import composed
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM
 
 from tcopilot.app import console
@@ -13,7 +15,7 @@ from tcopilot.app.checks.controls import CONTROLS
 from tcopilot.app.checks.problems import ConfigError
 from tcopilot.app.controls.training import GRID
 from tcopilot.mistake_log.recording import Recording, row_key
-from tcopilot.models.pilot import ModelSource
+from tcopilot.models.pilot import ModelSource, ModelSourceError
 
 SMALL = [*composed.SMALL, "fusion.weight=[0,1]"]
 
@@ -191,6 +193,26 @@ def test_without_answers_a_copilot_is_fitted_and_judged_in_seconds_and_answers_l
     for metric in ("exact", "nll"):  # by a pass of the Pilot
         figures = [composed.value(one, "test", metric, 1.0) for one in (passed, found)]
         assert figures[0] == pytest.approx(figures[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_copilot_alone_is_put_on_its_own_pilot_only_unless_told_otherwise(pilot, first, tmp_path):
+    own = shutil.copytree(pilot, tmp_path / "pilot")
+    given = frozen(own, f"mistake_log.from={first}", "evaluation=targets", "copilot.passes=1")
+    fitted = composed.train(tmp_path / "fit", *given)
+    elsewhere = own.rename(tmp_path / "elsewhere")
+    again = ["evaluation=targets", "fusion.weight=[0,1]", f"pilot.path={elsewhere}"]
+    moved = composed.evaluate(fitted, tmp_path / "moved", *again)
+    for weight in (0.0, 1.0):
+        figures = [composed.value(composed.results(run), "test", "nll", weight, "all") for run in (moved, fitted)]
+        assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+    shutil.copytree(first / "export", own)  # another export of the same Pilot
+    composed.evaluate(fitted, tmp_path / "same")
+    weights = load_file(own / "model.safetensors")
+    weights["pilot.shared.weight"] += 1
+    save_file(weights, own / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelSourceError, match=r"weights are not those .* pilot\.path=.*copilot\.path=.*/export$"):
+        composed.evaluate(fitted, tmp_path / "other")
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,11 +31,12 @@ from tcopilot.evaluation.modes import LIKELIHOOD, TARGETS, Decoding
 from tcopilot.mistake_log.log import MistakeLog
 from tcopilot.models.base_copilot import BaseCopilot
 from tcopilot.models.configuration import TCopilotConfig
-from tcopilot.models.families import decoder_depth
+from tcopilot.models.families import decoder_depth, skeleton
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.kinds import empty_copilot, learns, new_copilot, settings_of
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.pilot import ModelSource, ModelSourceError
+from tcopilot.models.pilot_files import digest
 from tcopilot.models.quantization import parameter_count
 from tcopilot.processes import is_first
 from tcopilot.run_directory import RunDirectory
@@ -132,17 +134,19 @@ def read_export(run: RunDirectory) -> tuple[TCopilotConfig, PreTrainedTokenizerB
     return config, source.tokenizer()
 
 
-def load_export(run: RunDirectory, config: TCopilotConfig) -> TCopilotModel:
+def load_export(run: RunDirectory, config: TCopilotConfig, needs_pilot: bool = True) -> TCopilotModel:
     """The fused model of a finished run's export, with the Pilot in the type in which it was trained.
 
-    A run that never loaded its Pilot (`evaluation=recorded`) exports the Copilot alone, and names the Pilot.
+    A run that never loaded its Pilot (`evaluation=targets`) exports the Copilot alone, and names the Pilot. Its layers
+    are left without weights if only the Copilot is needed.
 
     Raises:
-        ModelSourceError: if weights are missing, of other shapes than the config says, or not finite.
+        ModelSourceError: if weights are missing, of other shapes than the config says, or not finite; or if there are
+            others now where the Pilot was.
     """
     fused = fused_class(config.is_encoder_decoder)
     if run.copilot_alone.exists():
-        pilot = model_source(OmegaConf.load(run.config).pilot, "pilot").load(read_export(run)[1])
+        pilot = _pilot_of(run) if needs_pilot else skeleton(config.pilot)
         return fused(config, pilot, _copilot_alone(config.copilot, run.copilot_alone))
     return ModelSource(str(run.export), key="run").whole_model(fused, config.dtype or torch.float32)
 
@@ -263,6 +267,21 @@ def make_copilot(cfg: DictConfig, prepared: Prepared, pilot: PreTrainedModel) ->
     return new_copilot(pilot, cfg.copilot.kind, **options)
 
 
+def _pilot_of(run: RunDirectory) -> PreTrainedModel:
+    """The Pilot beside which the Copilot of an export without it was fitted."""
+    source = model_source(OmegaConf.load(run.config).pilot, "pilot")
+    with safe_open(run.copilot_alone, framework="pt") as weights:
+        known = (weights.metadata() or {}).get("pilot")
+    pilot = source.load(read_export(run)[1])
+    if known is not None and known != digest(source):
+        mend = "give its Pilot back, or evaluate its Copilot on this one"
+        raise ModelSourceError(
+            f"pilot.path={source.path}: its weights are not those that the Copilot of {run} was fitted to; {mend}: "
+            f"pilot.path={source.path} copilot.path={run.export}"
+        )
+    return pilot
+
+
 def _copilot_alone(settings: dict[str, Any], weights: Path) -> BaseCopilot:
     copilot = empty_copilot(settings)
     copilot.load_state_dict(load_file(weights))
@@ -322,18 +341,26 @@ def parameter_counts(model: TCopilotModel) -> dict[str, int]:
     return counts
 
 
-def export(model: TCopilotModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def export(
+    model: TCopilotModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path, pilot: str | None = None
+) -> None:
     """Write the fused model and its tokenizer, in the first process, as a folder that `from_pretrained` loads.
 
     If the Pilot's layers are not in memory, only its config is written, and the Copilot's weights beside it. What an
     export of the other kind has left, from before the run went on with another evaluation, is removed.
+
+    Args:
+        model: the fused model.
+        tokenizer: the Pilot's.
+        folder: the export.
+        pilot: hash of the Pilot's weights, by which a Copilot that is written alone knows its Pilot again.
     """
     if not is_first():
         return
     alone = RunDirectory(Path(folder).parent).copilot_alone
     if any(weight.is_meta for weight in model.parameters()):
         model.config.save_pretrained(folder)
-        save_file(model.copilot.state_dict(), alone)
+        save_file(model.copilot.state_dict(), alone, None if pilot is None else {"pilot": pilot})
         outdated = list(Path(folder).glob("model*.safetensors*"))
     else:
         model.save_pretrained(folder)

@@ -81,7 +81,8 @@ def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, 
     model = trained.model
     if model.copilot is not None and not model.copilot.learns:
         Evaluator(model, prepared.tokenizer, prepared.data, run_dir.predictions).calibrate()
-    build.export(model, prepared.tokenizer, run_dir.export)
+    recorded = None if trained.recording is None else trained.recording.pilot.digest
+    build.export(model, prepared.tokenizer, run_dir.export, recorded)
     recording = trained.recording if evaluates_recording(cfg, prepared.data) else None
     weights = build.evaluation_weights(cfg.fusion.weight)
     results = _run_evaluator(cfg, model, prepared, run_dir, weights, recording=recording)
@@ -153,7 +154,7 @@ def _evaluate(cfg: DictConfig) -> float:
     fits = cfg.fusion.per in GATES or (known is None and trained.fusion.per in GATES)
     data = build.prepare_data(trained, tokenizer, config.pilot, fits, read_shots(source.shots))
     data.remarks += build.split_seed_remarks(data, ModelSource(str(source.export), key="run"), other)
-    model = build.load_export(source, config)
+    model = build.load_export(source, config, needs_pilot=other is None)
     if other is not None:
         model = transfer_copilot(other, model, tokenizer)
     model.set_fusion(build.fusion_rule(trained.fusion))
