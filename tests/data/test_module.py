@@ -301,6 +301,31 @@ def test_files_without_rows_or_columns_are_refused_always(tmp_path, on_error, te
         prepared(data)
 
 
+@pytest.mark.parametrize("name", ["{}", "my_{}", "{}.jsonl"])
+def test_an_evaluation_needs_test_rows_alone(name, tmp_path):
+    splits = {split: name.format(split) for split in ("train", "validation", "test")}
+
+    def evaluation_rows():
+        data = TCopilotDataModule({"mine": ExactMatch(name="mine", splits=splits)}, path=tmp_path)
+        data.prepare(byte_tokenizer(), "left", training=False)
+        return data.rows_of("validation"), data.rows_of("test")
+
+    file = tmp_path / f"{splits['test'].removesuffix('.jsonl')}.jsonl"
+    file.write_text('{"prompt": "a", "target": "b"}')
+    assert [len(rows) for rows in evaluation_rows()] == [0, 1]
+    file.with_name(file.name.replace("test", "train")).write_text(file.read_text())
+    if name != "{}":  # rows that were trained on would be taken for the missing ones
+        with pytest.raises(DataError, match="validation"):
+            evaluation_rows()
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_a_stream_of_no_more_rows_than_validation_takes_is_refused(rows, tmp_path):
+    data = local(tmp_path, rows=rows, streaming=True, validation_size=5)
+    with pytest.raises(DataError, match=rf"data\.validation_size=5 would take 5 of the {rows} train rows"):
+        prepared(data)
+
+
 def test_a_bad_row_of_a_stream_is_refused_when_it_is_read(tmp_path):
     data = prepared(local(tmp_path, splits=("train", "validation", "test"), streaming=True, max_source_length=13))
     assert len(ids(data.train_dataloader())) == 12

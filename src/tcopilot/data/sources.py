@@ -71,11 +71,12 @@ def open_split(
 ) -> RowSource | None:
     """Find the rows of a split; None if it is a missing validation split, or a test split that ``splits`` leaves out.
 
-    Local train rows may also be missing if ``training`` is false. A built-in task generates its rows. If ``splits``
-    names files, they are looked up in ``path``, or in the working directory without it. Otherwise, with ``path``, rows
-    come from ``<path>/<folder>/<file>`` if that folder exists, else from ``<path>/<file>``; without it they come from
-    the Hub, and ``streaming`` downloads them while they are used. The file name is ``benchmark.file(split)``, or the
-    Hub's name of the split if that is not one of ours and such a file exists; its ending may be that of any format.
+    Local train rows, and a validation file that ``splits`` names, may also be missing if ``training`` is false. A
+    built-in task generates its rows. If ``splits`` names files, they are looked up in ``path``, or in the working
+    directory without it. Otherwise, with ``path``, rows come from ``<path>/<folder>/<file>`` if that folder exists,
+    else from ``<path>/<file>``; without it they come from the Hub, and ``streaming`` downloads them while they are
+    used. The file name, whose ending may be that of any format, is ``benchmark.file(split)``. If ``splits`` gives
+    another name, it is that one, or for a data set of the Hub either, since the Hub's splits may be called otherwise.
 
     Raises:
         DataError: If a required file is missing.
@@ -130,7 +131,7 @@ def _named_rows(benchmark: Benchmark, split: str, place: Path, training: bool) -
     try:
         return find_files(place, benchmark.splits[split])
     except DataError as error:
-        if split == "train" and not training:
+        if split != "test" and not training:
             return None
         raise DataError(f"data.benchmarks.{benchmark.name}.splits.{split}: {error}") from error
 
@@ -141,7 +142,7 @@ def _local_rows(benchmark: Benchmark, split: str, place: Path, training: bool) -
     file = place / (f"{name}.jsonl" if named else benchmark.file(split))
     own = files_called(place / name)
     files = own if own and name not in SPLITS else files_called(file.with_name(file.name.removesuffix(".jsonl")))
-    if named and not files and not os.path.lexists(file) and (split != "train" or training):
+    if named and not files and not os.path.lexists(file) and (split == "test" or training):
         leave_out = "leave it out to take a part of the train rows" if split == "validation" else "name another file"
         raise DataError(
             f"data.benchmarks.{benchmark.name}.splits.{split}={name}: {file} does not exist (found: "

@@ -59,7 +59,8 @@ class SplitReader:
         for name in () if problems else SPLITS:
             streamed = self.streaming and name == "train"
             try:
-                source = open_split(benchmark, name, self.path, streamed, self.on_error == "stop", training)
+                needed = training or "train" in splits  # else validation would be taken from the train rows
+                source = open_split(benchmark, name, self.path, streamed, self.on_error == "stop", needed)
                 if source is not None:
                     rows = NumberedRows(source)
                     splits[name] = Split(source.where, rows if streamed else list(rows))
@@ -99,7 +100,10 @@ class SplitReader:
         """
         if isinstance(train.rows, NumberedRows):
             head = self._carved_rows(None)
-            held, kept = list(NumberedRows(train.rows.source, 0, head)), NumberedRows(train.rows.source, head)
+            held, kept = list(NumberedRows(train.rows.source, 0, head + 1)), NumberedRows(train.rows.source, head)
+            if len(held) <= head:
+                self._carved_rows(len(held))  # refuses to take all rows
+            del held[head:]
         else:
             groups = list(_by_question(benchmark, train.rows).values())
             if len(groups) == 1:  # with one question only, its rows must be divided
