@@ -149,16 +149,19 @@ def test_own_mistakes_weigh_a_token_by_how_often_sampled_answers_come_to_it_righ
     torch.testing.assert_close(module.training_step(batch, 0), (losses * counts).sum() / counts.sum())
 
 
-def fitted(folder, pilot, copilot, train, validation, patience=50, passes=30, objective=None, averaging=8):
+def fitted(
+    folder, pilot, copilot, train, validation, patience=50, passes=30, objective=None, averaging=8, rate=1e-2,
+    checked_before=0,
+):  # fmt: skip
     recording = recorded(folder, pilot, [*train, *validation])
     data = RecordedData(
         recording, train, validation, [*train, *validation], DEPTHS, 8, passes, 0, lambda rows, device: None
     )
-    module, best = CopilotFit(copilot, pilot, learner(1e-2), data.updates, objective), KeepBest(patience, averaging)
+    module, best = CopilotFit(copilot, pilot, learner(rate), data.updates, objective), KeepBest(patience, averaging)
     judged = {"val_check_interval": data.updates_per_pass, "limit_val_batches": 1.0 if validation else 0}
     trainer = Trainer(
         max_epochs=1, callbacks=[best], logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, accelerator="cpu", **judged,
+        enable_model_summary=False, num_sanity_val_steps=checked_before, accelerator="cpu", **judged,
         use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
@@ -231,6 +234,19 @@ def test_a_copilot_that_never_helps_on_validation_stays_a_no_op(pilot, tmp_path)
     corrections, *_ = compared(module, batch_of(recording))
     assert (best.best_pass, best.passes) == (0, 3)
     assert corrections.abs().max() < 1e-6  # rounding of p̂
+
+
+def test_a_trained_copilot_gives_way_to_a_better_one_only(pilot, tmp_path):
+    copilot, rows = HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=32), rows_of(16)
+    _, best, _ = fitted(tmp_path / "a", pilot, copilot, rows, rows)
+    before = flat(copilot)
+    _, worse, _ = fitted(tmp_path / "b", pilot, copilot, rows, rows, passes=1, rate=0.08, checked_before=-1)
+    assert worse.passes == 1
+    assert worse.best_nll == pytest.approx(best.best_nll, rel=1e-5)
+    assert torch.equal(flat(copilot), before)
+    _, better, _ = fitted(tmp_path / "c", pilot, copilot, rows, rows, passes=1, rate=1e-3, checked_before=-1)
+    assert better.best_nll < best.best_nll
+    assert not torch.equal(flat(copilot), before)
 
 
 def test_a_fit_is_the_same_again_and_without_validation_rows_takes_all_passes(pilot, tmp_path):

@@ -84,7 +84,8 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     count = FlopCount(min(100, own.copilot.patience * data.updates_per_pass))  # no fit ends before one is counted
     bars = [callback for callback in make_callbacks(cfg) if isinstance(callback, ProgressBar)]
     checks = {"val_check_interval": data.updates_per_pass, "limit_val_batches": 1.0 if len(data.validation) else 0}
-    by_pass = OmegaConf.merge(cfg, {"trainer": {**checks, "num_sanity_val_steps": 0}})
+    checks["num_sanity_val_steps"] = 0 if donor is None else -1  # a trained head is validated before its first update
+    by_pass = OmegaConf.merge(cfg, {"trainer": checks})
     trainer = make_trainer(by_pass, [best, count, *bars], None, data.updates)
     model = build.fuse(own, prepared, pilot, copilot)
     params = build.parameter_counts(model)
@@ -96,7 +97,8 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     device = trainer.strategy.root_device
     for part in (copilot, model.pilot.get_output_embeddings()) if judged else (model,):
         part.to(device)
-    kept = f"after pass {best.best_pass} of {best.passes}" if best.best_pass else "untrained, as no pass improved it"
+    as_given = "untrained" if donor is None else "as it was"
+    kept = f"after pass {best.best_pass} of {best.passes}" if best.best_pass else f"{as_given}, as no pass improved it"
     needed = [*parts["train"], *parts["validation"]]
     recorded_seconds, recorded_flops = recording.cost_of(needed)
     rate = len(needed) / max(recorded_seconds, 1e-9)

@@ -287,7 +287,9 @@ def reached(right_T: Tensor, mask_BN: Tensor) -> Tensor:
 
 
 class KeepBest(Callback):
-    """Keeps the Copilot of the lowest negative log-likelihood on validation, at first the new one, which is a no-op.
+    """Keeps the Copilot of the lowest negative log-likelihood on validation, at first the one given.
+
+    A new one is a no-op. A trained one is to be validated before the first update (`num_sanity_val_steps=-1`).
 
     What is validated and kept is a mean of the weights over all updates so far: few records make single updates noisy.
     Update t enters the mean with a share of (η + 1) / (t + η), so that early ones are forgotten (polynomial-decay
@@ -306,7 +308,7 @@ class KeepBest(Callback):
         self._mean: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: CopilotFit) -> None:
-        """Keep the new Copilot, in case no later one is better."""
+        """Keep the Copilot given, in case no later one is better."""
         self._weights = copy.deepcopy(pl_module.copilot.state_dict())
         self._mean = [weight.detach().float().clone() for weight in pl_module.copilot.parameters()]
 
@@ -325,11 +327,12 @@ class KeepBest(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: CopilotFit) -> None:
         """Compare the Copilot of this pass with the best so far."""
-        if trainer.sanity_checking:
-            return
-        self.passes += 1
         figures = trainer.callback_metrics
         pilot, fused = (float(figures[f"val/{name}_nll"]) for name in ("pilot", "fused"))
+        if trainer.sanity_checking:
+            self.best_nll = fused
+            return
+        self.passes += 1
         self.waited += 1
         if fused < min(self.best_nll, pilot):
             self.best_nll, self.best_pass, self.waited = fused, self.passes, 0
