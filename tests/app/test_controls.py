@@ -15,6 +15,8 @@ from transformers import AutoConfig
 
 from tcopilot.app.checks.config import config_problems
 from tcopilot.app.checks.controls import CONTROLS
+from tcopilot.app.checks.models import model_problems
+from tcopilot.app.checks.trial_build import trial_problems
 from tcopilot.app.controls import training as controls
 from tcopilot.app.controls.averaged import AveragedPilots
 from tcopilot.app.controls.training import widened
@@ -23,6 +25,7 @@ from tcopilot.models import families
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.copilot import READS
 from tcopilot.models.modeling import fused_class
+from tcopilot.models.pilot import ModelSource
 from tcopilot.training.error_statistics import correct_targets
 from tcopilot.training.module import TrainingDivergedError
 
@@ -372,6 +375,16 @@ def test_the_second_pilot_is_another_one(controlled, tmp_path):
 def test_controls_and_ablations_that_cannot_work_are_refused(overrides, says):
     problems = "\n".join(config_problems(composed.compose_config(*overrides)))
     assert all(text in problems for text in says), problems
+
+
+def test_controls_that_could_not_train_a_frozen_pilot_are_refused_before_its_weights_load():
+    frozen = ["pilot=frozen", "pilot.path=a", "copilot=head", "paths.run_dir=x", "pilot.optimizer.betas=0.9"]
+    gpt2 = ModelSource(config={"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 20})
+    for control, refused in (("calibrated", []), ("tuned_for_fit", ["control=tuned_for_fit: ", "pilot.optimizer "])):
+        cfg = composed.compose_config(*frozen, f"control={control}")
+        problems = [*model_problems(cfg, gpt2, None), *trial_problems(cfg)]
+        assert len(problems) == len(refused)
+        assert all(text.startswith(start) for text, start in zip(problems, refused, strict=True))
 
 
 @pytest.mark.slow

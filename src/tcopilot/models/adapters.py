@@ -13,8 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-LAYER = re.compile(r"(.*?\b(?:layers|block|h))\.(\d+)\.")
+LAYER = re.compile(r"(.*?\b(?:layers|blocks?|h))\.(\d+)\.")
 """Matches a module's name; its groups are the list of layers that holds the module, and the layer's index."""
+
+
+def projections(module: nn.Module) -> list[str]:
+    """Names of a module's linear layers, without the names of the parts that hold them."""
+    return sorted({name.rpartition(".")[2] for name, part in module.named_modules() if isinstance(part, nn.Linear)})
 
 
 @dataclass
@@ -36,7 +41,7 @@ class Lora:
         if isinstance(self.targets, str) or not all(isinstance(name, str) for name in self.targets or ()):
             raise ValueError(f"targets={self.targets}: give a list of names, such as [q_proj, v_proj]")
         self.targets = tuple(self.targets or ())
-        names = {name.rsplit(".", 1)[-1] for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+        names = set(projections(module))
         if missing := sorted(set(self.targets) - names) or ([] if self.targets else ["none"]):
             raise ValueError(
                 f"targets={list(self.targets)}: no linear layer is called {', '.join(missing)}; "

@@ -34,6 +34,11 @@ def control_names(given: Any) -> list[str]:
     return list(given) if isinstance(given, ListConfig | list) else [given]
 
 
+def trains_frozen(cfg: DictConfig) -> bool:
+    """Whether a control trains the Pilot that the run itself leaves frozen."""
+    return bool(cfg.pilot.frozen and set(control_names(cfg.control)) - {"calibrated"})
+
+
 def control_problems(cfg: DictConfig) -> Iterator[str]:
     """List the controls that there are not, or that this run cannot have."""
     names, given = control_names(cfg.control), f"control={cfg.control}"

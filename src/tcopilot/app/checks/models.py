@@ -7,10 +7,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from tcopilot.app.checks.controls import trains_frozen
 from tcopilot.app.checks.problems import attempt
 from tcopilot.app.checks.quantised import stored_problems
 from tcopilot.models import families
-from tcopilot.models.adapters import Lora
+from tcopilot.models.adapters import Lora, projections
 from tcopilot.models.family_check import check_family
 from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.settings import is_whole
@@ -32,7 +33,13 @@ def source_problems(cfg: DictConfig, *sources: ModelSource | None) -> list[str]:
 
 def model_problems(cfg: DictConfig, pilot: ModelSource, donor: ModelSource | None) -> list[str]:
     """Problems of models that can be read: a Copilot too deep or too flat, adapters without a place."""
-    problems = stored_problems(cfg, pilot) + _adapter_problems(cfg, "pilot", pilot.model_config)
+    config = pilot.model_config
+    problems = stored_problems(cfg, pilot) + _adapter_problems(cfg, "pilot", config)
+    if trains_frozen(cfg) and not projections(families.skeleton(config).get_decoder()):
+        problems.append(
+            f"control={cfg.control}: a frozen Pilot is trained by LoRA on its linear layers, and {config.model_type} "
+            f"has none; use control=calibrated or null"
+        )
     if not cfg.copilot.enabled:
         return problems
     if donor is not None and (trained := donor.trained_copilot) is not None:  # which brings its architecture

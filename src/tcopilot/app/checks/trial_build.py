@@ -12,6 +12,7 @@ from lightning import Callback
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from tcopilot.app.checks.controls import trains_frozen
 from tcopilot.app.checks.problems import refusal
 from tcopilot.app.trainer import fixed, make_callbacks, quiet_lightning
 
@@ -19,7 +20,8 @@ from tcopilot.app.trainer import fixed, make_callbacks, quiet_lightning
 @quiet_lightning()  # it gives its hints again when the real trainer is built
 def trial_problems(cfg: DictConfig) -> list[str]:
     """Parts that cannot be built, or that do not take the values given."""
-    problems = [] if cfg.pilot.frozen else _learner_problems("pilot", cfg.pilot)
+    is_trained = not cfg.pilot.frozen or trains_frozen(cfg)
+    problems = _learner_problems("pilot", cfg.pilot) if is_trained else []
     if cfg.copilot.enabled:
         problems += _learner_problems("copilot", cfg.copilot) + _refused("objective", cfg.objective, _use_objective)
     callbacks = [

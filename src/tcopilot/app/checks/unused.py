@@ -139,6 +139,7 @@ def _without_effect(cfg: DictConfig, data: TCopilotDataModule, read: Collection[
         "data.epochs": data.rounds is not None,
         "data.shuffle_buffer": not data.streaming,
         "data.group_by_length": data.streaming or takes_rows_once,
+        "data.num_workers": takes_rows_once,
         "data.overflow": cfg.data.max_source_length is None and cfg.data.max_target_length is None,
         "evaluation.ranking": unranked,
         "evaluation.ranking_beams": unranked or cfg.evaluation.ranking != "beam",

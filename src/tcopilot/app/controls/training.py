@@ -31,6 +31,7 @@ from tcopilot.evaluation.outcomes import read_predictions
 from tcopilot.evaluation.results import Control, Results
 from tcopilot.evaluation.significance import compare
 from tcopilot.mistake_log.recording import Recording
+from tcopilot.models.adapters import projections
 from tcopilot.models.configuration import TCopilotConfig
 from tcopilot.models.families import skeleton
 from tcopilot.models.fused_model import TCopilotModel
@@ -279,10 +280,7 @@ def train_pilot(
 
 def _on_a_budget(prepared: Prepared) -> dict[str, Any]:
     """How a Pilot that the run leaves frozen is trained for its controls: LoRA on the upper 40 % of its layers."""
-    decoder = skeleton(prepared.pilot.model_config).get_decoder()
-    targets = sorted(
-        {name.rpartition(".")[2] for name, part in decoder.named_modules() if isinstance(part, nn.Linear)}
-    )
+    targets = projections(skeleton(prepared.pilot.model_config).get_decoder())
     lora = {"_target_": "tcopilot.models.adapters.Lora", "r": 16, "alpha": 32, "dropout": 0.0}
     adapter = {**lora, "targets": targets, "top": 0.4}
     return {"frozen": False, "adapter": adapter, "scheduler.num_warmup_steps": 0.05}
