@@ -328,6 +328,13 @@ def test_a_value_that_must_be_there_cannot_be_null(key):
     assert [p for p in checks.config_problems(composed.compose_config(f"{key}=null")) if p.startswith(f"{key}=None")]
 
 
+def test_rows_are_recorded_in_passes_of_any_size_unless_a_control_trains_in_batches():
+    given = ["pilot=frozen", "pilot.path=a", "copilot=head", "pilot.micro_batch_size=7", "paths.run_dir=x"]
+    assert checks.config_problems(composed.compose_config(*given)) == []
+    (problem,) = checks.config_problems(composed.compose_config(*given, "control=equal_flops"))
+    assert problem.startswith("pilot.micro_batch_size=7 does not divide")
+
+
 def test_the_composed_default_has_no_problem():
     assert checks.config_problems(composed.compose_config()) == []
 

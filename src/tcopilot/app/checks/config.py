@@ -18,10 +18,10 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from tcopilot.app.checks.controls import control_problems
+from tcopilot.app.checks.controls import control_problems, trains_frozen
 from tcopilot.app.checks.problems import ConfigError, existing
 from tcopilot.app.checks.quantised import quantization_problems
-from tcopilot.app.checks.recordings import recording_problems
+from tcopilot.app.checks.recordings import fits_from_recording, recording_problems
 from tcopilot.app.checks.sharding import sharding_problems
 from tcopilot.app.checks.unused import slips
 from tcopilot.app.trainer import process_count, trainer_problems
@@ -284,6 +284,8 @@ def _batches(cfg: DictConfig) -> Iterator[str]:
     batch, micro, ranks = cfg.data.batch_size, cfg.pilot.micro_batch_size, process_count(cfg)
     if not is_whole(batch) or batch < 1:
         return
+    if fits_from_recording(cfg) and not trains_frozen(cfg):  # no batch of a round is made; micro-batches are recorded
+        batch = ranks * micro if is_whole(micro) else ranks
     if batch % ranks:
         yield f"data.batch_size={batch} cannot be divided evenly among {ranks} processes; change it or trainer.devices"
     elif is_whole(micro) and micro > 0 and (batch // ranks) % micro:
