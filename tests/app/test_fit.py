@@ -185,6 +185,7 @@ def test_without_answers_a_copilot_is_fitted_and_judged_in_seconds_and_answers_l
         assert ours == pytest.approx(composed.value(answered, "test", "nll", weight, "all"), rel=1e-4)
     monkeypatch.setattr(ModelSource, "load", load)
     later = composed.results(composed.evaluate(folder, tmp_path / "eval", "fusion.weight=[0,1]"))
+    assert [(one["benchmark"], one["metric"]) for one in later["controls"]] == [("all", "nll")]  # none has answered
     for weight in (0.0, 1.0):
         figures = [composed.value(one, "test", "accuracy", weight) for one in (later, answered)]
         assert figures[0] == figures[1] == composed.value(found, "test", "exact", weight)
@@ -261,9 +262,7 @@ def test_options_are_chosen_from_a_recording_as_by_the_pilot(pilot, tmp_path, ca
     folder = composed.train(tmp_path / "run", *given)
     assert re.search(r"to be recorded *│ (\d+) of \1 rows, options", capsys.readouterr().out)
     found = composed.results(folder)
-    again = composed.results(
-        composed.evaluate(folder, tmp_path / "eval", "fusion.weight=[0,1]", "evaluation=likelihood")
-    )
+    again = composed.results(composed.evaluate(folder, tmp_path / "eval", "fusion.weight=[0,1]"))
     for weight in (0.0, 1.0):
         for metric in ("accuracy_sum", "accuracy_mean"):
             figures = [composed.value(one, "test", metric, weight, "mine") for one in (found, again)]

@@ -28,6 +28,7 @@ from tcopilot.app.joint import train_jointly
 from tcopilot.app.memory.estimate import Budget, budget
 from tcopilot.data.shots import read_shots, write_shots
 from tcopilot.evaluation.evaluate import Evaluator
+from tcopilot.evaluation.modes import TARGETS
 from tcopilot.evaluation.results import Results, Row
 from tcopilot.evaluation.trace import trace_problems, write_trace
 from tcopilot.mistake_log.recording import Recording
@@ -196,7 +197,7 @@ def _override(trained: DictConfig, cfg: DictConfig, source: RunDirectory) -> flo
         for key, value in cfg[group].items():  # evaluation=<name> sets every key, and null is one of its values
             if (value is not None or whole) and (key, value) != ("weight", "run"):
                 OmegaConf.update(trained, f"{group}.{key}", value, merge=False, force_add=True)
-    if cfg.evaluation.modes is None and evaluates_recording(trained):
+    if cfg.evaluation.modes is None and trained.evaluation.modes == [TARGETS] and evaluates_recording(trained):
         trained.evaluation.modes = ["generation"]  # the Pilot is loaded here
     trained.paths.run_dir, trained.control = cfg.paths.run_dir, None
     if is_other_rule and cfg.fusion.weight == "run":
@@ -220,7 +221,7 @@ def _run_to_evaluate(cfg: DictConfig) -> RunDirectory:
 
 
 def _add_training(results: Results, cfg: DictConfig, source: RunDirectory) -> None:
-    """Add the training run's costs, and its controls if they were scored on the same rows in the same way."""
+    """Add the training run's costs, and its controls' figures of what is scored here, on the same rows as there."""
     if not source.results.exists():
         return
     before = _results_of(source)
@@ -229,7 +230,8 @@ def _add_training(results: Results, cfg: DictConfig, source: RunDirectory) -> No
     if not cfg.pilot.path:
         results.params = before.params
         if cfg.data == {"path": None} and not any(value is not None for value in cfg.evaluation.values()):
-            results.controls = before.controls
+            scored = {(row.benchmark, row.metric) for row in results.rows}
+            results.controls = [one for one in before.controls if (one.benchmark, one.metric) in scored]
 
 
 def _run_evaluator(
