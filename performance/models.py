@@ -17,7 +17,8 @@ from transformers import (
 from tcopilot.data.batch import Batch
 from tcopilot.models.adapters import Lora
 from tcopilot.models.modeling import fused_class
-from tcopilot.training.module import Learner, TCopilotModule
+from tcopilot.training.learner import Learner
+from tcopilot.training.module import TCopilotModule
 
 SIZES = {  # vocabulary, width, layers, heads, feed-forward width
     "tiny": (4096, 128, 4, 8, 512),

@@ -25,7 +25,7 @@ from tcopilot.data.batch import PromptTargetCollator
 from tcopilot.mistake_log.recording import RecordedPilot, Recording
 from tcopilot.models.head_copilot import HeadCopilot
 from tcopilot.training.fit import CopilotFit, RecordedData
-from tcopilot.training.module import Learner
+from tcopilot.training.learner import Learner
 
 DEPTHS = (0.8, 0.9, 1.0)
 PROMPT, TARGET, PASSES = 150, 10, 10

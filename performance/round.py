@@ -39,7 +39,8 @@ from tcopilot.models.copilot import Copilot
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.states import position_ids
 from tcopilot.training.callbacks import MistakeLogCallback
-from tcopilot.training.module import Learner, TCopilotModule
+from tcopilot.training.learner import Learner
+from tcopilot.training.module import TCopilotModule
 
 WARM_UP = 3  # rounds of each fit that are not counted
 KINDS = {"whole, 1 update": (1.0, 1), "half, 1 update": (0.5, 1), "whole, 4 updates": (1.0, 4)}

@@ -18,7 +18,8 @@ from tcopilot.mistake_log.rounds import LoggedRecords
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.modeling import TCopilotForCausalLM, TCopilotForSeq2SeqLM
 from tcopilot.training.callbacks import MistakeLogCallback
-from tcopilot.training.module import Learner, TCopilotModule
+from tcopilot.training.learner import Learner
+from tcopilot.training.module import TCopilotModule
 
 torch.set_num_threads(1)
 VOCAB = 24

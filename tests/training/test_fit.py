@@ -11,7 +11,8 @@ from small_training import learner
 from tcopilot.data.batch import PromptTargetCollator
 from tcopilot.mistake_log.recording import RecordedPilot, Recording, row_key
 from tcopilot.models.head_copilot import HeadCopilot
-from tcopilot.training import chunked_loss, fit
+from tcopilot.training import chunked_loss, compared_tokens
+from tcopilot.training.compared_tokens import ComparedTokens
 from tcopilot.training.fit import CopilotFit, KeepBest, RecordBatch, RecordedData, reached
 from tcopilot.training.objectives import RootMeanSquaredError
 
@@ -47,7 +48,7 @@ def batch_of(recording):
 
 def compared(module, batch):
     """f^C, p̂ and the targets' places of a whole batch at once."""
-    return module._compare(batch, module._hidden(batch), module._tokens(batch), slice(None))
+    return module._compared(batch).compare(module._hidden(batch))
 
 
 @pytest.mark.parametrize("context", ["inclusive", "strict"])
@@ -58,7 +59,7 @@ def test_the_loss_over_some_tokens_is_near_that_over_all(pilot, head, context, t
     module = CopilotFit(copilot, pilot, learner(1e-3), 1)
     torch.manual_seed(0)
     all_tokens = loss(module, batch)
-    monkeypatch.setattr(fit, "SMALL_VOCABULARY", 0)
+    monkeypatch.setattr(compared_tokens, "SMALL_VOCABULARY", 0)
     some, probs = loss(module, batch), compared(module, batch)[1]
     assert probs.shape[-1] < 600
     torch.testing.assert_close(probs.sum(-1), torch.ones(len(probs)))
@@ -66,8 +67,8 @@ def test_the_loss_over_some_tokens_is_near_that_over_all(pilot, head, context, t
 
 
 def test_the_tail_has_a_shift_where_no_token_is_there_by_chance(pilot, tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "SMALL_VOCABULARY", 0)
-    monkeypatch.setattr(fit, "RANDOM_TOKENS", 0)  # as where all that are drawn are meant, too
+    monkeypatch.setattr(compared_tokens, "SMALL_VOCABULARY", 0)
+    monkeypatch.setattr(compared_tokens, "RANDOM_TOKENS", 0)  # as where all that are drawn are meant, too
     copilot = perturb(HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=16), 0.1)
     module = CopilotFit(copilot, pilot, learner(1e-3), 1)
     corrections, probs, _ = compared(module, batch_of(recorded(tmp_path, pilot, rows_of(12))))
@@ -76,7 +77,7 @@ def test_the_tail_has_a_shift_where_no_token_is_there_by_chance(pilot, tmp_path,
 
 
 def test_mixed_precision_leaves_p_hat_as_it_was_recorded(pilot, tmp_path, monkeypatch):
-    monkeypatch.setattr(fit, "SMALL_VOCABULARY", 0)
+    monkeypatch.setattr(compared_tokens, "SMALL_VOCABULARY", 0)
     module = CopilotFit(HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=16), pilot, learner(1e-3), 1)
     batch, probs = batch_of(recorded(tmp_path, pilot, rows_of(12))), []
     for mixed in (False, True):
@@ -98,13 +99,13 @@ def loss(module, batch):
 def test_a_long_batch_is_compared_in_parts_with_the_same_loss_and_gradients(
     pilot, hidden, own_mistakes, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(fit, "SMALL_VOCABULARY", 0)
+    monkeypatch.setattr(compared_tokens, "SMALL_VOCABULARY", 0)
     batch, found, seen = batch_of(recorded(tmp_path, pilot, rows_of(12))), [], []
     copilot = perturb(HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=hidden), 0.1)
     module = CopilotFit(copilot, pilot, learner(1e-3), 1, own_mistakes=own_mistakes)
     module.log, module._trainer = (lambda *given, **options: None), SimpleNamespace(world_size=1)
-    compare = module._compare
-    monkeypatch.setattr(module, "_compare", lambda *given: seen.append(len(given[1])) or compare(*given))
+    compare = ComparedTokens.compare
+    monkeypatch.setattr(ComparedTokens, "compare", lambda *given: seen.append(len(given[1])) or compare(*given))
     for elements in (2**24, 4000):
         monkeypatch.setattr(chunked_loss, "CHUNK_ELEMENTS", elements)
         torch.manual_seed(0)
@@ -114,7 +115,7 @@ def test_a_long_batch_is_compared_in_parts_with_the_same_loss_and_gradients(
         step = module.training_step(batch, 0)
         step.backward()
         found.append([module._sums, step.detach(), *(weight.grad.clone() for weight in copilot.parameters())])
-    assert 1 < min(seen) < max(seen) == len(batch.targets_T)
+    assert 1 < min(seen) < max(seen) == len(batch.kept.targets_T)
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -126,7 +127,7 @@ def test_all_tokens_give_what_the_copilot_corrects_in_decoding(pilot, tmp_path):
     corrections, probs, targets = compared(CopilotFit(copilot, pilot, learner(1e-3), 1), batch)
     hidden, _ = copilot(batch.states_BNQ.new_empty(6, 4, 0), None, None, batch.states_BNQ)
     torch.testing.assert_close(corrections, copilot.correct(hidden[batch.mask_BN], probs.log()))
-    assert torch.equal(targets, batch.targets_T)
+    assert torch.equal(targets, batch.kept.targets_T)
 
 
 def test_own_mistakes_weigh_a_token_by_how_often_sampled_answers_come_to_it_right(pilot, tmp_path):

@@ -41,7 +41,8 @@ from tcopilot.models.quantization import parameter_count
 from tcopilot.processes import is_first
 from tcopilot.run_directory import RunDirectory
 from tcopilot.settings import is_list
-from tcopilot.training.module import Learner, TCopilotModule
+from tcopilot.training.learner import Learner
+from tcopilot.training.module import TCopilotModule
 from tcopilot.version import version_problem
 
 

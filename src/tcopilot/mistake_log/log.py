@@ -55,6 +55,17 @@ class MistakeRecord(NamedTuple):
         return token_errors(self.probs_BNV, self.targets_BN)
 
 
+class KeptRecord(NamedTuple):
+    """The same for a Copilot that reads the Pilot's states alone, with what the storage keeps of p̂ in place of p̂."""
+
+    states_BNP: Tensor
+    kept: dict[str, Tensor]
+    targets_BN: Tensor
+    target_mask_BN: Tensor
+    tokens_R: Tensor
+    importance_B: Tensor
+
+
 class MistakeLog:
     """A bounded log of the Pilot's mistakes; `configs/mistake_log/base.yaml` says what each argument does.
 
@@ -231,6 +242,23 @@ class MistakeLog:
         Raises:
             ValueError: if the log is empty.
         """
+        padded, *of_loss = self._drawn(records, device)
+        source_BMP = padded.get("source")
+        if "source_ids" in padded:
+            source_BMP = self._embedded(padded["source_ids"], padded["source_mask"])
+        probs_BNV = self.storage.unpack(self._kept(padded), padded["targets"], self.pilot)
+        read = source_BMP, padded.get("source_mask"), padded["states"], probs_BNV
+        return MistakeRecord(*read, padded["targets"], padded["target_mask"], *of_loss)
+
+    @torch.no_grad()
+    def sample_kept(self, records: int, device: torch.device | str = "cpu") -> KeptRecord:
+        """As `sample`, but p̂ stays as the storage keeps it."""
+        padded, *of_loss = self._drawn(records, device)
+        read = padded["states"], self._kept(padded), padded["targets"], padded["target_mask"]
+        return KeptRecord(*read, *of_loss)
+
+    def _drawn(self, records: int, device: torch.device | str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Drawn records as padded tensors, `tokens_R` and `importance_B`."""
         held = self.held
         if not len(held):
             raise ValueError("the Mistake Log is empty: append a round before drawing from it")
@@ -244,19 +272,10 @@ class MistakeLog:
         on_host = {name: pad_sequence([one[name] for one in drawn], batch_first=True) for name in drawn[0]}
         tokens_R = on_host["target_mask"].flatten().nonzero().squeeze(-1)
         padded = {name: to_device(tensor, device) for name, tensor in on_host.items()}
-        source_BMP = padded.get("source")
-        if "source_ids" in padded:
-            source_BMP = self._embedded(padded["source_ids"], padded["source_mask"])
-        return MistakeRecord(
-            source_BMP,
-            padded.get("source_mask"),
-            padded["states"],
-            self.storage.unpack({name: padded[name] for name in self.storage.names}, padded["targets"], self.pilot),
-            padded["targets"],
-            padded["target_mask"],
-            to_device(tokens_R, device),
-            to_device(self.policy.importance(held, indices), device),
-        )
+        return padded, to_device(tokens_R, device), to_device(self.policy.importance(held, indices), device)
+
+    def _kept(self, padded: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: padded[name] for name in self.storage.names}
 
     def _record(self, logged: LoggedRound, row: int) -> dict[str, Tensor]:
         return logged.record(row)  # the memory estimate overrides this

@@ -29,13 +29,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from tcopilot.data.batch import Batch, PromptTargetCollator
+from tcopilot.mistake_log.storage import LIKELIEST, tokens_to_keep
 from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.states import PilotStates, StackedStates, trace_pilot
 from tcopilot.processes import rank, world_size
 from tcopilot.run_directory import write_whole
 from tcopilot.settings import dtype_name
 
-LIKELIEST = 16  # tokens of p̂ named in a record; the loss of a fit compares those of a whole batch
 IN_A_FILE = ("states", "targets", "normaliser", "likeliest", "lengths", "keys", "flops", "seconds")  # its tensors
 BYTES_AT_ONCE, SECONDS_AT_ONCE = 64e6, 60  # the most that a kill can lose: records not yet on disk
 
@@ -215,8 +215,7 @@ class Recording:
         kept = {
             "states": states_BNDP[mask_BN],
             "targets": states.targets_BN[mask_BN].int(),
-            "normaliser": logits_BNV.logsumexp(-1)[mask_BN],
-            "likeliest": logits_BNV.topk(min(LIKELIEST, logits_BNV.shape[-1]), dim=-1).indices[mask_BN].int(),
+            **{name: kept_BN[mask_BN] for name, kept_BN in tokens_to_keep(logits_BNV).items()},
             "lengths": mask_BN.sum(-1),
         }
         return {name: tensor.cpu() for name, tensor in kept.items()}

@@ -16,6 +16,7 @@ from tcopilot.models.states import PilotStates
 from tcopilot.settings import DTYPE, dtype_name, require, whole
 
 SMALLEST_FLOAT16 = 2.0**-24  # above 0
+LIKELIEST = 16  # tokens of p̂ named in a record; a loss compares those of a whole batch
 
 
 class Storage(ABC):
@@ -188,6 +189,34 @@ class FrozenHeadStorage(Storage):
     def bytes_per_token(self, vocab_size: int, width: int, dtype: torch.dtype) -> int:
         """P numbers."""
         return width * dtype.itemsize
+
+
+class LikelyTokensStorage(FrozenHeadStorage):
+    """The same beside log Σ exp of the logits and the likeliest tokens, so that a loss may compare few tokens.
+
+    A head-only Copilot then learns from p̂ of targets, likely and some random tokens, as in a fit to a recording
+    (`ComparedTokens`), and p̂ is not formed over the vocabulary. Other Copilots read all of p̂, as from `frozen_head`.
+    """
+
+    names = ("head_input", "normaliser", "likeliest")
+
+    def describe(self, pilot: PreTrainedModel) -> str:
+        """Name the head's input and the likeliest tokens."""
+        return f"{super().describe(pilot)}, the {LIKELIEST} likeliest tokens"
+
+    def pack(self, states: PilotStates, probs_BNV: Tensor) -> dict[str, Tensor]:
+        """Keep the head's input, the normaliser (float32) and the likeliest tokens."""
+        return super().pack(states, probs_BNV) | tokens_to_keep(states.logits_BNV.float())
+
+    def bytes_per_token(self, vocab_size: int, width: int, dtype: torch.dtype) -> int:
+        """P numbers, a float and the ids of the likeliest tokens."""
+        return super().bytes_per_token(vocab_size, width, dtype) + 4 + 4 * min(LIKELIEST, vocab_size)
+
+
+def tokens_to_keep(logits_BNV: Tensor) -> dict[str, Tensor]:
+    """What is kept beside the head's input for a loss that compares few tokens: `normaliser` and `likeliest`."""
+    likeliest_BNk = logits_BNV.topk(min(LIKELIEST, logits_BNV.shape[-1]), dim=-1).indices
+    return {"normaliser": logits_BNV.logsumexp(-1), "likeliest": likeliest_BNk.int()}
 
 
 def _of_target(probs_BNV: Tensor, targets_BN: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,10 +1,6 @@
 """Fit a Copilot to a recording: the Copilot's half of Algorithm 1, for a Pilot that is frozen and was recorded once.
 
-Most of the cost of a loss over the vocabulary goes to tokens that are neither targets nor likely under p̂. A fit
-therefore compares only the targets and likeliest tokens of a batch and some random tokens. All others form one more
-entry, the tail, which has their exact mass under p̂ and is shifted as the random tokens are on average.
-
-Shapes: B records, N target length, Q = D · P states read, T target tokens, U tokens compared, V vocabulary.
+Shapes: B records, N target length, Q = D · P states read, T target tokens, C Copilot width.
 """
 
 import copy
@@ -22,18 +18,15 @@ from transformers import PreTrainedModel
 
 from tcopilot.data.samplers import RoundSampler
 from tcopilot.mistake_log.recording import Recording, missing_rows, row_key
-from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.head_copilot import HeadCopilot
 from tcopilot.processes import barrier, sum_over_processes
 from tcopilot.settings import FLAG, Rule, number, whole
-from tcopilot.training.chunked_loss import chunked_sum, rows_at_once
-from tcopilot.training.module import Learner
-from tcopilot.training.objectives import CrossEntropy, Objective, losses_of_rows
+from tcopilot.training.compared_tokens import ComparedTokens, KeptTokens
+from tcopilot.training.learner import Learner
+from tcopilot.training.objectives import CrossEntropy, Objective
 
 Rows = Sequence[Mapping[str, Any]]
 """Prepared rows."""
-RANDOM_TOKENS = 256
-SMALL_VOCABULARY = 4096  # is compared as a whole
 
 
 class RecordBatch(NamedTuple):
@@ -41,10 +34,7 @@ class RecordBatch(NamedTuple):
 
     states_BNQ: Tensor
     mask_BN: Tensor
-    head_input_TP: Tensor
-    targets_T: Tensor
-    normaliser_T: Tensor
-    likeliest_Tk: Tensor
+    kept: KeptTokens
 
     @classmethod
     def of(cls, records: Sequence[Mapping[str, Tensor]]) -> Self:
@@ -53,8 +43,8 @@ class RecordBatch(NamedTuple):
         lengths_B = torch.tensor([len(record["targets"]) for record in records])
         mask_BN = torch.arange(states_BNQ.shape[1]) < lengths_B[:, None]
         names = ("head_input", "targets", "normaliser", "likeliest")
-        flat = (torch.cat([record[name] for record in records]) for name in names)
-        return cls(states_BNQ, mask_BN, *flat)
+        kept = KeptTokens(*(torch.cat([record[name] for record in records]) for name in names))
+        return cls(states_BNQ, mask_BN, kept)
 
     @property
     def padded_tokens(self) -> int:
@@ -189,16 +179,12 @@ class CopilotFit(LightningModule):
 
     def training_step(self, batch: RecordBatch, batch_idx: int) -> Tensor:
         """The objective over a batch, all processes together."""
-        hidden_TC, compared = self._hidden(batch), self._tokens(batch)
+        hidden_TC, compared = self._hidden(batch), self._compared(batch)
         counts_T = torch.ones(len(hidden_TC), device=self.device)
         if self.own_mistakes:
             with torch.no_grad():
-                counts_T = reached(self._right(batch, hidden_TC, compared)[0], batch.mask_BN)
-
-        def row_losses(hidden_tC: Tensor, chunk: slice) -> Tensor:
-            return losses_of_rows(self.objective, *self._compare(batch, hidden_tC, compared, chunk)) * counts_T[chunk]
-
-        total = chunked_sum(row_losses, hidden_TC, list(self.copilot.head.parameters()), len(compared[0]))
+                counts_T = reached(compared.right(hidden_TC)[0], batch.mask_BN)
+        total = compared.objective_sum(self.objective, hidden_TC, counts_T)
         tokens = sum_over_processes(counts_T.sum())
         others = sum_over_processes(total.detach()) - total.detach()
         loss = self.objective.reduce(total + others, tokens)
@@ -211,7 +197,7 @@ class CopilotFit(LightningModule):
 
     def validation_step(self, batch: RecordBatch, batch_idx: int) -> None:
         """Negative log-likelihood of the Pilot and of the distribution fused at λ = 1."""
-        right_2T = self._right(batch, self._hidden(batch), self._tokens(batch))
+        right_2T = self._compared(batch).right(self._hidden(batch))
         right_2T = right_2T.clamp_min(torch.finfo(torch.float32).tiny)
         self._sums += torch.cat([-right_2T.double().log().sum(1).cpu(), torch.tensor([float(right_2T.shape[1])])])
 
@@ -221,58 +207,14 @@ class CopilotFit(LightningModule):
         figures = {"val/pilot_nll": pilot / tokens, "val/fused_nll": fused / tokens}
         self.log_dict(figures, prog_bar=True)  # alike on all processes, which all stop by them
 
-    def _right(self, batch: RecordBatch, hidden_TC: Tensor, compared: tuple[Tensor, Tensor]) -> Tensor:
-        """Probability of each target token under p̂ and under p̃ at λ = 1, which a soft head makes sum to 1; [2, T]."""
-        rows, found = rows_at_once(len(compared[0])), []
-        for first in range(0, len(hidden_TC), rows):
-            chunk = slice(first, first + rows)
-            corrections_tU, probs_tU, targets_t = self._compare(batch, hidden_TC[chunk], compared, chunk)
-            both_2tU = torch.stack([probs_tU, probs_tU + corrections_tU])
-            found.append(both_2tU[:, torch.arange(len(targets_t)), targets_t])
-        return torch.cat(found, dim=1)
-
     def _hidden(self, batch: RecordBatch) -> Tensor:
         """The Copilot's hidden states [T, C]."""
         inputs_BN0 = batch.states_BNQ.new_empty(*batch.mask_BN.shape, 0)
         hidden_BNC, _ = self.copilot(inputs_BN0, None, None, batch.states_BNQ)
         return hidden_BNC[batch.mask_BN]
 
-    def _compare(
-        self, batch: RecordBatch, hidden_TC: Tensor, compared: tuple[Tensor, Tensor], rows: slice
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """f^C and p̂ of some target tokens over the `_tokens` compared and the tail [T, U + 1], and their places there.
-
-        Args:
-            batch: of records.
-            hidden_TC: the Copilot's hidden states of these target tokens.
-            compared: see `_tokens`.
-            rows: which of the batch's target tokens these are.
-        """
-        tokens_U, is_random_U = compared
-        head_input_TP = batch.head_input_TP[rows].to(self.head.weight.dtype)
-        with torch.autocast(self.device.type, enabled=False):  # p̂ as it was recorded
-            logits_TU = logits_from_head_input(self._pilot, head_input_TP, tokens_U).float()
-        log_probs_TU = logits_TU - batch.normaliser_T[rows, None]
-        shift_TU = self.copilot.shift(hidden_TC, tokens_U)
-        if len(tokens_U) < self.head.weight.shape[0]:
-            tail_T1 = (1 - log_probs_TU.exp().sum(-1, keepdim=True)).clamp_min(1e-12).log()
-            random_TU, moved_TU = log_probs_TU[:, is_random_U], shift_TU[:, is_random_U]
-            mean_T1 = (random_TU + moved_TU).logsumexp(-1, keepdim=True) - random_TU.logsumexp(-1, keepdim=True)
-            log_probs_TU, shift_TU = torch.cat([log_probs_TU, tail_T1], -1), torch.cat([shift_TU, mean_T1], -1)
-        probs_TU = log_probs_TU.exp()
-        corrections_TU = torch.softmax(log_probs_TU + shift_TU, dim=-1) - probs_TU
-        return corrections_TU, probs_TU, torch.searchsorted(tokens_U, batch.targets_T[rows])
-
-    def _tokens(self, batch: RecordBatch) -> tuple[Tensor, Tensor]:
-        """The tokens to compare, sorted, and a mask of those drawn at random; it covers all tokens if none is."""
-        vocab_size, device = self.head.weight.shape[0], batch.targets_T.device
-        if vocab_size <= SMALL_VOCABULARY:
-            return torch.arange(vocab_size, device=device), torch.ones(vocab_size, dtype=torch.bool, device=device)
-        meant = torch.cat([batch.targets_T, batch.likeliest_Tk.flatten()])
-        drawn = torch.randint(vocab_size, (RANDOM_TOKENS,), device=device)
-        tokens_U = torch.cat([meant, drawn]).unique()
-        is_random_U = ~torch.isin(tokens_U, meant)
-        return tokens_U, is_random_U | ~is_random_U.any()
+    def _compared(self, batch: RecordBatch) -> ComparedTokens:
+        return ComparedTokens(self.copilot, self._pilot, batch.kept)
 
 
 def reached(right_T: Tensor, mask_BN: Tensor) -> Tensor:

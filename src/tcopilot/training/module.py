@@ -2,9 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,14 +11,16 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from tcopilot.data.batch import Batch
-from tcopilot.mistake_log.log import MistakeLog, MistakeRecord
+from tcopilot.mistake_log.log import KeptRecord, MistakeLog, MistakeRecord
 from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.models.states import PilotStates, StatePooler, trace_pilot
 from tcopilot.models.target_start import IGNORED_LABEL
 from tcopilot.processes import sum_gradients, sum_over_processes, undivided
-from tcopilot.settings import POSITIVE, Rule, is_list, is_number, whole
+from tcopilot.settings import Rule, is_list, is_number, whole
+from tcopilot.training.compared_tokens import compared_sum
 from tcopilot.training.compilation import clear_empty_libraries
 from tcopilot.training.error_statistics import ErrorStatistics, correct_targets
+from tcopilot.training.learner import Learner, take_settings
 from tcopilot.training.objectives import Objective, RootMeanSquaredError, objective_sum, safe_log
 from tcopilot.training.sharding import ShardedPilot
 
@@ -28,21 +29,6 @@ OF_BENCHMARK = ("pilot_nll", "fused_nll", "error_ratio", "best_weight")  # valid
 
 class TrainingDivergedError(RuntimeError):
     """A loss or gradient is not finite; nothing was updated with it."""
-
-
-@dataclass
-class Learner:
-    """How one of the two models is updated.
-
-    The schedule is made from the optimiser and the number of rounds, and stepped once a round; `clip` is the largest
-    gradient norm.
-    """
-
-    SETTINGS: ClassVar = {"clip": POSITIVE.or_null()}
-
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-    scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler]
-    clip: float | None = 1.0
 
 
 def _are_probabilities(given: Any) -> bool:
@@ -143,7 +129,7 @@ class TCopilotModule(LightningModule):
         if self.learners["pilot"] is None:
             self.model.pilot.eval()
         for optimizer, scheduler in zip(self.trainer.optimizers, self._as_list(self.lr_schedulers()), strict=True):
-            _take_settings(optimizer, scheduler)
+            take_settings(optimizer, scheduler)
         if self.compile_backend == "inductor":
             clear_empty_libraries()
         for part in self._compiled_parts():  # in place of the method: a wrapper would rename the weights
@@ -306,11 +292,24 @@ class TCopilotModule(LightningModule):
         for i, part in enumerate(batch.split(self.micro_batch_size or len(batch))):
             self.mistake_log.append(self._trace_without_dropout(part), extend=i > 0)
 
-    def _draw(self) -> MistakeRecord:
-        return self.mistake_log.sample(self.copilot_batch_size // self.trainer.world_size, self.device)
+    def _draw(self) -> MistakeRecord | KeptRecord:
+        compares_few = self.model.copilot.fits_recordings and "likeliest" in self.mistake_log.storage.names
+        draw = self.mistake_log.sample_kept if compares_few else self.mistake_log.sample
+        return draw(self.copilot_batch_size // self.trainer.world_size, self.device)
 
-    def _copilot_loss(self, record: MistakeRecord) -> Tensor:
+    def _copilot_loss(self, record: MistakeRecord | KeptRecord) -> Tensor:
         """The objective over the records of all ranks; its gradient here is this rank's share of it."""
+        if isinstance(record, KeptRecord):
+            total = compared_sum(self.objective, self.model.copilot, self.model.pilot, record)
+        else:
+            hidden_BNC = self._taught_hidden(record)
+            total = objective_sum(self.objective, self.model.copilot, record, hidden_BNC)
+        tokens = self._sum_over_ranks((record.target_mask_BN * record.importance_B[:, None]).sum())
+        others = self._sum_over_ranks(total.detach()) - total.detach()
+        return self.objective.reduce(total + others, tokens)
+
+    def _taught_hidden(self, record: MistakeRecord) -> Tensor:
+        """The Copilot's hidden states for what was drawn, with its own outputs fed back in some sequences."""
         copilot = self.model.copilot
         inputs_BNC = copilot.taught_inputs(record.probs_BNV, record.targets_BN)
         memory = (record.source_BMP, record.source_mask_BM, record.states_BNP)
@@ -322,11 +321,7 @@ class TCopilotModule(LightningModule):
                 own_BNV = copilot.correct(hidden, safe_log(record.probs_BNV))[:, :-1]
             use_own_B11 = torch.rand(len(own_BNV), 1, 1, device=own_BNV.device) < own_share
             inputs_BNC = torch.where(use_own_B11, copilot.inputs(own_BNV), inputs_BNC)
-        hidden_BNC, _ = copilot(inputs_BNC, *memory)
-        total = objective_sum(self.objective, copilot, record, hidden_BNC)
-        tokens = self._sum_over_ranks((record.target_mask_BN * record.importance_B[:, None]).sum())
-        others = self._sum_over_ranks(total.detach()) - total.detach()
-        return self.objective.reduce(total + others, tokens)
+        return copilot(inputs_BNC, *memory)[0]
 
     def _update_copilot_again(self, pilot_loss: Tensor) -> None:
         with self._without_reduction():  # the reducer is armed once a round, for the joint backward
@@ -385,13 +380,3 @@ class TCopilotModule(LightningModule):
     @staticmethod
     def _as_list(value: Any) -> list:
         return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _take_settings(optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    """Let the config's settings win over those in a checkpoint, as when a diverged run goes on at a lower rate."""
-    if len(optimizer.param_groups) != 1 or not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-        return  # a user's own optimiser or scheduler
-    (group,), rate = optimizer.param_groups, optimizer.defaults["lr"]
-    group.update({name: value for name, value in optimizer.defaults.items() if name in group})
-    scheduler.base_lrs = [rate]
-    group["initial_lr"], group["lr"] = rate, rate * scheduler.lr_lambdas[0](scheduler.last_epoch)

@@ -19,7 +19,11 @@ from tcopilot.app.memory.estimate import Budget, budget
 from tcopilot.app.memory.live_memory import LiveMemory
 from tcopilot.data import byte_tokenizer
 from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.mistake_log.storage import LikelyTokensStorage
+from tcopilot.models.head_copilot import HeadCopilot
+from tcopilot.models.modeling import TCopilotForCausalLM
 from tcopilot.processes import rank
+from tcopilot.training.objectives import CrossEntropy
 
 SLOW = pytest.mark.slow
 ROWS, TARGET, VOCAB = 8, 5, 200
@@ -48,6 +52,24 @@ def test_the_estimate_of_training_is_within_a_fifth_of_what_live_tensors_take(fa
     source = max(batch.source_ids_BM.shape[1] for batch in batches)
     needed = measure(module, Load(ROWS, source, TARGET), log if joint else None)
     assert needed.training + (log.nbytes if joint else 0) == pytest.approx(memory.peak, rel=0.2)
+
+
+@SLOW
+@pytest.mark.parametrize("vocab", [VOCAB, 20_000])
+def test_the_estimate_for_a_head_that_compares_few_tokens_is_within_a_fifth(vocab):
+    def module():
+        pilot = tiny_pilot("llama", vocab=vocab, width=32)
+        pilot.get_output_embeddings().requires_grad_(False)
+        model = TCopilotForCausalLM.from_pilot(pilot, HeadCopilot.from_pilot(pilot, depths=[0.5, 1.0], hidden=64))
+        return small_module(model, 3, copilot_batch_size=ROWS, objective=CrossEntropy())
+
+    log = MistakeLog(storage=LikelyTokensStorage())
+    batches = [random_batch("llama", ROWS, seed, [TARGET] * ROWS, vocab=vocab) for seed in range(3)]
+    with LiveMemory() as memory:
+        trainer_for(log=log).fit(module(), DataLoader(batches, batch_size=None))
+    source = max(batch.source_ids_BM.shape[1] for batch in batches)
+    needed = measure(module, Load(ROWS, source, TARGET), MistakeLog(storage=LikelyTokensStorage()))
+    assert needed.training + log.nbytes == pytest.approx(memory.peak, rel=0.2)
 
 
 @pytest.mark.slow

@@ -37,7 +37,8 @@ from tcopilot.run_directory import RunDirectory
 from tcopilot.settings import ANY, FLAG, POSITIVE, SEED, Rule, is_whole, number, one_of, whole
 from tcopilot.training.callbacks import MistakeLogCallback
 from tcopilot.training.fit import CopilotFit
-from tcopilot.training.module import Learner, TCopilotModule
+from tcopilot.training.learner import Learner
+from tcopilot.training.module import TCopilotModule
 
 SECTIONS = (
     "pilot", "copilot", "data", "data.benchmarks", "mistake_log", "mistake_log.log", "fusion", "evaluation",
