@@ -251,7 +251,7 @@ class Recording:
             try:
                 self._files[file] = load_file(file)
             except SafetensorError as error:
-                mend = "remove it, and its rows are recorded again"
+                mend = "remove it, and its rows are recorded again when the run that recorded them goes on (resume=)"
                 raise RecordingError(f"{file} is damaged ({error}); {mend}") from error
             if lacking := [name for name in IN_A_FILE if name not in self._files[file]]:
                 raise RecordingError(f"{file} holds no records (it has no {', '.join(lacking)}); move it elsewhere")

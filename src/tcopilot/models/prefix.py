@@ -28,7 +28,8 @@ def can_share(pilot: PreTrainedModel, columns: int, cache: Cache | None = None) 
     """
     config = pilot.config.get_text_config()
     window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)  # the latter GPT-Neo's
-    recomputes, is_compiled = pilot.training and pilot.is_gradient_checkpointing, "forward" in vars(pilot)
+    recomputes = pilot.training and any(getattr(part, "gradient_checkpointing", False) for part in pilot.modules())
+    is_compiled = "forward" in vars(pilot)
     takes_rows = cache is None or (isinstance(cache, DynamicCache) and not torch.is_grad_enabled())
     is_sharded = isinstance(pilot, FSDPModule)
     is_short = window is None or columns < window
