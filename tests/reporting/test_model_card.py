@@ -5,7 +5,7 @@ from transformers import LlamaConfig, T5Config
 from written_runs import write_run
 
 from tcopilot.evaluation.results import Control, Results
-from tcopilot.reporting.model_card import NO_CONTROL, model_card
+from tcopilot.reporting.model_card import ALONE, NO_CONTROL, model_card
 
 
 def test_the_card_names_pilot_data_weight_gain_and_controls(tmp_path):
@@ -35,3 +35,7 @@ def test_the_card_names_pilot_data_weight_gain_and_controls(tmp_path):
     assert "Pilot and Copilot from my-t5" in card
     assert "base_model" not in card
     assert "AutoModelForSeq2SeqLM" in card
+    assert ALONE not in card
+    alone = model_card(results, None, T5Config(), is_alone=True)
+    assert ALONE in alone
+    assert "from_pretrained" not in alone

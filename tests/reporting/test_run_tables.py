@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from written_results import equal_time_control, some_results
 
-from tcopilot.evaluation.results import Control, Results, Row
+from tcopilot.evaluation.results import Control, Results, Row, Selection
 from tcopilot.reporting.run_tables import gain_table, weight_table
 
 
@@ -38,6 +38,21 @@ def test_gain_table_shows_percent_points_and_verdict(results):
     for cell in ("41.25 %", "43.75 %", "+2.50 [+1.01, +3.99]", "60 / 27", "0.00052", "1319", " 0.5 ", " better"):
         assert cell in shown
     assert "500 rounds, 62 s; λ chosen on validation" in text(gain_table(results))
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("nll", "λ chosen on validation"),
+        ("constant", "λ taken as a constant"),
+        ("kept", "λ kept from the training run"),
+    ],
+)
+def test_tables_say_that_a_weight_was_chosen_only_where_it_was(results, rule, said):
+    taken = Selection(rule, "all", 0.5, True, None, None, None, None, None)
+    results = replace(results, selection=[taken, Selection("metric", "all", 0.3, False, None, None, None, None, None)])
+    for table in (gain_table(results), weight_table(results)):
+        assert said in text(table)
 
 
 def test_rows_that_were_trained_on_are_named_beneath_the_gain(results):

@@ -100,7 +100,8 @@ def _train_prepared(cfg: DictConfig, prepared: Prepared, memory: Budget | None, 
         _save_results(results, run_dir)
     results.notes += agree_on(against_controls(results, run_dir) if is_first() else [])
     if is_first() and model.copilot is not None:
-        write_whole(run_dir.model_card, model_card(results, cfg.pilot.path, model.config.pilot))
+        is_alone = run_dir.copilot_alone.exists()
+        write_whole(run_dir.model_card, model_card(results, cfg.pilot.path, model.config.pilot, is_alone))
     return _finish(results, run_dir)
 
 

@@ -162,6 +162,13 @@ class Results:
         """List the benchmarks for which a gain was computed."""
         return list(dict.fromkeys(gain.benchmark for gain in self.gain))
 
+    @property
+    def choice(self) -> str:
+        """How the λ of all benchmarks together came about, in words that follow it."""
+        rule = next((one.rule for one in self.selection if one.taken and one.benchmark == "all"), None)
+        told = {"constant": "taken as a constant", "kept": "kept from the training run"}
+        return told.get(rule, f"chosen on {self.selected_on}")
+
     def weight_of(self, benchmark: str) -> float | None:
         """Return the λ selected for a benchmark, or None if none was."""
         selected = self.selected_weight

@@ -18,7 +18,16 @@ NO_CONTROL = (
 )
 
 
-def model_card(results: Results, pilot_path: str | None, pilot_config: PreTrainedConfig) -> str:
+ALONE = (
+    "This folder holds the Copilot alone, as its run was judged by a recording and never loaded the Pilot. "
+    "`python eval.py run=<run>` evaluates it on its Pilot, and `python train.py resume=<run> "
+    "evaluation.modes=[generation]` writes both models here."
+)
+
+
+def model_card(
+    results: Results, pilot_path: str | None, pilot_config: PreTrainedConfig, is_alone: bool = False
+) -> str:
     """Write the card in Markdown, with the header that model hubs read.
 
     Args:
@@ -26,6 +35,7 @@ def model_card(results: Results, pilot_path: str | None, pilot_config: PreTraine
         pilot_path: the origin of the Pilot: a Hub id, a folder, of which only the name is written, or None for a
             model built from a config.
         pilot_config: the Pilot's config.
+        is_alone: whether the export holds the Copilot without the Pilot.
     """
     is_pair = pilot_config.is_encoder_decoder
     header = {"library_name": "tcopilot", "tags": ["transformer-copilot"]}
@@ -38,15 +48,18 @@ def model_card(results: Results, pilot_path: str | None, pilot_config: PreTraine
     if (bits := bits_of(pilot_config)) is not None:
         pilot += f", quantised to {bits}, whose weights are not in this folder"
     auto = f"AutoModelFor{'Seq2SeqLM' if is_pair else 'CausalLM'}"
+    usage = (
+        f"```python\nimport tcopilot\nfrom transformers import {auto}, AutoTokenizer\n\n"
+        f'model, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n'
+        f"model.weight = 0.0  # λ; 0 is the Pilot alone\n```"
+    )
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# Pilot and Copilot from {pilot}",
         f"A Pilot and the Copilot that corrects its token distributions ([Transformer Copilot]"
         f"(https://arxiv.org/abs/2505.16270)), made by the package tcopilot {__version__}, which loads them.",
         markdown_table(["", ""], _about(results, pilot)),
-        f"```python\nimport tcopilot\nfrom transformers import {auto}, AutoTokenizer\n\n"
-        f'model, tokenizer = {auto}.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n'
-        f"model.weight = 0.0  # λ; 0 is the Pilot alone\n```",
+        ALONE if is_alone else usage,
         f"## Gain on {results.reported_on}\n\n{_gain(results)}",
         f"## Controls\n\n{_controls(results)}",
     ]
@@ -64,7 +77,7 @@ def _about(results: Results, pilot: str) -> list[list[str]]:
         ["Pilot", f"{pilot}, {results.params.get('pilot', 0):,} parameters"],
         ["Copilot", f"{results.params.get('copilot', 0):,} parameters"],
         ["Data", "; ".join(f"{name}: {count:,} rows" for name, count in rows.items())],
-        ["λ", f"{told}, chosen on {results.selected_on}"],
+        ["λ", f"{told}, {results.choice}"],
         ["Training", f"{results.rounds:,} rounds, {results.train_seconds:,.0f} s, seed {results.seed}"],
         ["Code", results.git],
     ]

@@ -25,7 +25,7 @@ def gain_table(results: Results) -> Table:
         *("benchmark", "metric", "Pilot", "Pilot + Copilot", "difference [95 %]"),
         *("fixed / broken", "p", "n", "λ", "verdict"),
         title="Gain of the Copilot",
-        caption=f"{results.rounds} rounds, {cost}; λ chosen on {results.selected_on}" + "".join(known.values()),
+        caption=f"{results.rounds} rounds, {cost}; λ {results.choice}" + "".join(known.values()),
     )
     for column in table.columns[2:9]:
         column.justify = "right"
@@ -68,7 +68,7 @@ def gain_table(results: Results) -> Table:
 def weight_table(results: Results) -> Table:
     """Make a table of every metric over λ, with a line per benchmark, split and metric; the selected λ is marked."""
     columns = ["benchmark", "split", "metric"]
-    table = Table(*columns, title="Metrics over λ", caption=f"λ chosen on {results.selected_on}")
+    table = Table(*columns, title="Metrics over λ", caption=f"λ {results.choice}")
     weights = sorted({row.weight for row in results.rows})
     for weight in weights:
         chosen = results.selected_weight
