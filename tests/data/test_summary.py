@@ -2,15 +2,20 @@
 
 import json
 import logging
+from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
+import numpy as np
 import pytest
 
 from tcopilot.data import (
+    Answer,
     DataError,
     ExactMatch,
     GeneratedTask,
     LetteredOptions,
+    Metric,
     NumberAnswer,
     TCopilotDataModule,
     byte_tokenizer,
@@ -209,6 +214,39 @@ def test_generated_tasks_have_nothing_odd():
     assert data.remarks == []
     odd = ("dropped", "skipped", "cut_prompts", "cut_targets", "end_tokens", "trained_on", "unreachable")
     assert not any(part.get(name) for part in data.summary().values() for name in odd)
+
+
+@dataclass(frozen=True)
+class Half(Metric):
+    """A metric that gives a value of any type, or fails with it."""
+
+    name: str = "half"
+    given: Any = 0.5
+
+    def score(self, answer: Answer) -> Any:
+        if isinstance(self.given, Exception):
+            raise self.given
+        return self.given
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (float("nan"), "the metric half gave nan for the answer '7'"),
+        (np.True_, "gave .*True_? for .*must be a finite number, such as a float"),
+        (KeyError("x"), r"mine: its metrics cannot score the gold answer '7' \(KeyError: 'x'\); mend them"),
+    ],
+)
+def test_a_metric_that_fails_does_so_before_training(given, problem, tmp_path):
+    write(tmp_path, train=asked("a", "b"), test=asked("c"))
+    with pytest.raises(DataError, match=problem):
+        module(tmp_path, ExactMatch(name="mine", more_metrics=[Half(given=given)]))
+
+
+@pytest.mark.parametrize("given", [np.float32(0.5), np.float64(0.5)])
+def test_a_score_may_be_a_number_of_numpys(given):
+    score = ExactMatch(name="mine", metric=Half(given=given)).score("t", "t")["half"]
+    assert (type(score), score) == (float, 0.5)
 
 
 # Files that settings name -------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+from numbers import Real
 from pathlib import PurePath
 from string import Formatter
 from types import NoneType, UnionType
@@ -196,12 +197,10 @@ class Benchmark(ABC):
         """
         scores = {metric.name: metric.score(answer) for metric in self.metrics if not isinstance(metric, CorpusMetric)}
         for name, score in scores.items():
-            if not isinstance(score, int | float) or not math.isfinite(score):
-                raise DataError(
-                    f"{self.name}: the metric {name} gave {score!r} for the answer {answer.text!r:.80}; a score must "
-                    "be a finite number"
-                )
-        return scores
+            if not isinstance(score, Real) or not math.isfinite(score):
+                found = f"{self.name}: the metric {name} gave {score!r} for the answer {answer.text!r:.80}"
+                raise DataError(f"{found}; a score must be a finite number, such as a float")
+        return {name: float(score) for name, score in scores.items()}
 
     def impossible(self, figures: Mapping[str, float]) -> list[str]:
         """Say which figures of the benchmark's metrics contradict each other; by default none can."""

@@ -24,7 +24,7 @@ from tcopilot.data.samplers import RoundSampler, StreamRounds, rank_batches, tak
 from tcopilot.data.shots import NumberedRow
 from tcopilot.data.sources import mixture
 from tcopilot.data.splits import Split, SplitReader
-from tcopilot.data.summary import Figures, judge, measure
+from tcopilot.data.summary import Figures, judge, measure, metric_problems
 from tcopilot.processes import leave_stop_to_parent
 from tcopilot.settings import FLAG, POSITIVE, SEED, Rule, is_number, problems, whole
 
@@ -191,7 +191,7 @@ class TCopilotDataModule(LightningDataModule):
                     train.append(datasets.Dataset.from_list(rows))
                 else:
                     self._evaluation[split, name] = rows
-        if complaints:
+        if complaints := complaints or metric_problems(self._evaluation, self.benchmarks):
             raise DataError("\n".join(dict.fromkeys(complaints)))
         wait = {name: max_new_tokens or self.longest_answer(name) for _, name in self._evaluation}
         self.remarks += judge(self._summary, questions, self._evaluation, self.benchmarks, tokenizer, wait)

@@ -9,7 +9,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from tcopilot.data.answers import until_end
-from tcopilot.data.benchmarks import Benchmark
+from tcopilot.data.benchmarks import Benchmark, DataError
 
 MUCH = 0.01  # share of cut rows above which a warning is given
 Figures = dict[str, float]
@@ -110,6 +110,23 @@ def judge(
             figures["unreachable"] = sum(why.values())
         found += remarks(part, figures, why)
     return found
+
+
+def metric_problems(
+    evaluation: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], benchmarks: Mapping[str, Benchmark]
+) -> list[str]:
+    """Score a gold answer of each benchmark, so that a metric that fails does so before training; say which do."""
+    found = {}
+    for (_, name), rows in evaluation.items():
+        benchmark, gold = benchmarks[name], rows[0]
+        try:
+            benchmark.judge(benchmark.read(gold["target"], gold["answer"]))
+        except DataError as error:
+            found[name] = str(error)
+        except Exception as error:  # of a class that is not ours
+            what = f"its metrics cannot score the gold answer {gold['target']!r:.80}"
+            found[name] = f"{name}: {what} ({type(error).__name__}: {error}); mend them"
+    return list(found.values())
 
 
 def summary_table(summary: Mapping[str, Figures]) -> Table:
