@@ -143,7 +143,7 @@ def test_settings_of_rounds_are_named_as_unused(pilot, first, tmp_path, monkeypa
     given += ["data.group_by_length=false"]  # fits always do
     given += ["data.num_workers=2"]
     monkeypatch.setattr(console, "given_overrides", lambda: given)
-    composed.train(tmp_path, *frozen(pilot, f"mistake_log.from={first}", *given))
+    composed.train(tmp_path, *frozen(pilot, f"mistake_log.from={first}", *given, "control=calibrated"))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "not used here" in line]
     assert "rounds=7, copilot.steps_per_round=2, pilot.clip=3, data.group_by_length=false, data.num_workers=2" in line
     assert "passes" not in line

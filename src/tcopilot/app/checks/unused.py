@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from tcopilot.app.checks.controls import trains_frozen
 from tcopilot.app.checks.recordings import OF_FITS, OF_ROUNDS, fits_from_recording
 from tcopilot.data.generated_tasks import GeneratedTask
 from tcopilot.data.module import TCopilotDataModule
@@ -130,7 +131,7 @@ def _without_effect(cfg: DictConfig, data: TCopilotDataModule, read: Collection[
     """
     tasks, alone = data.benchmarks.values(), len(data.benchmarks) == 1
     fits = fits_from_recording(cfg)
-    takes_rows_once = fits and cfg.control is None  # and in an order of its own; controls train on the mixture
+    takes_rows_once = fits and not trains_frozen(cfg)  # and in an order of its own; controls train on the mixture
     unranked = all(task.catalogue is None for task in tasks)
     return {
         "data.path": all(isinstance(task, GeneratedTask) for task in tasks),
