@@ -32,6 +32,7 @@ ON_CPU = {
     "scale": ["scale.py", "--repeats", "2"],
     "prefix": ["prefix.py"],
     "recording": ["recording.py"],
+    "few_tokens": ["few_tokens.py"],
     "log": ["log.py", "--policies", "fifo", "reservoir", "prioritised", "--repeats", "100"],
 }
 ON_GPU = {

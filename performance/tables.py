@@ -68,6 +68,9 @@ RECORDING: Columns = {
     "recording : forward pass": of("over_pass", "{:.2f}"), "fitted rows/s": of("fitted", "{:,.0f}"),
     "pass of a fit : recording": of("fit_over_recording", "{:.3f}"),
 }  # fmt: skip
+FEW_TOKENS: Columns = {
+    "vocabulary": of("vocabulary", "{:,}"), "few : all tokens": of("ratio", "{:.3f}"), "FLOPs": of("flops", "{:.3f}"),
+}  # fmt: skip
 SCALE: Columns = {
     "what": of("what"), "varied": of("varied"), "value": of("value", "{:,}"), "measured": of("measured", "{:.2f}"),
     "FLOPs": of("flops", "{:.2f}"),
@@ -86,6 +89,7 @@ TABLES: dict[str, tuple[str | None, Columns]] = {
     "scale": (None, SCALE),
     "prefix": (None, PREFIX),
     **dict.fromkeys(("recording", "gpu_recording"), (None, RECORDING)),
+    "few_tokens": (None, FEW_TOKENS),
     "log": ("costs", LOG),
 }
 """By measurement: where its rows stand in its JSON, and their columns."""
