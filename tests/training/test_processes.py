@@ -110,6 +110,12 @@ DIVIDED = {
         "callbacks=[default,copilot_stop]",
     ],
     "adapters": [*LLAMA, "adapter@pilot.adapter=lora", "log_storage@mistake_log.log.storage=frozen_head"],
+    "adapters and a head": [
+        *LLAMA,
+        "adapter@pilot.adapter=lora",
+        "copilot=head",
+        "log_storage@mistake_log.log.storage=likely_tokens",
+    ],
 }
 """With 25 validation rows one process has 13, in two batches, and the other 12, in one that is halved."""
 
@@ -120,7 +126,7 @@ def test_a_pilot_divided_among_processes_is_trained_resumed_and_exported_as_a_wh
     variant, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(run, "budget", lambda *_: None)
-    given = DIVIDED[variant] + (["pilot.adapter.dropout=0"] if variant == "adapters" else [])
+    given = DIVIDED[variant] + (["pilot.adapter.dropout=0"] if "adapters" in variant else [])
     one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
     trained(one, *given)
     states = ["pilot.micro_batch_size=4", "callbacks.checkpoint.every_n_rounds=4", "callbacks.checkpoint.keep=3"]
@@ -131,7 +137,7 @@ def test_a_pilot_divided_among_processes_is_trained_resumed_and_exported_as_a_wh
     shutil.copytree(two / "checkpoints" / "round=4", resumed / "checkpoints" / "round=4")
     for name in ("config.yaml", "metrics.csv"):
         shutil.copy(two / name, resumed)
-    undivided = ["trainer.strategy=ddp"] if variant == "adapters" else []
+    undivided = ["trainer.strategy=ddp"] if "adapters" in variant else []
     done = job_of_two(f"resume={resumed}", *undivided)
     assert [process.returncode for process in done] == [0, 0], done[0].stdout + done[0].stderr
     assert_same(two, resumed)
