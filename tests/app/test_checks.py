@@ -249,10 +249,17 @@ def test_data_without_test_rows_asks_for_another_split_to_report(tmp_path, no_we
     assert "evaluation.report_on=validation" in message
 
 
-def test_a_log_larger_than_memory_is_refused(tmp_path, no_weights, monkeypatch):
+@pytest.mark.parametrize(("given", "storage"), [([], "frozen_head"), (["copilot=head"], "likely_tokens")])
+def test_a_log_larger_than_memory_is_refused(given, storage, tmp_path, no_weights, monkeypatch):
     monkeypatch.setattr(checks_of_data.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    message = complaint(tmp_path / "run", *composed.SMALL)
-    for part in ("0.0 GB are free", "mistake_log.log.capacity_rounds=128", "max_bytes", "storage=topk"):
+    message = complaint(tmp_path / "run", *composed.SMALL, *given)
+    for part in (
+        "0.0 GB are free",
+        "mistake_log.log.capacity_rounds=128",
+        "max_bytes",
+        "storage=topk",
+        f"or {storage} where",
+    ):
         assert part in message
 
 

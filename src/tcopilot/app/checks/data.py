@@ -11,6 +11,7 @@ from tcopilot.data.module import TCopilotDataModule
 from tcopilot.evaluation.modes import TARGETS
 from tcopilot.evaluation.ranking import ranking_problems
 from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.models.kinds import KINDS
 from tcopilot.models.pilot import ModelSource
 from tcopilot.settings import LARGEST
 
@@ -60,10 +61,12 @@ def memory_problems(cfg: DictConfig, pilot: ModelSource, data: TCopilotDataModul
         return []
     where = "in memory" if spill is None else f"on the disk of mistake_log.log.spill={spill}"
     mend = ", keep rounds on disk with mistake_log.log.spill=<folder>" if spill is None else ""
+    kind = KINDS.get(cfg.copilot.kind)
+    of_head = "likely_tokens" if kind and kind.fits_recordings else "frozen_head"
     return [
         f"a full Mistake Log takes about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free {where}; lower "
         f"mistake_log.log.capacity_rounds={log.capacity_rounds}, set mistake_log.log.max_bytes{mend}, or keep less "
-        f"of p̂ with log_storage@mistake_log.log.storage=topk, or frozen_head where the Pilot's head is frozen"
+        f"of p̂ with log_storage@mistake_log.log.storage=topk, or {of_head} where the Pilot's head is frozen"
     ]
 
 
