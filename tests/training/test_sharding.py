@@ -58,5 +58,8 @@ def test_quantised_pilots_and_processes_without_validation_rows_are_refused():
     assert list(pilot_and_row_problems(divided, plain, data)) == [rows]
     _, cannot = pilot_and_row_problems(divided, quantised, data)
     assert "quantised weights cannot be sharded" in cannot
+    frozen = ["pilot=frozen", "pilot.path=a", "copilot=head", "trainer=two_ranks", "trainer.limit_val_batches=0"]
+    (fit,) = pilot_and_row_problems(composed.compose_config(*frozen), plain, data)  # all of whose passes are validated
+    assert fit.endswith("raise data.validation_size, or lower trainer.devices")
     data.rows_of = lambda split: [{}, {}]
     assert not list(pilot_and_row_problems(whole, quantised, data))

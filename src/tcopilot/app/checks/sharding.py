@@ -12,11 +12,12 @@ from tcopilot.data.module import TCopilotDataModule
 
 def pilot_and_row_problems(cfg: DictConfig, pilot: PreTrainedConfig, data: TCopilotDataModule) -> Iterator[str]:
     """Refuse fewer validation rows than processes, each of which takes part in validation, and a quantised Pilot."""
-    rows, processes = len(data.rows_of("validation")), process_count(cfg)
-    if cfg.trainer.limit_val_batches and 0 < rows < processes:
+    rows, processes, fits = len(data.rows_of("validation")), process_count(cfg), fits_from_recording(cfg)
+    if (fits or cfg.trainer.limit_val_batches) and 0 < rows < processes:
+        mend = "lower trainer.devices" if fits else "set trainer.limit_val_batches=0"  # a fit always validates
         yield (
             f"trainer.devices={cfg.trainer.devices} with {rows} validation rows for {processes} processes: each needs "
-            f"one; raise data.validation_size, or set trainer.limit_val_batches=0"
+            f"one; raise data.validation_size, or {mend}"
         )
     if cfg.trainer.strategy == "fsdp" and getattr(pilot, "quantization_config", None) is not None:
         yield (
