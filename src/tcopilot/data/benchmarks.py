@@ -81,8 +81,8 @@ class Benchmark(ABC):
         hub: Data set id on the Hugging Face Hub; None for data that is only local.
         revision: Commit or tag on the Hub; None means the newest.
         splits: Maps our split names to those of the Hub, optionally with a slice (``train[:2000]``), or to files
-            (``a.csv``, ``part-*.json.gz[:90%]``, or a list of such); each split may use either. None means that there
-            is no such split; without ``validation`` the data module carves one from train.
+            (``a.csv``, ``part-*.json.gz[:90%]``, or a list of such); each split may use either. None names
+            nothing: a local file is read if there is one; else there is no such split, and ``validation`` is carved.
         folder: Folder of the local copy under a common root; ``name`` unless given.
         metric: What λ is chosen by: a name for the share of right answers, or a metric of your own, which then
             comes before the benchmark's usual metrics.

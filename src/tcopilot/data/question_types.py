@@ -208,7 +208,9 @@ class YesNo(NamedAnswer):
         """Turn the boolean into a word."""
         label = lookup(row, self.label_column)
         if not isinstance(label, bool):
-            raise DataError(f"{self.label_column} is {label!r:.80}, expected a boolean, true or false without quotes")
+            mend = " (CSV holds texts only: use JSON or Parquet)" if isinstance(label, str) else ""
+            wanted = f"expected a boolean, true or false without quotes{mend}"
+            raise DataError(f"{self.label_column} is {label!r:.80}, {wanted}")
         question = text_at(row, self.question_column).strip()
         return self._closed(row, int(not label), ("true", "false"), question=question)
 
