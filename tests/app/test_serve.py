@@ -167,11 +167,13 @@ def test_a_bad_request_is_refused_with_its_reason(asking):
             openai.BadRequestError, match=r"weight=.*: λ must be 0 \(the Pilot\) or positive: give a number"
         ):
             asking.chat(weight)
+    text, image = {"type": "text", "text": "w1"}, {"type": "image_url", "image_url": {"url": "file:///x.png"}}
     refused = {
         "weight is a field of the request": {"generation": {"weight": 0.5}},
         "this server has '.*llama0' only": {"model": "gpt"},
         "no system role": {"messages": [{"role": "system", "content": "w1"}, *TALK]},
         "role": {"messages": [{"content": "w1"}]},
+        "image_url.*parts of type text only": {"messages": [{"role": "user", "content": [text, image]}]},
         "cache_implementation='static'": {"generation": {"num_beams": 2, "cache_implementation": "static"}},
     }
     for reason, given in refused.items():

@@ -94,6 +94,10 @@ class ExportHandler:
         check_weight_for(model, body.get("weight"))
         if "messages" in body and tokenizer.chat_template is None:
             raise ValueError("the tokenizer of this model has no chat template; use /v1/completions")
+        contents = (message.get("content") for message in body.get("messages") or () if isinstance(message, dict))
+        parts = (part for content in contents if isinstance(content, list) for part in content)
+        if other := next((part for part in parts if not isinstance(part, dict) or part.get("type") != "text"), None):
+            raise ValueError(f"messages: {other!r:.80}: this model reads parts of type text only; leave it out")
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, RequestModel, PreTrainedTokenizerBase]:
         name, model, tokenizer = self.export
