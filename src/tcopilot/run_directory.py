@@ -110,6 +110,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def share(file: Path) -> None:
+    """Let those read a file who may read its folder: safetensors lets its owner alone."""
+    file.chmod(file.parent.stat().st_mode & 0o666)
+
+
 def override(key: str, value: object) -> str:
     r"""Return a Hydra override by a text, quoted where Hydra would interpret its brackets, commas or spaces.
 

@@ -184,6 +184,11 @@ def test_the_export_gives_the_fused_answers_that_were_reported(finished):
     assert different > 0  # the Copilot has a say
 
 
+def test_the_export_is_read_by_those_who_may_read_its_folder(finished):
+    export = finished.folder / "export"
+    assert (export / "model.safetensors").stat().st_mode & 0o777 == export.stat().st_mode & 0o666
+
+
 def test_the_export_carries_the_selected_weight(finished):
     config = json.loads((finished.folder / "export" / "config.json").read_text())
     assert config["weight"] == composed.results(finished.folder)["selected_weight"]

@@ -133,6 +133,13 @@ def test_what_another_process_wrote_is_found(tmp_path):
     assert all(row_key(row) in first for row in ROWS)
 
 
+@pytest.mark.parametrize("permissions", [0o755, 0o770])
+def test_a_recording_is_read_by_those_who_may_read_its_folder(permissions, tmp_path):
+    tmp_path.chmod(permissions)
+    recorded(tmp_path, tiny_pilot())
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.glob("*.safetensors")} == {permissions & 0o666}
+
+
 def test_another_pilot_other_depths_and_other_folders_are_refused(tmp_path):
     pilot = tiny_pilot()
     recorded(tmp_path / "a", pilot)

@@ -39,7 +39,7 @@ from tcopilot.models.pilot import ModelSource, ModelSourceError
 from tcopilot.models.pilot_files import digest
 from tcopilot.models.quantization import parameter_count
 from tcopilot.processes import is_first
-from tcopilot.run_directory import RunDirectory
+from tcopilot.run_directory import RunDirectory, share
 from tcopilot.settings import is_list
 from tcopilot.training.learner import Learner
 from tcopilot.training.module import TCopilotModule
@@ -368,6 +368,8 @@ def export(
         outdated = [alone]
     for file in outdated:
         file.unlink(missing_ok=True)
+    for file in Path(folder).rglob("*.safetensors"):  # adapters too
+        share(file)
     tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side  # else it is not saved, and loads as right
     tokenizer.save_pretrained(folder)
 

@@ -33,7 +33,7 @@ from tcopilot.mistake_log.storage import LIKELIEST, tokens_to_keep
 from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.states import PilotStates, StackedStates, trace_pilot
 from tcopilot.processes import rank, world_size
-from tcopilot.run_directory import write_whole
+from tcopilot.run_directory import share, write_whole
 from tcopilot.settings import dtype_name
 
 IN_A_FILE = ("states", "targets", "normaliser", "likeliest", "lengths", "keys", "flops", "seconds")  # its tensors
@@ -229,6 +229,7 @@ class Recording:
         file = self.folder / f"{time.time_ns():020d}-{rank()}.safetensors"
         temporary = file.with_suffix(".part")
         save_file(tensors, temporary)
+        share(temporary)
         os.replace(temporary, file)
         return now
 
