@@ -20,9 +20,15 @@ LIKELIEST = 16  # tokens of p̂ named in a record; a loss compares those of a wh
 
 
 class Storage(ABC):
-    """What the log asks of a storage; `names` are the names of the tensors that `pack` returns."""
+    """What the log asks of a storage.
+
+    Attributes:
+        names: the names of the tensors that `pack` returns.
+        serves_few_tokens: whether these are what `ComparedTokens` reads, so that p̂ need not be unpacked for it.
+    """
 
     names: tuple[str, ...]
+    serves_few_tokens: ClassVar[bool] = False
 
     @abstractmethod
     def describe(self, pilot: PreTrainedModel) -> str:
@@ -199,6 +205,7 @@ class LikelyTokensStorage(FrozenHeadStorage):
     """
 
     names = ("head_input", "normaliser", "likeliest")
+    serves_few_tokens = True
 
     def describe(self, pilot: PreTrainedModel) -> str:
         """Name the head's input and the likeliest tokens."""

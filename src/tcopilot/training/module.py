@@ -293,7 +293,7 @@ class TCopilotModule(LightningModule):
             self.mistake_log.append(self._trace_without_dropout(part), extend=i > 0)
 
     def _draw(self) -> MistakeRecord | KeptRecord:
-        compares_few = self.model.copilot.fits_recordings and "likeliest" in self.mistake_log.storage.names
+        compares_few = self.model.copilot.fits_recordings and self.mistake_log.storage.serves_few_tokens
         draw = self.mistake_log.sample_kept if compares_few else self.mistake_log.sample
         return draw(self.copilot_batch_size // self.trainer.world_size, self.device)
 
