@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tcopilot.run_directory import RUNLESS, RunDirectory, flatten, write_whole
+from tcopilot.run_directory import RUNLESS, RunDirectory, flatten, share, write_whole
 
 
 def test_a_name_is_known_with_and_without_a_folder():
@@ -34,3 +34,15 @@ def test_a_file_is_written_with_its_folder_and_leaves_nothing_beside_it(tmp_path
 )
 def test_a_config_goes_by_dotted_keys(config, flat):
     assert flatten(config) == flat
+
+
+def test_a_disk_that_knows_no_permissions_costs_no_results(tmp_path, monkeypatch):
+    file = tmp_path / "weights"
+    file.write_text("results")
+
+    def refuse(path: Path, mode: int) -> None:
+        raise PermissionError(f"{path}: {mode:o}")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    share(file)
+    assert file.read_text() == "results"

@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +111,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def share(file: Path) -> None:
-    """Let those read a file who may read its folder: safetensors lets its owner alone."""
-    file.chmod(file.parent.stat().st_mode & 0o666)
+    """Let those read a file who may read its folder, if the disk knows permissions: safetensors lets its owner."""
+    with suppress(OSError):
+        file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def override(key: str, value: object) -> str:

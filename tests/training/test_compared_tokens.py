@@ -41,9 +41,7 @@ def trained(family, storage, objective, rounds=3, **options):
 @pytest.mark.parametrize(("family", "context"), [("t5", "inclusive"), ("llama", "strict")])
 def test_a_copilot_learns_from_kept_tokens_what_it_learns_from_all_of_p_hat(family, context, objective):
     whole, _ = trained(family, FrozenHeadStorage(), objective, context=context)
-    kept, _ = trained(
-        family, LikelyTokensStorage(), objective, context=context
-    )  # a small vocabulary is compared whole
+    kept, _ = trained(family, LikelyTokensStorage(), objective, context=context)  # 600 tokens are compared whole
     new = model_of(family, context=context).copilot.state_dict()
     for name, weight in whole.items():
         torch.testing.assert_close(kept[name], weight, atol=2e-5, rtol=1e-4)
@@ -87,12 +85,8 @@ def test_mixed_precision_rebuilds_p_hat_as_the_pilot_had_it():
         states = trace_pilot(model.pilot, random_batch("llama", rows=6, vocab=VOCAB), model.copilot.pooler)
         log.append(states)
         record = log.sample_kept(6)
-        kept = [
-            record.kept["head_input"],
-            record.targets_BN,
-            record.kept["normaliser"],
-            record.kept["likeliest"],
-        ]
+        head_input, normaliser, likeliest = (record.kept[name] for name in log.storage.names)
+        kept = head_input, record.targets_BN, normaliser, likeliest
         kept = KeptTokens(*(tensor.flatten(0, 1)[record.tokens_R] for tensor in kept))
         hidden = torch.zeros(len(record.tokens_R), 16)
         _, probs, _ = ComparedTokens(model.copilot, model.pilot, kept, autocast=True).compare(hidden)

@@ -56,7 +56,10 @@ class MistakeRecord(NamedTuple):
 
 
 class KeptRecord(NamedTuple):
-    """The same for a Copilot that reads the Pilot's states alone, with what the storage keeps of p̂ in place of p̂."""
+    """The same for a Copilot that reads the Pilot's states alone, with what the storage keeps of p̂ in place of p̂.
+
+    `kept` has the storage's tensors by their names, each with leading dimensions [B, N].
+    """
 
     states_BNP: Tensor
     kept: dict[str, Tensor]

@@ -25,7 +25,14 @@ SMALL_VOCABULARY = 4096  # is compared as a whole
 
 
 class KeptTokens(NamedTuple):
-    """What records keep of p̂ at their target tokens, one after another."""
+    """What records keep of p̂ at their target tokens, one after another.
+
+    Attributes:
+        head_input_TP: what the Pilot's head read.
+        targets_T: ids of the target tokens.
+        normaliser_T: log Σ exp of the Pilot's logits, float32.
+        likeliest_Tk: ids of the likeliest tokens under p̂.
+    """
 
     head_input_TP: Tensor
     targets_T: Tensor
@@ -43,9 +50,7 @@ class ComparedTokens:
         autocast: whether the records were made under the autocast that may be on now, as those of joint training are.
     """
 
-    def __init__(
-        self, copilot: HeadCopilot, pilot: PreTrainedModel, kept: KeptTokens, autocast: bool = False
-    ) -> None:  # fmt: skip
+    def __init__(self, copilot: HeadCopilot, pilot: PreTrainedModel, kept: KeptTokens, autocast: bool = False) -> None:
         self.copilot, self.pilot, self.kept, self._autocast = copilot, pilot, kept, autocast
         self.vocab_size, device = pilot.get_output_embeddings().weight.shape[0], kept.targets_T.device
         if self.vocab_size <= SMALL_VOCABULARY:
@@ -59,11 +64,15 @@ class ComparedTokens:
         self._is_random_U = is_random_U | ~is_random_U.any()
 
     def compare(self, hidden_tC: Tensor, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
-        """f^C and p̂ of some of the target tokens over the tokens compared and the tail, and the targets' places there.
+        """Compare some of the target tokens.
 
         Args:
             hidden_tC: the Copilot's hidden states of these target tokens.
             rows: which of all target tokens they are.
+
+        Returns:
+            f^C and p̂ over the tokens compared and the tail, both [t, U + 1] in float32 (without a tail [t, V]), and
+            the places of the targets there, [t].
         """
         head_input_tP = self.kept.head_input_TP[rows].to(self.pilot.get_output_embeddings().weight.dtype)
         kind = hidden_tC.device.type
@@ -100,7 +109,10 @@ class ComparedTokens:
 
 
 def compared_sum(objective: Objective, copilot: HeadCopilot, pilot: PreTrainedModel, record: KeptRecord) -> Tensor:
-    """Return the objective's sum over the target tokens of records of `LikelyTokensStorage`; float32."""
+    """Return the objective's sum over the target tokens of records of `LikelyTokensStorage`; a float32 scalar.
+
+    Its gradients reach the Copilot alone, since the log is detached and the Pilot's head frozen.
+    """
     inputs_BN0 = record.states_BNP.new_empty(*record.targets_BN.shape, 0)
     hidden_BNC, _ = copilot(inputs_BN0, None, None, record.states_BNP)
     head_input_BNP, normaliser_BN, likeliest_BNk = (record.kept[name] for name in LikelyTokensStorage.names)
