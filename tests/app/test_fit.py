@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import composed
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForSeq2SeqLM
 from tcopilot.app import console
 from tcopilot.app.checks.controls import CONTROLS
 from tcopilot.app.checks.problems import ConfigError
+from tcopilot.app.checks.recordings import option_problems
 from tcopilot.app.controls.training import GRID
 from tcopilot.mistake_log.recording import Recording, row_key
 from tcopilot.models.pilot import ModelSource, ModelSourceError
@@ -349,3 +351,53 @@ def test_two_processes_record_and_fit_as_one(pilot, first, tmp_path):
         assert figures[0] == pytest.approx(figures[1], rel=1e-3)
     ranks = {file.stem.rpartition("-")[2] for file in (tmp_path / "recording").glob("*.safetensors")}
     assert ranks == {"0", "1"}
+
+
+@pytest.mark.slow
+def test_wrong_options_are_recorded_and_learned_from(pilot, tmp_path):
+    closed = ["evaluation=likelihood", "copilot.passes=6", "copilot.optimizer.lr=3e-3"]
+    plain = composed.train(tmp_path / "plain", *multiple_choice(tmp_path, pilot, *closed))
+    own = composed.train(tmp_path / "own", *multiple_choice(tmp_path, pilot, *closed, "copilot.wrong_options=true"))
+    assert "val/fused_choice_nll" in (own / "metrics.csv").read_text()
+    found = [composed.results(run) for run in (plain, own)]
+    assert found[1]["recording_flops"] > 1.5 * found[0]["recording_flops"]  # of the options of both splits as well
+    again = multiple_choice(tmp_path, pilot, *closed, "copilot.wrong_options=true", f"mistake_log.from={own}")
+    refitted = composed.results(composed.train(tmp_path / "again", *again))
+    for row, other in zip(found[1]["rows"], refitted["rows"], strict=True):
+        assert row["value"] == pytest.approx(other["value"], rel=1e-6)
+    lacking = multiple_choice(tmp_path, pilot, *closed, "copilot.wrong_options=true", f"mistake_log.from={plain}")
+    with pytest.raises(ConfigError, match=r"are not in it \(\d+ options\); it was recorded without copilot.w"):
+        composed.train(tmp_path / "lacking", *lacking)
+
+
+def test_wrong_options_need_options_and_a_likelihood(pilot, tmp_path):
+    with pytest.raises(ConfigError, match=r"copilot.wrong_options=true: the rows of word_problems have no options"):
+        composed.train(tmp_path, *frozen(pilot, "copilot.wrong_options=true"))
+    with pytest.raises(ConfigError, match=r"which RootMeanSquaredError does not train; use objective=ce"):
+        composed.train(tmp_path, *frozen(pilot, "copilot.wrong_options=true", "objective=rmse"))
+
+
+@pytest.mark.slow
+def test_two_processes_learn_from_wrong_options_as_one(pilot, tmp_path):
+    given = multiple_choice(
+        tmp_path, pilot, "evaluation=likelihood", "copilot.wrong_options=true", "copilot.batch_size=6"
+    )
+    alone = composed.results(composed.train(tmp_path / "one", *given))
+    with composed.without_estimate():
+        job = [*given, "trainer=two_ranks", f"paths.run_dir={tmp_path / 'two'}", *composed.QUIET]
+        done = composed.forked("train.py", *job, spare=True)
+    assert done.returncode == 0, done.stderr
+    for row, other in zip(alone["rows"], composed.results(tmp_path / "two")["rows"], strict=True):
+        assert row["value"] == pytest.approx(other["value"], rel=1e-3), row
+
+
+def test_a_target_that_is_none_of_its_options_as_tokens_is_refused():
+    row = {"benchmark": 0, "target_ids": [6, 1], "option_ids": [[6, 1], [7, 1]]}
+    ended = row | {"target_ids": [6, 2, 1]}  # by an end token that the template spells out and options lack
+    rows = {"train": [row, ended, row | {"option_ids": None}], "validation": [ended]}
+    data = SimpleNamespace(benchmark_names=["mine"], has_options=lambda name: True, rows_of=rows.get)
+    cfg = composed.compose_config("experiment=frozen", "pilot.path=x", "copilot.wrong_options=true")
+    (problem,) = option_problems(cfg, data)
+    assert "the target of 2 of 4 rows is not one of its options, token for token; let data.benchmarks.mine" in problem
+    rows |= {"train": [row], "validation": [row]}
+    assert list(option_problems(cfg, data)) == []

@@ -1,8 +1,19 @@
+import json
+
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from tcopilot.data import DataError, ExactMatch, MultipleChoice, YesNo, byte_tokenizer, word_tokenizer
+from tcopilot.data import (
+    DataError,
+    ExactMatch,
+    MultipleChoice,
+    TCopilotDataModule,
+    YesNo,
+    byte_tokenizer,
+    word_tokenizer,
+)
 from tcopilot.data.prepare import RowPreparer
+from tcopilot.evaluation.likelihood import option_rows
 
 BENCHMARK = ExactMatch(name="mine")
 ROWS = [(0, {"prompt": "a b c", "target": "d"}), (1, {"prompt": "a", "target": "b c d"})]
@@ -180,6 +191,40 @@ def test_evaluation_rows_hold_options_tokenised_as_targets_are():
 def test_training_rows_stay_lean():
     (row,), _, _ = choice_rows([CHOICE], training=True)
     assert sorted(row) == ["benchmark", "id", "length", "source_ids", "target_ids"]
+
+
+def test_training_rows_have_their_options_where_a_fit_compares_them():
+    limits = {"train_options": True}
+    (row,), _, _ = choice_rows([CHOICE], training=True, **limits)
+    (asked,), _, _ = choice_rows([CHOICE], training=False)
+    assert sorted(row) == ["benchmark", "id", "length", "option_ids", "source_ids", "target_ids"]
+    assert row["option_ids"] == asked["option_ids"]
+    assert row["target_ids"] in row["option_ids"]
+
+
+def test_in_a_mixture_only_rows_with_options_have_them(tmp_path):
+    for name, rows in (("open", [{"q": f"{n}?", "a": f"{n}"} for n in range(9)]), ("closed", [CHOICE] * 9)):
+        (tmp_path / name).mkdir()
+        for split in ("train", "validation", "test"):
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"question_column": "q", "option_columns": ["o"], "label_column": "l", "label": "letter"}
+    benchmarks = {
+        "open": ExactMatch(name="open", prompt_column="q", target_column="a"),
+        "closed": MultipleChoice(name="closed", target=" {answer}", **columns),
+    }
+    data = TCopilotDataModule(benchmarks, path=tmp_path, rounds=1)
+    data.prepare(byte_tokenizer(), "left", train_options=True)
+    found = [(row["benchmark"], len(option_rows(row))) for row in data.rows_of("train")]
+    assert sorted(found) == [(0, 0)] * 9 + [(1, 2)] * 9
+
+
+def test_a_wrong_option_that_is_too_long_is_not_compared():
+    benchmark = YesNo(name="mine", question_column="q", label_column="l", target="{answer}")
+    limits = {"max_target_length": 5, "overflow": "drop", "train_options": True}
+    (row,) = RowPreparer(byte_tokenizer(), "left", **limits)(
+        [(0, {"q": "?", "l": True})], benchmark, 0, 1, True, pytest.fail
+    )
+    assert row["option_ids"] == [row["target_ids"]]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -43,7 +43,7 @@ def recorded(folder, pilot, rows):
 
 
 def batch_of(recording):
-    return RecordBatch.of([recording.record_of(key, DEPTHS) for key in recording._places])
+    return RecordBatch.of([[recording.record_of(key, DEPTHS)] for key in recording._places])
 
 
 def compared(module, batch):

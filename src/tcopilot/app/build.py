@@ -20,7 +20,7 @@ from tcopilot.app.checks import models as checks
 from tcopilot.app.checks.config import config_problems, fusion_rule, refuse_missing, values_for_groups
 from tcopilot.app.checks.data import data_problems, memory_problems
 from tcopilot.app.checks.problems import ConfigError, attempt
-from tcopilot.app.checks.recordings import fits_from_recording
+from tcopilot.app.checks.recordings import fits_from_recording, learns_from_options, option_problems
 from tcopilot.app.checks.sharding import pilot_and_row_problems
 from tcopilot.app.checks.targets import target_problems
 from tcopilot.app.checks.trial_build import trial_problems
@@ -87,10 +87,12 @@ def prepare(cfg: DictConfig) -> Prepared:
         problems += checks.tokenizer_problems(pilot, tokenizer)
         problems += [] if donor is None else checks.donor_problems(pilot, donor, tokenizer)
         longest = _most_generated(cfg.evaluation)
-        attempt(problems, lambda: data.prepare(tokenizer, pilot.source_side, max_new_tokens=longest))
+        how = {"max_new_tokens": longest, "train_options": learns_from_options(cfg)}
+        attempt(problems, lambda: data.prepare(tokenizer, pilot.source_side, **how))
     if not problems:
         data.remarks += split_seed_remarks(data, pilot, donor)
         problems += data_problems(cfg, pilot.model_config, data)
+        problems += option_problems(cfg, data)
         problems += [] if log is None else memory_problems(cfg, pilot, data, log)
         problems += pilot_and_row_problems(cfg, pilot.model_config, data)
     if problems:

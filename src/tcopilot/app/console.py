@@ -58,9 +58,9 @@ def show_summary(
 def show_fit(cfg: DictConfig, prepared: Prepared, params: dict[str, int], data: RecordedData) -> None:
     """Say before a fit what a record holds, its size, what is still to be recorded, the budget and unused keys."""
     about, rows = data.recording.pilot, len(data.train) + len(data.validation)
-    size = about.bytes_per_token * (sum(data.train.lengths) + sum(data.validation.lengths)) / rows
+    size = about.bytes_per_token * (data.train.tokens + data.validation.tokens) / rows
     depths = ", ".join(f"{depth:g}" for depth in about.depths)
-    more = data.distinct > len({*data.train.keys, *data.validation.keys})
+    more = data.distinct > len(data.train.keys | data.validation.keys)
     what = "rows, options and rows to report on included" if more else "rows to learn from and to validate on"
     shown = {
         "pilot parameters": f"{params['pilot']:,}, all frozen",

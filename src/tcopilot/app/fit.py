@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from tcopilot.app import build
 from tcopilot.app.build import Prepared
 from tcopilot.app.checks.problems import ConfigError
-from tcopilot.app.checks.recordings import evaluates_recording
+from tcopilot.app.checks.recordings import evaluates_recording, learns_from_options
 from tcopilot.app.console import show_fit
 from tcopilot.app.jobs import STOPPED
 from tcopilot.app.joint import Trained
@@ -55,15 +55,16 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     # A new recording holds the reported rows as well, so that later fits can be evaluated from it.
     reported = [cfg.evaluation.report_on] if judged or given is None else []
     parts = {split: prepared.data.rows_of(split) for split in ("train", "validation", *reported)}
+    answered = {"train", "validation"} if learns_from_options(cfg) else set()
     if LIKELIHOOD in cfg.evaluation.modes and reported:
         unanswered = cfg.fusion.select_by == "nll" and cfg.fusion.weight != "auto"  # validation, see `Evaluator.run`
-        answered = [*reported, *([] if unanswered else ["validation"])]
-        options = [option for split in answered for row in parts[split] for option in option_rows(row)]
-        parts |= {"options": options}
+        answered |= {*reported, *([] if unanswered else ["validation"])}
+    options = [option for split in sorted(answered) for row in parts[split] for option in option_rows(row)]
+    parts |= {"options": options} if options else {}
     data = RecordedData(
         recording, parts["train"], parts["validation"], list(chain(*parts.values())), read,
         own.copilot.batch_size, own.copilot.passes, cfg.seed,
-        lambda rows, device: _record(recording, prepared, pilot, rows, device, cfg),
+        lambda rows, device: _record(recording, prepared, pilot, rows, device, cfg), learns_from_options(cfg),
     )  # fmt: skip
     if data.missing and given is not None:
         alike = "data, template, shots and tokenizer must be those of the recording"
@@ -71,6 +72,8 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
         if limits := " and ".join(given_limits):  # other limits may choose other rows
             alike += f", and so must {limits}, unless all rows were recorded"
         lacking = {part: sum(1 for _ in missing_rows(recording, rows)) for part, rows in parts.items()}
+        if learns_from_options(cfg) and not any(count for part, count in lacking.items() if part != "options"):
+            alike = "it was recorded without copilot.wrong_options=true"
         which = ", ".join(f"{count} {part}" for part, count in lacking.items() if count)
         missing = f"{len(data.missing)} of {data.distinct} rows are not in it ({which})"
         raise ConfigError([f"mistake_log.from={given}: {missing}; {alike}. To record these rows, leave it out"])
@@ -79,7 +82,8 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
     pilot.requires_grad_(False).eval()
     copilot = build.make_copilot(own, prepared, pilot)
     learner, objective = build.learner(own.copilot, data.updates), instantiate(own.objective)
-    module = CopilotFit(copilot, pilot, learner, data.updates, objective, own.copilot.own_mistakes)
+    options = learns_from_options(own)
+    module = CopilotFit(copilot, pilot, learner, data.updates, objective, own.copilot.own_mistakes, options)
     best = KeepBest(own.copilot.patience, own.copilot.averaging)
     count = FlopCount(min(100, own.copilot.patience * data.updates_per_pass))  # no fit ends before one is counted
     bars = [callback for callback in make_callbacks(cfg) if isinstance(callback, ProgressBar)]
@@ -99,13 +103,13 @@ def fit(cfg: DictConfig, prepared: Prepared, run_dir: RunDirectory) -> Trained:
         part.to(device)
     as_given = "untrained" if donor is None else "as it was"
     kept = f"after pass {best.best_pass} of {best.passes}" if best.best_pass else f"{as_given}, as no pass improved it"
-    needed = [*parts["train"], *parts["validation"]]
+    needed = [text for rows in (data.train, data.validation) for texts in rows.texts for text in texts]
     recorded_seconds, recorded_flops = recording.cost_of(needed)
-    rate = len(needed) / max(recorded_seconds, 1e-9)
+    what, rate = "targets and options" if module.wrong_options else "rows", len(needed) / max(recorded_seconds, 1e-9)
     note = (
-        f"{len(needed):,} rows to learn from and to validate on were recorded in {recorded_seconds:.0f} s ({rate:.1f} "
-        f"rows a second), and the Copilot was fitted to {len(data.train):,} of them in {module.seconds:.1f} s; it is "
-        f"kept {kept}"
+        f"{len(needed):,} {what} to learn from and to validate on were recorded in {recorded_seconds:.0f} s "
+        f"({rate:.1f} a second), and the Copilot was fitted to {len(data.train):,} rows in {module.seconds:.1f} s; it "
+        f"is kept {kept}"
     )
     seconds = agree_on(round(recorded_seconds + module.seconds, 2))
     flops = recorded_flops + (count.total() or 0.0)

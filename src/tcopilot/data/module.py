@@ -137,6 +137,7 @@ class TCopilotDataModule(LightningDataModule):
         training: bool = True,
         max_new_tokens: int | None = None,
         shots: Mapping[str, list[NumberedRow]] | None = None,
+        train_options: bool = False,
     ) -> None:
         """Load, render, tokenise and check all rows, without a model; a stream's rows are checked as they are read.
 
@@ -146,6 +147,7 @@ class TCopilotDataModule(LightningDataModule):
             training: Whether there must be rows to train on.
             max_new_tokens: Limit on generated tokens that the evaluation sets for all benchmarks, if any.
             shots: ``shot_rows`` of a training run, to be used in place of newly drawn ones.
+            train_options: Whether train rows have the token ids of their options too.
 
         Raises:
             DataError: If there are problems; the message lists all of them, one per line.
@@ -153,7 +155,7 @@ class TCopilotDataModule(LightningDataModule):
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         for benchmark in self.benchmarks.values():
             benchmark.use_tokenizer(tokenizer)
-        fixed = tokenizer, source_side, self.max_source_length, self.max_target_length, self.overflow
+        fixed = tokenizer, source_side, self.max_source_length, self.max_target_length, self.overflow, train_options
         preparer = RowPreparer(*fixed)
         self.collate = PromptTargetCollator(pad, source_side)
         self._evaluation, self._summary, self._streams, self._digest = {}, {}, {}, hashlib.sha256()

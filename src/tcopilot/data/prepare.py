@@ -47,6 +47,8 @@ class RowPreparer:
     ``overflow`` is.
 
     Attributes:
+        train_options: Whether train rows have ``option_ids`` too. Options that are too long are left out there, unless
+            ``overflow`` is ``error``.
         shots: Token ids of each shot of the current benchmark, as `solved` makes them.
         counts: How many rows were ``dropped``, ``lost_shots``, had ``cut_prompts``, ``cut_options`` or
             ``cut_targets``, spell out ``end_tokens`` in their targets, or offer the right option twice
@@ -62,6 +64,7 @@ class RowPreparer:
     max_source_length: int | None = None
     max_target_length: int | None = None
     overflow: Overflow = "error"
+    train_options: bool = False
     counts: Counter[str] = field(default_factory=Counter, init=False)
     reserved: set[str] = field(default_factory=set, init=False)
     shots: list[list[int]] = field(default_factory=list, init=False)
@@ -115,7 +118,7 @@ class RowPreparer:
             for number, example, source, target in self._tokenised(chunk, benchmark, skip):
                 try:
                     fitted = self._fit(example, start, source, target, training)
-                    texts = {} if training or fitted is None else self._texts(example)
+                    texts = {} if fitted is None else self._texts(example, training)
                 except _Empty as error:
                     skip(f"row {number + 1}: {error}")
                 except _TooLong as error:
@@ -202,14 +205,17 @@ class RowPreparer:
             ids = ids[len(self._start) :]
         return ids[: -len(self._end)] if self._end and ids[-len(self._end) :] == self._end else ids
 
-    def _texts(self, example: Example) -> dict[str, Any]:
-        """Return the fields of a row that only evaluation needs."""
+    def _texts(self, example: Example, training: bool) -> dict[str, Any]:
+        """Return the fields of a row that only evaluation needs, or a fit that learns from wrong options."""
         texts = {name: value for name, value in example._asdict().items() if name not in ("ending", "twin")}
-        if not example.options:
+        texts = {} if training else texts
+        if not example.options or (training and not self.train_options):
             return texts
         option_ids = [[*ids, self.tokenizer.eos_token_id] for ids in self._ids(example.options, follows=True)]
         longest, limit = max(map(len, option_ids)), self.max_target_length
-        if limit is not None and longest > limit:
+        if training and limit is not None and self.overflow != "error":
+            option_ids = [ids for ids in option_ids if len(ids) <= limit]
+        elif limit is not None and longest > limit:
             raise _TooLong(f"its longest option has {longest} tokens, data.max_target_length is {limit}; raise it")
         return texts | {"option_ids": option_ids}
 

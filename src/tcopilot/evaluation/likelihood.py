@@ -39,7 +39,7 @@ def log_likelihoods(model: TCopilotModel, scored: Scored, weights: Sequence[floa
 
 def option_rows(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a copy of a row for each of its options, if it has any, with the option as the target."""
-    return [{**row, "target_ids": ids} for ids in row.get("option_ids", ())]
+    return [{**row, "target_ids": ids} for ids in row.get("option_ids") or ()]
 
 
 class Likelihood(TeacherForced):

@@ -18,7 +18,7 @@ from tcopilot.mistake_log.storage import LikelyTokensStorage
 from tcopilot.models.families import logits_from_head_input
 from tcopilot.models.head_copilot import HeadCopilot
 from tcopilot.training.chunked_loss import chunked_sum, rows_at_once
-from tcopilot.training.objectives import Objective, losses_of_rows
+from tcopilot.training.objectives import CrossEntropy, Objective, losses_of_rows
 
 RANDOM_TOKENS = 256
 SMALL_VOCABULARY = 4096  # is compared as a whole
@@ -98,6 +98,15 @@ class ComparedTokens:
             both_2tU = torch.stack([probs_tU, probs_tU + corrections_tU])
             found.append(both_2tU[:, torch.arange(len(targets_t)), targets_t])
         return torch.cat(found, dim=1)
+
+    def fused(self, hidden_TC: Tensor) -> Tensor:
+        """Log p̃ of each target token at λ = 1 as Eq. 8 fuses it, which keeps p̃ above a floor; [T]."""
+        rows, found = rows_at_once(len(self.tokens_U)), []
+        for first in range(0, len(hidden_TC), rows):
+            chunk = slice(first, first + rows)
+            corrections_tU, probs_tU, targets_t = self.compare(hidden_TC[chunk], chunk)
+            found.append(-CrossEntropy().row_losses(corrections_tU, probs_tU, targets_t))
+        return torch.cat(found)
 
     def objective_sum(self, objective: Objective, hidden_TC: Tensor, importance_T: Tensor) -> Tensor:
         """Return the objective's sum over the target tokens, each multiplied by its importance; float32."""

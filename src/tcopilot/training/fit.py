@@ -1,12 +1,13 @@
 """Fit a Copilot to a recording: the Copilot's half of Algorithm 1, for a Pilot that is frozen and was recorded once.
 
-Shapes: B records, N target length, Q = D · P states read, T target tokens, C Copilot width.
+Shapes: B records, R rows, N target length, Q = D · P states read, T target tokens, C Copilot width.
 """
 
 import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -17,54 +18,97 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 from tcopilot.data.samplers import RoundSampler
+from tcopilot.evaluation.likelihood import option_rows
 from tcopilot.mistake_log.recording import Recording, missing_rows, row_key
 from tcopilot.models.head_copilot import HeadCopilot
 from tcopilot.processes import barrier, sum_over_processes
 from tcopilot.settings import FLAG, Rule, number, whole
 from tcopilot.training.compared_tokens import ComparedTokens, KeptTokens
 from tcopilot.training.learner import Learner
-from tcopilot.training.objectives import CrossEntropy, Objective
+from tcopilot.training.objectives import CrossEntropy, Objective, safe_log
 
 Rows = Sequence[Mapping[str, Any]]
 """Prepared rows."""
 
 
 class RecordBatch(NamedTuple):
-    """Records padded to one length; see `Recording.record_of`."""
+    """Records padded to one length; see `Recording.record_of`.
+
+    Attributes:
+        states_BNQ: the Pilot's states that a Copilot reads.
+        mask_BN: which of them are at target tokens.
+        kept: what is kept of p̂ at the target tokens.
+        row_B: the row that each record belongs to, from 0; a row's options have a record each.
+        right_B: whether it is the record of the row's target, and not of a wrong option.
+    """
 
     states_BNQ: Tensor
     mask_BN: Tensor
     kept: KeptTokens
+    row_B: Tensor
+    right_B: Tensor
 
     @classmethod
-    def of(cls, records: Sequence[Mapping[str, Tensor]]) -> Self:
-        """Collate records."""
+    def of(cls, rows: Sequence[Sequence[Mapping[str, Tensor]]]) -> Self:
+        """Collate the records of some rows, that of the target first in each row."""
+        records = list(chain(*rows))
+        row_B = torch.tensor([number for number, row in enumerate(rows) for _ in row])
+        right_B = torch.tensor([not place for row in rows for place in range(len(row))])
         states_BNQ = pad_sequence([record["states"].float() for record in records], batch_first=True)
         lengths_B = torch.tensor([len(record["targets"]) for record in records])
         mask_BN = torch.arange(states_BNQ.shape[1]) < lengths_B[:, None]
         names = ("head_input", "targets", "normaliser", "likeliest")
         kept = KeptTokens(*(torch.cat([record[name] for record in records]) for name in names))
-        return cls(states_BNQ, mask_BN, kept)
+        return cls(states_BNQ, mask_BN, kept, row_B, right_B)
 
     @property
     def padded_tokens(self) -> int:
         """Count the target tokens, padding included."""
         return self.mask_BN.numel()
 
+    @property
+    def asked_R(self) -> Tensor:
+        """Whether each row has wrong options."""
+        return self.row_B.bincount() > 1
+
+    @property
+    def record_T(self) -> Tensor:
+        """The record of each target token."""
+        return self.mask_BN.nonzero()[:, 0]
+
 
 class RecordedRows(Dataset):
-    """The records of some prepared rows, in their order."""
+    """The records of some prepared rows, in their order: of each row its target and, if asked for, its wrong options.
 
-    def __init__(self, recording: Recording, rows: Rows, depths: Sequence[float]) -> None:
+    Attributes:
+        texts: the target and the wrong options of each row, as rows of their own.
+    """
+
+    def __init__(self, recording: Recording, rows: Rows, depths: Sequence[float], options: bool = False) -> None:
         self.recording, self.depths = recording, list(depths)
-        self.keys = [row_key(row) for row in rows]
-        self.lengths = [len(row["target_ids"]) for row in rows]
+        self.texts = [[row, *(wrong_options(row) if options else ())] for row in rows]
+        self._keys = [list(map(row_key, texts)) for texts in self.texts]
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self._keys)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.recording.record_of(self.keys[index], self.depths)
+    def __getitem__(self, index: int) -> list[dict[str, Tensor]]:
+        return [self.recording.record_of(key, self.depths) for key in self._keys[index]]
+
+    @property
+    def keys(self) -> set[int]:
+        """The keys of the targets' records."""
+        return {keys[0] for keys in self._keys}
+
+    @property
+    def tokens(self) -> int:
+        """Count the target tokens of all records."""
+        return sum(len(text["target_ids"]) for texts in self.texts for text in texts)
+
+
+def wrong_options(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row's options other than its target, as `option_rows` does."""
+    return [option for option in option_rows(row) if option["target_ids"] != row["target_ids"]]
 
 
 class RecordedData(LightningDataModule):
@@ -76,20 +120,21 @@ class RecordedData(LightningDataModule):
         validation: rows to judge a Copilot by; there may be none.
         recorded: all rows that are to be in the recording.
         depths: depths of the states that the Copilot reads.
-        batch_size: records of an update, over all processes.
+        batch_size: rows of an update, over all processes.
         passes: number of passes over the rows to fit.
         seed: seed of the rows' order.
         record: writes the records of some rows, computed on a device.
+        options: whether the wrong options of rows are served too.
     """
 
     def __init__(
         self, recording: Recording, train: Rows, validation: Rows, recorded: Rows, depths: Sequence[float],
         batch_size: int, passes: int, seed: int,
-        record: Callable[[Rows, torch.device], None],
+        record: Callable[[Rows, torch.device], None], options: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.recording, self.seed, self._record = recording, seed, record
-        self.train, self.validation = (RecordedRows(recording, rows, depths) for rows in (train, validation))
+        self.train, self.validation = (RecordedRows(recording, rows, depths, options) for rows in (train, validation))
         self.missing, self.distinct = list(missing_rows(recording, recorded)), len(set(map(row_key, recorded)))
         self.batch_size = batch_size
         self.updates_per_pass = math.ceil(len(train) / batch_size)
@@ -128,6 +173,7 @@ class CopilotFit(LightningModule):
         updates: updates of the whole fit, for the schedule.
         objective: what it learns, by default the likelihood of the fused distribution.
         own_mistakes: whether tokens are weighted by how likely the Pilot's own answers reach them, see `reached`.
+        wrong_options: whether it also learns which option is right, see `choice_errors`; for `CrossEntropy` alone.
     """
 
     SETTINGS: ClassVar[dict[str, Rule]] = {
@@ -135,14 +181,16 @@ class CopilotFit(LightningModule):
         "patience": whole(),
         "averaging": number().or_null(),
         "own_mistakes": FLAG,
+        "wrong_options": FLAG,
     }
 
     def __init__(
         self, copilot: HeadCopilot, pilot: PreTrainedModel, learner: Learner, updates: int,
-        objective: Objective | None = None, own_mistakes: bool = False,
+        objective: Objective | None = None, own_mistakes: bool = False, wrong_options: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.copilot, self.learner, self.rounds, self.own_mistakes = copilot, learner, updates, own_mistakes
+        self.copilot, self.learner, self.rounds = copilot, learner, updates
+        self.own_mistakes, self.wrong_options = own_mistakes, wrong_options
         self.objective = CrossEntropy() if objective is None else objective
         self.__dict__["_pilot"] = pilot  # hidden from `nn.Module`: layers without weights cannot be moved
         self.seconds, self._began = 0.0, 0.0
@@ -178,33 +226,54 @@ class CopilotFit(LightningModule):
         self.seconds = time.perf_counter() - self._began
 
     def training_step(self, batch: RecordBatch, batch_idx: int) -> Tensor:
-        """The objective over a batch, all processes together."""
+        """The objective over a batch, all processes together, of the rows' targets.
+
+        With wrong options the mean of −log P(target) over the rows that have some is added. Its gradient is that of
+        the tokens' cross-entropies, each times ℓ of its option, so these weights are all that it needs.
+        """
         hidden_TC, compared = self._hidden(batch), self._compared(batch)
-        counts_T = torch.ones(len(hidden_TC), device=self.device)
+        counts_T = batch.right_B[batch.record_T].float()
         if self.own_mistakes:
             with torch.no_grad():
-                counts_T = reached(compared.right(hidden_TC)[0], batch.mask_BN)
-        total = compared.objective_sum(self.objective, hidden_TC, counts_T)
-        tokens = sum_over_processes(counts_T.sum())
+                counts_T = counts_T * reached(compared.right(hidden_TC)[0], batch.mask_BN)
+        tokens, weights_T, more = sum_over_processes(counts_T.sum()), counts_T, 0.0
+        if self.wrong_options:
+            with torch.no_grad():
+                sums_B = option_sums(compared.fused(hidden_TC), batch)
+            errors_B, nll_R = choice_errors(sums_B, batch)
+            rows = sum_over_processes(batch.asked_R.sum()).clamp_min(1)
+            weights_T = counts_T + errors_B[batch.record_T] * tokens / rows
+            more = (
+                sum_over_processes(nll_R.sum() + (errors_B * sums_B).sum()) / rows
+            )  # value, less that of the weights
+        total = compared.objective_sum(self.objective, hidden_TC, weights_T)
         others = sum_over_processes(total.detach()) - total.detach()
         loss = self.objective.reduce(total + others, tokens)
-        self.log("train/copilot_loss", loss.detach(), prog_bar=True, rank_zero_only=True)
+        self.log("train/copilot_loss", loss.detach() + more, prog_bar=True, rank_zero_only=True)
         return loss * self.trainer.world_size  # DDP averages over processes
 
     def on_validation_epoch_start(self) -> None:
-        """Start the validation's sums."""
-        self._sums = torch.zeros(3, dtype=torch.float64)
+        """Start the validation's sums over tokens and over rows."""
+        self._sums, self._choices = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
 
     def validation_step(self, batch: RecordBatch, batch_idx: int) -> None:
         """Negative log-likelihood of the Pilot and of the distribution fused at λ = 1."""
-        right_2T = self._compared(batch).right(self._hidden(batch))
-        right_2T = right_2T.clamp_min(torch.finfo(torch.float32).tiny)
-        self._sums += torch.cat([-right_2T.double().log().sum(1).cpu(), torch.tensor([float(right_2T.shape[1])])])
+        compared, hidden_TC = self._compared(batch), self._hidden(batch)
+        right_2T = safe_log(compared.right(hidden_TC)).double()
+        nll_2T = -right_2T[:, batch.right_B[batch.record_T]].cpu()
+        self._sums += torch.cat([nll_2T.sum(1), torch.tensor([float(nll_2T.shape[1])])])
+        if self.wrong_options:
+            both = (option_sums(log_T, batch) for log_T in (right_2T[0], compared.fused(hidden_TC)))
+            nll_2 = torch.stack([choice_errors(sums_B, batch)[1].sum() for sums_B in both])
+            self._choices += torch.cat([nll_2, batch.asked_R.sum()[None]]).cpu()
 
     def on_validation_epoch_end(self) -> None:
-        """Report both means, over all processes."""
+        """Report both means, over all processes; with wrong options, those of choices as well."""
         pilot, fused, tokens = sum_over_processes(self._sums).tolist()
         figures = {"val/pilot_nll": pilot / tokens, "val/fused_nll": fused / tokens}
+        if self.wrong_options:
+            pilot, fused, rows = sum_over_processes(self._choices).tolist()
+            figures |= {"val/pilot_choice_nll": pilot / max(rows, 1), "val/fused_choice_nll": fused / max(rows, 1)}
         self.log_dict(figures, prog_bar=True)  # alike on all processes, which all stop by them
 
     def _hidden(self, batch: RecordBatch) -> Tensor:
@@ -228,8 +297,37 @@ def reached(right_T: Tensor, mask_BN: Tensor) -> Tensor:
     return (log_BN.cumsum(1) - log_BN).exp()[mask_BN]
 
 
+def option_sums(log_T: Tensor, batch: RecordBatch) -> Tensor:
+    """Σ log p of each record's tokens, [B], float64 in nats."""
+    sums_B = torch.zeros(len(batch.row_B), dtype=torch.float64, device=log_T.device)
+    return sums_B.index_add(0, batch.record_T, log_T.double())
+
+
+def choice_errors(sums_B: Tensor, batch: RecordBatch) -> tuple[Tensor, Tensor]:
+    """Return ℓ of the choice among a row's options, and −log P(target) of each row.
+
+    A model chooses an option o with P(o) ∝ Π_i p(o_i). Its error is ℓ = onehot(target) − P, as ℓ of a token is. It is
+    also what −log P(target) has as the negative of its gradient with respect to the options' Σ log p.
+
+    Args:
+        sums_B: Σ log p of each option, see `option_sums`.
+        batch: says which options are of one row, and which is its target.
+
+    Returns:
+        ℓ of each option, [B], float32, and −log P(target), [R], in nats. Both are 0 for a row without wrong options.
+    """
+    row_B, shape = batch.row_B, int(batch.row_B.max()) + 1
+    peak_R = sums_B.new_full((shape,), -math.inf).scatter_reduce(0, row_B, sums_B, "amax")
+    shifted_B = sums_B - peak_R[row_B]
+    total_R = sums_B.new_zeros(shape).index_add(0, row_B, shifted_B.exp())
+    log_chosen_B = shifted_B - total_R.log()[row_B]
+    return (batch.right_B.float() - log_chosen_B.exp()).float(), -log_chosen_B[batch.right_B]
+
+
 class KeepBest(Callback):
     """Keeps the Copilot of the lowest negative log-likelihood on validation, at first the one given.
+
+    Where wrong options take part, that of the choice is added.
 
     A new one is a no-op. A trained one is to be validated before the first update (`num_sanity_val_steps=-1`).
 
@@ -270,7 +368,10 @@ class KeepBest(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: CopilotFit) -> None:
         """Compare the Copilot of this pass with the best so far."""
         figures = trainer.callback_metrics
-        pilot, fused = (float(figures[f"val/{name}_nll"]) for name in ("pilot", "fused"))
+        pilot, fused = (
+            float(figures[f"val/{name}_nll"] + figures.get(f"val/{name}_choice_nll", 0.0))
+            for name in ("pilot", "fused")
+        )
         if trainer.sanity_checking:
             self.best_nll = fused
             return
