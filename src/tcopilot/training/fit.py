@@ -255,6 +255,7 @@ class CopilotFit(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start the validation's sums over tokens and over rows."""
         self._sums, self._choices = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+        self.head.to(self.device)  # a trained head is validated before training starts
 
     def validation_step(self, batch: RecordBatch, batch_idx: int) -> None:
         """Negative log-likelihood of the Pilot and of the distribution fused at λ = 1."""
