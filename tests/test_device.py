@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from family_models import make_batch, perturb, prompts, tiny_pilot
+from lightning import Trainer
 from resumable_run import Crash, Run, assert_same_end, crash_after
 from small_training import (
     FAMILIES,
@@ -23,11 +24,16 @@ from small_training import (
     weights,
 )
 
+from tcopilot.data.batch import PromptTargetCollator
+from tcopilot.evaluation.likelihood import option_rows
 from tcopilot.mistake_log.log import MistakeLog
+from tcopilot.mistake_log.recording import RecordedPilot, Recording
+from tcopilot.models.head_copilot import HeadCopilot
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.states import StatePooler, trace_pilot
 from tcopilot.training import chunked_loss
 from tcopilot.training.checkpoints import newest_good
+from tcopilot.training.fit import CopilotFit, KeepBest, RecordedData
 from tcopilot.training.objectives import RootMeanSquaredError, objective_sum
 
 DEVICE = os.environ.get("TCOPILOT_TEST_DEVICE")
@@ -149,6 +155,29 @@ def test_joint_rounds_learn_what_they_learn_on_the_cpu(family, precision, tolera
     assert other.pilot == pytest.approx(one.pilot, rel=tolerance)
     assert other.copilot == pytest.approx(one.copilot, rel=tolerance)
     assert furthest(reached, expected) < 10 * tolerance
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["a new head", "a trained head, which is validated first"])
+def test_a_fit_to_wrong_options_learns_what_it_learns_on_the_cpu(trained, tmp_path):
+    pilot, found = tiny_pilot(vocab_size=600).eval().requires_grad_(False), []
+    row = {"source_ids": [5, 6], "target_ids": [7, 9, 1], "option_ids": [[7, 9, 1], [8, 1]], "benchmark": 0}
+    rows = [row | {"id": number, "source_ids": [number + 10, 6]} for number in range(24)]
+    recording = Recording.open(tmp_path, RecordedPilot("a", (0.5, 1.0), 600, pilot.config.hidden_size, "float32"))
+    recording.add([option for row in rows for option in option_rows(row)], pilot, PromptTargetCollator(0, "left"), 8)
+    for on in ({"accelerator": "cpu"}, ON):
+        torch.manual_seed(0)
+        copilot = perturb(HeadCopilot.from_pilot(pilot, depths=[0.5, 1.0], hidden=16), 0.1 * trained)
+        data = RecordedData(recording, rows[:16], rows[16:], [], (0.5, 1.0), 8, 3, 0, lambda *given: None, True)
+        module = CopilotFit(copilot, pilot, learner(1e-2), data.updates, wrong_options=True)
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        Trainer(
+            max_steps=data.updates, callbacks=[KeepBest(3, 8)], val_check_interval=data.updates_per_pass,
+            num_sanity_val_steps=-1 if trained else 0, default_root_dir=tmp_path, **on, **quiet,
+        ).fit(module, datamodule=data)  # fmt: skip
+        found.append({name: weight.detach().cpu() for name, weight in copilot.named_parameters()})
+        pilot.cpu()
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, rtol=2e-3, atol=2e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
