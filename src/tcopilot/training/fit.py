@@ -243,9 +243,8 @@ class CopilotFit(LightningModule):
             errors_B, nll_R = choice_errors(sums_B, batch)
             rows = sum_over_processes(batch.asked_R.sum()).clamp_min(1)
             weights_T = counts_T + errors_B[batch.record_T] * tokens / rows
-            more = (
-                sum_over_processes(nll_R.sum() + (errors_B * sums_B).sum()) / rows
-            )  # value, less that of the weights
+            # The weights give the gradient; the value that is logged lacks this much.
+            more = sum_over_processes(nll_R.sum() + (errors_B * sums_B).sum()) / rows
         total = compared.objective_sum(self.objective, hidden_TC, weights_T)
         others = sum_over_processes(total.detach()) - total.detach()
         loss = self.objective.reduce(total + others, tokens)
@@ -260,11 +259,11 @@ class CopilotFit(LightningModule):
     def validation_step(self, batch: RecordBatch, batch_idx: int) -> None:
         """Negative log-likelihood of the Pilot and of the distribution fused at λ = 1."""
         compared, hidden_TC = self._compared(batch), self._hidden(batch)
-        right_2T = safe_log(compared.right(hidden_TC)).double()
-        nll_2T = -right_2T[:, batch.right_B[batch.record_T]].cpu()
+        log_2T = safe_log(compared.right(hidden_TC)).double()
+        nll_2T = -log_2T[:, batch.right_B[batch.record_T]].cpu()
         self._sums += torch.cat([nll_2T.sum(1), torch.tensor([float(nll_2T.shape[1])])])
         if self.wrong_options:
-            both = (option_sums(log_T, batch) for log_T in (right_2T[0], compared.fused(hidden_TC)))
+            both = (option_sums(log_T, batch) for log_T in (log_2T[0], compared.fused(hidden_TC)))
             nll_2 = torch.stack([choice_errors(sums_B, batch)[1].sum() for sums_B in both])
             self._choices += torch.cat([nll_2, batch.asked_R.sum()[None]]).cpu()
 
