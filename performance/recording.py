@@ -24,8 +24,9 @@ from transformers import PreTrainedModel, get_scheduler
 from tcopilot.data.batch import PromptTargetCollator
 from tcopilot.mistake_log.recording import RecordedPilot, Recording
 from tcopilot.models.head_copilot import HeadCopilot
-from tcopilot.training.fit import CopilotFit, RecordedData
+from tcopilot.training.fit import CopilotFit
 from tcopilot.training.learner import Learner
+from tcopilot.training.recorded_data import RecordedData
 
 DEPTHS = (0.8, 0.9, 1.0)
 PROMPT, TARGET, PASSES = 150, 10, 10

@@ -12,6 +12,7 @@ import torch
 from family_models import make_batch, perturb, prompts, tiny_pilot
 from lightning import Trainer
 from resumable_run import Crash, Run, assert_same_end, crash_after
+from small_recording import DEPTHS, recorded
 from small_training import (
     FAMILIES,
     InOrder,
@@ -24,17 +25,16 @@ from small_training import (
     weights,
 )
 
-from tcopilot.data.batch import PromptTargetCollator
-from tcopilot.evaluation.likelihood import option_rows
+from tcopilot.data.prepare import option_rows
 from tcopilot.mistake_log.log import MistakeLog
-from tcopilot.mistake_log.recording import RecordedPilot, Recording
 from tcopilot.models.head_copilot import HeadCopilot
 from tcopilot.models.modeling import fused_class
 from tcopilot.models.states import StatePooler, trace_pilot
 from tcopilot.training import chunked_loss
 from tcopilot.training.checkpoints import newest_good
-from tcopilot.training.fit import CopilotFit, KeepBest, RecordedData
+from tcopilot.training.fit import CopilotFit, KeepBest
 from tcopilot.training.objectives import RootMeanSquaredError, objective_sum
+from tcopilot.training.recorded_data import RecordedData
 
 DEVICE = os.environ.get("TCOPILOT_TEST_DEVICE")
 pytestmark = pytest.mark.skipif(not DEVICE, reason="TCOPILOT_TEST_DEVICE names no device; `make gpu` does")
@@ -162,12 +162,11 @@ def test_a_fit_to_wrong_options_learns_what_it_learns_on_the_cpu(trained, tmp_pa
     pilot, found = tiny_pilot(vocab_size=600).eval().requires_grad_(False), []
     row = {"source_ids": [5, 6], "target_ids": [7, 9, 1], "option_ids": [[7, 9, 1], [8, 1]], "benchmark": 0}
     rows = [row | {"id": number, "source_ids": [number + 10, 6]} for number in range(24)]
-    recording = Recording.open(tmp_path, RecordedPilot("a", (0.5, 1.0), 600, pilot.config.hidden_size, "float32"))
-    recording.add([option for row in rows for option in option_rows(row)], pilot, PromptTargetCollator(0, "left"), 8)
+    recording = recorded(tmp_path, pilot, [option for row in rows for option in option_rows(row)])
     for on in ({"accelerator": "cpu"}, ON):
         torch.manual_seed(0)
-        copilot = perturb(HeadCopilot.from_pilot(pilot, depths=[0.5, 1.0], hidden=16), 0.1 * trained)
-        data = RecordedData(recording, rows[:16], rows[16:], [], (0.5, 1.0), 8, 3, 0, lambda *given: None, True)
+        copilot = perturb(HeadCopilot.from_pilot(pilot, depths=list(DEPTHS), hidden=16), 0.1 * trained)
+        data = RecordedData(recording, rows[:16], rows[16:], [], DEPTHS, 8, 3, 0, lambda *given: None, True)
         module = CopilotFit(copilot, pilot, learner(1e-2), data.updates, wrong_options=True)
         quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
         Trainer(

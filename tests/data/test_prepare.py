@@ -12,8 +12,7 @@ from tcopilot.data import (
     byte_tokenizer,
     word_tokenizer,
 )
-from tcopilot.data.prepare import RowPreparer
-from tcopilot.evaluation.likelihood import option_rows
+from tcopilot.data.prepare import RowPreparer, option_rows
 
 BENCHMARK = ExactMatch(name="mine")
 ROWS = [(0, {"prompt": "a b c", "target": "d"}), (1, {"prompt": "a", "target": "b c d"})]

@@ -6,17 +6,16 @@ import pytest
 import torch
 from family_models import perturb, tiny_pilot
 from lightning import Trainer, seed_everything
+from small_recording import DEPTHS, recorded
 from small_training import learner
 
-from tcopilot.data.batch import PromptTargetCollator
-from tcopilot.mistake_log.recording import RecordedPilot, Recording, row_key
+from tcopilot.mistake_log.recording import row_key
 from tcopilot.models.head_copilot import HeadCopilot
 from tcopilot.training import chunked_loss, compared_tokens
 from tcopilot.training.compared_tokens import ComparedTokens
-from tcopilot.training.fit import CopilotFit, KeepBest, RecordBatch, RecordedData, reached
+from tcopilot.training.fit import CopilotFit, KeepBest, reached
 from tcopilot.training.objectives import RootMeanSquaredError
-
-DEPTHS = (0.5, 1.0)
+from tcopilot.training.recorded_data import RecordBatch, RecordedData
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +32,6 @@ def rows_of(count, seed=0):
     return [
         {"source_ids": draw(4), "target_ids": [*draw(1 + i % 3), 1], "id": i, "benchmark": 0} for i in range(count)
     ]
-
-
-def recorded(folder, pilot, rows):
-    about = RecordedPilot("a", DEPTHS, 600, pilot.config.hidden_size, "float32")
-    recording = Recording.open(folder, about)
-    recording.add(rows, pilot, PromptTargetCollator(0, "left"), 8)
-    return recording
 
 
 def batch_of(recording):

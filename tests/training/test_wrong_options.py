@@ -7,25 +7,15 @@ import pytest
 import torch
 from family_models import perturb, tiny_pilot
 from lightning import Trainer, seed_everything
+from small_recording import DEPTHS, recorded
 from small_training import learner
 
-from tcopilot.data.batch import PromptTargetCollator
+from tcopilot.data.prepare import wrong_options
 from tcopilot.functional import fuse_probabilities
-from tcopilot.mistake_log.recording import RecordedPilot, Recording
 from tcopilot.models.head_copilot import HeadCopilot
 from tcopilot.training import compared_tokens
-from tcopilot.training.fit import (
-    CopilotFit,
-    KeepBest,
-    RecordBatch,
-    RecordedData,
-    RecordedRows,
-    choice_errors,
-    option_sums,
-    wrong_options,
-)
-
-DEPTHS = (0.5, 1.0)
+from tcopilot.training.fit import CopilotFit, KeepBest, choice_errors, option_sums
+from tcopilot.training.recorded_data import RecordBatch, RecordedData, RecordedRows
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +40,8 @@ def questions(count, seed=0):
     return [row | {"id": number, "benchmark": 0} for number, row in enumerate(rows)]
 
 
-def recorded(folder, pilot, rows):
-    about = RecordedPilot("a", DEPTHS, 600, pilot.config.hidden_size, "float32")
-    recording = Recording.open(folder, about)
-    texts = [text for row in rows for text in (row, *wrong_options(row))]
-    recording.add(texts, pilot, PromptTargetCollator(0, "left"), 8)
-    return recording
+def with_options(rows):
+    return [text for row in rows for text in (row, *wrong_options(row))]
 
 
 def fit_of(pilot, scale=0.1, **options):
@@ -67,7 +53,7 @@ def fit_of(pilot, scale=0.1, **options):
 
 
 def batch_of(folder, pilot, rows):
-    served = RecordedRows(recorded(folder, pilot, rows), rows, DEPTHS, options=True)
+    served = RecordedRows(recorded(folder, pilot, with_options(rows)), rows, DEPTHS, options=True)
     return RecordBatch.of([served[number] for number in range(len(rows))])
 
 
@@ -85,8 +71,7 @@ def test_a_row_serves_its_target_first_and_its_wrong_options_after_it(pilot, tmp
     first = [not before or batch.row_B[before] != batch.row_B[before - 1] for before in range(len(batch.row_B))]
     assert batch.right_B.tolist() == first
     texts = [batch.kept.targets_T[batch.record_T == record].tolist() for record in range(len(batch.row_B))]
-    assert texts == [[*row["target_ids"]] if right else text for row, right, text in zip(
-        [rows[number] for number in batch.row_B.tolist()], first, texts, strict=True)]  # fmt: skip
+    assert [text for text, right in zip(texts, first, strict=True) if right] == [row["target_ids"] for row in rows]
     for number, row in enumerate(rows[:-1]):
         mine = [text for text, of in zip(texts, batch.row_B.tolist(), strict=True) if of == number]
         assert sorted(mine) == sorted(row["option_ids"])
@@ -94,7 +79,7 @@ def test_a_row_serves_its_target_first_and_its_wrong_options_after_it(pilot, tmp
 
 def test_without_the_setting_rows_serve_their_targets_alone(pilot, tmp_path):
     rows = questions(6)
-    served = RecordedRows(recorded(tmp_path, pilot, rows), rows, DEPTHS)
+    served = RecordedRows(recorded(tmp_path, pilot, with_options(rows)), rows, DEPTHS)
     batch = RecordBatch.of([served[number] for number in range(len(rows))])
     assert batch.right_B.all()
     assert served.tokens == sum(len(row["target_ids"]) for row in rows)
@@ -165,7 +150,7 @@ def test_a_large_vocabulary_is_compared_in_part_with_nearly_the_same_choice(pilo
 
 def test_a_fit_learns_to_choose_and_is_kept_by_it(pilot, tmp_path):
     train, validation = questions(48), questions(24, seed=1)
-    recording, nll = recorded(tmp_path, pilot, [*train, *validation]), {}
+    recording, nll = recorded(tmp_path, pilot, with_options([*train, *validation])), {}
     for options in (False, True):
         seed_everything(0)
         data = RecordedData(recording, train, validation, [], DEPTHS, 8, 20, 0, lambda rows, device: None, options)

@@ -22,7 +22,7 @@ from tcopilot.models.fused_model import TCopilotModel
 from tcopilot.processes import is_first
 from tcopilot.reporting.run_tables import gain_table, selection_table, weight_table
 from tcopilot.reporting.tables import accept_any_sign
-from tcopilot.training.fit import RecordedData
+from tcopilot.training.recorded_data import RecordedData
 
 
 def show_summary(

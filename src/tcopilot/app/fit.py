@@ -24,7 +24,7 @@ from tcopilot.app.console import show_fit
 from tcopilot.app.jobs import STOPPED
 from tcopilot.app.joint import Trained
 from tcopilot.app.trainer import make_callbacks, make_trainer
-from tcopilot.evaluation.likelihood import option_rows
+from tcopilot.data.prepare import option_rows
 from tcopilot.evaluation.modes import LIKELIHOOD
 from tcopilot.evaluation.progress import progress
 from tcopilot.mistake_log.recording import RecordedPilot, Recording, RecordingError, missing_rows
@@ -32,7 +32,8 @@ from tcopilot.models.pilot_files import digest, load_unembedding
 from tcopilot.processes import STOP_SIGNALS, agree_on
 from tcopilot.run_directory import RunDirectory
 from tcopilot.training.callbacks.flops import FlopCount, FlopCounter
-from tcopilot.training.fit import CopilotFit, KeepBest, RecordedData
+from tcopilot.training.fit import CopilotFit, KeepBest
+from tcopilot.training.recorded_data import RecordedData
 
 log = logging.getLogger(__name__)
 LIMITS = "max_train_rows", "max_eval_rows"  # of the data

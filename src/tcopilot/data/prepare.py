@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -273,6 +273,16 @@ class RowPreparer:
         ways = ["drop"] * training + ["truncate"] * (not closed or what == "prompt")
         mend = f"raise it or set data.overflow={'|'.join(ways)}" if ways else "raise it, since options are never cut"
         return f"the {what} has {length} tokens, data.{key} is {limit}; {mend}"
+
+
+def option_rows(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a copy of a row for each of its options, if it has any, with the option as the target."""
+    return [{**row, "target_ids": ids} for ids in row.get("option_ids") or ()]
+
+
+def wrong_options(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row's options other than its target, as `option_rows` does."""
+    return [option for option in option_rows(row) if option["target_ids"] != row["target_ids"]]
 
 
 @dataclass

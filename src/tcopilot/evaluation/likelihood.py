@@ -4,7 +4,7 @@ the targets are scored, which is the cheapest evaluation.
 Shapes: B batch, N target length, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tcopilot.data.metrics import NLL, Answer, Metric
+from tcopilot.data.prepare import option_rows
 from tcopilot.evaluation.modes import Scored, TeacherForced, about, parts_to_score
 from tcopilot.evaluation.predictions import Prediction
 from tcopilot.models.fused_model import TCopilotModel
@@ -35,11 +36,6 @@ def log_likelihoods(model: TCopilotModel, scored: Scored, weights: Sequence[floa
         of_targets_BN = model.fuse(log_probs_BNV, corrections_BNV, weight).gather(-1, index_BN1).squeeze(-1)
         sums.append((of_targets_BN.double() * batch.target_mask_BN).sum(-1))
     return torch.stack(sums)
-
-
-def option_rows(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a copy of a row for each of its options, if it has any, with the option as the target."""
-    return [{**row, "target_ids": ids} for ids in row.get("option_ids") or ()]
 
 
 class Likelihood(TeacherForced):

@@ -7,6 +7,7 @@ tail, which has their exact mass under p̂ and is shifted as the random tokens a
 Shapes: T target tokens, P Pilot width, k likeliest tokens, C Copilot width, U tokens compared, V vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -91,22 +92,22 @@ class ComparedTokens:
 
     def right(self, hidden_TC: Tensor) -> Tensor:
         """Probability of each target token under p̂ and under p̃ at λ = 1, which a soft head makes sum to 1; [2, T]."""
-        rows, found = rows_at_once(len(self.tokens_U)), []
-        for first in range(0, len(hidden_TC), rows):
-            chunk = slice(first, first + rows)
-            corrections_tU, probs_tU, targets_t = self.compare(hidden_TC[chunk], chunk)
+        found = []
+        for corrections_tU, probs_tU, targets_t in self._in_chunks(hidden_TC):
             both_2tU = torch.stack([probs_tU, probs_tU + corrections_tU])
             found.append(both_2tU[:, torch.arange(len(targets_t)), targets_t])
         return torch.cat(found, dim=1)
 
     def fused(self, hidden_TC: Tensor) -> Tensor:
         """Log p̃ of each target token at λ = 1 as Eq. 8 fuses it, which keeps p̃ above a floor; [T]."""
-        rows, found = rows_at_once(len(self.tokens_U)), []
+        return torch.cat([-CrossEntropy().row_losses(*compared) for compared in self._in_chunks(hidden_TC)])
+
+    def _in_chunks(self, hidden_TC: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Compare all target tokens, as many at once as fit."""
+        rows = rows_at_once(len(self.tokens_U))
         for first in range(0, len(hidden_TC), rows):
             chunk = slice(first, first + rows)
-            corrections_tU, probs_tU, targets_t = self.compare(hidden_TC[chunk], chunk)
-            found.append(-CrossEntropy().row_losses(corrections_tU, probs_tU, targets_t))
-        return torch.cat(found)
+            yield self.compare(hidden_TC[chunk], chunk)
 
     def objective_sum(self, objective: Objective, hidden_TC: Tensor, importance_T: Tensor) -> Tensor:
         """Return the objective's sum over the target tokens, each multiplied by its importance; float32."""
